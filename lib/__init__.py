@@ -1,0 +1,1 @@
+"""Kernels, MMD, sliced-Wasserstein and flows on distributions: pure functions of arrays."""

@@ -1,0 +1,343 @@
+"""Wasserstein gradient descent: one engine for every flow of particles.
+
+A flow is particles, arrays of shape (C, n, d), a function `target_value_and_grad(x, x_tgt, key)`
+that returns a value and a gradient of the particles' shape, and an optax optimiser. Steps run in
+one compiled loop; the host is visited about twice a second, to show progress, look for NaN, keep
+records and save. A step's key is `fold_in(rng, step)`, so a run does not depend on where those
+visits fall, and a resumed run ends in the same bits as one that was never interrupted.
+
+The leading axes are the caller's: a function vmapped over seeds or bandwidths runs
+(B, C, n, d) particles, with losses (B,), through the same loop.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from lib.runs import (
+    Interrupted,
+    Run,
+    RunFileError,
+    interruptible,
+    load_arrays,
+    progress,
+    save_arrays,
+)
+
+TargetValueAndGrad = Callable[[Array, PyTree, Array], tuple[Array, Array]]
+
+SECONDS_BETWEEN_VISITS = 0.5
+MAX_STEPS_BETWEEN_VISITS = 1024
+MAX_RECORD_BYTES_BETWEEN_VISITS = 64 * 2**20
+MAX_RECORD_BYTES = 4 * 2**30
+
+
+class FlowState(NamedTuple):
+    """What the next step depends on, the target and the key aside."""
+
+    particles: Array
+    optimizer_state: PyTree
+    step: Array
+
+
+class FlowResult(NamedTuple):
+    """`losses[t]`: the value before step t; `particles[i]`: the particles after
+    `recorded_steps(...)[i]` steps, the first being x0."""
+
+    losses: np.ndarray
+    particles: np.ndarray
+
+
+class DivergedError(FloatingPointError):
+    """A flow met NaN or infinity. `state` is the last good state, `step` the steps it has taken."""
+
+    def __init__(self, state: FlowState, bad_step: int, saved_in: Path | None):
+        where = f"; the last good state is in {saved_in}" if saved_in else ""
+        super().__init__(
+            f"NaN or infinity in step {bad_step} (counted from 0): lower the step size{where}"
+        )
+        self.state = state
+        self.step = int(state.step)
+
+
+def recorded_steps(n_epochs: int, record_every: int = 1) -> np.ndarray:
+    """How many steps each record has behind it: 0, every `record_every`-th, and the last."""
+    return np.union1d(np.arange(0, n_epochs + 1, record_every), [n_epochs])
+
+
+def flow_init(optimizer: optax.GradientTransformation, x0: Array) -> FlowState:
+    """The state before the first step."""
+    state = FlowState(jnp.asarray(x0), optimizer.init(x0), jnp.zeros((), jnp.int32))
+    # Weak types do not survive a checkpoint; without them a resumed run promotes alike.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), state)
+
+
+def flow_step(
+    target_value_and_grad: TargetValueAndGrad, optimizer: optax.GradientTransformation
+) -> Callable[[Array, FlowState, PyTree], tuple[FlowState, Array]]:
+    """step(rng, state, x_tgt) -> (state, value before the step): a pure function, for loops of
+    your own. `rng` is the key of the whole run."""
+
+    def step(rng, state, x_tgt):
+        key = jax.random.fold_in(rng, state.step)
+        value, gradient = target_value_and_grad(state.particles, x_tgt, key)
+        updates, optimizer_state = optimizer.update(
+            gradient, state.optimizer_state, state.particles
+        )
+        particles = optax.apply_updates(state.particles, updates)
+        return FlowState(particles, optimizer_state, state.step + 1), value
+
+    return step
+
+
+def wasserstein_gradient_descent(
+    x0: Array,
+    x_tgt: PyTree,
+    target_value_and_grad: TargetValueAndGrad,
+    rng: Array,
+    n_epochs: int = 101,
+    lr: float | Callable[[Array], Array] = 1,
+    m: float = 0,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    record_every: int = 1,
+    run: Run | None = None,
+    checkpoint_seconds: float = 60.0,
+    show_progress: bool = True,
+    description: str = "flow",
+    stop_at_nonfinite: bool = True,
+) -> FlowResult:
+    """`n_epochs` steps x <- x - lr v, v <- grad + m v (heavy ball), from x0.
+
+    Args:
+      x0: particles, (C, n, d), or more leading axes.
+      x_tgt: target, (C', n', d), or any pytree that `target_value_and_grad` understands.
+      target_value_and_grad: (x, x_tgt, key) -> (value, gradient like x), such as
+        `lib.mmd.target_value_and_grad_riesz`.
+      rng: key of the run; step t uses `fold_in(rng, t)`.
+      lr: step size, or a schedule: a function of the step number, as in optax.
+      m: momentum in [0, 1); the effective step is lr / (1 - m).
+      optimizer: an optax optimiser to use instead; lr and m are then not used.
+      record_every: steps between the particles kept; x0 and the last are always kept.
+      run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
+        from. SIGINT and SIGTERM then save and raise `Interrupted`.
+      checkpoint_seconds: seconds between saves.
+      stop_at_nonfinite: False lets a flow run on, for several flows at once of which some may fail.
+
+    Returns:
+      (losses, particles), NumPy arrays: losses[t] is the value before step t, [n_epochs, ...];
+      particles[i] those after `recorded_steps(n_epochs, record_every)[i]` steps.
+
+    Raises:
+      ValueError: before any step, on NaN or infinity in the input, an empty class, a dimension
+        that differs, a negative step size, momentum out of range, or more records than 4 GiB.
+      DivergedError: NaN or infinity on the way; the last good state is saved.
+      RunFileError: the folder's checkpoint is of another start, target or key.
+    """
+    x0 = jnp.asarray(x0)
+    _check_input(x0, x_tgt, n_epochs, lr, m, record_every)
+    if optimizer is None:
+        optimizer = _heavy_ball(lr, m)
+    x_tgt = jax.tree.map(jnp.asarray, x_tgt)
+    state = flow_init(optimizer, x0)
+    value, gradient = jax.eval_shape(target_value_and_grad, x0, x_tgt, rng)
+    if gradient.shape != x0.shape:
+        raise ValueError(f"gradient {gradient.shape} is not of the particles' shape {x0.shape}")
+
+    steps = recorded_steps(n_epochs, record_every)
+    losses = np.zeros((n_epochs, *value.shape), value.dtype)
+    particles = np.zeros((len(steps), *x0.shape), x0.dtype)
+    particles[0] = x0
+    origin = _fingerprint(x0, x_tgt, rng, lr, m) if run else ""
+    if run:
+        state = _resume(run, state, losses, particles, steps, origin)
+
+    max_steps = _max_steps(x0.nbytes, record_every)
+    advance = _advance(target_value_and_grad, optimizer, record_every, max_steps)
+    done, num_steps, saved = int(state.step), 1, time.monotonic()
+    with (
+        interruptible() as stop_requested,
+        progress(
+            n_epochs,
+            initial=done,
+            description=description,
+            enabled=show_progress,
+            line_every=10,
+        ) as tick,
+    ):
+        while done < n_epochs:
+            num_steps = min(num_steps, n_epochs - done)
+            started = time.monotonic()
+            following, new_losses, records = jax.block_until_ready(
+                advance(rng, state, x_tgt, num_steps)
+            )
+            seconds = time.monotonic() - started
+            new_losses = np.asarray(new_losses[:num_steps])
+            bad = _first_nonfinite(new_losses, following.particles) if stop_at_nonfinite else None
+            if bad is not None:
+                if run:
+                    _save(run, state, losses, particles, steps, origin)
+                raise DivergedError(state, done + bad, run and run.checkpoint)
+            losses[done : done + num_steps] = new_losses
+            due = np.flatnonzero((steps > done) & (steps <= done + num_steps))
+            for i in due:
+                particles[i] = records[(steps[i] - 1) // record_every - done // record_every]
+            state, done = following, done + num_steps
+            tick(num_steps, loss=float(np.mean(new_losses[-1])))
+            # Doubling at most: the first visit's time is mostly compilation.
+            num_steps = max(1, int(num_steps * min(2.0, SECONDS_BETWEEN_VISITS / seconds)))
+            num_steps = min(num_steps, max_steps)
+            stopping = stop_requested()
+            finished = done == n_epochs
+            if run and (stopping or finished or time.monotonic() - saved > checkpoint_seconds):
+                _save(run, state, losses, particles, steps, origin)
+                saved = time.monotonic()
+            if stopping and not finished:
+                if run:
+                    raise Interrupted(run.checkpoint, done)
+                raise KeyboardInterrupt
+    return FlowResult(losses, particles)
+
+
+# The compiled loop
+
+
+@lru_cache(maxsize=32)
+def _heavy_ball(lr, m: float) -> optax.GradientTransformation:
+    return optax.sgd(lr, momentum=m or None)
+
+
+def _max_steps(particle_bytes: int, record_every: int) -> int:
+    """Steps between two visits, at most: they bound what is buffered on the device."""
+    slots = max(1, MAX_RECORD_BYTES_BETWEEN_VISITS // max(1, particle_bytes) - 1)
+    return min(MAX_STEPS_BETWEEN_VISITS, slots * record_every)
+
+
+@lru_cache(maxsize=32)
+def _advance(target_value_and_grad, optimizer, record_every: int, max_steps: int):
+    """advance(rng, state, x_tgt, num_steps) -> (state, losses, records); cached, so that a second
+    flow with the same functions and shapes compiles nothing."""
+    step = flow_step(target_value_and_grad, optimizer)
+    slots = -(-max_steps // record_every) + 1
+
+    @jax.jit
+    def advance(rng, state, x_tgt, num_steps):
+        start = state.step
+        value, _ = jax.eval_shape(target_value_and_grad, state.particles, x_tgt, rng)
+        losses = jnp.zeros((max_steps, *value.shape), value.dtype)
+        records = jnp.zeros((slots, *state.particles.shape), state.particles.dtype)
+
+        def body(i, carry):
+            state, losses, records = carry
+            # A slot is overwritten until the step that completes its interval: no branch needed.
+            slot = state.step // record_every - start // record_every
+            state, value = step(rng, state, x_tgt)
+            return state, losses.at[i].set(value), records.at[slot].set(state.particles)
+
+        return lax.fori_loop(0, num_steps, body, (state, losses, records))
+
+    return advance
+
+
+def _first_nonfinite(losses: np.ndarray, particles: Array) -> int | None:
+    bad = ~np.isfinite(losses).reshape(len(losses), -1).all(axis=1)
+    if bad.any():
+        return int(np.argmax(bad))
+    # Non-finite particles after finite losses: the last step made them.
+    return None if bool(jnp.isfinite(particles).all()) else len(losses) - 1
+
+
+# The door
+
+
+def _check_input(x0, x_tgt, n_epochs, lr, m, record_every) -> None:
+    arrays = {"x0": x0}
+    if hasattr(x_tgt, "shape"):
+        arrays["x_tgt"] = x_tgt
+    for name, array in arrays.items():
+        if array.ndim < 3 or 0 in array.shape:
+            raise ValueError(f"{name} must be (classes, points, dimension), none 0: {array.shape}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {array.dtype}")
+        if not bool(jnp.isfinite(array).all()):
+            where = np.argwhere(~np.isfinite(np.asarray(array)))[0]
+            raise ValueError(
+                f"{name} holds NaN or infinity, first at index {tuple(map(int, where))}"
+            )
+    if "x_tgt" in arrays and x0.shape[-1] != x_tgt.shape[-1]:
+        raise ValueError(f"x0 {x0.shape} and x_tgt {x_tgt.shape} differ in dimension")
+    if n_epochs < 1:
+        raise ValueError(f"n_epochs must be at least 1, got {n_epochs}")
+    if not callable(lr) and not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"the step size lr must be positive, got {lr}")
+    if not 0 <= m < 1:
+        raise ValueError(f"the momentum m must lie in [0, 1), got {m}")
+    if record_every < 1:
+        raise ValueError(f"record_every must be at least 1, got {record_every}")
+    size = len(recorded_steps(n_epochs, record_every)) * x0.nbytes
+    if size > MAX_RECORD_BYTES:
+        raise ValueError(
+            f"recording every {record_every} of {n_epochs} steps of {x0.shape} takes "
+            f"{size / 2**30:.1f} GiB; raise record_every"
+        )
+
+
+# Saving
+
+
+def _fingerprint(x0: Array, x_tgt: PyTree, rng: Array, lr: Any, m: float) -> str:
+    """What a checkpoint must share with the flow that resumes it."""
+    key = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
+    digest = hashlib.sha256()
+    for leaf in (x0, *jax.tree.leaves(x_tgt), key):
+        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    digest.update(f"{'schedule' if callable(lr) else float(lr)},{float(m)}".encode())
+    return digest.hexdigest()
+
+
+def _trajectory(run: Run) -> Path:
+    return run.folder / "trajectory.npz"
+
+
+def _save(run: Run, state: FlowState, losses, particles, steps, origin: str) -> None:
+    """The trajectory first: whatever kills us, it reaches at least as far as the checkpoint."""
+    done = int(state.step)
+    kept = int(np.searchsorted(steps, done, side="right"))
+    save_arrays(
+        _trajectory(run), losses=losses[:done], particles=particles[:kept], origin=np.array(origin)
+    )
+    run.save_checkpoint(state, step=done)
+
+
+def _resume(run: Run, state: FlowState, losses, particles, steps, origin: str) -> FlowState:
+    """The saved state, if there is one; fills `losses` and `particles` up to it."""
+    loaded = run.load_checkpoint(state)
+    if loaded is None:
+        return state
+    saved, done = loaded
+    trajectory = load_arrays(_trajectory(run))
+    if str(trajectory["origin"]) != origin:
+        raise RunFileError(
+            f"{run.checkpoint} belongs to a flow with another start, target, key or step size; "
+            "delete its folder to start anew"
+        )
+    if done > len(losses):
+        raise RunFileError(f"{run.checkpoint} is at step {done}, past the {len(losses)} asked for")
+    kept = int(np.searchsorted(steps, done, side="right"))
+    if len(trajectory["particles"]) < kept:
+        raise RunFileError(f"{_trajectory(run)} was recorded at other intervals; delete its folder")
+    losses[:done] = trajectory["losses"][:done]
+    particles[:kept] = trajectory["particles"][:kept]
+    return jax.tree.map(jnp.asarray, saved)

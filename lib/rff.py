@@ -1,0 +1,175 @@
+"""Random Fourier features, and the mean embeddings and MMDs made of them.
+
+A translation-invariant kernel is the Fourier transform of a probability measure on frequencies
+(Bochner), so that k(x, y) = E cos(omega . (x - y) / sigma) (Rahimi and Recht, Random features for
+large-scale kernel machines, NIPS 2007). Frequencies are drawn for sigma = 1 and divided by the
+bandwidth only where features are computed: several bandwidths share one draw. They depend on the
+key, their number D and the dimension d alone, and are drawn in float32 whatever the data's dtype.
+
+The features are the pairs cos, sin (2 D numbers): z(x) . z(y) is unbiased for k(x, y),
+z(x) . z(x) = 1 exactly, and the variance is [1 + k(2 delta) - 2 k(delta)^2] / (2 D), for the
+Gaussian kernel (1 - k^2)^2 / (2 D); that is less than cos(omega . x + b) has with 2 D random phases
+b (Sutherland and Schneider, On the error of random Fourier features, UAI 2015). `phases` chooses
+that form all the same: it is the one of Rahimi and Recht's Algorithm 1 and much published code.
+
+Cosines of large arguments lose digits, and unlike the kernel the features move with the origin:
+centre data that lie far from 0, every sample by the same vector.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Key, ScalarLike
+
+from lib.kernels import at_least_float32, check_sample, to_blocks, uniform_weights
+
+# Frequencies
+
+
+def gaussian_frequencies(
+    key: Key[Array, ""], num_features: int, dimension: int, *, orthogonal: bool = False
+) -> Float[Array, "num_features dimension"]:
+    """Frequencies of exp(-|x - y|^2 / 2): rows N(0, I), [D, d] float32.
+
+    Independent rows, or with `orthogonal` rows that are orthogonal in groups of d, their directions
+    uniform and their lengths independent, each row N(0, I) still (Yu et al., Orthogonal random
+    features, NIPS 2016). This lowers the variance, most for distances within a few bandwidths.
+    """
+    if num_features < 1 or dimension < 1:
+        raise ValueError(f"num_features and dimension must be >= 1: {num_features}, {dimension}")
+    if not orthogonal:
+        return jax.random.normal(key, (num_features, dimension), jnp.float32)
+    direction_key, length_key = jax.random.split(key)
+    group = min(num_features, dimension)
+    groups = -(-num_features // group)
+    q, r = jnp.linalg.qr(jax.random.normal(direction_key, (groups, dimension, group), jnp.float32))
+    # With a positive diagonal of R, Q is uniform (Haar); QR alone leaves the signs as they fall.
+    q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
+    directions = jnp.swapaxes(q, 1, 2).reshape(-1, dimension)[:num_features]
+    lengths = jax.random.normal(length_key, (num_features, dimension), jnp.float32)
+    return directions * jnp.linalg.norm(lengths, axis=1, keepdims=True)
+
+
+def laplace_frequencies(
+    key: Key[Array, ""], num_features: int, dimension: int, *, orthogonal: bool = False
+) -> Float[Array, "num_features dimension"]:
+    """Frequencies of exp(-|x - y|), Euclidean norm: multivariate Cauchy, [D, d] float32.
+
+    A normal vector over an independent |N(0, 1)|: the Student t law with one degree of freedom.
+    """
+    key, scale_key = jax.random.split(key)
+    normals = gaussian_frequencies(key, num_features, dimension, orthogonal=orthogonal)
+    return normals / jnp.abs(jax.random.normal(scale_key, (num_features, 1), jnp.float32))
+
+
+def imq_frequencies(
+    key: Key[Array, ""],
+    num_features: int,
+    dimension: int,
+    *,
+    exponent: ScalarLike = 0.5,
+    orthogonal: bool = False,
+) -> Float[Array, "num_features dimension"]:
+    """Frequencies of (1 + |x - y|^2)^(-exponent), [D, d] float32.
+
+    sqrt(2 s) N(0, I) with s ~ Gamma(exponent, 1), as E exp(-s r^2) = (1 + r^2)^(-exponent).
+    """
+    key, scale_key = jax.random.split(key)
+    normals = gaussian_frequencies(key, num_features, dimension, orthogonal=orthogonal)
+    mixing = jax.random.gamma(scale_key, exponent, (num_features, 1), jnp.float32)
+    return normals * jnp.sqrt(2 * mixing)
+
+
+def uniform_phases(key: Key[Array, ""], num_features: int) -> Float[Array, " num_features"]:
+    """Phases uniform on [0, 2 pi), [D] float32."""
+    return jax.random.uniform(key, (num_features,), jnp.float32, maxval=2 * math.pi)
+
+
+# Features
+
+
+def random_fourier_features(
+    x: Float[Array, "n d"],
+    frequencies: Float[Array, "num_features d"],
+    bandwidth: ScalarLike,
+    *,
+    phases: Float[Array, " num_features"] | None = None,
+) -> Float[Array, "n features"]:
+    """z(x) with E z(x) . z(y) = k(x, y), sigma = `bandwidth` in the units of the data.
+
+    [cos(W x / sigma), sin(W x / sigma)] / sqrt(D), [n, 2 D]: the D cosines, then the D sines. With
+    `phases` b, sqrt(2 / D) cos(W x / sigma + b), [n, D], where z(x) . z(x) is 1 on average only.
+    """
+    x = at_least_float32(x)
+    frequencies = frequencies.astype(x.dtype)
+    angles = jnp.matmul(x, frequencies.T, precision=lax.Precision.HIGHEST) / bandwidth
+    if phases is not None:
+        angles = angles + phases.astype(x.dtype)[None, :]
+        return math.sqrt(2 / len(frequencies)) * jnp.cos(angles)
+    pairs = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
+    return pairs / math.sqrt(len(frequencies))
+
+
+def mean_embedding(
+    x: Float[Array, "n d"],
+    frequencies: Float[Array, "num_features d"],
+    bandwidth: ScalarLike,
+    *,
+    weights: Float[Array, " n"] | None = None,
+    phases: Float[Array, " num_features"] | None = None,
+    block_size: int = 1024,
+) -> Float[Array, " features"]:
+    """mu = sum_i w_i z(x_i), [2 D] or with `phases` [D]; w is normalised first, 1/n by default.
+
+    The embedding of a union is the average of the embeddings, weighted by the sizes (or by the sums
+    of the weights), so data in several chunks need one running sum. Beside the input it holds
+    O((block_size + n / block_size) D). Raises ValueError as `lib.kernels.check_sample` does.
+    """
+    check_sample("x", x, weights)
+    weights = uniform_weights(x) if weights is None else weights / jnp.sum(weights)
+
+    @jax.checkpoint
+    def block_sum(block):
+        points, point_weights = block
+        features = random_fourier_features(points, frequencies, bandwidth, phases=phases)
+        return jnp.matmul(point_weights, features, precision=lax.Precision.HIGHEST)
+
+    return jnp.sum(lax.map(block_sum, to_blocks(x, weights, block_size)), axis=0)
+
+
+# Maximum mean discrepancies
+
+
+def mmd_squared_rff(
+    x_embedding: Float[Array, " features"], y_embedding: Float[Array, " features"]
+) -> Float[Array, ""]:
+    """|mu_x - mu_y|^2: the biased MMD^2 of the approximate kernel z . z, from mean embeddings.
+
+    Its mean over the frequencies is `lib.mmd.mmd_squared` of the same samples (Sutherland and
+    Schneider 2015, section 3.3). Never negative.
+    """
+    return jnp.sum(jnp.square(x_embedding - y_embedding))
+
+
+def mmd_squared_rff_unbiased(
+    x_embedding: Float[Array, " features"],
+    y_embedding: Float[Array, " features"],
+    x_size: ScalarLike,
+    y_size: ScalarLike,
+) -> Float[Array, ""]:
+    """The unbiased MMD^2 of the approximate kernel; its mean over the frequencies is
+    `lib.mmd.mmd_squared_unbiased` of the same samples. May be negative.
+
+    For embeddings without phases, whose diagonal z(x) . z(x) = 1 is known: within x it is
+    (|mu_x|^2 - 1/n) / (1 - 1/n), n = `x_size` > 1; for a weighted sample the effective size
+    (sum_i w_i)^2 / sum_i w_i^2. Written as |mu_x - mu_y|^2 less the two biases
+    (1 - |mu|^2) / (n - 1), which does not cancel.
+    """
+
+    def bias(embedding, size):
+        return (1 - jnp.sum(jnp.square(embedding))) / (size - 1)
+
+    biased = mmd_squared_rff(x_embedding, y_embedding)
+    return biased - bias(x_embedding, x_size) - bias(y_embedding, y_size)

@@ -1,0 +1,136 @@
+"""Sorting the columns of many small matrices: the inner loop of every sliced-Wasserstein distance.
+
+XLA's CPU sort runs one comparison at a time (about 0.17 µs a value, measured at n = 500). Here a
+bitonic network (Batcher, 1968) compares whole rows at once, so every stage is a vectorised minimum
+and maximum: 15 to 20 times faster at n = 50 to 500. Other platforms, and columns too long for a
+network, use `jax.lax.sort`. Arrays are `[..., n, m]`; each of the m columns is sorted by itself.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+# Stages grow with log(n)^2 and each is a loop to compile: past this length compiling costs more
+# than a program that sorts a few hundred times gets back.
+LONGEST_NETWORK = 2048
+
+
+def _stages(n: int) -> Iterator[tuple[int, bool]]:
+    """(distance, mirrored) of each stage: runs of `distance` are merged by a mirrored comparison
+    of two neighbours, then cleaned at halving distances. All comparisons point the same way."""
+    run = 1
+    while run < n:
+        yield run, True
+        distance = run // 2
+        while distance:
+            yield distance, False
+            distance //= 2
+        run *= 2
+
+
+def _resize(rows: Array, count: int, fill) -> Array:
+    missing = count - rows.shape[0]
+    if missing <= 0:
+        return rows[:count]
+    return jnp.concatenate([rows, jnp.full((missing, rows.shape[1]), fill, rows.dtype)])
+
+
+def _halves(rows: Array, distance: int, mirrored: bool) -> tuple[Array, Array]:
+    pairs = rows.reshape(-1, 2, distance, rows.shape[1])
+    lower, upper = pairs[:, 0], pairs[:, 1]
+    return lower, upper[:, ::-1] if mirrored else upper
+
+
+def _join(lower: Array, upper: Array, mirrored: bool) -> Array:
+    if mirrored:
+        upper = upper[:, ::-1]
+    return jnp.stack([lower, upper], axis=1).reshape(-1, lower.shape[-1])
+
+
+def _network(keys: Float[Array, "n m"], with_permutation: bool):
+    """Sorted columns, and the row each value came from (or None).
+
+    Missing rows count as +inf at the end: no comparison moves them up, so blocks that hold
+    nothing else are left out stage by stage, and no index ever points at one of them.
+    """
+    n = keys.shape[0]
+    origin = lax.broadcasted_iota(jnp.int32, keys.shape, 0) if with_permutation else None
+    for distance, mirrored in _stages(n):
+        rows = -(-n // (2 * distance)) * 2 * distance
+        a, b = _halves(_resize(keys, rows, jnp.inf), distance, mirrored)
+        keys = _join(jnp.minimum(a, b), jnp.maximum(a, b), mirrored)
+        if with_permutation:
+            i, j = _halves(_resize(origin, rows, 0), distance, mirrored)
+            swap = a > b
+            origin = _join(jnp.where(swap, j, i), jnp.where(swap, i, j), mirrored)
+        # One loop a stage: without the barrier XLA fuses stages and recomputes them 2^s times.
+        keys, origin = lax.optimization_barrier((keys, origin))
+    return keys[:n], origin[:n] if with_permutation else None
+
+
+def _by_network(x: Array, with_permutation: bool):
+    # One matrix at a time stays in cache.
+    flat = x.reshape((-1, *x.shape[-2:]))
+    keys, origin = lax.map(lambda keys: _network(keys, with_permutation), flat)
+    return keys.reshape(x.shape), origin.reshape(x.shape) if with_permutation else None
+
+
+def _by_xla(x: Array, with_permutation: bool):
+    if not with_permutation:
+        return lax.sort(x, dimension=x.ndim - 2, is_stable=False), None
+    origin = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
+    return tuple(lax.sort((x, origin), dimension=x.ndim - 2, is_stable=False, num_keys=1))
+
+
+def _sort(x: Array, with_permutation: bool):
+    if x.shape[-2] > LONGEST_NETWORK or x.size == 0:
+        return _by_xla(x, with_permutation)
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: _by_network(x, with_permutation),
+        default=lambda x: _by_xla(x, with_permutation),
+    )
+
+
+@jax.jit
+def sort_with_permutation(
+    x: Float[Array, "*batch n m"],
+) -> tuple[Float[Array, "*batch n m"], Int[Array, "*batch n m"]]:
+    """Columns of x in ascending order, and the row each value came from.
+
+    `sorted[..., i, l] == x[..., permutation[..., i, l], l]`. Equal values keep no particular order.
+    NaN gives NaN.
+    """
+    return _sort(x, with_permutation=True)
+
+
+@jax.custom_jvp
+@jax.jit
+def sort_columns(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch n m"]:
+    """Columns of x in ascending order (axis -2), differentiable in both modes.
+
+    The derivative is the permutation that sorts; at ties it is one of the valid ones. Reverse mode
+    keeps the permutation alone: n m integers, whatever the length of the network.
+    """
+    return _sort(x, with_permutation=False)[0]
+
+
+@sort_columns.defjvp
+def _sort_columns_jvp(primals, tangents):
+    values, permutation = sort_with_permutation(*primals)
+    return values, _take_rows(tangents[0], permutation)
+
+
+def _take_rows(values: Array, origin: Array) -> Array:
+    """`values[..., origin[..., i, l], l]` by one flat index: its transpose, the scatter that brings
+    a gradient back to the points, is 9 times faster on CPU than that of `take_along_axis`."""
+    n, m = values.shape[-2:]
+    matrix = jnp.arange(values.size // (n * m), dtype=jnp.int32).reshape((*values.shape[:-2], 1, 1))
+    index = (matrix * n + origin) * m + jnp.arange(m, dtype=jnp.int32).reshape(
+        (1,) * (values.ndim - 1) + (m,)
+    )
+    flat = values.reshape(-1).at[index.reshape(-1)]
+    return flat.get(mode="promise_in_bounds", unique_indices=True).reshape(values.shape)

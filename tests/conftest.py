@@ -1,0 +1,27 @@
+"""Shape annotations are checked, and silent rank promotion raises, in tests only."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook(["lib"], "beartype.beartype")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Runs the test with float64 switched on."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_root():
+    """A torchvision root with the real data sets, or a skip that says how to give one."""
+    root = os.environ.get("DATA_ROOT")
+    if not root or not Path(root, "MNIST", "raw").is_dir():
+        pytest.skip("set DATA_ROOT to a torchvision root with MNIST to run this test")
+    return Path(root)

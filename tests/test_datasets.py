@@ -1,0 +1,780 @@
+"""Data sets against what is in their files, read here by other means; every error by its words."""
+
+import bz2
+import gzip
+import hashlib
+import io
+import math
+import pickle
+import struct
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from lib import datasets
+from lib.datasets import Dataset
+
+
+def toy(counts=(7, 5, 9), shape=(3, 2, 1), seed=0) -> Dataset:
+    """Random images, `counts` of every class, in a shuffled order."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)
+    images = rng.integers(0, 256, (len(labels), *shape), dtype=np.uint8)
+    return Dataset("toy", images, labels, tuple("abcdefgh"[: len(counts)]))
+
+
+# ---- Named data sets
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("MNIST", "mnist"),
+        ("FMNIST", "fashion_mnist"),
+        ("FashionMNIST", "fashion_mnist"),
+        ("Fashion-MNIST", "fashion_mnist"),
+        ("KMNIST", "kmnist"),
+        ("USPS", "usps"),
+        ("SVHN", "svhn"),
+        ("CIFAR10", "cifar10"),
+        ("CIFAR-10", "cifar10"),
+        ("cifar_100", "cifar100"),
+        ("Digits", "digits"),
+    ],
+)
+def test_spellings(spelling, name):
+    assert datasets.normalisation(spelling) is datasets.NORMALISATIONS[name]
+
+
+def test_every_name_has_normalisation_constants():
+    assert set(datasets.NORMALISATIONS) == set(datasets.NAMES)
+
+
+def test_digits_are_scikit_learns_split_by_every_fifth_of_a_class():
+    bunch = load_digits()
+    train, test = datasets.load("digits"), datasets.load("Digits", split="test")
+    seen = [0] * 10
+    expected = {"train": [], "test": []}
+    for i, label in enumerate(bunch.target):
+        expected["test" if seen[label] % 5 == 4 else "train"].append(i)
+        seen[label] += 1
+    for dataset, indices in ((train, expected["train"]), (test, expected["test"])):
+        np.testing.assert_array_equal(dataset.labels, bunch.target[indices])
+        np.testing.assert_array_equal(
+            np.rint(dataset.images[..., 0] * (16 / 255)), bunch.images[indices]
+        )
+    assert len(train.labels) + len(test.labels) == 1797
+    assert train.images.min() == 0
+    assert train.images.max() == 255
+    assert train.image_shape == (8, 8, 1)
+    assert train.class_names == tuple("0123456789")
+    np.testing.assert_allclose(
+        np.bincount(test.labels) / np.bincount(train.labels), 0.25, atol=0.02
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    data = path.read_bytes()
+    rank = data[3]
+    shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
+    return np.array(memoryview(data)[4 + 4 * rank :]).reshape(shape)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")],
+)
+def test_idx_files_byte_for_byte(data_root, name, folder, split):
+    prefix = {"train": "train", "test": "t10k"}[split]
+    dataset = datasets.load(name, split=split, data_root=data_root)
+    raw = data_root / folder / "raw"
+    np.testing.assert_array_equal(
+        dataset.images[..., 0], read_idx(raw / f"{prefix}-images-idx3-ubyte")
+    )
+    np.testing.assert_array_equal(dataset.labels, read_idx(raw / f"{prefix}-labels-idx1-ubyte"))
+    assert dataset.images.dtype == np.uint8
+    assert dataset.labels.dtype == np.int32
+    assert dataset.name == name
+    assert dataset.class_names[9] == {"MNIST": "9", "FashionMNIST": "Ankle boot"}.get(folder, "wo")
+
+
+def test_usps_values_are_scaled_from_minus_one_to_one(data_root):
+    dataset = datasets.load("usps", split="test", data_root=data_root)
+    with bz2.open(data_root / "USPS" / "usps.t.bz2", "rt") as file:
+        rows = [line.split() for line in file]
+    assert dataset.images.shape == (len(rows), 16, 16, 1)
+    for i in (0, 1, len(rows) - 1):
+        values = np.array([float(pair.split(":")[1]) for pair in rows[i][1:]])
+        np.testing.assert_allclose(dataset.images[i].ravel(), (values + 1) * 127.5, atol=1)
+        assert dataset.labels[i] == int(rows[i][0]) - 1
+
+
+def test_data_root_defaults_to_the_environment(tmp_path, monkeypatch):
+    write_idx(tmp_path, "MNIST", images=12)
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    assert len(datasets.load("mnist").images) == 12
+    monkeypatch.delenv("DATA_ROOT")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "MNIST").rename(tmp_path / "data" / "MNIST")
+    assert len(datasets.load("mnist").images) == 12
+
+
+def test_torch_is_not_imported_before_it_is_needed():
+    code = "import sys, lib.datasets; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+# ---- torchvision's files, made small
+
+
+def write_idx(root: Path, name: str, *, images: int = 6, labels: int | None = None) -> Path:
+    """Four small IDX files; image i is filled with i and has the label i % 10."""
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    count = images if labels is None else labels
+    for prefix in ("train", "t10k"):
+        pixels = b"".join(bytes([i]) * 784 for i in range(images))
+        header = struct.pack(">4I", 0x803, images, 28, 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels)
+        classes = bytes(i % 10 for i in range(count))
+        header = struct.pack(">2I", 0x801, count)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + classes)
+    return raw
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def torchvision_datasets():
+    return datasets._torchvision_datasets()[0]
+
+
+@pytest.fixture
+def cifar_root(tmp_path, monkeypatch, torchvision_datasets):
+    """A CIFAR-10 of two images a batch, with its checksums; channel c of image i is 10 i + c."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rows = np.concatenate(
+        [np.repeat(np.uint8([10 * i, 10 * i + 1, 10 * i + 2]), 1024)[None] for i in (0, 1)]
+    )
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [3, 9]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    cifar = torchvision_datasets.CIFAR10
+    for entry in ("train_list", "test_list"):
+        sums = [[name, md5(folder / name)] for name, _ in getattr(cifar, entry)]
+        monkeypatch.setattr(cifar, entry, sums)
+    meta = dict(cifar.meta, md5=md5(folder / "batches.meta"))
+    monkeypatch.setattr(cifar, "meta", meta)
+    return tmp_path
+
+
+def test_cifar_has_channels_last(cifar_root):
+    train = datasets.load("CIFAR-10", data_root=cifar_root)
+    test = datasets.load("cifar10", split="test", data_root=cifar_root)
+    assert train.images.shape == (10, 32, 32, 3)
+    assert test.images.shape == (2, 32, 32, 3)
+    np.testing.assert_array_equal(test.images[1, 5, 7], [10, 11, 12])
+    np.testing.assert_array_equal(test.labels, [3, 9])
+    assert test.class_names == tuple("abcdefghij")
+
+
+def test_corrupt_cifar_names_the_batch(cifar_root):
+    path = cifar_root / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"data_batch_3 is corrupt or truncated") as info:
+        datasets.load("cifar10", data_root=cifar_root)
+    assert "data_batch_2" not in str(info.value)
+    assert info.value.__cause__ is not None
+
+
+def test_svhn_has_channels_last_and_ten_is_zero(tmp_path, monkeypatch, torchvision_datasets):
+    from scipy.io import savemat
+
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
+    path = tmp_path / "SVHN" / "test_32x32.mat"
+    path.parent.mkdir()
+    savemat(path, {"X": images, "y": np.array([[1], [10], [9], [2]], np.uint8)})
+    svhn = torchvision_datasets.SVHN
+    monkeypatch.setattr(svhn, "split_list", {"test": ["", path.name, md5(path)]})
+    dataset = datasets.load("SVHN", split="test", data_root=tmp_path)
+    np.testing.assert_array_equal(dataset.labels, [1, 0, 9, 2])
+    np.testing.assert_array_equal(dataset.images[2], images[..., 2])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"test_32x32\.mat is corrupt or truncated"):
+        datasets.load("svhn", split="test", data_root=tmp_path)
+
+
+def test_truncated_idx_names_the_file_and_both_sizes(tmp_path):
+    raw = write_idx(tmp_path, "MNIST")
+    path = raw / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-5])
+    message = r"train-images-idx3-ubyte is corrupt or truncated.* 6 x 28 x 28 .* 4720 .* 4715"
+    with pytest.raises(ValueError, match=message):
+        datasets.load("mnist", data_root=tmp_path)
+    path.write_bytes(b"<!DOCTYPE html><html></html>")
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte is corrupt: no header"):
+        datasets.load("mnist", data_root=tmp_path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte is corrupt: no header"):
+        datasets.load("mnist", data_root=tmp_path)
+
+
+def test_as_many_labels_as_images(tmp_path):
+    write_idx(tmp_path, "KMNIST", images=6, labels=5)
+    with pytest.raises(ValueError, match=r"kmnist: 6 images and 5 labels"):
+        datasets.load("kmnist", data_root=tmp_path)
+
+
+def test_labels_beyond_the_classes(tmp_path):
+    raw = write_idx(tmp_path, "MNIST")
+    path = raw / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ValueError, match="labels beyond 10 classes"):
+        datasets.load("mnist", data_root=tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 40])
+def test_truncated_bz2_names_the_file(tmp_path, kept):
+    row = " ".join(["5", *(f"{i}:{i / 256:.3f}" for i in range(1, 257))])
+    path = tmp_path / "USPS" / "usps.bz2"
+    path.parent.mkdir()
+    path.write_bytes(bz2.compress(f"{row}\n{row}\n".encode()))
+    dataset = datasets.load("usps", data_root=tmp_path)
+    np.testing.assert_array_equal(dataset.labels, [4, 4])
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"usps: .*usps\.bz2"):
+        datasets.load("usps", data_root=tmp_path)
+
+
+# ---- Missing files, downloads
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def urlopen(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+
+
+@pytest.mark.parametrize("name", ["mnist", "usps", "svhn", "cifar10", "cifar100"])
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.usefixtures("no_network")
+def test_missing_files_without_network(tmp_path, name, exists):
+    root = tmp_path / "some" / "root"
+    if exists:
+        root.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError) as info:
+        datasets.load(name, data_root=root)
+    message = str(info.value)
+    assert message.startswith(f"{name}: no ")
+    for part in (str(root), "no network", "DATA_ROOT", "'digits'"):
+        assert part in message
+    assert info.value.__cause__ is not None
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == ({"some", "some/root"} if exists else set())
+
+
+class Response(io.BytesIO):
+    """What urlopen returns, as far as torchvision looks."""
+
+    def __init__(self, url: str, content: bytes):
+        super().__init__(content)
+        self.url, self.length = url, len(content)
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch, torchvision_datasets):
+    """Serves four small gzipped IDX files as MNIST; returns their bytes by name, to tamper with."""
+    raw = write_idx(tmp_path / "mirror", "MNIST")
+    served = {f"{path.name}.gz": gzip.compress(path.read_bytes()) for path in raw.iterdir()}
+    mnist = torchvision_datasets.MNIST
+    checksums = [(name, hashlib.md5(served[name]).hexdigest()) for name, _ in mnist.resources]
+    monkeypatch.setattr(mnist, "resources", checksums)
+
+    def urlopen(request, *args, **kwargs):
+        return Response(request.full_url, served[request.full_url.rsplit("/", 1)[1]])
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return served
+
+
+def test_download_lands_complete(tmp_path, mirror):
+    root = tmp_path / "root"
+    dataset = datasets.load("mnist", data_root=root)
+    np.testing.assert_array_equal(dataset.images[:, 3, 4, 0], range(6))
+    assert [path.name for path in root.iterdir()] == ["MNIST"]
+    assert len(list((root / "MNIST" / "raw").iterdir())) == 4
+    mirror.clear()  # from here on, the files are read
+    assert len(datasets.load("mnist", split="test", data_root=root).labels) == 6
+
+
+def test_broken_download_leaves_nothing(tmp_path, mirror):
+    mirror["t10k-labels-idx1-ubyte.gz"] = mirror["t10k-labels-idx1-ubyte.gz"][:-3]
+    root = tmp_path / "root"
+    with pytest.raises(FileNotFoundError, match=r"download failed .*t10k-labels-idx1-ubyte"):
+        datasets.load("mnist", data_root=root)
+    assert not root.exists()
+
+
+def test_archives_in_place_are_unpacked_without_network(tmp_path, mirror, no_network):
+    raw = tmp_path / "root" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in mirror.items():
+        (raw / name).write_bytes(content)
+    assert len(datasets.load("mnist", data_root=tmp_path / "root").labels) == 6
+
+
+def test_unknown_data_set(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"unknown data set 'mnits'.* mnist, .*no such"):
+        datasets.load("mnits", data_root=tmp_path)
+    with pytest.raises(ValueError, match="no constants for 'mnits'"):
+        datasets.normalisation("mnits")
+
+
+# ---- Folders and zips of images
+
+
+def write_images(root: Path, files: dict[str, np.ndarray]) -> Path:
+    for name, pixels in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return root
+
+
+def zipped(folder: Path, *, inside: str = "") -> Path:
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            archive.write(file, Path(inside) / file.relative_to(folder))
+    return path
+
+
+def gray(value: int, size=(4, 3)) -> np.ndarray:
+    return np.full(size, value, np.uint8)
+
+
+def colour(value: int, size=(4, 3)) -> np.ndarray:
+    return np.full((*size, 3), value, np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_images(
+        tmp_path / "pets",
+        {
+            "train/dog/1.png": gray(10),
+            "train/dog/0.bmp": gray(11),
+            "train/cat/9.PNG": gray(20),
+            "test/cat/0.png": gray(30),
+            "test/dog/0.png": gray(40),
+        },
+    )
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "zip of the folder", "zip two deep"])
+def test_train_and_test_folders(folder, form):
+    (folder / "train" / "cat" / ".hidden.png").write_bytes(b"")
+    (folder / "train" / "cat" / "notes.txt").write_text("ignored")
+    (folder / "__MACOSX" / "train" / "cat").mkdir(parents=True)
+    (folder / "__MACOSX" / "train" / "cat" / "._9.png").write_bytes(b"")
+    (folder / ".git").mkdir()
+    inside = {"zip of the folder": "pets", "zip two deep": "a/b"}.get(form, "")
+    path = folder if form == "folder" else zipped(folder, inside=inside)
+    train = datasets.load(path)
+    test = datasets.load(str(path), split="test")
+    assert train.name == "pets"
+    assert train.class_names == test.class_names == ("cat", "dog")
+    assert train.image_shape == (4, 3, 1)
+    np.testing.assert_array_equal(train.images[:, 0, 0, 0], [20, 11, 10])
+    np.testing.assert_array_equal(train.labels, [0, 1, 1])
+    np.testing.assert_array_equal(test.images[:, 3, 2, 0], [30, 40])
+    np.testing.assert_array_equal(test.labels, [0, 1])
+    assert train.labels.dtype == np.int32
+
+
+def test_relative_path_is_looked_up_in_data_root(folder, tmp_path):
+    assert len(datasets.load("pets", data_root=tmp_path).labels) == 3
+
+
+@pytest.mark.parametrize("inside", ["", "wrapped"])
+def test_classes_without_a_split_are_all_train(tmp_path, inside):
+    # A class may be called "train": there are no classes below it.
+    files = {"train/0.png": colour(1), "plane/0.png": colour(2), "plane/1.png": colour(3)}
+    path = zipped(write_images(tmp_path / "things", files), inside=inside)
+    dataset = datasets.load(path)
+    assert dataset.class_names == ("plane", "train")
+    np.testing.assert_array_equal(dataset.images[:, 0, 0, 0], [2, 3, 1])
+    with pytest.raises(ValueError, match=r"no train/ and test/ folders.*split='test'"):
+        datasets.load(path, split="test")
+
+
+def test_png_round_trip_in_colour_and_jpeg_as_pillow_reads_it(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 6, 3), dtype=np.uint8)
+    root = write_images(tmp_path / "x", {"a/0.png": pixels[0], "a/1.jpg": pixels[1]})
+    images = datasets.load(root).images
+    np.testing.assert_array_equal(images[0], pixels[0])
+    np.testing.assert_array_equal(images[1], np.asarray(Image.open(root / "a" / "1.jpg")))
+
+
+def test_other_pixel_formats(tmp_path):
+    root = write_images(tmp_path / "x", {"a/0.png": colour(200)})
+    rgb = Image.fromarray(colour(200))
+    rgb.convert("RGBA").save(root / "a" / "1.png")
+    rgb.quantize(4).save(root / "a" / "2.png")
+    np.testing.assert_array_equal(datasets.load(root).images, 200)
+
+    bilevel = write_images(tmp_path / "y", {"a/0.png": gray(255)})
+    Image.fromarray(gray(255)).convert("1").save(bilevel / "a" / "1.png")
+    Image.fromarray(gray(255)).convert("LA").save(bilevel / "a" / "2.png")
+    assert datasets.load(bilevel).images.shape == (3, 4, 3, 1)
+    np.testing.assert_array_equal(datasets.load(bilevel).images, 255)
+
+    see_through = rgb.convert("RGBA")
+    see_through.putalpha(100)
+    see_through.save(root / "a" / "3.png")
+    with pytest.raises(ValueError, match=r"a/3\.png: it is transparent"):
+        datasets.load(root)
+    Image.fromarray(np.full((4, 3), 60_000, np.uint16)).save(root / "a" / "3.png")
+    with pytest.raises(ValueError, match=r"a/3\.png: its pixels \(I;16\) are not 8-bit"):
+        datasets.load(root)
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "train/cat/0.png").write_bytes(b"no png"), r"image train/cat/0\.png"),
+        (
+            lambda root: (root / "train/dog/1.png").write_bytes(
+                (root / "train/dog/1.png").read_bytes()[:50]
+            ),
+            r"cannot read the image train/dog/1\.png",
+        ),
+        (
+            lambda root: write_images(root, {"train/dog/2.png": gray(1, (5, 3))}),
+            r"differ .*train/dog/2\.png is \(5, 3, 1\) .*train/cat/9\.PNG is \(4, 3, 1\)",
+        ),
+        (
+            lambda root: write_images(root, {"train/dog/2.png": colour(1)}),
+            r"differ .*train/dog/2\.png is \(4, 3, 3\) .*train/cat/9\.PNG is \(4, 3, 1\)",
+        ),
+        (lambda root: (root / "train/emu").mkdir(), r"class 'emu' has no image in the .*'train'"),
+        (
+            lambda root: write_images(root, {"test/emu/2.png": gray(1)}),
+            r"class 'emu' has no image in the split 'train'",
+        ),
+        (
+            lambda root: write_images(root, {"train/dog/deep/2.png": gray(1)}),
+            r"train/dog/deep/2\.png is out of place: expected",
+        ),
+    ],
+    ids=["no png", "truncated", "size", "colour", "empty class", "class of test", "too deep"],
+)
+def test_damaged_folders(folder, as_zip, damage, message):
+    damage(folder)
+    path = zipped(folder, inside="") if as_zip else folder
+    with pytest.raises(ValueError, match=message) as info:
+        datasets.load(path)
+    assert "pets" in str(info.value)
+
+
+def test_no_class_at_all(tmp_path):
+    root = tmp_path / "empty"
+    root.mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no class of images: expected train/CLASS"):
+        datasets.load(root)
+    write_images(root, {"0.png": gray(1)})
+    with pytest.raises(ValueError, match=r"0\.png is out of place: expected train/CLASS"):
+        datasets.load(root)
+
+
+def test_truncated_zip(folder):
+    path = zipped(folder)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"pets\.zip is no zip, or a truncated one"):
+        datasets.load(path)
+
+
+def test_split_is_train_or_test():
+    with pytest.raises((ValueError, TypeError)):  # the annotation, where it is checked
+        datasets.load("digits", split="valid")
+
+
+def test_cifar10_zip_in_place(data_root):
+    path = data_root / "cifar10_jpeg.zip"
+    if not path.is_file():
+        pytest.skip("no cifar10_jpeg.zip in DATA_ROOT")
+    dataset = datasets.load(path, split="test")
+    assert dataset.images.shape == (10_000, 32, 32, 3)
+    np.testing.assert_array_equal(np.bincount(dataset.labels), 1000)
+    with zipfile.ZipFile(path) as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith("test/") and n.endswith("jpg"))
+        for i in (0, 4321, 9999):
+            pixels = np.asarray(Image.open(io.BytesIO(archive.read(names[i]))))
+            np.testing.assert_array_equal(dataset.images[i], pixels)
+            assert dataset.class_names[dataset.labels[i]] == names[i].split("/")[1]
+
+
+# ---- Points
+
+
+def test_flat_and_as_images_are_inverse():
+    dataset = toy(shape=(3, 2, 3))
+    rows = datasets.flat(dataset)
+    assert rows.shape == (21, 18)
+    assert rows.dtype == jnp.float32
+    np.testing.assert_allclose(rows[4], dataset.images[4].ravel() / 255, rtol=1e-6)
+    images = datasets.as_images(rows, dataset.image_shape)
+    np.testing.assert_array_equal(np.rint(images * 255), dataset.images)
+    some = datasets.flat(dataset, np.array([[3, 1], [0, 20]]))
+    np.testing.assert_array_equal(some, rows[np.array([[3, 1], [0, 20]])])
+    assert datasets.as_images(some, (3, 2, 3)).shape == (2, 2, 3, 2, 3)
+    with pytest.raises(ValueError, match=r"rows of 18 .* \(4, 4, 1\)"):
+        datasets.as_images(rows, (4, 4, 1))
+
+
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_draw_is_of_the_class_and_without_replacement(seed, n):
+    dataset = toy()
+    indices = datasets.draw_indices(jax.random.key(seed), dataset, n)
+    assert indices.shape == (3, n)
+    for label in range(3):
+        assert set(dataset.labels[indices[label]]) == {label}
+        assert len(set(indices[label])) == n
+    points = datasets.draw(jax.random.key(seed), dataset, n)
+    np.testing.assert_allclose(points, dataset.images[indices].reshape(3, n, 6) / 255.0, rtol=1e-6)
+
+
+@given(seed=st.integers(0, 2**31), classes=st.permutations([0, 1, 2]), count=st.integers(1, 3))
+@settings(max_examples=15, deadline=None)
+def test_drawing_fewer_classes_gives_the_same_images(seed, classes, count):
+    dataset, key = toy(), jax.random.key(seed)
+    chosen = classes[:count]
+    everything = datasets.draw(key, dataset, 4)
+    some = datasets.draw(key, dataset, 4, classes=chosen)
+    np.testing.assert_array_equal(some, everything[np.array(chosen)])
+    by_name = datasets.draw(key, dataset, 4, classes=["abc"[c] for c in chosen])
+    np.testing.assert_array_equal(some, by_name)
+
+
+def test_larger_draw_begins_with_the_smaller():
+    dataset, key = toy(), jax.random.key(3)
+    np.testing.assert_array_equal(
+        datasets.draw_indices(key, dataset, 5)[:, :2], datasets.draw_indices(key, dataset, 2)
+    )
+
+
+def test_draw_is_the_same_in_either_precision():
+    dataset, key = toy(), jax.random.key(3)
+    expected = datasets.draw(key, dataset, 5)
+    with jax.enable_x64(True):
+        points = datasets.draw(key, dataset, 5)
+    assert points.dtype == jnp.float32
+    np.testing.assert_array_equal(points, expected)
+
+
+def test_draw_of_a_whole_class_is_the_class_and_keys_differ():
+    dataset = toy((40, 40))
+    one = datasets.draw_indices(jax.random.key(0), dataset, 40)
+    other = datasets.draw_indices(jax.random.key(1), dataset, 40)
+    for label in range(2):
+        np.testing.assert_array_equal(np.sort(one[label]), np.flatnonzero(dataset.labels == label))
+        assert (one[label] != other[label]).any()
+    # Classes of one size are not shuffled alike.
+    ranks = [np.searchsorted(np.sort(row), row) for row in one]
+    assert (ranks[0] != ranks[1]).any()
+
+
+def test_every_image_is_as_likely():
+    # 200 classes of six images in order: the rank of an image is its index modulo 6.
+    labels = np.repeat(np.arange(200, dtype=np.int32), 6)
+    images = np.zeros((1200, 1, 1, 1), np.uint8)
+    dataset = Dataset("many", images, labels, tuple(map(str, range(200))))
+    counts = np.bincount(datasets.draw_indices(jax.random.key(0), dataset, 2).ravel() % 6)
+    # Each rank is drawn in a third of 200: mean 66.7, deviation sqrt(200 * 1/3 * 2/3) = 6.7.
+    assert np.abs(counts - 200 / 3).max() < 4 * 6.7
+
+
+def test_draw_errors():
+    dataset, key = toy(), jax.random.key(0)
+    with pytest.raises(ValueError, match=r"class 'b' of toy has 5 images, fewer than the 6"):
+        datasets.draw(key, dataset, 6)
+    assert datasets.draw(key, dataset, 6, classes=["a", 2]).shape == (2, 6, 6)
+    with pytest.raises(ValueError, match="at least 1 image of every class, not 0"):
+        datasets.draw(key, dataset, 0)
+    for unknown in ("z", 3, -1):
+        with pytest.raises(ValueError, match=rf"toy has no class {unknown!r}: it has a, b, c"):
+            datasets.draw(key, dataset, 1, classes=[unknown])
+    for wrong in ([], ["a", 0]):
+        with pytest.raises(ValueError, match="one or more different ones"):
+            datasets.draw(key, dataset, 1, classes=wrong)
+
+
+# ---- One data set from another
+
+
+@pytest.mark.parametrize("size", [16, (5, 12), 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resize_is_antialiased_bilinear(size, channels):
+    dataset = toy((3, 2), shape=(8, 8, channels))
+    height, width = (size, size) if isinstance(size, int) else size
+    resized = datasets.resize(dataset, size)
+    expected = jax.image.resize(
+        dataset.images.astype(np.float32), (5, height, width, channels), "linear", antialias=True
+    )
+    assert resized.name == f"toy-{height}x{width}"
+    np.testing.assert_allclose(resized.images, expected, atol=1.6)  # Pillow rounds twice
+
+
+def test_resized_digits_keep_their_place():
+    dataset = datasets.load("digits")._replace(name="d")
+    some = dataset._replace(images=dataset.images[:50], labels=dataset.labels[:50])
+    larger = datasets.resize(some, 16)
+    back = larger.images.reshape(50, 8, 2, 8, 2).mean(axis=(2, 4))
+    correlation = np.corrcoef(back.ravel(), some.images.ravel())[0, 1]
+    assert correlation > 0.95
+    np.testing.assert_array_equal(
+        datasets.resize(datasets.rotate(some, 1), 16).images, datasets.rotate(larger, 1).images
+    )
+
+
+def test_gray_and_rgb():
+    dataset = toy(shape=(3, 2, 3))
+    grey = datasets.to_gray(dataset)
+    luma = dataset.images @ np.array([0.299, 0.587, 0.114])
+    assert grey.image_shape == (3, 2, 1)
+    np.testing.assert_allclose(grey.images[..., 0], luma, atol=0.51)
+    assert datasets.to_gray(grey) is grey
+    assert datasets.to_rgb(dataset) is dataset
+    rgb = datasets.to_rgb(grey)
+    assert rgb.image_shape == (3, 2, 3)
+    np.testing.assert_array_equal(rgb.images, np.concatenate([grey.images] * 3, axis=-1))
+    np.testing.assert_array_equal(datasets.to_gray(rgb).images, grey.images)
+    assert (grey.name, rgb.name) == ("toy-gray", "toy-gray-rgb")
+
+
+def test_rotate_and_invert():
+    dataset = toy()
+    turned = datasets.rotate(dataset, 1)
+    assert turned.image_shape == (2, 3, 1)
+    for i in range(3):
+        for j in range(2):  # anticlockwise: the last column becomes the first row
+            np.testing.assert_array_equal(turned.images[:, 1 - j, i], dataset.images[:, i, j])
+    assert turned.name == "toy-rotated90"
+    assert datasets.rotate(dataset, 4) is dataset
+    np.testing.assert_array_equal(datasets.rotate(turned, -1).images, dataset.images)
+    inverted = datasets.invert(dataset)
+    assert inverted.name == "toy-inverted"
+    np.testing.assert_array_equal(inverted.images.astype(int) + dataset.images, 255)
+    np.testing.assert_array_equal(inverted.labels, dataset.labels)
+
+
+# ---- Normalisation
+
+
+def test_normalisation_constants_by_a_loop():
+    dataset = toy(shape=(3, 2, 3))
+    mean, std = datasets.normalisation_constants(dataset)
+    for channel in range(3):
+        values = [float(v) / 255 for v in dataset.images[..., channel].ravel()]
+        expected = math.fsum(values) / len(values)
+        variance = math.fsum((v - expected) ** 2 for v in values) / len(values)
+        assert mean[channel] == pytest.approx(expected, rel=1e-12)
+        assert std[channel] == pytest.approx(math.sqrt(variance), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "fashion_mnist", "usps"])
+def test_table_of_constants(name, request):
+    root = None if name == "digits" else request.getfixturevalue("data_root")
+    dataset = datasets.load(name, data_root=root)
+    np.testing.assert_allclose(
+        datasets.normalisation_constants(dataset), datasets.normalisation(name), atol=5.1e-5
+    )
+
+
+# ---- Synthetic sets
+
+
+def test_rings_lie_on_their_circles():
+    points = datasets.rings(jax.random.key(0), 500)
+    assert points.shape == (3, 500, 2)
+    centres = np.array([[0, 0], [-0.75, 0], [-1.5, 0]])
+    offsets = np.asarray(points) - centres[:, None]
+    np.testing.assert_allclose(np.linalg.norm(offsets, axis=-1), 0.3, rtol=1e-5)
+    # Uniform angles: the mean of cos t and sin t is 0, with deviation sqrt(1 / 2n) = .032.
+    assert np.abs(offsets.mean(axis=1) / 0.3).max() < 0.13
+    assert np.abs(offsets[0] - offsets[1]).max() > 0.1
+    assert not np.array_equal(points, datasets.rings(jax.random.key(1), 500))
+
+
+def test_even_rings_in_closed_form():
+    points = datasets.rings_even(4, centres=((1.0, 2.0),), radius=2.0)
+    np.testing.assert_allclose(points, [[[3, 2], [1, 4], [-1, 2], [1, 0]]], atol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rings_follow_the_precision():
+    points = datasets.rings_even(6)
+    assert points.dtype == jnp.float64
+    np.testing.assert_allclose(np.linalg.norm(points[0], axis=-1), 0.3, rtol=1e-14)
+
+
+def test_gaussians_have_their_moments():
+    means = np.array([[0.0, 1.0], [5.0, -2.0]])
+    covariances = np.array([[[2.0, 0.6], [0.6, 0.5]], [[1.0, -0.9], [-0.9, 1.0]]])
+    points = datasets.gaussians(jax.random.key(0), means, 20_000, covariances=covariances)
+    assert points.shape == (2, 20_000, 2)
+    np.testing.assert_allclose(points.mean(axis=1), means, atol=0.05)
+    for c in range(2):
+        np.testing.assert_allclose(np.cov(points[c].T), covariances[c], atol=0.08)
+    scaled = datasets.gaussians(jax.random.key(0), means, 20_000, scale=np.array([0.5, 3.0]))
+    np.testing.assert_allclose(scaled.std(axis=1), [[0.5, 0.5], [3, 3]], rtol=0.03)
+    diagonal = np.array([0.25, 9.0])[:, None, None] * np.eye(2)
+    same = datasets.gaussians(jax.random.key(0), means, 20_000, covariances=diagonal)
+    np.testing.assert_allclose(same, scaled, atol=1e-4)
+    np.testing.assert_array_equal(
+        datasets.gaussians(jax.random.key(0), means, 3, scale=0.0), np.repeat(means[:, None], 3, 1)
+    )
+
+
+def test_gaussians_want_one_kind_of_spread():
+    with pytest.raises(ValueError, match="either scale or covariances"):
+        datasets.gaussians(jax.random.key(0), np.zeros((1, 2)), 3)
+    with pytest.raises(ValueError, match="either scale or covariances"):
+        datasets.gaussians(
+            jax.random.key(0), np.zeros((1, 2)), 3, scale=1.0, covariances=np.eye(2)[None]
+        )
+
+
+def test_gaussian_mixture_has_its_shares_and_spreads():
+    weights, scales = np.array([1.0, 3.0, 0.0]), np.array([0.1, 0.5, 1.0])
+    means = np.array([[-10.0, 0.0, 0.0], [10.0, 0.0, 0.0], [0.0, 50.0, 0.0]])
+    points = np.asarray(
+        datasets.gaussian_mixture(jax.random.key(0), weights, means, scales, 20_000)
+    )
+    assert points.shape == (20_000, 3)
+    assert points[:, 1].max() < 10  # a component of no weight is not drawn
+    left = points[:, 0] < 0
+    assert left.mean() == pytest.approx(0.25, abs=0.015)
+    np.testing.assert_allclose(points[left].std(axis=0), 0.1, rtol=0.05)
+    np.testing.assert_allclose(points[~left].std(axis=0), 0.5, rtol=0.05)

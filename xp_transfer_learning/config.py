@@ -1,0 +1,80 @@
+"""Settings and presets of the flows of labelled data sets."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Preset = Literal["quick", "paper"]
+
+
+@dataclass(frozen=True)
+class RingsConfig:
+    """Three clouds flow to three rings (Figure 1 and appendix D.2 of Bonet et al., 2025)."""
+
+    num_points: int = 80
+    """Points a class, in source and target."""
+    num_directions: int = 500
+    num_levels: int | None = None
+    """None: exact sliced-Wasserstein. 100: the published percentile approximation."""
+    n_epochs: int = 501
+    lr: float = 0.1
+    gaussian: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
+    """Bandwidths h of exp(-SW2^2 / 2h); likewise for the next two."""
+    imq: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
+    laplace: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
+    riesz: tuple[float, ...] = (0.5, 1.0, 1.5)
+    """Exponents r of -SW2^r."""
+    momenta: tuple[float, ...] = (0.0, 0.25, 0.6, 0.9)
+    """Riesz, r = 1, with `momentum_lr` and `momentum_epochs`."""
+    momentum_lr: float = 0.01
+    momentum_epochs: int = 251
+    decay: bool = True
+    """Also Riesz, r = 1, with a step that falls linearly from lr to 0."""
+
+
+RINGS: dict[str, tuple[RingsConfig, ...]] = {
+    "quick": (
+        RingsConfig(gaussian=(0.01, 0.1, 1.0), imq=(0.01, 0.1, 1.0), laplace=(0.05, 0.5, 1.0)),
+    ),
+    "paper": (RingsConfig(), RingsConfig(num_levels=100)),
+}
+
+
+@dataclass(frozen=True)
+class ImageFlowConfig:
+    """A labelled set of images flows to another, with the Riesz kernel (Figure 2)."""
+
+    source: str = "mnist"
+    """A data set's name, or the path of a folder or zip of images."""
+    target: str = "fashion_mnist"
+    split: str = "train"
+    num_per_class: int = 200
+    num_directions: int = 500
+    n_epochs: int = 100_000
+    lr: float = 0.05
+    decay: bool = False
+    """The step falls linearly from lr to 0; then lr can be far larger."""
+    m: float = 0.9
+    n_sample_batch: int | None = None
+    """Points drawn from every target class at each step; None takes all."""
+    block_size: int | None = None
+    """Directions at a time: bounds memory."""
+    record_every: int = 1000
+
+
+# Stand-ins for a target where no data are at hand: "digits, rotated" and "digits, inverted".
+ROTATED, INVERTED = "digits:rotated", "digits:inverted"
+
+QUICK_DIGITS = ImageFlowConfig(
+    "digits", ROTATED, num_per_class=60, n_epochs=400, lr=8.0, decay=True, record_every=10
+)
+QUICK_WITH_DATA = ImageFlowConfig(
+    num_per_class=50, n_epochs=500, lr=20.0, decay=True, record_every=10
+)
+IMAGE_FLOWS: dict[str, tuple[ImageFlowConfig, ...]] = {
+    "quick": (QUICK_DIGITS, replace(QUICK_DIGITS, target=INVERTED)),
+    # Ours in 5,000 steps, then the published 100,000 small ones.
+    "paper": (
+        ImageFlowConfig(n_epochs=5_000, lr=20.0, decay=True, record_every=50),
+        ImageFlowConfig(),
+    ),
+}

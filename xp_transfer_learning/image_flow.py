@@ -1,0 +1,172 @@
+"""A labelled set of images flows to another: MNIST to Fashion-MNIST, or data of your own.
+
+    python xp_transfer_learning/image_flow.py --preset quick
+    python xp_transfer_learning/image_flow.py --src_dataset usps --tgt_dataset my_images.zip
+
+Without data at hand the quick preset flows scikit-learn's digits to rotated and inverted ones; it
+adds MNIST to Fashion-MNIST when the data root has both. Nothing is downloaded unless asked for.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from lib import datasets, mmd, runs
+from lib.gd import recorded_steps, wasserstein_gradient_descent
+from xp_transfer_learning import plot
+from xp_transfer_learning.config import (
+    IMAGE_FLOWS,
+    INVERTED,
+    QUICK_WITH_DATA,
+    ROTATED,
+    ImageFlowConfig,
+    Preset,
+)
+
+EXPERIMENT = "xp_transfer_learning"
+
+
+def load(name: str, split: str, data_root: Path | None) -> datasets.Dataset:
+    """A data set by name or path, or one of the two made from the embedded digits."""
+    if name == ROTATED:
+        return datasets.rotate(datasets.load("digits", split=split), 1)
+    if name == INVERTED:
+        return datasets.invert(datasets.load("digits", split=split))
+    return datasets.load(name, split=split, data_root=data_root)
+
+
+def data(key, config: ImageFlowConfig, data_root: Path | None):
+    """(x0, x_tgt, image shape): the source is resized, and made grey or colour, like the target."""
+    source = load(config.source, config.split, data_root)
+    target = load(config.target, config.split, data_root)
+    height, width, channels = target.image_shape
+    if source.image_shape[:2] != (height, width):
+        source = datasets.resize(source, (height, width))
+    if source.image_shape[2] != channels:
+        source = datasets.to_gray(source) if channels == 1 else datasets.to_rgb(source)
+    key_source, key_target = jax.random.split(key)
+    x0 = datasets.draw(key_source, source, config.num_per_class)
+    return x0, datasets.draw(key_target, target, config.num_per_class), target.image_shape
+
+
+def run_flow(
+    config: ImageFlowConfig, *, seed: int, results: Path, data_root: Path | None
+) -> runs.Run:
+    """Runs one flow, or finds it done. Its folder holds losses [T], particles
+    [records, C, n, d], steps, x_tgt and image_shape."""
+    name = f"{_short(config.source)}-{_short(config.target)}"
+    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
+    if run.finished:
+        print(f"{run.folder}: done before")
+        return run
+    key_data, key_flow = jax.random.split(jax.random.PRNGKey(seed))
+    x0, x_tgt, image_shape = data(key_data, config, data_root)
+
+    def target_value_and_grad(x, x_tgt, key):
+        return mmd.target_value_and_grad_riesz(
+            x,
+            x_tgt,
+            key,
+            n_projs=config.num_directions,
+            n_sample_batch=config.n_sample_batch,
+            block_size=config.block_size,
+        )
+
+    print(f"{config.source} -> {config.target}: {config.n_epochs} steps of {tuple(x0.shape)}")
+    losses, particles = wasserstein_gradient_descent(
+        x0,
+        x_tgt,
+        target_value_and_grad,
+        key_flow,
+        n_epochs=config.n_epochs,
+        lr=_linear_decay(config.lr, config.n_epochs) if config.decay else config.lr,
+        m=config.m,
+        record_every=config.record_every,
+        run=run,
+        description=name,
+    )
+    run.finish(
+        losses=losses,
+        particles=particles,
+        steps=recorded_steps(config.n_epochs, config.record_every),
+        x_tgt=np.asarray(x_tgt),
+        image_shape=np.asarray(image_shape),
+    )
+    return run
+
+
+def _linear_decay(lr: float, n_epochs: int):
+    return lambda step: lr * (1 - step / n_epochs)
+
+
+def _short(name: str) -> str:
+    return Path(name).stem.replace(":", "_")
+
+
+def with_data(data_root: Path | None) -> bool:
+    """Whether MNIST and Fashion-MNIST are in the data root."""
+    root = Path(data_root or os.environ.get("DATA_ROOT", "data"))
+    return all((root / name / "raw").is_dir() for name in ("MNIST", "FashionMNIST"))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    preset: Preset = "quick"
+    src_dataset: str | None = None
+    """A data set's name, or the path of a folder or zip of images: this flow, in the paper's
+    settings, instead of the preset's. Likewise `tgt_dataset`."""
+    tgt_dataset: str | None = None
+    num_per_class: int | None = None
+    """This and the next five replace what the preset says."""
+    n_epochs: int | None = None
+    lr: float | None = None
+    decay: bool | None = None
+    m: float | None = None
+    record_every: int | None = None
+    seed: int = 0
+    results: Path = Path("results")
+    data_root: Path | None = None
+    """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
+
+
+def chosen(arguments: Arguments) -> list[ImageFlowConfig]:
+    """The preset's flows, or the one asked for, with what the arguments replace."""
+    configs = list(IMAGE_FLOWS[arguments.preset])
+    if arguments.preset == "quick" and with_data(arguments.data_root):
+        configs.append(QUICK_WITH_DATA)
+    if arguments.src_dataset or arguments.tgt_dataset:
+        named = {"source": arguments.src_dataset, "target": arguments.tgt_dataset}
+        configs = [replace(ImageFlowConfig(), **{k: v for k, v in named.items() if v})]
+    fields = ("num_per_class", "n_epochs", "lr", "decay", "m", "record_every")
+    replaced = {f: getattr(arguments, f) for f in fields if getattr(arguments, f) is not None}
+    return [replace(config, **replaced) for config in configs]
+
+
+def main(arguments: Arguments) -> list[Path]:
+    """Runs the flows and draws their figures; returns the run folders."""
+    folders = []
+    for config in chosen(arguments):
+        run = run_flow(
+            config, seed=arguments.seed, results=arguments.results, data_root=arguments.data_root
+        )
+        arrays = run.load_arrays()
+        name = f"{_short(config.source)}-{_short(config.target)}"
+        figures = plot.image_flow(
+            arrays,
+            f"{config.source} → {config.target}, {config.num_per_class} a class",
+            run.folder / "figures" / name,
+        )
+        losses = arrays["losses"]
+        print(f"  loss {losses[0]:.4g} -> {losses[-1]:.4g} in {len(losses)} steps")
+        print(f"  numbers: {run.arrays}", *(f"  figure:  {path}" for path in figures), sep="\n")
+        folders.append(run.folder)
+    return folders
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,121 @@
+"""Figures of this experiment, drawn from stored results alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from lib import plotting, runs
+from lib.datasets import as_images
+
+
+def load_rings(summary: Path) -> list[dict]:
+    """The rows of a rings summary, each with its first seed's `losses` [T], `particles`
+    [records, 3, n, 2], `steps` and `x_tgt`."""
+    summary = Path(summary)
+    root = summary.parent.parent
+    rows = json.loads(summary.read_text())["rows"]
+    loaded: dict[str, dict] = {}
+    for row in rows:
+        folder = row["folders"][0]
+        if folder not in loaded:
+            loaded[folder] = runs.Run(root / folder).load_arrays()
+        arrays, i = loaded[folder], row["index"]
+        row |= {"losses": arrays["losses"][:, i], "particles": arrays["particles"][:, i]}
+        row |= {"steps": arrays["steps"], "x_tgt": arrays["x_tgt"]}
+    return rows
+
+
+def rings_grid(rows: list[dict]) -> Figure:
+    """A row a kernel, a column a bandwidth: the last particles, their paths, the target in grey."""
+    names = [n for n in ("gaussian", "laplace", "imq", "riesz", "momentum", "decay") if any(
+        row["kernel"] == n for row in rows)]  # fmt: skip
+    columns = max(sum(row["kernel"] == name for row in rows) for name in names)
+    figure, axes = plt.subplots(
+        len(names), columns, figsize=(2.1 * columns, 1.05 * len(names)), squeeze=False
+    )
+    for name, line in zip(names, axes):
+        shown = [row for row in rows if row["kernel"] == name]
+        for axis in line[len(shown) :]:
+            axis.set_axis_off()
+        for axis, row in zip(line, shown):
+            plotting.scatter_classes(axis, row["particles"][-1], target=row["x_tgt"])
+            plotting.plot_paths(axis, row["particles"])
+            axis.set_title(f"{name}, {row['parameter']} = {row['value']:g}", fontsize=7, pad=2)
+            axis.set_xlim(-1.95, 0.45)
+            axis.set_ylim(-0.45, 0.45)
+    return figure
+
+
+def rings_losses(rows: list[dict]) -> Figure:
+    """Loss against step, a panel a sweep."""
+    names = list(dict.fromkeys(row["kernel"] for row in rows))
+    figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(9, 4.8), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names):
+        for row in rows:
+            if row["kernel"] == name:
+                label = f"{row['parameter']} = {row['value']:g}"
+                plotting.plot_losses(axis, row["losses"], label=label)
+        axis.set_title(name)
+        axis.legend(fontsize=6)
+    return figure
+
+
+def rings(summary: Path) -> list[Path]:
+    """Draws the grid and the losses of each estimator, and the animation of the Riesz flow."""
+    summary, written = Path(summary), []
+    rows = load_rings(summary)
+    folder = summary.parent / "figures"
+    with plotting.style():
+        for estimator in dict.fromkeys(row["estimator"] for row in rows):
+            chosen = [row for row in rows if row["estimator"] == estimator]
+            stem = f"{summary.stem}_{estimator.replace(' ', '_')}"
+            written.append(plotting.save_figure(rings_grid(chosen), folder / f"{stem}.png"))
+            losses = rings_losses(chosen)
+            written.append(plotting.save_figure(losses, folder / f"{stem}_losses.png"))
+        row = next(row for row in rows if row["kernel"] == "riesz" and row["value"] == 1.0)
+        written.append(animate_rings(row, folder / f"{summary.stem}.gif"))
+    return written
+
+
+def animate_rings(row: dict, path: Path) -> Path:
+    figure, axis = plt.subplots(figsize=(4.8, 2.2))
+
+    def draw(frame: int) -> None:
+        axis.clear()
+        plotting.scatter_classes(axis, row["particles"][frame], target=row["x_tgt"])
+        axis.set_xlim(-1.95, 0.45)
+        axis.set_ylim(-0.45, 0.45)
+        axis.set_title(f"step {row['steps'][frame]}")
+
+    return plotting.save_animation(figure, draw, len(row["steps"]), path)
+
+
+def image_flow(arrays: dict, title: str, stem: Path) -> list[Path]:
+    """Samples along one flow (a row a class, a column a step; last the target image nearest to
+    where the sample ended, for classes are matched by the flow), and its loss."""
+    particles, steps = arrays["particles"], arrays["steps"]
+    shape = tuple(int(s) for s in arrays["image_shape"])
+    with plotting.style():
+        # Most happens early: columns at equal ratios of steps.
+        wanted = np.concatenate([[0], np.geomspace(max(1, steps[1]), steps[-1], 9)])
+        chosen = np.unique(np.searchsorted(steps, wanted.round()).clip(0, len(steps) - 1))
+        targets = arrays["x_tgt"].reshape(-1, arrays["x_tgt"].shape[-1])
+        squared = ((particles[-1, :, None, 0] - targets[None]) ** 2).sum(axis=-1)
+        nearest = targets[squared.argmin(axis=1)]
+        sheet = as_images(np.concatenate([particles[chosen, :, 0], nearest[None]]), shape)
+        figure, axis = plt.subplots(figsize=(0.62 * len(sheet), 0.62 * sheet.shape[1] + 0.5))
+        plotting.show_images(axis, np.swapaxes(np.asarray(sheet), 0, 1))
+        shown = ", ".join(f"{int(steps[i]):,}" for i in chosen)
+        axis.set_title(f"{title}\nsteps {shown}; last column: the nearest target image", fontsize=8)
+        samples = plotting.save_figure(figure, stem.with_suffix(".png"))
+        figure, axis = plt.subplots(figsize=(4.5, 3))
+        plotting.plot_losses(axis, arrays["losses"])
+        axis.set_xscale("symlog", linthresh=10)
+        axis.set_title(title)
+        losses = plotting.save_figure(figure, stem.with_name(f"{stem.name}_loss.png"))
+    return [samples, losses]

@@ -1,0 +1,192 @@
+"""Three Gaussian clouds flow to three rings, by four kernels, several bandwidths and momenta.
+
+    python xp_transfer_learning/rings.py --preset quick
+
+All bandwidths of a kernel are one run, a vmap. Finished runs are skipped, interrupted ones resume.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from lib import datasets, mmd, runs
+from lib.gd import recorded_steps, wasserstein_gradient_descent
+from xp_transfer_learning import plot
+from xp_transfer_learning.config import RINGS, Preset, RingsConfig
+
+EXPERIMENT = "xp_transfer_learning"
+
+# Last losses of Bonet et al. (2025), one run each, seed and draw unknown.
+GRID = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
+PUBLISHED = {
+    "gaussian": dict(zip(GRID, (0.215, 0.090, 0.0, 0.0, 0.0, 0.002))),
+    "imq": dict(zip(GRID, (4.291, 1.682, 0.0, 0.0, 0.0, 0.0))),
+    "laplace": dict(zip(GRID, (0.333, 0.333, 0.242, 0.171, 0.007, 0.003))),
+    "riesz": {0.5: 0.044, 1.0: 0.003, 1.5: 0.000},
+    "momentum": {0.0: 0.066, 0.25: 0.042, 0.6: 0.0, 0.9: 0.0},
+}
+
+
+class Sweep(NamedTuple):
+    """Flows that differ in one number and run side by side."""
+
+    name: str
+    parameter: str
+    values: tuple[float, ...]
+    target_value_and_grad: Callable
+    optimizer: optax.GradientTransformation
+    n_epochs: int
+
+
+def sweeps(config: RingsConfig) -> list[Sweep]:
+    """The sweeps of Figure 1 and appendix D.2, and a decaying step."""
+    shared = {"n_projs": config.num_directions, "num_levels": config.num_levels}
+
+    def over(target, values):
+        def value_and_grad(x, x_tgt, key):
+            # One key: the flows see the same directions and differ by their number alone.
+            return jax.vmap(lambda x, value: target(x, x_tgt, key, None, value, **shared))(
+                x, jnp.asarray(values, x.dtype)
+            )
+
+        return value_and_grad
+
+    constant = optax.sgd(config.lr)
+    listed = [
+        Sweep(
+            kernel,
+            "r" if kernel == "riesz" else "h",
+            getattr(config, kernel),
+            over(getattr(mmd, f"target_value_and_grad_{kernel}"), getattr(config, kernel)),
+            constant,
+            config.n_epochs,
+        )
+        for kernel in ("gaussian", "imq", "laplace", "riesz")
+    ]
+    riesz = mmd.target_value_and_grad_riesz
+    ones = (1.0,) * len(config.momenta)
+    decays = jnp.asarray(config.momenta)[:, None, None, None]
+    heavy_ball = optax.chain(optax.trace(decays), optax.scale(-config.momentum_lr))
+    listed.append(
+        Sweep("momentum", "m", config.momenta, over(riesz, ones), heavy_ball, config.momentum_epochs)
+    )
+    if config.decay:
+        falling = optax.sgd(optax.linear_schedule(config.lr, 0.0, config.n_epochs))
+        listed.append(Sweep("decay", "r", (1.0,), over(riesz, (1.0,)), falling, config.n_epochs))
+    return listed
+
+
+def data(key, config: RingsConfig) -> tuple[jax.Array, jax.Array]:
+    """(x0, x_tgt), each [3, n, 2]: every class starts as N((-.3, 0), 1e-4 I)."""
+    key_x0, key_tgt = jax.random.split(key)
+    x0 = 0.01 * jax.random.normal(key_x0, (3, config.num_points, 2))
+    x0 = x0 + jnp.asarray([-0.3, 0.0]).reshape(1, 1, 2)
+    return x0, datasets.rings(key_tgt, config.num_points)
+
+
+def run_sweep(sweep: Sweep, config: RingsConfig, *, seed: int, results: Path) -> runs.Run:
+    """Runs one sweep, or finds it done. Its folder holds losses [T, B] and particles
+    [records, B, 3, n, 2]."""
+    settings = {
+        "parameter": sweep.parameter,
+        "values": sweep.values,
+        "n_epochs": sweep.n_epochs,
+        "lr": config.momentum_lr if sweep.name == "momentum" else config.lr,
+        "num_points": config.num_points,
+        "num_directions": config.num_directions,
+        "num_levels": config.num_levels,
+    }
+    run = runs.open_run(results, EXPERIMENT, f"rings_{sweep.name}", settings, seed=seed)
+    if run.finished:
+        print(f"{run.folder}: done before")
+        return run
+    key_data, key_flow = jax.random.split(jax.random.PRNGKey(seed))
+    x0, x_tgt = data(key_data, config)
+    every = 10
+    losses, particles = wasserstein_gradient_descent(
+        jnp.broadcast_to(x0, (len(sweep.values), *x0.shape)),
+        x_tgt,
+        sweep.target_value_and_grad,
+        key_flow,
+        n_epochs=sweep.n_epochs,
+        optimizer=sweep.optimizer,
+        record_every=every,
+        run=run,
+        description=f"rings, {sweep.name}, seed {seed}",
+        stop_at_nonfinite=False,
+    )
+    run.finish(
+        losses=losses,
+        particles=particles,
+        steps=recorded_steps(sweep.n_epochs, every),
+        x_tgt=np.asarray(x_tgt),
+        values=np.asarray(sweep.values),
+    )
+    return run
+
+
+@dataclass(frozen=True)
+class Arguments:
+    preset: Preset = "quick"
+    seeds: tuple[int, ...] | None = None
+    """Data and directions. None: (0,) for quick, (0, 1, 2, 3, 4) for paper."""
+    results: Path = Path("results")
+
+
+def main(arguments: Arguments) -> Path:
+    """Runs the preset, prints the last losses beside the published ones, draws the figures, and
+    returns the path of the summary."""
+    seeds = arguments.seeds or ((0,) if arguments.preset == "quick" else (0, 1, 2, 3, 4))
+    rows = []
+    for config in RINGS[arguments.preset]:
+        estimator = "exact" if config.num_levels is None else f"{config.num_levels} percentiles"
+        for sweep in sweeps(config):
+            folders = [
+                run_sweep(sweep, config, seed=seed, results=arguments.results).folder
+                for seed in seeds
+            ]
+            last = np.stack([runs.Run(f).load_arrays()["losses"][-1] for f in folders])
+            for i, value in enumerate(sweep.values):
+                rows.append(
+                    {
+                        "kernel": sweep.name,
+                        "estimator": estimator,
+                        "parameter": sweep.parameter,
+                        "value": value,
+                        "n_epochs": sweep.n_epochs,
+                        "last_losses": last[:, i].tolist(),
+                        "published": PUBLISHED.get(sweep.name, {}).get(value),
+                        "folders": [str(f.relative_to(arguments.results)) for f in folders],
+                        "index": i,
+                    }
+                )
+    summary = arguments.results / EXPERIMENT / f"rings_{arguments.preset}.json"
+    runs.write_json(
+        summary, {"seeds": seeds, "environment": runs.environment(), "preset": arguments.preset, "rows": rows}
+    )  # fmt: skip
+    print_table(rows, len(seeds))
+    figures = plot.rings(summary)
+    print(f"numbers: {summary}", *(f"figure:  {path}" for path in figures), sep="\n")
+    return summary
+
+
+def print_table(rows: list[dict], num_seeds: int) -> None:
+    spread = f"mean ± std over {num_seeds} seeds (data and directions)"
+    print(f"\nlast loss F = MMD²/2, {spread if num_seeds > 1 else 'one seed'}; published: one run")
+    for row in rows:
+        last = np.asarray(row["last_losses"])
+        shown = f"{last.mean():9.2e}" + (f" ± {last.std(ddof=1):.1e}" if num_seeds > 1 else "")
+        published = "" if row["published"] is None else f"{row['published']:.3f}"
+        label = f"{row['kernel']:9s} {row['parameter']} = {row['value']:<6g}"
+        print(f"  {label} {row['estimator']:16s} {shown:22s} {published}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
