@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, ScalarLike
 
-from lib.kernels import at_least_float32, check_sample, to_blocks, uniform_weights
+from lib.kernels import at_least_float32, check_sample, pairwise_sum, to_blocks, uniform_weights
 
 # Frequencies
 
@@ -136,7 +136,7 @@ def mean_embedding(
         features = random_fourier_features(points, frequencies, bandwidth, phases=phases)
         return jnp.matmul(point_weights, features, precision=lax.Precision.HIGHEST)
 
-    return jnp.sum(lax.map(block_sum, to_blocks(x, weights, block_size)), axis=0)
+    return pairwise_sum(lax.map(block_sum, to_blocks(x, weights, block_size)))
 
 
 # Maximum mean discrepancies

@@ -407,6 +407,21 @@ def _cpu_model() -> str:
 
 
 @contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For commands: bad input, a diverged flow or a requested stop end in one line on stderr.
+
+    The exit status is 1, and 130 after a stop. `python -X dev` keeps the traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, Interrupted) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, Interrupted) else 1)
+
+
+@contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Within the block SIGINT and SIGTERM ask for a stop instead of raising.
 

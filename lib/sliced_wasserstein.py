@@ -175,12 +175,10 @@ def _pairwise_cost_forward(x, y, mass, p):
 def _pairwise_slope(x: Array, y: Array, mass: Array, slope: Array, p: int) -> Array:
     """Gradient in x of sum_ab slope[a, b] pairwise_cost(x, y)[a, b]: [A, K, L]."""
 
-    def row(k):
-        # [B, A, L]: the sum over y is then one over whole rows.
-        difference = x[None, :, k] - y[:, None, k]
-        return mass[k] * jnp.sum(slope.T[:, :, None] * _power_slope(difference, p), axis=0)
+    def add(b, total):
+        return total + slope[:, b, None, None] * _power_slope(x - y[b][None], p)
 
-    return jnp.swapaxes(lax.map(row, jnp.arange(mass.shape[0])), 0, 1)
+    return mass[None, :, None] * lax.fori_loop(0, y.shape[0], add, jnp.zeros_like(x))
 
 
 def _pairwise_cost_backward(p, residuals, slope):

@@ -25,7 +25,7 @@ from lib.mmd import (
     target_value_and_grad_riesz,
     wow_value_and_grad,
 )
-from lib.sliced_wasserstein import orthogonal_directions, percentile_coupling, random_directions
+from lib.sliced_wasserstein import percentile_coupling
 
 x64 = pytest.mark.usefixtures("x64")
 
@@ -86,7 +86,7 @@ def value_by_loops(name, x, y, directions, a, b):
 
 
 def by_plain_autodiff(name, x, y, directions, a, b):
-    """F and its Euclidean gradient by jnp.sort, points repeated to a common number, [C, D, n, L]."""
+    """F and its Euclidean gradient by jnp.sort of the points, repeated to a common number."""
     kernel, _, p = KERNELS[name]
 
     def objective(x):
@@ -219,7 +219,9 @@ def test_order_of_points_and_classes(name):
 
 
 @x64
-@pytest.mark.parametrize(("name", "block_size"), [("riesz", 4), ("riesz", 6), ("laplace", 1)])
+@pytest.mark.parametrize(
+    ("name", "block_size"), [("riesz", 4), pytest.param("laplace", 1, marks=pytest.mark.slow)]
+)
 def test_block_size_changes_rounding_alone(name, block_size):
     arguments = (*measures(), *UNEQUAL)
     value, gradient = wow(name, *arguments)
@@ -229,7 +231,7 @@ def test_block_size_changes_rounding_alone(name, block_size):
 
 
 @x64
-@pytest.mark.parametrize("name", ["riesz", "laplace"])
+@pytest.mark.parametrize("name", ["riesz", pytest.param("laplace", marks=pytest.mark.slow)])
 def test_a_class_split_in_two_halves(name):
     x, y, directions = measures()
     a, b = np.array([0.2, 0.3, 0.5]), EQUAL[1]
@@ -244,29 +246,44 @@ def test_a_class_split_in_two_halves(name):
 @x64
 def test_percentile_coupling_against_numpy():
     x, y, directions = measures()
-    levels = np.random.default_rng(2).uniform(size=7)
+    levels, grid = np.random.default_rng(2).uniform(size=(6, 7)), np.linspace(0, 1, 100)
 
     def cost(u, v, directions, p):
-        gap = [np.percentile(z @ directions.T, 100 * levels, axis=0) for z in (u, v)]
-        return np.mean(np.abs(gap[0] - gap[1]) ** p)
+        quantiles = [
+            [
+                np.interp(q, grid, np.percentile(z @ t, 100 * grid))
+                for q, t in zip(levels, directions)
+            ]
+            for z in (u, v)
+        ]
+        return np.mean(np.abs(np.subtract(*quantiles)) ** p)
 
     @partial(jax.jit, static_argnums=0)
-    def squared(kernel, levels, *arrays):
-        return mmd_squared_measures(kernel, *arrays, coupling=percentile_coupling(levels))
+    def squared(kernel, levels, x, y, directions):
+        coupling = percentile_coupling(levels)
+        return mmd_squared_measures(kernel, x, y, directions, coupling=coupling)
 
     for name in ("riesz", "laplace"):
         kernel, profile, p = KERNELS[name]
         expected = mmd_by_loops(profile, p, x, y, directions, *EQUAL, cost=cost)
-        np.testing.assert_allclose(squared(kernel, levels, x, y, directions), expected, rtol=1e-11)
+        ours = squared(kernel, levels, x, y, directions)
+        np.testing.assert_allclose(ours, expected, rtol=1e-11)
 
 
 # Identical measures
 
 
-@names
-@pytest.mark.parametrize("num_levels", [None, 7])
+@pytest.mark.parametrize(
+    ("name", "num_levels"),
+    [
+        *((name, None) for name in KERNELS),
+        ("riesz", 7),
+        pytest.param("laplace", 7, marks=pytest.mark.slow),
+    ],
+)
 def test_identical_measures(name, num_levels):
-    """Value 0 and gradient exactly 0; also where the classes themselves are equal."""
+    """Value 0 and gradient exactly 0; also where the classes themselves are equal. The percentile
+    form adds the shares of its levels in no fixed order: 0 to rounding."""
     x = np.float32(measures()[0])
     twins = np.stack([x[0], x[0], x[1]])
 
@@ -278,7 +295,7 @@ def test_identical_measures(name, num_levels):
     for points in (x, twins):
         value, gradient = value_and_grad(points, points)
         assert abs(value) <= 1e-7
-        assert np.all(np.asarray(gradient) == 0)
+        assert np.abs(gradient).max() <= (0 if num_levels is None else 1e-7)
     # Classes that coincide with some of another set's, not all: no NaN.
     value, gradient = value_and_grad(twins, x)
     assert np.isfinite(value)
@@ -287,7 +304,7 @@ def test_identical_measures(name, num_levels):
     assert np.abs(gradient[0]).max() > 0
 
 
-@pytest.mark.parametrize("name", ["riesz", "laplace"])
+@pytest.mark.parametrize("name", ["riesz", pytest.param("laplace", marks=pytest.mark.slow)])
 def test_equal_measures_in_another_order_do_not_push_each_other(name):
     """Measures, not arrays: the order of the points must not matter, rounding included."""
     rng = np.random.default_rng(0)
@@ -332,12 +349,13 @@ def test_published_defaults(name):
         drawn.append((count, d, dtype))
         return jnp.asarray(directions)
 
-    function = jax.jit(partial(TARGETS[name], draw_directions=draw))
-    value, gradient = function(x, y, jax.random.key(0))
+    key = jax.random.key(0)
+    function = partial(TARGETS[name], draw_directions=draw)
+    # The value alone: what its gradient takes is not compiled.
+    value = jax.jit(lambda x, y: function(x, y, key)[0])(x, y)
     assert drawn == [(500, 3, jnp.float64)]
     expected = mmd_by_loops(DEFAULTS[name], KERNELS[name][2], x, y, directions, *EQUAL) / 2
     np.testing.assert_allclose(value, expected, rtol=1e-11)
-    assert gradient.shape == x.shape
 
 
 @x64
@@ -351,7 +369,7 @@ def test_published_positional_arguments():
         return jnp.asarray(directions)
 
     def function(x, y, key, a, h, b):
-        options = {"y_weights": b, "draw_directions": draw, "block_size": 4}
+        options = {"y_weights": b, "draw_directions": draw}
         return target_value_and_grad_imq(x, y, key, a, h, 6, 4, **options)
 
     value, gradient = jax.jit(function)(x, y, jax.random.key(0), a, 0.7, b)
@@ -367,7 +385,8 @@ def test_minibatch_is_a_subset_of_every_class():
     """The value is that of one of the 36 choices of 2 points of 4 in 2 classes."""
     x, y, directions = measures()
     options = {"n_sample_batch": 2, "draw_directions": lambda *_, dtype: jnp.asarray(directions)}
-    function = jax.jit(partial(target_value_and_grad_imq, **options))
+    function = jax.jit(lambda key: target_value_and_grad_imq(*device, key, **options)[0])
+    device = [jnp.asarray(v) for v in (x, y)]
     pairs = list(itertools.combinations(range(4), 2))
     choices = {
         (i, j): mmd_by_loops(
@@ -380,8 +399,7 @@ def test_minibatch_is_a_subset_of_every_class():
     assert np.diff(values).min() > 1e-8
     seen = set()
     for seed in range(20):
-        value, gradient = function(x, y, jax.random.key(seed))
-        assert gradient.shape == x.shape
+        value = function(jax.random.key(seed))
         (match,) = [c for c, v in choices.items() if abs(v - value) < 1e-12]
         seen.add(match)
     assert len(seen) > 8
@@ -405,61 +423,40 @@ def test_subsample_draws_without_replacement_from_its_own_class():
 
 def test_fresh_directions_and_levels_for_every_key():
     x, y, directions = (jnp.float32(v) for v in measures())
-    random = jax.jit(partial(target_value_and_grad_riesz, n_projs=6))
-    values = [float(random(x, y, jax.random.key(k))[0]) for k in (0, 0, 1)]
-    assert values[0] == values[1] != values[2]
-    fixed = partial(
-        target_value_and_grad_riesz, num_levels=7, draw_directions=lambda *_, dtype: directions
-    )
-    values = [
-        float(v)
-        for v in jax.jit(jax.vmap(lambda k: fixed(x, y, k)[0]))(
-            jax.vmap(jax.random.key)(jnp.array([0, 0, 1]))
-        )
-    ]
-    assert values[0] == values[1] != values[2]
-
-
-def test_orthogonal_directions_estimate_the_same_value_better():
-    x, y, _ = (jnp.float32(v) for v in measures())
-
-    @partial(jax.jit, static_argnums=0)
-    def estimates(draw, keys):
-        function = partial(target_value_and_grad_riesz, n_projs=3, draw_directions=draw)
-        return jax.vmap(lambda key: function(x, y, key)[0])(keys)
-
-    keys = jax.random.split(jax.random.key(0), 500)
-    random, orthogonal = (
-        np.asarray(estimates(draw, keys)) for draw in (random_directions, orthogonal_directions)
-    )
-    # The value is not linear in the costs, so the means need not agree: only the spread is tested.
-    assert orthogonal.var() < 0.8 * random.var()
+    fixed = {"draw_directions": lambda *_, dtype: directions, "num_levels": 7, "n_projs": 6}
+    for options in ({"n_projs": 6}, fixed):
+        function = jax.jit(lambda key, o=options: target_value_and_grad_riesz(x, y, key, **o)[0])
+        values = [float(function(jax.random.key(k))) for k in (0, 0, 1)]
+        assert values[0] == values[1] != values[2]
 
 
 @x64
-def test_vmap_over_bandwidths_and_seeds():
-    x, y, directions = measures()
-    fixed = partial(
-        target_value_and_grad_gaussian, draw_directions=lambda *_, dtype: jnp.asarray(directions)
-    )
+def test_vmap_over_bandwidths():
+    x, y, directions = map(jnp.asarray, measures())
+    fixed = partial(target_value_and_grad_gaussian, draw_directions=lambda *_, dtype: directions)
     bandwidths, key = jnp.array([0.1, 0.7, 3.0]), jax.random.key(0)
     values, gradients = jax.jit(jax.vmap(lambda h: fixed(x, y, key, None, h)))(bandwidths)
+    arrays = [np.asarray(v) for v in (x, y, directions)]
     for h, value in zip(bandwidths, values):
         profile = partial(lambda h, cost: np.exp(-cost / (2 * h)), float(h))
-        expected = mmd_by_loops(profile, 2, x, y, directions, *EQUAL) / 2
+        expected = mmd_by_loops(profile, 2, *arrays, *EQUAL) / 2
         np.testing.assert_allclose(value, expected, rtol=1e-10)
     expected = wow("gaussian", x, y, directions, *EQUAL)[1]
     np.testing.assert_allclose(gradients[1], expected, rtol=1e-10, atol=1e-13)
-    # One seed at a time gives what many at once do.
+
+
+@pytest.mark.slow
+def test_vmap_over_seeds():
+    """One seed at a time gives what many at once do."""
     many = [measures(seed)[:2] for seed in range(2)]
     keys = jax.random.split(jax.random.key(1), 2)
-    seeded = jax.jit(partial(target_value_and_grad_gaussian, h=0.7, n_projs=6))
-    xs, ys = (jnp.stack(v) for v in zip(*many))
+    seeded = jax.jit(partial(target_value_and_grad_riesz, n_projs=6))
+    xs, ys = (jnp.stack([jnp.float32(v) for v in pair]) for pair in zip(*many))
     values, gradients = jax.jit(jax.vmap(seeded))(xs, ys, keys)
     for i in range(2):
         value, gradient = seeded(xs[i], ys[i], keys[i])
-        np.testing.assert_allclose(values[i], value, rtol=1e-12)
-        np.testing.assert_allclose(gradients[i], gradient, rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(values[i], value, rtol=1e-5)
+        np.testing.assert_allclose(gradients[i], gradient, rtol=1e-4, atol=1e-6)
 
 
 @x64
@@ -470,6 +467,7 @@ def test_float32_stays_float32_where_float64_is_on(name):
         function = partial(TARGETS[name], n_projs=6, **options)
         value, gradient = jax.eval_shape(function, x, y, jax.random.key(0))
         assert value.dtype == gradient.dtype == jnp.float32
+        assert (value.shape, gradient.shape) == ((), x.shape)
 
 
 # What raises

@@ -10,6 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from scipy.spatial.distance import pdist, squareform
 from scipy.stats import binom, energy_distance
 
 from lib.kernels import (
@@ -122,20 +123,17 @@ def test_linear_mmd_is_the_distance_of_the_means(x64):
 
 @jax.jit
 def equal_mmds(x, y, w, order, shift, share):
-    """The biased MMD^2 of the same two measures in six ways, with another on samples."""
+    """The biased MMD^2 of the same two measures in five ways, and one of a sample and itself."""
     mmd = partial(mmd_squared, gaussian(0.8), block_size=4)
-    halves = jnp.concatenate([w.at[2].multiply(share), w[2:3] * (1 - share)])
-    return jnp.stack(
-        [
-            mmd(x, y, x_weights=w),
-            mmd(x, y, x_weights=5 * w),
-            mmd(y, x, y_weights=w),
-            mmd(x[order], y, x_weights=w[order]),
-            mmd(x + shift, y + shift, x_weights=w),
-            mmd(jnp.concatenate([x, x[2:3]]), y, x_weights=halves),
-            mmd_squared(gaussian(0.8), x, y, x_weights=w, block_size=100),
-        ]
-    ), mmd(x, x[order])
+    split = jnp.concatenate([w.at[2].multiply(share), w[2:3] * (1 - share)])
+    values = (
+        mmd(x, y, x_weights=w),
+        mmd(y, x, y_weights=5 * w),
+        mmd(x[order] + shift, y + shift, x_weights=w[order]),
+        mmd(jnp.concatenate([x, x[2:3]]), y, x_weights=split),
+        mmd_squared(gaussian(0.8), x, y, x_weights=w, block_size=100),
+    )
+    return jnp.stack(values), mmd(x, x[order])
 
 
 @hypothesis.settings(max_examples=20, deadline=None)
@@ -157,9 +155,8 @@ def test_gradients_agree_with_finite_differences(x64):
     x, y, w = normal(0, 5, 2), normal(1, 4, 2), np.arange(1.0, 6.0)
 
     def value(x, w):
-        arguments = (laplace(1.0), x, jnp.asarray(y))
-        biased = mmd_squared(*arguments, x_weights=w, block_size=3)
-        return biased + 2 * mmd_squared_unbiased(*arguments, x_weights=w, block_size=3)
+        y_array = jnp.asarray(y)
+        return mmd_squared_unbiased(laplace(1.0), x, y_array, x_weights=w, block_size=3)
 
     check_grads(jax.jit(value), (x, w), order=1, modes=("rev",), rtol=1e-6)
 
@@ -209,9 +206,9 @@ def test_p_values_agree_with_a_loop_over_the_same_permutations(x64):
     test = jax.jit(lambda key, x, y, r: two_sample_test(key, x, y, kernels, relabellings=r))
     result = test(jax.random.key(1), x, y, relabellings)
 
-    pooled, values = jnp.asarray(np.concatenate([x, y])), np.zeros((3, 61))
-    for k, kernel in enumerate(kernels):
-        gram = np.asarray(jax.jit(kernel)(pooled, pooled))
+    squares, values = squareform(pdist(np.concatenate([x, y]))) ** 2, np.zeros((3, 61))
+    grams = (np.exp(-squares / (2 * 0.5**2)), np.exp(-squares / 8), 1 / np.sqrt(1 + squares))
+    for k, gram in enumerate(grams):
         for b, order in enumerate([np.arange(21), *np.asarray(relabellings)]):
             # The point at position i takes the label of position order[i].
             first, second = order < 12, order >= 12
@@ -225,9 +222,6 @@ def test_p_values_agree_with_a_loop_over_the_same_permutations(x64):
     np.testing.assert_allclose(result.kernel_p_values, p[:, 0])
     assert 1 / 61 < p[:, 0].min() < 0.5
     np.testing.assert_allclose(result.p_value, (p.min(axis=0) <= p[:, 0].min()).sum() / 61)
-
-    statistic = jax.jit(partial(mmd_squared, kernels[0]))(x, y)
-    np.testing.assert_allclose(result.statistics[0], statistic, rtol=1e-10)
 
 
 @pytest.mark.parametrize("kernel", [gaussian(100.0), polynomial(3)])
@@ -250,13 +244,15 @@ def test_level():
     """Of 2,000 tests of equal laws a share of 0.05 rejects at 0.05, exactly but for ties."""
     repeats, num_permutations = 2000, 39
 
-    def test(key):
-        key, test_key = jax.random.split(key)
-        x, y = jnp.split(jax.random.normal(key, (14, 2)), [8])
+    def test(draw):
+        key, points = draw
         kernels = [gaussian(bandwidth) for bandwidth in (0.2, 1.0, 5.0)]
-        return two_sample_test(test_key, x, y, kernels, num_permutations=num_permutations)
+        return two_sample_test(
+            key, points[:8], points[8:], kernels, num_permutations=num_permutations
+        )
 
-    result = jax.jit(partial(jax.lax.map, test))(jax.random.split(jax.random.key(0), repeats))
+    draws = jax.random.split(jax.random.key(0), repeats), normal(0, repeats, 14, 2).astype("f")
+    result = jax.jit(partial(jax.lax.map, test))(draws)
     low, high = binom.ppf([1e-3, 1 - 1e-3], repeats, 0.05)
     assert (np.asarray(result.p_value) <= 0.05).sum() <= high
     assert low <= (np.asarray(result.kernel_p_values)[:, 1] <= 0.05).sum() <= high

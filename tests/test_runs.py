@@ -645,3 +645,14 @@ def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
     assert (environment["commit"], environment["dirty"]) == (git("rev-parse", "HEAD"), False)
     (tmp_path / "new.py").write_text("")
     assert runs.environment()["dirty"] is True
+
+
+def test_one_line_errors_name_the_kind_and_leave_the_status(capsys):
+    for error, status in [(ValueError("lr is -1"), 1), (runs.Interrupted("here", 3), 130)]:
+        with pytest.raises(SystemExit) as stopped, runs.one_line_errors():
+            raise error
+        assert stopped.value.code == status
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"{type(error).__name__}: {error}"
+    with pytest.raises(KeyError), runs.one_line_errors():
+        raise KeyError("a fault of our own keeps its traceback")

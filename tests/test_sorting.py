@@ -11,7 +11,7 @@ from scipy.stats import norm
 from lib import sorting
 from lib.sorting import sort_columns, sort_with_permutation
 
-SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 80, 100)
+SIZES = (1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 80, 100)
 
 
 def hard_columns(n, dtype=np.float32):

@@ -169,4 +169,5 @@ def main(arguments: Arguments) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))

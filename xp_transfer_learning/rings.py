@@ -189,4 +189,5 @@ def print_table(rows: list[dict], num_seeds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))

@@ -1,0 +1,46 @@
+"""Dependencies point one way: lib knows no experiment, and few modules touch files or torch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+LIB = sorted((REPOSITORY / "lib").glob("*.py"))
+EXPERIMENTS = sorted(REPOSITORY.glob("xp_*/*.py"))
+INPUT_OUTPUT = {"runs", "datasets", "image_folders", "plotting"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+@pytest.mark.parametrize("path", LIB, ids=lambda path: path.stem)
+def test_lib_imports_no_experiment_and_torch_only_in_datasets(path):
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert not {top for top in tops if top.startswith("xp_")}
+    assert path.stem == "datasets" or not tops & {"torch", "torchvision"}
+    assert path.stem in {"plotting"} or "matplotlib" not in tops
+    assert path.stem in INPUT_OUTPUT | {"gd"} or not tops & {"pathlib", "os", "io", "shutil"}
+
+
+def test_numerics_stand_below_the_flow_engine():
+    below = {"sorting", "kernels", "sliced_wasserstein", "rff", "wow", "mmd"}
+    above = {f"lib.{name}" for name in ("gd", "runs", "datasets", "plotting")}
+    for path in LIB:
+        if path.stem in below:
+            assert not imports(path) & above, path.stem
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_no_experiment_imports_another(path):
+    others = {name.split(".")[0] for name in imports(path) if name.startswith("xp_")}
+    assert others <= {path.parent.name}
+    assert "sys.path" not in path.read_text()
