@@ -226,8 +226,9 @@ def gram_product(
 ) -> Float[Array, "n *columns"]:
     """K w, or (K w)_i = sum_j k(x_i, y_j) w_j: the kernel embedding of sum_j w_j delta_{y_j} at x.
 
-    `weights` is a vector [m] or has columns [m, p]; the result has the same columns. Beside input
-    and output it holds O(block_size^2 + block_size p), and as much again for each derivative.
+    `weights` is a vector [m] or has columns [m, p]; the result has the same columns. Beside
+    input and output, and a padded copy of the input, it holds O(block_size^2 + block_size p), and
+    as much again for each derivative.
     """
     x_blocks, _ = to_blocks(x, uniform_weights(x), block_size)
     y_blocks, weight_blocks = to_blocks(y, weights, block_size)
@@ -266,9 +267,9 @@ def kernel_mean(
     and half of the blocks are computed.
 
     Each block is summed by a product with its weights, then the block sums are summed pairwise: in
-    float32 the error is about eps times sum_ij |w_i v_j k|, at 10^5 points too. Beside the input it
-    holds O(block_size^2 + block_size p) and one sum for each block; so does the reverse mode, which
-    computes each block again.
+    float32 the error is about eps times sum_ij |w_i v_j k|. Beside the input and a padded copy of
+    it, this holds O(block_size^2 + block_size p) and one sum for each block; so does the reverse
+    mode, which computes each block again.
     """
     x_blocks, x_weight_blocks = to_blocks(
         x, uniform_weights(x) if x_weights is None else x_weights, block_size

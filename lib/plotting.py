@@ -85,13 +85,13 @@ def scatter_classes(axes: Axes, points: np.ndarray, *, target: np.ndarray | None
     axes.set_axis_off()
 
 
-def plot_paths(axes: Axes, records: np.ndarray) -> None:
-    """Thin lines along records [T, C, n, 2] of particles."""
+def plot_paths(axes: Axes, records: np.ndarray, *, longest: float = np.inf) -> None:
+    """Thin lines along records [T, C, n, 2] of particles; paths over `longest` are left out."""
+    length = np.linalg.norm(np.diff(records, axis=0), axis=-1).sum(axis=0)
     for label in range(records.shape[1]):
         colour = CLASS_COLOURS[label % len(CLASS_COLOURS)]
-        axes.plot(
-            *np.moveaxis(records[:, label], -1, 0), lw=0.3, alpha=0.25, color=colour, zorder=2
-        )
+        paths = records[:, label][:, length[label] <= longest]
+        axes.plot(*np.moveaxis(paths, -1, 0), lw=0.3, alpha=0.25, color=colour, zorder=2)
 
 
 def tile_images(images: np.ndarray, *, padding: int = 1) -> np.ndarray:

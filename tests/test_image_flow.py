@@ -1,4 +1,4 @@
-"""The image flow as a user calls it: embedded digits, a folder of one's own, a stop and a resume."""
+"""The image flow as a user calls it: embedded digits, a folder of images, a stop and a resume."""
 
 import json
 import os

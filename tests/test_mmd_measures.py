@@ -475,7 +475,7 @@ def test_float32_stays_float32_where_float64_is_on(name):
 
 @pytest.fixture
 def unannotated(monkeypatch):
-    """Without the shape checks of the test session, as a user meets the functions."""
+    """Without the shape checks of these tests, as a user meets the functions."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

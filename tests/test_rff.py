@@ -72,6 +72,12 @@ def test_fewer_orthogonal_frequencies_than_dimensions():
     np.testing.assert_allclose(gram, np.diag(np.diagonal(gram)), atol=1e-5)
 
 
+def test_phases_are_uniform():
+    draw = np.asarray(uniform_phases(jax.random.key(0), 2000))
+    assert draw.dtype == np.float32
+    assert kstest(draw / (2 * np.pi), "uniform").pvalue > 0.01
+
+
 def test_laplace_frequencies_are_cauchy():
     draw = np.asarray(laplace_frequencies(jax.random.key(0), 5000, 3))
     assert kstest(draw[:, 1], t(1).cdf).pvalue > 0.01

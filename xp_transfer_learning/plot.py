@@ -42,7 +42,8 @@ def rings_grid(rows: list[dict]) -> Figure:
             axis.set_axis_off()
         for axis, row in zip(line, shown):
             plotting.scatter_classes(axis, row["particles"][-1], target=row["x_tgt"])
-            plotting.plot_paths(axis, row["particles"])
+            # Longer ones jitter about their end and would hide it.
+            plotting.plot_paths(axis, row["particles"], longest=6)
             axis.set_title(f"{name}, {row['parameter']} = {row['value']:g}", fontsize=7, pad=2)
             axis.set_xlim(-1.95, 0.45)
             axis.set_ylim(-0.45, 0.45)

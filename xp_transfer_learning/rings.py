@@ -75,7 +75,9 @@ def sweeps(config: RingsConfig) -> list[Sweep]:
     decays = jnp.asarray(config.momenta)[:, None, None, None]
     heavy_ball = optax.chain(optax.trace(decays), optax.scale(-config.momentum_lr))
     listed.append(
-        Sweep("momentum", "m", config.momenta, over(riesz, ones), heavy_ball, config.momentum_epochs)
+        Sweep(
+            "momentum", "m", config.momenta, over(riesz, ones), heavy_ball, config.momentum_epochs
+        )
     )
     if config.decay:
         falling = optax.sgd(optax.linear_schedule(config.lr, 0.0, config.n_epochs))
@@ -168,9 +170,8 @@ def main(arguments: Arguments) -> Path:
                     }
                 )
     summary = arguments.results / EXPERIMENT / f"rings_{arguments.preset}.json"
-    runs.write_json(
-        summary, {"seeds": seeds, "environment": runs.environment(), "preset": arguments.preset, "rows": rows}
-    )  # fmt: skip
+    about = {"preset": arguments.preset, "seeds": seeds, "environment": runs.environment()}
+    runs.write_json(summary, {**about, "rows": rows})
     print_table(rows, len(seeds))
     figures = plot.rings(summary)
     print(f"numbers: {summary}", *(f"figure:  {path}" for path in figures), sep="\n")
