@@ -337,7 +337,14 @@ BAD_INPUTS = {
     "negative momentum": ({"m": -0.1}, r"m must lie in \[0, 1\), got -0.1"),
     "NaN momentum": ({"m": NAN}, r"m must lie in \[0, 1\), got nan"),
     "record_every": ({"record_every": 0}, "record_every must be at least 1, got 0"),
-    "too much to keep": ({"n_epochs": 10**8}, r"takes 4\.5 GiB; raise record_every"),
+    "too much to keep": (
+        {
+            "x0": np.zeros((1, 1, 2**16), np.float32),
+            "y": np.zeros((1, 1, 2**16)),
+            "n_epochs": 19999,
+        },
+        r"of 19999 steps of \(1, 1, 65536\) takes 4\.9 GiB; raise record_every",
+    ),
 }
 
 
