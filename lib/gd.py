@@ -173,7 +173,7 @@ def wasserstein_gradient_descent(
             initial=done,
             description=description,
             enabled=show_progress,
-            line_every=10,
+            line_every=10.0,
         ) as tick,
     ):
         while done < n_epochs:

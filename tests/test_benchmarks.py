@@ -32,7 +32,7 @@ def published():
 
 def published_draws(key, dimension):
     """The directions and the levels that the published form draws, both from one key."""
-    levels = jax.random.uniform(key, (100,))
+    levels = jax.random.uniform(key, (NUM_DIRECTIONS, 100))
     return random_directions(key, NUM_DIRECTIONS, dimension), percentile_coupling(levels)
 
 

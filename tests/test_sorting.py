@@ -104,12 +104,15 @@ def test_platform_sort_and_network_agree():
 def test_nan_stays_in_its_column():
     x = hard_columns(16)
     x[0, 3, 1] = np.nan
-    values = np.asarray(sort_columns(x))
-    assert np.isnan(values[0, :, 1]).any()
-    clean = np.isfinite(x).all(axis=1) | np.isinf(x).any(axis=1) & ~np.isnan(x).any(axis=1)
-    expected = np.sort(x, axis=1)
-    for b, column in np.argwhere(clean):
-        np.testing.assert_array_equal(values[b, :, column], expected[b, :, column])
+    x[1, 5, 2] = -np.nan
+    packed, permutation = map(np.asarray, sort_with_permutation(x))
+    spoilt = np.isnan(x).any(axis=1)
+    for values in (np.asarray(sort_columns(x)), packed):
+        np.testing.assert_array_equal(np.isnan(values).any(axis=1), spoilt)
+        for b, column in np.argwhere(~spoilt):
+            expected = np.sort(x[b, :, column])
+            np.testing.assert_array_equal(values[b, :, column], expected)
+    np.testing.assert_array_equal(np.take_along_axis(x, permutation, axis=1), packed)
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4), (2, 1, 5, 4)])
@@ -150,6 +153,22 @@ def test_derivatives_carry_tangents_with_the_values(shape):
     np.put_along_axis(back, order, cotangent, axis=-2)
     values, pull_back = jax.vjp(sort_columns, x)
     np.testing.assert_array_equal(values, np.sort(x, axis=-2))
+    np.testing.assert_array_equal(pull_back(cotangent)[0], back)
+
+
+def test_derivatives_of_the_values_with_their_permutation():
+    rng = np.random.default_rng(3)
+    x, tangent, cotangent = (
+        jnp.asarray(rng.standard_normal((2, 5, 4)), jnp.float32) for _ in range(3)
+    )
+    order = np.argsort(x, axis=1)
+    (values, rows), (moved, _) = jax.jvp(sort_with_permutation, (x,), (tangent,))
+    check_sorted(np.asarray(x), values, rows)
+    np.testing.assert_array_equal(moved, np.take_along_axis(np.asarray(tangent), order, axis=1))
+    _, pull_back, rows = jax.vjp(sort_with_permutation, x, has_aux=True)
+    np.testing.assert_array_equal(rows, order)
+    back = np.zeros(x.shape, np.float32)
+    np.put_along_axis(back, order, np.asarray(cotangent), axis=1)
     np.testing.assert_array_equal(pull_back(cotangent)[0], back)
 
 
