@@ -107,8 +107,8 @@ def wasserstein_gradient_descent(
     target_value_and_grad: TargetValueAndGrad,
     rng: Array,
     n_epochs: int = 101,
-    lr: float | Callable[[Array], Array] = 1,
-    m: float = 0,
+    lr: float | int | Callable[[Array], Array] = 1,
+    m: float | int = 0,
     *,
     optimizer: optax.GradientTransformation | None = None,
     record_every: int = 1,
@@ -148,7 +148,7 @@ def wasserstein_gradient_descent(
     x0 = jnp.asarray(x0)
     _check_input(x0, x_tgt, n_epochs, lr, m, record_every)
     if optimizer is None:
-        optimizer = _heavy_ball(lr, m)
+        optimizer = _heavy_ball(lr, float(m))
     x_tgt = jax.tree.map(jnp.asarray, x_tgt)
     state = flow_init(optimizer, x0)
     value, gradient = jax.eval_shape(target_value_and_grad, x0, x_tgt, rng)
@@ -316,7 +316,11 @@ def _save(run: Run, state: FlowState, losses, particles, steps, origin: str) -> 
     done = int(state.step)
     kept = int(np.searchsorted(steps, done, side="right"))
     save_arrays(
-        _trajectory(run), losses=losses[:done], particles=particles[:kept], origin=np.array(origin)
+        _trajectory(run),
+        losses=losses[:done],
+        particles=particles[:kept],
+        steps=steps[:kept],
+        origin=np.array(origin),
     )
     run.save_checkpoint(state, step=done)
 
@@ -336,7 +340,7 @@ def _resume(run: Run, state: FlowState, losses, particles, steps, origin: str) -
     if done > len(losses):
         raise RunFileError(f"{run.checkpoint} is at step {done}, past the {len(losses)} asked for")
     kept = int(np.searchsorted(steps, done, side="right"))
-    if len(trajectory["particles"]) < kept:
+    if not np.array_equal(trajectory["steps"][:kept], steps[:kept]):
         raise RunFileError(f"{_trajectory(run)} was recorded at other intervals; delete its folder")
     losses[:done] = trajectory["losses"][:done]
     particles[:kept] = trajectory["particles"][:kept]
