@@ -126,9 +126,16 @@ def _between_rows(values: Array, position: Float[Array, "K L"]) -> Array:
     return (1 - fraction) * low + fraction * high
 
 
+def _levels(mass: Array) -> Array:
+    """Cumulated masses, the last one 1. A point without mass has exactly its predecessor's level,
+    rounding included, and so is never chosen."""
+    levels = lax.cummax(jnp.where(mass > 0, jnp.cumsum(mass), 0))
+    return levels / levels[-1]
+
+
 def _weighted_coupling(x_mass: Array, y_mass: Array) -> tuple[Array, Array, Array]:
     """(source index, target index, mass), each [n + m - 1], of two sorted weighted point clouds."""
-    x_levels, y_levels = jnp.cumsum(x_mass), jnp.cumsum(y_mass)
+    x_levels, y_levels = _levels(x_mass), _levels(y_mass)
     inner = jnp.sort(jnp.concatenate([x_levels[:-1], y_levels[:-1]]))
     edges = jnp.concatenate([jnp.zeros(1, inner.dtype), inner, jnp.ones(1, inner.dtype)])
     edges = jnp.clip(edges, 0, 1)
@@ -175,10 +182,13 @@ def _pairwise_cost_forward(x, y, mass, p):
 def _pairwise_slope(x: Array, y: Array, mass: Array, slope: Array, p: int) -> Array:
     """Gradient in x of sum_ab slope[a, b] pairwise_cost(x, y)[a, b]: [A, K, L]."""
 
+    # The mass inside the loop: outside, fused with the sum over sides, it would be rounded in one
+    # of two opposite terms only, and identical measures would push each other by 1e-8.
     def add(b, total):
-        return total + slope[:, b, None, None] * _power_slope(x - y[b][None], p)
+        weight = slope[:, b, None, None] * mass[None, :, None]
+        return total + weight * _power_slope(x - y[b][None], p)
 
-    return mass[None, :, None] * lax.fori_loop(0, y.shape[0], add, jnp.zeros_like(x))
+    return lax.fori_loop(0, y.shape[0], add, jnp.zeros_like(x))
 
 
 def _pairwise_cost_backward(p, residuals, slope):
@@ -298,7 +308,10 @@ def sliced_wasserstein_power(
         v, v_mass = _sorted_with_mass(project(y, block), y_weights)
         source, target, mass = jax.vmap(_weighted_coupling, in_axes=1, out_axes=1)(u_mass, v_mass)
         u, v = jnp.take_along_axis(u, source, axis=0), jnp.take_along_axis(v, target, axis=0)
-        return jnp.sum(mass * _power(u - v, p))
+        gap = u - v
+        if p == 1:  # jnp.abs has slope 1 at 0
+            return jnp.sum(mass * gap * lax.stop_gradient(jnp.sign(gap)))
+        return jnp.sum(mass * _power(gap, p))
 
     total = sum_over_directions(by_weight if weighted else equal, directions, block_size)
     return total / directions.shape[0]

@@ -147,13 +147,13 @@ def sort_columns(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch n m"]:
 def _sort_with_permutation_jvp(primals, tangents):
     values, permutation = sort_with_permutation(*primals)
     no_tangent = np.zeros(permutation.shape, jax.dtypes.float0)
-    return (values, permutation), (_take_rows(tangents[0], permutation), no_tangent)
+    return (values, permutation), (_take_rows(jnp.asarray(tangents[0]), permutation), no_tangent)
 
 
 @sort_columns.defjvp
 def _sort_columns_jvp(primals, tangents):
     values, permutation = sort_with_permutation(*primals)
-    return values, _take_rows(tangents[0], permutation)
+    return values, _take_rows(jnp.asarray(tangents[0]), permutation)
 
 
 def _take_rows(values: Array, origin: Array) -> Array:

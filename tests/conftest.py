@@ -1,6 +1,7 @@
 """Shape annotations are checked, and silent rank promotion raises, in tests only."""
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -9,6 +10,10 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["lib"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A job started in the background may ignore SIGINT, which the tests of interruption send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
