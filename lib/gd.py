@@ -285,6 +285,7 @@ def _check_input(x0, x_tgt, n_epochs, lr, m, record_every) -> None:
         raise ValueError(f"the momentum m must lie in [0, 1), got {m}")
     if record_every < 1:
         raise ValueError(f"record_every must be at least 1, got {record_every}")
+    # The length of `recorded_steps`, without making what may be too long to make.
     size = (2 + (n_epochs - 1) // record_every) * x0.nbytes
     if size > MAX_RECORD_BYTES:
         raise ValueError(

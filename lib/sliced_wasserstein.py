@@ -150,7 +150,8 @@ def _weighted_coupling(x_mass: Array, y_mass: Array) -> tuple[Array, Array, Arra
 
 
 def _power(difference: Array, p: int) -> Array:
-    return jnp.square(difference) if p == 2 else jnp.abs(difference)
+    # The maximum is |.| with slope 0 at 0, as `_power_slope` has it; that of jnp.abs is 1 there.
+    return jnp.square(difference) if p == 2 else jnp.maximum(difference, -difference)
 
 
 def _power_slope(difference: Array, p: int) -> Array:
@@ -308,10 +309,7 @@ def sliced_wasserstein_power(
         v, v_mass = _sorted_with_mass(project(y, block), y_weights)
         source, target, mass = jax.vmap(_weighted_coupling, in_axes=1, out_axes=1)(u_mass, v_mass)
         u, v = jnp.take_along_axis(u, source, axis=0), jnp.take_along_axis(v, target, axis=0)
-        gap = u - v
-        if p == 1:  # jnp.abs has slope 1 at 0
-            return jnp.sum(mass * gap * lax.stop_gradient(jnp.sign(gap)))
-        return jnp.sum(mass * _power(gap, p))
+        return jnp.sum(mass * _power(u - v, p))
 
     total = sum_over_directions(by_weight if weighted else equal, directions, block_size)
     return total / directions.shape[0]
@@ -322,8 +320,8 @@ def _sorted_with_mass(projections: Array, weights: Array | None) -> tuple[Array,
     if weights is None:
         weights = jnp.ones(n, projections.dtype)
     mass = jnp.broadcast_to((weights / jnp.sum(weights))[:, None], (n, num_directions))
-    _, permutation = sort_with_permutation(lax.stop_gradient(projections))
-    return tuple(jnp.take_along_axis(a, permutation, axis=0) for a in (projections, mass))
+    ordered, permutation = sort_with_permutation(projections)
+    return ordered, jnp.take_along_axis(mass, permutation, axis=0)
 
 
 def sliced_wasserstein(
