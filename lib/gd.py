@@ -14,7 +14,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,11 +145,10 @@ def wasserstein_gradient_descent(
       DivergedError: NaN or infinity on the way; the last good state is saved.
       RunFileError: the folder's checkpoint is of another start, target or key.
     """
-    x0 = jnp.asarray(x0)
+    x0, x_tgt = jnp.asarray(x0), jax.tree.map(jnp.asarray, x_tgt)
     _check_input(x0, x_tgt, n_epochs, lr, m, record_every)
     if optimizer is None:
         optimizer = _heavy_ball(lr, float(m))
-    x_tgt = jax.tree.map(jnp.asarray, x_tgt)
     state = flow_init(optimizer, x0)
     value, gradient = jax.eval_shape(target_value_and_grad, x0, x_tgt, rng)
     if gradient.shape != x0.shape:
@@ -159,12 +158,17 @@ def wasserstein_gradient_descent(
     losses = np.zeros((n_epochs, *value.shape), value.dtype)
     particles = np.zeros((len(steps), *x0.shape), x0.dtype)
     particles[0] = x0
-    origin = _fingerprint(x0, x_tgt, rng, lr, m) if run else ""
+    origin = _fingerprint(x0, x_tgt, rng, lr, optimizer) if run else ""
     if run:
         state = _resume(run, state, losses, particles, steps, origin)
 
     max_steps = _max_steps(x0.nbytes, record_every)
-    advance = _advance(target_value_and_grad, optimizer, record_every, max_steps)
+    advance = _advance(target_value_and_grad, optimizer, record_every)
+    slots = -(-max_steps // record_every) + 1
+    buffers = (
+        jnp.zeros((max_steps, *value.shape), value.dtype),
+        jnp.zeros((slots, *x0.shape), x0.dtype),
+    )
     done, num_steps, saved = int(state.step), 1, time.monotonic()
     with (
         interruptible() as stop_requested,
@@ -179,12 +183,12 @@ def wasserstein_gradient_descent(
         while done < n_epochs:
             num_steps = min(num_steps, n_epochs - done)
             started = time.monotonic()
-            following, new_losses, records = jax.block_until_ready(
-                advance(rng, state, x_tgt, num_steps)
+            following, finite, buffers = jax.block_until_ready(
+                advance(rng, state, x_tgt, num_steps, buffers)
             )
             seconds = time.monotonic() - started
-            new_losses = np.asarray(new_losses[:num_steps])
-            bad = _first_nonfinite(new_losses, following.particles) if stop_at_nonfinite else None
+            new_losses, records = np.array(buffers[0][:num_steps]), buffers[1]
+            bad = _first_nonfinite(new_losses, bool(finite)) if stop_at_nonfinite else None
             if bad is not None:
                 if run:
                     _save(run, state, losses, particles, steps, origin)
@@ -225,18 +229,15 @@ def _max_steps(particle_bytes: int, record_every: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _advance(target_value_and_grad, optimizer, record_every: int, max_steps: int):
-    """advance(rng, state, x_tgt, num_steps) -> (state, losses, records); cached, so that a second
-    flow with the same functions and shapes compiles nothing."""
+def _advance(target_value_and_grad, optimizer, record_every: int):
+    """advance(rng, state, x_tgt, num_steps, buffers) -> (state, particles finite?, buffers), the
+    buffers (losses, records) written in place; cached, so that a second flow with the same
+    functions and shapes compiles nothing."""
     step = flow_step(target_value_and_grad, optimizer)
-    slots = -(-max_steps // record_every) + 1
 
-    @jax.jit
-    def advance(rng, state, x_tgt, num_steps):
+    @partial(jax.jit, donate_argnums=4)
+    def advance(rng, state, x_tgt, num_steps, buffers):
         start = state.step
-        value, _ = jax.eval_shape(target_value_and_grad, state.particles, x_tgt, rng)
-        losses = jnp.zeros((max_steps, *value.shape), value.dtype)
-        records = jnp.zeros((slots, *state.particles.shape), state.particles.dtype)
 
         def body(i, carry):
             state, losses, records = carry
@@ -245,17 +246,18 @@ def _advance(target_value_and_grad, optimizer, record_every: int, max_steps: int
             state, value = step(rng, state, x_tgt)
             return state, losses.at[i].set(value), records.at[slot].set(state.particles)
 
-        return lax.fori_loop(0, num_steps, body, (state, losses, records))
+        state, *buffers = lax.fori_loop(0, num_steps, body, (state, *buffers))
+        return state, jnp.isfinite(state.particles).all(), tuple(buffers)
 
     return advance
 
 
-def _first_nonfinite(losses: np.ndarray, particles: Array) -> int | None:
+def _first_nonfinite(losses: np.ndarray, particles_finite: bool) -> int | None:
     bad = ~np.isfinite(losses).reshape(len(losses), -1).all(axis=1)
     if bad.any():
         return int(np.argmax(bad))
     # Non-finite particles after finite losses: the last step made them.
-    return None if bool(jnp.isfinite(particles).all()) else len(losses) - 1
+    return None if particles_finite else len(losses) - 1
 
 
 # The door
@@ -270,11 +272,11 @@ def _check_input(x0, x_tgt, n_epochs, lr, m, record_every) -> None:
             raise ValueError(f"{name} must be (classes, points, dimension), none 0: {array.shape}")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {array.dtype}")
-        if not bool(jnp.isfinite(array).all()):
-            where = np.argwhere(~np.isfinite(np.asarray(array)))[0]
-            raise ValueError(
-                f"{name} holds NaN or infinity, first at index {tuple(map(int, where))}"
-            )
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"x0": x0, "x_tgt": x_tgt}):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            where = tuple(map(int, np.argwhere(~np.isfinite(np.asarray(leaf)))[0]))
+            raise ValueError(f"{name} holds NaN or infinity, first at index {where}")
     if "x_tgt" in arrays and x0.shape[-1] != x_tgt.shape[-1]:
         raise ValueError(f"x0 {x0.shape} and x_tgt {x_tgt.shape} differ in dimension")
     if n_epochs < 1:
@@ -297,14 +299,25 @@ def _check_input(x0, x_tgt, n_epochs, lr, m, record_every) -> None:
 # Saving
 
 
-def _fingerprint(x0: Array, x_tgt: PyTree, rng: Array, lr: Any, m: float) -> str:
-    """What a checkpoint must share with the flow that resumes it."""
+def _fingerprint(x0: Array, x_tgt: PyTree, rng: Array, lr: Any, optimizer) -> str:
+    """What a checkpoint must share with the flow that resumes it.
+
+    Settings of an optimiser are closed over: it is known by what it does with two gradients of
+    ones. A schedule may begin as another does, so its values along the way count too. Digits that
+    differ between devices are left out.
+    """
     key = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     digest = hashlib.sha256()
     for leaf in (x0, *jax.tree.leaves(x_tgt), key):
         digest.update(f"{leaf.dtype}{leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    digest.update(f"{'schedule' if callable(lr) else float(lr)},{float(m)}".encode())
+    state = optimizer.init(x0)
+    for _ in range(2):
+        update, state = optimizer.update(jnp.ones_like(x0), state, x0)
+        digest.update(f"{float(jnp.mean(update)):.4g},".encode())
+    if callable(lr):
+        values = [float(lr(jnp.asarray(10**k))) for k in range(7)]
+        digest.update(",".join(f"{value:.4g}" for value in values).encode())
     return digest.hexdigest()
 
 

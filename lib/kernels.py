@@ -187,6 +187,8 @@ def kernel_diagonal(kernel: Kernel, x: Float[Array, "n d"]) -> Float[Array, " n"
 
 def uniform_weights(x: Float[Array, "n d"]) -> Float[Array, " n"]:
     """1/n for each row of `x`."""
+    if x.shape[0] == 0:
+        raise ValueError(f"an empty sample has no weights: shape {x.shape}")
     return jnp.full(x.shape[0], 1 / x.shape[0], jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -200,6 +202,8 @@ def to_blocks(
     """
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if x.shape[0] == 0:
+        raise ValueError(f"an empty sample: shape {x.shape}")
     blocks = -(-x.shape[0] // block_size)
     size = -(-x.shape[0] // blocks)
     padding = (0, blocks * size - x.shape[0])

@@ -298,21 +298,35 @@ def sliced_wasserstein_power(
     if weighted and coupling is not exact_coupling:
         raise ValueError("weights need exact_coupling")
 
-    def equal(block):
+    if coupling is exact_coupling:
+        return _exact_power(x, y, directions, x_weights, y_weights, p=p, block_size=block_size)
+    return _coupled_power(x, y, directions, p, coupling, block_size)
+
+
+def _coupled_power(x, y, directions, p, coupling, block_size):
+    def cost(block):
         pair = coupling(x.shape[0], y.shape[0])
         u = pair.source(sort_columns(project(x, block)))
         v = pair.target(sort_columns(project(y, block)))
         return pairwise_cost(u[None], v[None], pair.mass.astype(u.dtype), p)[0, 0]
 
-    def by_weight(block):
+    return sum_over_directions(cost, directions, block_size) / directions.shape[0]
+
+
+# Jitted here, since users call distances outside of jit, where each loop would be compiled anew.
+@partial(jax.jit, static_argnames=("p", "block_size"))
+def _exact_power(x, y, directions, x_weights, y_weights, *, p, block_size):
+    if x_weights is None and y_weights is None:
+        return _coupled_power(x, y, directions, p, exact_coupling, block_size)
+
+    def cost(block):
         u, u_mass = _sorted_with_mass(project(x, block), x_weights)
         v, v_mass = _sorted_with_mass(project(y, block), y_weights)
         source, target, mass = jax.vmap(_weighted_coupling, in_axes=1, out_axes=1)(u_mass, v_mass)
         u, v = jnp.take_along_axis(u, source, axis=0), jnp.take_along_axis(v, target, axis=0)
         return jnp.sum(mass * _power(u - v, p))
 
-    total = sum_over_directions(by_weight if weighted else equal, directions, block_size)
-    return total / directions.shape[0]
+    return sum_over_directions(cost, directions, block_size) / directions.shape[0]
 
 
 def _sorted_with_mass(projections: Array, weights: Array | None) -> tuple[Array, Array]:

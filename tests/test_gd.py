@@ -363,6 +363,15 @@ def test_bad_input_raises_before_any_step(bad, run):
     assert not run.checkpoint.exists()
 
 
+def test_nan_in_a_pytree_of_targets_is_named_before_any_step():
+    def target(x, y, key):
+        raise AssertionError("no step may be taken")
+
+    y = {"points": start()[1], "weights": [np.ones(2), np.array([0.5, NAN])], "key": KEY}
+    with pytest.raises(ValueError, match=r"x_tgt\.weights\.1 holds NaN .* first at index \(1,\)"):
+        flow(target, y=y)
+
+
 def test_gradient_of_another_shape_raises():
     def target(x, y, key):
         return jnp.sum(x), x[:, :1]
@@ -607,6 +616,29 @@ def test_the_checkpoint_of_another_shape_or_optimizer_raises(run, other):
     flow(n_epochs=4, run=run)
     with pytest.raises(RunFileError, match="comes from other settings"):
         flow(run=run, **other)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"optimizer": optax.adam(0.1)}, {"optimizer": optax.adam(0.2)}),
+        ({"optimizer": optax.adam(0.1)}, {"optimizer": optax.adam(0.1, b1=0.5, eps=1e-2)}),
+        ({"optimizer": optax.sgd(0.1, 0.5)}, {"optimizer": optax.sgd(0.1, 0.6)}),
+        (
+            {"lr": optax.linear_schedule(0.1, 0.0, 1000)},
+            {"lr": optax.linear_schedule(0.1, 0.0, 9000)},
+        ),
+        (
+            {"lr": optax.constant_schedule(0.1)},
+            {"lr": optax.piecewise_constant_schedule(0.1, {500: 0.1})},
+        ),
+    ],
+)
+def test_the_checkpoint_of_other_settings_raises(run, first, second):
+    flow(n_epochs=4, run=run, **first)
+    with pytest.raises(RunFileError, match="another start, target, key or step size"):
+        flow(n_epochs=6, run=run, **second)
+    flow(n_epochs=6, run=run, **first)
 
 
 @pytest.mark.parametrize(("first", "second"), [(4, 1), (1, 4), (2, 4), (4, 2), (4, 5)])

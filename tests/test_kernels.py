@@ -270,6 +270,15 @@ def test_blocks_hold_every_row_once_and_pad_with_weight_zero():
         to_blocks(x, weights, 0)
 
 
+@pytest.mark.parametrize("y_points", [0, 3])
+def test_an_empty_sample_raises(y_points):
+    x, y = jnp.zeros((0, 2)), jnp.zeros((y_points, 2))
+    with pytest.raises(ValueError, match=r"empty sample.*\(0, 2\)"):
+        kernel_mean(gaussian(1.0), x, y)
+    with pytest.raises(ValueError, match=r"empty sample.*\(0, 2\)"):
+        gram_product(gaussian(1.0), x, y, jnp.ones(y_points))
+
+
 @pytest.mark.parametrize(("n", "m", "block_size"), [(1, 1, 4), (17, 8, 4), (13, 31, 100)])
 def test_blocked_sums_in_float64(x64, n, m, block_size):
     kernel, reference = FACTORIES["mixture"]
