@@ -78,3 +78,65 @@ IMAGE_FLOWS: dict[str, tuple[ImageFlowConfig, ...]] = {
         ImageFlowConfig(),
     ),
 }
+
+
+Method = Literal["mmdsw", "mmd_product", "otdd", "target_only"]
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """How a method moves the source images of a transfer."""
+
+    method: Method = "mmdsw"
+    n_epochs: int = 1000
+    lr: float = 20.0
+    """The step size; `decay`: it falls linearly to 0."""
+    decay: bool = True
+    m: float = 0.9
+    kernel: Literal["gaussian", "laplace", "imq", "riesz"] = "riesz"
+    """mmdsw alone; likewise the next one."""
+    num_directions: int = 500
+    noise: float = 0.0
+    """mmd_product alone: injected where the gradient is evaluated."""
+    epsilon: float = 0.0
+    """otdd alone: entropic regularisation, relative to the mean cost."""
+
+
+METHODS: dict[str, FlowSettings] = {
+    "mmdsw": FlowSettings(),
+    "mmd_product": FlowSettings(
+        "mmd_product", n_epochs=1000, lr=10.0, decay=False, m=0.9, noise=0.01
+    ),
+    "otdd": FlowSettings("otdd", n_epochs=100, lr=0.1, decay=False, m=0.0, epsilon=0.01),
+    "target_only": FlowSettings("target_only", n_epochs=0),
+}
+PUBLISHED_MMDSW = FlowSettings(n_epochs=5000, lr=1.0, decay=False)
+"""As published, but for k = 100, which took 20,000 steps."""
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """Source images flow to a few target images; a classifier trained on both classifies the
+    target's test images (Table 2 of Bonet et al., 2025)."""
+
+    source: str = "mnist"
+    target: str = "fashion_mnist"
+    k_shot: int = 5
+    """Target images a class."""
+    num_per_class: int = 200
+    """Source images a class."""
+    flow: FlowSettings = FlowSettings()
+    records: int = 10
+    """How many times the particles are kept on the way."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """LeNet-5 on the target images and the flowed ones."""
+
+    n_epochs: int = 50
+    batch_size: int = 64
+    lr: float = 1e-3
+    """Of Adam."""
+    num_trainings: int = 5
+    labelling: Literal["transport", "axis", "particles"] = "transport"

@@ -20,34 +20,20 @@ from lib.gd import recorded_steps, wasserstein_gradient_descent
 from xp_transfer_learning import plot
 from xp_transfer_learning.config import (
     IMAGE_FLOWS,
-    INVERTED,
     QUICK_WITH_DATA,
-    ROTATED,
     ImageFlowConfig,
     Preset,
 )
+from xp_transfer_learning.data import load, shaped, short_name
 
 EXPERIMENT = "xp_transfer_learning"
-
-
-def load(name: str, split: str, data_root: Path | None) -> datasets.Dataset:
-    """A data set by name or path, or one of the two made from the embedded digits."""
-    if name == ROTATED:
-        return datasets.rotate(datasets.load("digits", split=split), 1)
-    if name == INVERTED:
-        return datasets.invert(datasets.load("digits", split=split))
-    return datasets.load(name, split=split, data_root=data_root)
 
 
 def data(key, config: ImageFlowConfig, data_root: Path | None):
     """(x0, x_tgt, image shape): the source is resized, and made grey or colour, like the target."""
     source = load(config.source, config.split, data_root)
     target = load(config.target, config.split, data_root)
-    height, width, channels = target.image_shape
-    if source.image_shape[:2] != (height, width):
-        source = datasets.resize(source, (height, width))
-    if source.image_shape[2] != channels:
-        source = datasets.to_gray(source) if channels == 1 else datasets.to_rgb(source)
+    source = shaped(source, target.image_shape)
     key_source, key_target = jax.random.split(key)
     x0 = datasets.draw(key_source, source, config.num_per_class)
     return x0, datasets.draw(key_target, target, config.num_per_class), target.image_shape
@@ -58,7 +44,7 @@ def run_flow(
 ) -> runs.Run:
     """Runs one flow, or finds it done. Its folder holds losses [T], particles
     [records, C, n, d], steps, x_tgt and image_shape."""
-    name = f"{_short(config.source)}-{_short(config.target)}"
+    name = f"{short_name(config.source)}-{short_name(config.target)}"
     run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
     if run.finished:
         print(f"{run.folder}: done before")
@@ -101,10 +87,6 @@ def run_flow(
 
 def _linear_decay(lr: float, n_epochs: int):
     return lambda step: lr * (1 - step / n_epochs)
-
-
-def _short(name: str) -> str:
-    return Path(name).stem.replace(":", "_")
 
 
 def with_data(data_root: Path | None) -> bool:
@@ -154,7 +136,7 @@ def main(arguments: Arguments) -> list[Path]:
             config, seed=arguments.seed, results=arguments.results, data_root=arguments.data_root
         )
         arrays = run.load_arrays()
-        name = f"{_short(config.source)}-{_short(config.target)}"
+        name = f"{short_name(config.source)}-{short_name(config.target)}"
         figures = plot.image_flow(
             arrays,
             f"{config.source} → {config.target}, {config.num_per_class} a class",

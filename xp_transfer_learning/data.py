@@ -1,0 +1,28 @@
+"""The data sets of these experiments, brought to one image shape."""
+
+from pathlib import Path
+
+from lib import datasets
+from xp_transfer_learning.config import INVERTED, ROTATED
+
+
+def load(name: str, split: datasets.Split, data_root: Path | None) -> datasets.Dataset:
+    """A data set by name or path, or one of the two made from the embedded digits."""
+    if name == ROTATED:
+        return datasets.rotate(datasets.load("digits", split=split), 1)
+    if name == INVERTED:
+        return datasets.invert(datasets.load("digits", split=split))
+    return datasets.load(name, split=split, data_root=data_root)
+
+
+def shaped(dataset: datasets.Dataset, image_shape: tuple[int, int, int]) -> datasets.Dataset:
+    """The data set resized, and made grey or colour, to have images of `image_shape`."""
+    height, width, channels = image_shape
+    if dataset.image_shape[:2] != (height, width):
+        dataset = datasets.resize(dataset, (height, width))
+    return datasets.to_gray(dataset) if channels == 1 else datasets.to_rgb(dataset)
+
+
+def short_name(name: str) -> str:
+    """A data set's name or path, fit for a folder's name."""
+    return Path(name).stem.replace(":", "_")

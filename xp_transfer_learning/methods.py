@@ -1,0 +1,54 @@
+"""The methods of the transfer experiment behind one interface: what flows, and along what."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
+
+import optax
+from jaxtyping import Array
+
+from lib import mmd
+from lib.gd import TargetValueAndGrad
+from xp_transfer_learning.config import FlowSettings
+from xp_transfer_learning.otdd import otdd_value_and_grad
+from xp_transfer_learning.product_kernel import MOMENTS, product_value_and_grad, with_moments
+
+
+class Problem(NamedTuple):
+    """`start` and `target` are what `lib.gd` moves and aims at; `points` takes such particles
+    [..., n, d'] to images [..., n, d]."""
+
+    start: Array
+    target: Array
+    value_and_grad: TargetValueAndGrad
+    points: Callable[[Array], Array]
+
+
+def problem(settings: FlowSettings, x0: Array, x_tgt: Array) -> Problem:
+    """The flow of x0 [C, n, d] to x_tgt [D, k, d] by `settings.method`."""
+    value_and_grad = _value_and_grad(settings)
+    if settings.method == "mmd_product":
+        return Problem(*with_moments(x0, x_tgt), value_and_grad, lambda x: x[..., :-MOMENTS])
+    return Problem(x0, x_tgt, value_and_grad, lambda x: x)
+
+
+@cache
+def _value_and_grad(settings: FlowSettings) -> TargetValueAndGrad:
+    # Cached, so that flows of the same settings and shapes share one compiled loop.
+    if settings.method == "mmdsw":
+        function = getattr(mmd, f"target_value_and_grad_{settings.kernel}")
+        return lambda x, y, key: function(x, y, key, n_projs=settings.num_directions)
+    if settings.method == "otdd":
+        return partial(otdd_value_and_grad, epsilon=settings.epsilon)
+    if settings.method == "mmd_product":
+        return partial(product_value_and_grad, noise=settings.noise)
+    raise ValueError(f"{settings.method} moves nothing")
+
+
+@cache
+def optimizer(settings: FlowSettings) -> optax.GradientTransformation:
+    """Heavy ball, its step constant or falling linearly to 0."""
+    lr = settings.lr
+    if settings.decay:
+        lr = optax.linear_schedule(settings.lr, 0.0, settings.n_epochs)
+    return optax.sgd(lr, momentum=settings.m or None)

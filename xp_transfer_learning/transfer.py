@@ -1,0 +1,262 @@
+"""Transfer learning: source images flow to k target images a class, then train a classifier.
+
+    python xp_transfer_learning/transfer.py --src_dataset mnist --tgt_dataset usps --k_shot 5
+    python xp_transfer_learning/transfer.py --method otdd --k_shot 10 --ntry 3
+
+Each try draws source and target images anew, flows the source to the target, clips to [0, 1],
+labels the particles, trains LeNet-5 several times on target and flowed images, and reports the
+accuracy on the target's whole test split after the last epoch. Nothing is chosen by that accuracy.
+
+The flowed images make an epoch longer. So `target_only`, training on the target images alone, comes
+twice: for the same number of epochs, as published, and for as many gradient steps as the others.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from lib import classification, datasets, runs
+from lib.gd import recorded_steps, wasserstein_gradient_descent
+from lib.networks import LeNet5
+from xp_transfer_learning import methods
+from xp_transfer_learning.config import METHODS, Method, TrainingConfig, TransferConfig
+from xp_transfer_learning.data import load, shaped, short_name
+from xp_transfer_learning.labels import Labelling, label_particles
+
+EXPERIMENT = "xp_transfer_learning"
+
+
+def data(seed: int, config: TransferConfig, data_root: Path | None):
+    """(x0 [C, n, d], x_tgt [D, k, d], image shape): a draw of its own for every seed, the same for
+    every method. Images take the source's size, grey if one of the two is."""
+    source = load(config.source, "train", data_root)
+    target = load(config.target, "train", data_root)
+    shape = (*source.image_shape[:2], min(source.image_shape[2], target.image_shape[2]))
+    key_source, key_target = jax.random.split(jax.random.PRNGKey(seed))
+    x0 = datasets.draw(key_source, shaped(source, shape), config.num_per_class)
+    return x0, datasets.draw(key_target, shaped(target, shape), config.k_shot), shape
+
+
+def flow(config: TransferConfig, *, seed: int, results: Path, data_root: Path | None) -> dict:
+    """The flowed images of one try: particles [records, C, n, d] (none for target_only), steps,
+    losses, x_tgt, image_shape. Stored, and read back if done before."""
+    name = f"transfer_{short_name(config.source)}-{short_name(config.target)}"
+    name = f"{name}-k{config.k_shot}-{config.flow.method}"
+    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
+    if not run.finished:
+        x0, x_tgt, image_shape = data(seed, config, data_root)
+        stored = {"x_tgt": np.asarray(x_tgt), "image_shape": np.asarray(image_shape)}
+        settings = config.flow
+        if settings.method == "target_only":
+            stored["particles"] = np.zeros((1, 0, 0, x0.shape[2]), np.float32)
+            stored |= {"steps": np.zeros(1, np.int64), "losses": np.zeros(0, np.float32)}
+        else:
+            problem = methods.problem(settings, x0, x_tgt)
+            every = max(1, settings.n_epochs // config.records)
+            stored["losses"], particles = wasserstein_gradient_descent(
+                problem.start,
+                problem.target,
+                problem.value_and_grad,
+                jax.random.fold_in(jax.random.PRNGKey(seed), 1),
+                n_epochs=settings.n_epochs,
+                optimizer=methods.optimizer(settings),
+                record_every=every,
+                run=run,
+                description=f"{name}, try {seed}",
+            )
+            stored["particles"] = np.asarray(problem.points(particles))
+            stored["steps"] = recorded_steps(settings.n_epochs, every)
+        run.finish(**stored)
+        run.checkpoint.unlink(missing_ok=True)
+        (run.folder / "trajectory.npz").unlink(missing_ok=True)
+    return run.load_arrays()
+
+
+def training_set(particles, x_tgt, image_shape, labelling):
+    """(images, labels): the target's images first, then the flowed ones, clipped to [0, 1]."""
+    num_classes, k, d = x_tgt.shape
+    images = x_tgt.reshape(-1, d)
+    labels = np.repeat(np.arange(num_classes), k)
+    if particles.size:
+        flowed = np.clip(particles, 0, 1)
+        images = np.concatenate([images, flowed.reshape(-1, d)])
+        labels = np.concatenate([labels, label_particles(flowed, x_tgt, labelling).ravel()])
+    return images.reshape(-1, *image_shape), labels
+
+
+def accuracies(
+    images, labels, test_images, test_labels, config: TrainingConfig, *, seed: int
+) -> np.ndarray:
+    """Test accuracy of `config.num_trainings` networks trained from keys of their own."""
+    keys = jax.random.split(jax.random.PRNGKey(1_000_000 + seed), config.num_trainings)
+    network = LeNet5(num_classes=int(max(labels.max(), test_labels.max())) + 1)
+    parameters, _ = classification.train_seeds(
+        keys,
+        network,
+        jnp.asarray(images),
+        jnp.asarray(labels),
+        optimizer=_adam(config.lr),
+        num_epochs=config.n_epochs,
+        batch_size=config.batch_size,
+    )
+    test_images, test_labels = jnp.asarray(test_images), jnp.asarray(test_labels)
+    return np.asarray(
+        jax.lax.map(
+            lambda p: classification.accuracy(network, p, test_images, test_labels), parameters
+        )
+    )
+
+
+_OPTIMIZERS: dict[float, optax.GradientTransformation] = {}
+
+
+def _adam(lr: float) -> optax.GradientTransformation:
+    # One object a step size: jit knows optimisers by identity.
+    return _OPTIMIZERS.setdefault(lr, optax.adam(lr))
+
+
+def run_try(
+    config: TransferConfig,
+    training: TrainingConfig,
+    *,
+    seed: int,
+    results: Path,
+    data_root: Path | None,
+    along: bool = False,
+) -> dict:
+    """One try: accuracies [records, trainings] at `steps`, the last record alone unless `along`."""
+    name = f"transfer_accuracy_{short_name(config.source)}-{short_name(config.target)}"
+    name = f"{name}-k{config.k_shot}-{config.flow.method}"
+    settings = {"transfer": config, "training": training, "along": along}
+    run = runs.open_run(results, EXPERIMENT, name, settings, seed=seed)
+    if not run.finished:
+        flowed = flow(config, seed=seed, results=results, data_root=data_root)
+        shape = tuple(int(s) for s in flowed["image_shape"])
+        test = shaped(load(config.target, "test", data_root), shape)
+        test_images = np.asarray(datasets.flat(test)).reshape(-1, *shape)
+        records = range(len(flowed["steps"])) if along else [len(flowed["steps"]) - 1]
+        rows = []
+        for record in records:
+            images, labels = training_set(
+                flowed["particles"][record], flowed["x_tgt"], shape, training.labelling
+            )
+            rows.append(accuracies(images, labels, test_images, test.labels, training, seed=seed))
+        run.finish(
+            accuracies=np.stack(rows),
+            steps=flowed["steps"][list(records)],
+            losses=flowed["losses"],
+        )
+    return run.load_arrays()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    src_dataset: str = "mnist"
+    """A data set's name, or the path of a folder or zip of images; likewise `tgt_dataset`."""
+    tgt_dataset: str = "fashion_mnist"
+    k_shot: tuple[int, ...] = (5,)
+    """Target images a class; several are run one after the other."""
+    method: tuple[Method, ...] = ("mmdsw",)
+    ntry: int = 3
+    """Tries, each with its own draw of source and target images."""
+    n_epochs_wgd: int | None = None
+    """Steps of the flow, and its step size `lr`; None: the method's own (see config.py)."""
+    lr: float | None = None
+    decay: bool | None = None
+    m: float | None = None
+    num_per_class: int = 200
+    n_epochs_nn: int = 50
+    num_trainings: int = 5
+    labelling: tuple[Labelling, ...] = ("transport",)
+    """transport: classes by optimal transport; axis: by position; particles: each for itself."""
+    along: bool = False
+    """Train at every record of the flow too, to see when the accuracy stops moving."""
+    first_seed: int = 0
+    results: Path = Path("results")
+    data_root: Path | None = None
+    """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
+
+
+def main(arguments: Arguments) -> Path:
+    """Runs every k and method, prints and stores accuracies; returns the summary's path."""
+    given = {"n_epochs": arguments.n_epochs_wgd, "lr": arguments.lr}
+    given |= {"decay": arguments.decay, "m": arguments.m}
+    given = {name: value for name, value in given.items() if value is not None}
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
+    rows = []
+    for k in arguments.k_shot:
+        for method in arguments.method:
+            settings = METHODS[method]
+            if method != "target_only":
+                settings = replace(settings, **given)
+            config = TransferConfig(
+                arguments.src_dataset,
+                arguments.tgt_dataset,
+                k,
+                num_per_class=arguments.num_per_class,
+                flow=settings,
+            )
+            for training in trainings(method, k, arguments):
+                tries = [
+                    run_try(
+                        config,
+                        training,
+                        seed=seed,
+                        results=arguments.results,
+                        data_root=arguments.data_root,
+                        along=arguments.along,
+                    )
+                    for seed in seeds
+                ]
+                every = np.stack([t["accuracies"] for t in tries])  # [tries, records, trainings]
+                row = {"source": arguments.src_dataset, "target": arguments.tgt_dataset, "k": k}
+                row |= {"method": method, "settings": settings, "training": training}
+                row |= {"steps": tries[0]["steps"], "accuracies": every}
+                row["losses"] = [t["losses"][[0, -1]] if len(t["losses"]) else [] for t in tries]
+                rows.append(row)
+                print(describe(row), flush=True)
+    pair = f"{short_name(arguments.src_dataset)}-{short_name(arguments.tgt_dataset)}"
+    stem = f"transfer_{pair}-k{'_'.join(map(str, arguments.k_shot))}-{'_'.join(arguments.method)}"
+    summary = arguments.results / EXPERIMENT / f"{stem}.json"
+    about = {"seeds": list(seeds), "n_epochs_nn": arguments.n_epochs_nn}
+    runs.write_json(summary, {**about, "environment": runs.environment(), "rows": rows})
+    print(f"numbers: {summary}")
+    return summary
+
+
+def trainings(method: Method, k: int, arguments: Arguments) -> list[TrainingConfig]:
+    """How the classifier is trained: once for each labelling, or, without flowed images, for the
+    same epochs and for the same gradient steps."""
+    base = TrainingConfig(n_epochs=arguments.n_epochs_nn, num_trainings=arguments.num_trainings)
+    if method != "target_only":
+        return [replace(base, labelling=labelling) for labelling in arguments.labelling]
+    per_class = np.asarray([k, k + arguments.num_per_class])
+    batches = -(-10 * per_class // base.batch_size)
+    return [base, replace(base, n_epochs=int(base.n_epochs * batches[1] // batches[0]))]
+
+
+def describe(row: dict) -> str:
+    """One line a setting: accuracy in percent, mean and spread over tries and trainings."""
+    every = 100 * np.asarray(row["accuracies"])
+    training = row["training"]
+    name = f"k = {row['k']:<3d} {row['method']:12s} {training.n_epochs:5d} epochs"
+    if row["method"] != "target_only":
+        name += f", labels by {training.labelling}"
+    parts = []
+    for i, step in enumerate(row["steps"]):
+        last = every[:, i]
+        parts.append(
+            f"{last.mean():.1f} ± {last.std():.1f} (tries' means ± {last.mean(axis=1).std():.1f})"
+            + (f" at step {int(step)}" if len(row["steps"]) > 1 else "")
+        )
+    return f"  {name}: " + "; ".join(parts)
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))
