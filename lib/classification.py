@@ -3,7 +3,7 @@
 Nothing is selected on the way: what comes back is the network after the last epoch.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +14,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 Parameters = Any
+
+
+@cache
+def adam(learning_rate: float) -> optax.GradientTransformation:
+    """`optax.adam`, one object for each step size: jit tells optimisers apart by identity."""
+    return optax.adam(learning_rate)
 
 
 @partial(jax.jit, static_argnames=("network", "optimizer", "num_epochs", "batch_size"))

@@ -44,7 +44,7 @@ class ImageFlowConfig:
     """A labelled set of images flows to another, with the Riesz kernel (Figure 2)."""
 
     source: str = "mnist"
-    """A data set's name, or the path of a folder or zip of images."""
+    """A data set's name, the path of a folder or zip of images, or "noise": N(0, I)."""
     target: str = "fashion_mnist"
     split: str = "train"
     num_per_class: int = 200
@@ -63,6 +63,8 @@ class ImageFlowConfig:
 
 # Stand-ins for a target where no data are at hand: "digits, rotated" and "digits, inverted".
 ROTATED, INVERTED = "digits:rotated", "digits:inverted"
+# As a source: N(0, I) in the target's dimension, as many classes as the target has.
+NOISE = "noise"
 
 QUICK_DIGITS = ImageFlowConfig(
     "digits", ROTATED, num_per_class=60, n_epochs=400, lr=8.0, decay=True, record_every=10
@@ -72,9 +74,19 @@ QUICK_WITH_DATA = ImageFlowConfig(
 )
 IMAGE_FLOWS: dict[str, tuple[ImageFlowConfig, ...]] = {
     "quick": (QUICK_DIGITS, replace(QUICK_DIGITS, target=INVERTED)),
-    # Ours in 5,000 steps, then the published 100,000 small ones.
+    # Ours in 5,000 steps, generative ones too, then the published 100,000 small ones.
     "paper": (
         ImageFlowConfig(n_epochs=5_000, lr=20.0, decay=True, record_every=50),
+        ImageFlowConfig(NOISE, "mnist", n_epochs=5_000, lr=20.0, decay=True, record_every=50),
+        ImageFlowConfig(
+            NOISE,
+            "cifar10",
+            num_per_class=50,
+            n_epochs=5_000,
+            lr=20.0,
+            decay=True,
+            record_every=100,
+        ),
         ImageFlowConfig(),
     ),
 }
@@ -125,6 +137,8 @@ class TransferConfig:
     """Target images a class."""
     num_per_class: int = 200
     """Source images a class."""
+    size: int | None = None
+    """Side of the images; None: the source's."""
     flow: FlowSettings = FlowSettings()
     records: int = 10
     """How many times the particles are kept on the way."""
@@ -140,3 +154,36 @@ class TrainingConfig:
     """Of Adam."""
     num_trainings: int = 5
     labelling: Literal["transport", "axis", "particles"] = "transport"
+
+
+@dataclass(frozen=True)
+class AdaptationConfig:
+    """Source images flow to those that a frozen classifier knows (Figure 3 of Bonet et al.)."""
+
+    source: str = "fashion_mnist"
+    target: str = "mnist"
+    num_per_class: int = 500
+    size: int | None = None
+    """Side of the images; None: the target's."""
+    flow: FlowSettings = FlowSettings(n_epochs=3000)
+    records: int = 30
+    n_epochs_nn: int = 50
+    """Epochs, and Adam's step size, of the classifier."""
+    lr_nn: float = 1e-3
+    num_matched: int = 200
+    """Images a class that the optimal transport between classes looks at."""
+
+
+ADAPTATION: dict[str, tuple[AdaptationConfig, ...]] = {
+    "quick": (
+        AdaptationConfig(
+            ROTATED,
+            "digits",
+            num_per_class=60,
+            size=28,
+            flow=FlowSettings(n_epochs=300),
+            records=10,
+        ),
+    ),
+    "paper": tuple(AdaptationConfig(source) for source in ("fashion_mnist", "usps", "kmnist")),
+}

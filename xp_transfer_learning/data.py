@@ -23,6 +23,11 @@ def shaped(dataset: datasets.Dataset, image_shape: tuple[int, int, int]) -> data
     return datasets.to_gray(dataset) if channels == 1 else datasets.to_rgb(dataset)
 
 
+def resized(dataset: datasets.Dataset, size: int | None) -> datasets.Dataset:
+    """The data set with images of `size` x `size`; None leaves it as it is."""
+    return dataset if size is None else shaped(dataset, (size, size, dataset.image_shape[2]))
+
+
 def short_name(name: str) -> str:
     """A data set's name or path, fit for a folder's name."""
     return Path(name).stem.replace(":", "_")

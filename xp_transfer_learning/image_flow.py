@@ -2,6 +2,7 @@
 
     python xp_transfer_learning/image_flow.py --preset quick
     python xp_transfer_learning/image_flow.py --src_dataset usps --tgt_dataset my_images.zip
+    python xp_transfer_learning/image_flow.py --src_dataset noise --tgt_dataset cifar10
 
 Without data at hand the quick preset flows scikit-learn's digits to rotated and inverted ones; it
 adds MNIST to Fashion-MNIST when the data root has both. Nothing is downloaded unless asked for.
@@ -20,6 +21,7 @@ from lib.gd import recorded_steps, wasserstein_gradient_descent
 from xp_transfer_learning import plot
 from xp_transfer_learning.config import (
     IMAGE_FLOWS,
+    NOISE,
     QUICK_WITH_DATA,
     ImageFlowConfig,
     Preset,
@@ -31,12 +33,16 @@ EXPERIMENT = "xp_transfer_learning"
 
 def data(key, config: ImageFlowConfig, data_root: Path | None):
     """(x0, x_tgt, image shape): the source is resized, and made grey or colour, like the target."""
-    source = load(config.source, config.split, data_root)
+    source = None
+    if config.source != NOISE:
+        source = load(config.source, config.split, data_root)
     target = load(config.target, config.split, data_root)
-    source = shaped(source, target.image_shape)
     key_source, key_target = jax.random.split(key)
-    x0 = datasets.draw(key_source, source, config.num_per_class)
-    return x0, datasets.draw(key_target, target, config.num_per_class), target.image_shape
+    x_tgt = datasets.draw(key_target, target, config.num_per_class)
+    if source is None:
+        return jax.random.normal(key_source, x_tgt.shape), x_tgt, target.image_shape
+    x0 = datasets.draw(key_source, shaped(source, target.image_shape), config.num_per_class)
+    return x0, x_tgt, target.image_shape
 
 
 def run_flow(
@@ -131,10 +137,20 @@ def chosen(arguments: Arguments) -> list[ImageFlowConfig]:
 def main(arguments: Arguments) -> list[Path]:
     """Runs the flows and draws their figures; returns the run folders."""
     folders = []
+    asked_for = bool(arguments.src_dataset or arguments.tgt_dataset)
     for config in chosen(arguments):
-        run = run_flow(
-            config, seed=arguments.seed, results=arguments.results, data_root=arguments.data_root
-        )
+        try:
+            run = run_flow(
+                config,
+                seed=arguments.seed,
+                results=arguments.results,
+                data_root=arguments.data_root,
+            )
+        except FileNotFoundError as error:
+            if asked_for:
+                raise
+            print(f"left out, {config.source} -> {config.target}: {error}")
+            continue
         arrays = run.load_arrays()
         name = f"{short_name(config.source)}-{short_name(config.target)}"
         figures = plot.image_flow(

@@ -10,7 +10,6 @@ from jaxtyping import Array
 from lib import mmd
 from lib.gd import TargetValueAndGrad
 from xp_transfer_learning.config import FlowSettings
-from xp_transfer_learning.otdd import otdd_value_and_grad
 from xp_transfer_learning.product_kernel import MOMENTS, product_value_and_grad, with_moments
 
 
@@ -39,6 +38,9 @@ def _value_and_grad(settings: FlowSettings) -> TargetValueAndGrad:
         function = getattr(mmd, f"target_value_and_grad_{settings.kernel}")
         return lambda x, y, key: function(x, y, key, n_projs=settings.num_directions)
     if settings.method == "otdd":
+        # Here, since importing ott takes seconds.
+        from xp_transfer_learning.otdd import otdd_value_and_grad
+
         return partial(otdd_value_and_grad, epsilon=settings.epsilon)
     if settings.method == "mmd_product":
         return partial(product_value_and_grad, noise=settings.noise)

@@ -119,4 +119,68 @@ def image_flow(arrays: dict, title: str, stem: Path) -> list[Path]:
         axis.set_xscale("symlog", linthresh=10)
         axis.set_title(title)
         losses = plotting.save_figure(figure, stem.with_name(f"{stem.name}_loss.png"))
-    return [samples, losses]
+        animation = animate_images(particles, steps, shape, stem.with_suffix(".gif"))
+    return [samples, losses, animation]
+
+
+def animate_images(
+    particles: np.ndarray, steps: np.ndarray, shape: tuple[int, int, int], path: Path
+) -> Path:
+    """Ten images a class on their way, at some forty records, more of them early on."""
+    last = len(steps) - 1
+    frames = np.unique(np.geomspace(1, last + 1, 40).round().astype(int) - 1)
+    shown = np.asarray(as_images(particles[frames][:, :, :10], shape))
+    rows, columns = shown.shape[1:3]
+    figure, axis = plt.subplots(figsize=(0.4 * columns, 0.4 * rows + 0.3))
+
+    def draw(i: int) -> None:
+        axis.clear()
+        plotting.show_images(axis, shown[i])
+        axis.set_title(f"step {int(steps[frames[i]]):,}", fontsize=8)
+
+    return plotting.save_animation(figure, draw, len(frames), path)
+
+
+PUBLISHED_ADAPTATION = {
+    "fashion_mnist": (
+        (0, 5e3, 1e4, 2.5e4, 5e4, 1e5, 1.5e5),
+        (15.2, 60.9, 87.7, 95.8, 98.4, 99.7, 100),
+    ),
+    "kmnist": ((0, 5e3, 1e4, 2.5e4, 5e4, 1e5, 1.6e5), (25.7, 55.3, 84.7, 94.8, 98.0, 99.7, 100)),
+    "usps": ((0, 5e3, 1e4, 2.5e4, 5e4, 1e5, 1.52e5), (41.8, 81.2, 89.8, 95.9, 98.3, 99.8, 100)),
+}
+"""Accuracy in percent by step, read off the published files (target MNIST)."""
+
+
+def adaptation(summary: Path, arrays: dict) -> list[Path]:
+    """Accuracy along the flow, beside the published one where there is one; samples of one flow."""
+    summary = Path(summary)
+    stored = json.loads(summary.read_text())
+    config, steps = stored["config"], np.asarray(stored["steps"])
+    accuracies = 100 * np.asarray(stored["accuracies"])
+    title = f"{config['source']} → {config['target']}"
+    stem = summary.parent / "figures" / summary.stem
+    with plotting.style():
+        figure, axis = plt.subplots(figsize=(4.5, 3))
+        mean, std = accuracies.mean(axis=0), accuracies.std(axis=0)
+        axis.plot(steps, mean, label=f"ours, {len(accuracies)} draws of the source")
+        axis.fill_between(steps, mean - std, mean + std, alpha=0.3)
+        if config["source"] in PUBLISHED_ADAPTATION and config["target"] == "mnist":
+            published = PUBLISHED_ADAPTATION[config["source"]]
+            axis.plot(*published, ".--", color="0.4", label="published")
+        axis.axhline(99, color="0.8", linewidth=0.8)
+        axis.set_xscale("symlog", linthresh=max(1, steps[1]))
+        axis.set_xlabel("step")
+        axis.set_ylabel("accuracy of the frozen classifier, %")
+        axis.set_title(title)
+        axis.legend(fontsize=7)
+        curve = plotting.save_figure(figure, stem.with_suffix(".png"))
+        shape = tuple(int(s) for s in arrays["image_shape"])
+        chosen = np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
+        sheet = np.asarray(as_images(arrays["samples"][chosen], shape))
+        figure, axis = plt.subplots(figsize=(0.62 * len(sheet), 0.62 * sheet.shape[1] + 0.5))
+        plotting.show_images(axis, np.swapaxes(sheet, 0, 1))
+        shown = ", ".join(f"{int(steps[i]):,}" for i in chosen)
+        axis.set_title(f"{title}, one image a class\nsteps {shown}", fontsize=8)
+        samples = plotting.save_figure(figure, stem.with_name(f"{stem.name}_samples.png"))
+    return [curve, samples]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash xp_transfer_learning/run.sh [quick|paper]: rings, then image flows.
+# bash xp_transfer_learning/run.sh [quick|paper]: rings, image flows, transfer, adaptation.
 set -euo pipefail
 preset=${1:-quick}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,3 +9,5 @@ if [[ "$(command -v python)" != "$PWD/.venv/bin/python" ]]; then
 fi
 python xp_transfer_learning/rings.py --preset "$preset" --results "${RESULTS:-results}"
 python xp_transfer_learning/image_flow.py --preset "$preset" --results "${RESULTS:-results}"
+python xp_transfer_learning/transfer.py --preset "$preset" --results "${RESULTS:-results}"
+python xp_transfer_learning/domain_adaptation.py --preset "$preset" --results "${RESULTS:-results}"

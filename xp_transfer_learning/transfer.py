@@ -17,15 +17,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from lib import classification, datasets, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.networks import LeNet5
 from xp_transfer_learning import methods
-from xp_transfer_learning.config import METHODS, Method, TrainingConfig, TransferConfig
-from xp_transfer_learning.data import load, shaped, short_name
+from xp_transfer_learning.config import (
+    METHODS,
+    ROTATED,
+    Method,
+    Preset,
+    TrainingConfig,
+    TransferConfig,
+)
+from xp_transfer_learning.data import load, resized, shaped, short_name
 from xp_transfer_learning.labels import Labelling, label_particles
 
 EXPERIMENT = "xp_transfer_learning"
@@ -34,7 +40,7 @@ EXPERIMENT = "xp_transfer_learning"
 def data(seed: int, config: TransferConfig, data_root: Path | None):
     """(x0 [C, n, d], x_tgt [D, k, d], image shape): a draw of its own for every seed, the same for
     every method. Images take the source's size, grey if one of the two is."""
-    source = load(config.source, "train", data_root)
+    source = resized(load(config.source, "train", data_root), config.size)
     target = load(config.target, "train", data_root)
     shape = (*source.image_shape[:2], min(source.image_shape[2], target.image_shape[2]))
     key_source, key_target = jax.random.split(jax.random.PRNGKey(seed))
@@ -100,7 +106,7 @@ def accuracies(
         network,
         jnp.asarray(images),
         jnp.asarray(labels),
-        optimizer=_adam(config.lr),
+        optimizer=classification.adam(config.lr),
         num_epochs=config.n_epochs,
         batch_size=config.batch_size,
     )
@@ -110,14 +116,6 @@ def accuracies(
             lambda p: classification.accuracy(network, p, test_images, test_labels), parameters
         )
     )
-
-
-_OPTIMIZERS: dict[float, optax.GradientTransformation] = {}
-
-
-def _adam(lr: float) -> optax.GradientTransformation:
-    # One object a step size: jit knows optimisers by identity.
-    return _OPTIMIZERS.setdefault(lr, optax.adam(lr))
 
 
 def run_try(
@@ -156,6 +154,8 @@ def run_try(
 
 @dataclass(frozen=True)
 class Arguments:
+    preset: Preset | None = None
+    """quick: embedded digits, in a minute. paper: all of Table 2. None: what the rest says."""
     src_dataset: str = "mnist"
     """A data set's name, or the path of a folder or zip of images; likewise `tgt_dataset`."""
     tgt_dataset: str = "fashion_mnist"
@@ -170,6 +170,8 @@ class Arguments:
     decay: bool | None = None
     m: float | None = None
     num_per_class: int = 200
+    size: int | None = None
+    """Side of the images; None: the source's."""
     n_epochs_nn: int = 50
     num_trainings: int = 5
     labelling: tuple[Labelling, ...] = ("transport",)
@@ -182,7 +184,28 @@ class Arguments:
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
 
 
-def main(arguments: Arguments) -> Path:
+def preset(arguments: Arguments) -> list[Arguments]:
+    """What the preset stands for, or the arguments as they are."""
+    if arguments.preset == "quick":
+        small = {"ntry": 1, "num_trainings": 2, "n_epochs_nn": 20, "n_epochs_wgd": 300}
+        small |= {"num_per_class": 60, "size": 28, "method": ("mmdsw", "target_only")}
+        return [replace(arguments, src_dataset="digits", tgt_dataset=ROTATED, **small)]
+    if arguments.preset == "paper":
+        table = []
+        for target in ("fashion_mnist", "kmnist", "usps"):
+            few = replace(arguments, tgt_dataset=target, k_shot=(1, 5, 10), method=tuple(METHODS))
+            many = replace(few, k_shot=(100,), method=("mmdsw", "target_only"))
+            table += [few, many]
+        return table
+    return [arguments]
+
+
+def main(arguments: Arguments) -> list[Path]:
+    """Runs what the preset or the arguments say; returns the summaries' paths."""
+    return [run_table(one) for one in preset(arguments)]
+
+
+def run_table(arguments: Arguments) -> Path:
     """Runs every k and method, prints and stores accuracies; returns the summary's path."""
     given = {"n_epochs": arguments.n_epochs_wgd, "lr": arguments.lr}
     given |= {"decay": arguments.decay, "m": arguments.m}
@@ -199,6 +222,7 @@ def main(arguments: Arguments) -> Path:
                 arguments.tgt_dataset,
                 k,
                 num_per_class=arguments.num_per_class,
+                size=arguments.size,
                 flow=settings,
             )
             for training in trainings(method, k, arguments):

@@ -1,0 +1,152 @@
+"""Labels of particles against brute force and SciPy's assignment."""
+
+from itertools import permutations
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis.extra.numpy import arrays
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+from xp_transfer_learning.labels import class_costs, label_particles, match_classes
+
+seeds = hypothesis.given(st.integers(0, 2**31))
+few = hypothesis.settings(max_examples=20, deadline=None)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def assigned_shares(x, y):
+    """Share of its mass that each point of x sends to each of y, by assignment of copies."""
+    size = np.lcm(len(x), len(y))
+    of_x, of_y = size // len(x), size // len(y)
+    squared = np.repeat(np.repeat(cdist(x, y, "sqeuclidean"), of_x, axis=0), of_y, axis=1)
+    rows, columns = linear_sum_assignment(squared)
+    shares = np.zeros((len(x), len(y)))
+    np.add.at(shares, (rows // of_x, columns // of_y), 1 / of_x)
+    return shares
+
+
+# Classes
+
+
+@pytest.mark.parametrize(("n", "k"), [(5, 5), (2, 4), (6, 4), (3, 7)])
+def test_class_costs_are_those_of_an_assignment(n, k):
+    x, y = normal(0, 3, n, 2), 1 + normal(1, 2, k, 2)
+    expected = [
+        [np.mean(np.sum(assigned_shares(a, b) * cdist(a, b, "sqeuclidean"), axis=1)) for b in y]
+        for a in x
+    ]
+    costs = class_costs(x, y)
+    np.testing.assert_allclose(costs, expected, rtol=1e-12)
+    np.testing.assert_allclose(class_costs(y, x), costs.T, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (4, 1), (1, 4)])
+def test_class_costs_with_one_point_are_means(n, k):
+    x, y = normal(0, 3, n, 5), normal(1, 2, k, 5)
+    expected = [[cdist(a, b, "sqeuclidean").mean() for b in y] for a in x]
+    np.testing.assert_allclose(class_costs(x, y), expected, rtol=1e-12)
+
+
+def test_class_costs_are_computed_in_float64():
+    """Far from the origin, float32 squares would lose every digit of these distances."""
+    x = (1000 + normal(0, 2, 4, 3)).astype("f")
+    costs = class_costs(x, x + np.float32(0.25))
+    np.testing.assert_allclose(np.diagonal(costs), 3 / 16, rtol=1e-6)
+
+
+@few
+@hypothesis.given(arrays(float, (4, 4), elements=st.floats(0, 1e4)))
+def test_a_matching_is_the_cheapest_permutation(costs):
+    match = match_classes(costs)
+    assert sorted(match) == [0, 1, 2, 3]
+    cheapest = min(sum(costs[range(4), order]) for order in map(list, permutations(range(4))))
+    np.testing.assert_allclose(costs[range(4), match].sum(), cheapest, rtol=1e-9, atol=1e-9)
+
+
+def test_a_matching_need_not_be_the_nearest_class():
+    assert list(match_classes(np.array([[0.0, 2], [1, 9]]))) == [1, 0]
+
+
+@few
+@seeds
+def test_matching_with_more_source_classes_fills_every_target(seed):
+    costs = np.random.default_rng(seed).uniform(size=(4, 2))
+    halves = [list(order) for order in set(permutations((0, 0, 1, 1)))]
+    expected = min(halves, key=lambda order: costs[range(4), order].sum())
+    np.testing.assert_array_equal(match_classes(costs), expected)
+
+
+def test_matching_with_more_target_classes_takes_the_largest_share():
+    """Each of 2 classes fills 1.5 of 3: one target alone, and half of the one in the middle."""
+    costs = np.array([[4.0, 1, 0], [0, 1, 4]])
+    np.testing.assert_array_equal(match_classes(costs), [2, 0])
+    np.testing.assert_array_equal(match_classes(np.ones((1, 3)) * [[3, 1, 2]]), [0])
+    np.testing.assert_array_equal(match_classes(np.array([[3.0], [1]])), [0, 0])
+
+
+# Particles
+
+
+@pytest.mark.parametrize("labelling", ["transport", "particles"])
+@pytest.mark.parametrize(("n", "k"), [(5, 5), (6, 2), (4, 1), (1, 3), (3, 5)])
+@few
+@hypothesis.given(seed=st.integers(0, 2**31), order=st.permutations(range(4)))
+def test_labels_are_those_of_classes_near_by(labelling, n, k, seed, order):
+    rng = np.random.default_rng(seed)
+    means = 10 * rng.permutation(np.stack(np.meshgrid(range(2), range(2)), -1).reshape(4, 1, 2))
+    x, y = (means + rng.uniform(-1, 1, (4, points, 2)) for points in (n, k))
+    labels = label_particles(x, y[np.argsort(order)], labelling)
+    np.testing.assert_array_equal(labels, np.repeat(np.array(order)[:, None], n, axis=1))
+
+
+@few
+@seeds
+def test_permuted_target_classes_permute_the_labels(seed):
+    x, y = normal(seed, 4, 3, 2), normal(seed + 1, 4, 3, 2)
+    order = np.random.default_rng(seed).permutation(4)
+    for labelling in ("transport", "particles"):
+        labels = label_particles(x, y[order], labelling)
+        np.testing.assert_array_equal(order[labels], label_particles(x, y, labelling))
+
+
+def test_labels_by_transport_are_the_cheapest_matching():
+    x, y = normal(0, 4, 6, 2), normal(1, 4, 5, 2)
+    costs = np.array(
+        [[np.sum(assigned_shares(a, b) * cdist(a, b, "sqeuclidean")) / 6 for b in y] for a in x]
+    )
+    expected = min(permutations(range(4)), key=lambda order: costs[range(4), list(order)].sum())
+    assert expected != (0, 1, 2, 3)
+    np.testing.assert_array_equal(label_particles(x, y), np.tile(expected, (6, 1)).T)
+
+
+@pytest.mark.parametrize(
+    ("classes", "n", "num_targets", "k"), [(2, 3, 2, 3), (3, 4, 3, 2), (1, 2, 2, 3), (1, 4, 2, 7)]
+)
+def test_labels_by_particles_are_the_largest_shares_of_an_assignment(classes, n, num_targets, k):
+    x, y = normal(0, classes, n, 2), normal(1, num_targets, k, 2)
+    shares = assigned_shares(x.reshape(-1, 2), y.reshape(-1, 2)).reshape(classes, n, num_targets, k)
+    shares = shares.sum(axis=3)
+    largest, second = np.sort(shares, axis=2)[..., :-3:-1].transpose(2, 0, 1)
+    assert (largest > second + 1e-9).all()
+    labels = label_particles(x, y, "particles")
+    np.testing.assert_array_equal(labels, shares.argmax(axis=2))
+    assert len(np.unique(labels)) > 1
+
+
+def test_labels_by_axis():
+    labels = label_particles(normal(0, 3, 2, 4), normal(1, 3, 5, 4), "axis")
+    np.testing.assert_array_equal(labels, [[0, 0], [1, 1], [2, 2]])
+
+
+def test_impossible_labellings_raise():
+    x, y = normal(0, 3, 2, 4), normal(1, 2, 2, 4)
+    with pytest.raises(ValueError, match="as many classes in both: 3 and 2"):
+        label_particles(x, y, "axis")
+    with pytest.raises(ValueError, match="transport, axis or particles, not 'nearest'"):
+        label_particles(x, y, "nearest")

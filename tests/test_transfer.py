@@ -1,0 +1,162 @@
+"""Transfer learning and domain adaptation, as their users run them, on the embedded digits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from xp_transfer_learning import domain_adaptation, methods, transfer
+from xp_transfer_learning.config import (
+    INVERTED,
+    ROTATED,
+    AdaptationConfig,
+    FlowSettings,
+    TrainingConfig,
+    TransferConfig,
+)
+
+REPOSITORY = Path(__file__).parents[1]
+SHORT = {
+    "mmdsw": FlowSettings(n_epochs=40, num_directions=100, lr=5.0),
+    "otdd": FlowSettings("otdd", n_epochs=3, lr=0.1, decay=False, m=0.0, epsilon=0.05),
+    "mmd_product": FlowSettings("mmd_product", n_epochs=3, lr=1.0, decay=False, noise=0.01),
+    "target_only": FlowSettings("target_only", n_epochs=0),
+}
+
+
+def config(method="mmdsw", k=2, target=ROTATED):
+    return TransferConfig("digits", target, k, num_per_class=8, size=16, flow=SHORT[method])
+
+
+def test_every_method_gets_the_same_draw_and_every_seed_its_own():
+    first, other = (transfer.data(seed, config(), None) for seed in (0, 1))
+    x0, x_tgt, shape = first
+    assert x0.shape == (10, 8, 256)
+    assert x_tgt.shape == (10, 2, 256)
+    assert shape == (16, 16, 1)
+    for method in SHORT:
+        again = transfer.data(0, config(method), None)
+        np.testing.assert_array_equal(again[0], x0)
+        np.testing.assert_array_equal(again[1], x_tgt)
+    assert not np.array_equal(other[0], x0)
+    assert not np.array_equal(other[1], x_tgt)
+    # More shots begin with the fewer ones, so that curves over k compare like with like.
+    np.testing.assert_array_equal(transfer.data(0, config(k=5), None)[1][:, :2], x_tgt)
+
+
+@pytest.mark.parametrize("method", ["mmdsw", "otdd", "mmd_product"])
+def test_flows_go_down_and_keep_the_images_shape(tmp_path, method):
+    with jax.numpy_rank_promotion("allow"):  # ott relies on it
+        stored = transfer.flow(config(method), seed=0, results=tmp_path, data_root=None)
+    assert stored["particles"].shape[1:] == (10, 8, 256)
+    assert stored["particles"].shape[0] == len(stored["steps"])
+    x0, x_tgt, _ = transfer.data(0, config(method), None)
+    np.testing.assert_array_equal(stored["particles"][0], x0)
+    np.testing.assert_array_equal(stored["x_tgt"], x_tgt)
+    assert stored["losses"][-1] < stored["losses"][0]
+    problem = methods.problem(SHORT[method], x0, x_tgt)
+    np.testing.assert_array_equal(problem.points(problem.start), x0)
+
+
+def test_a_flow_is_stored_once(tmp_path, monkeypatch):
+    first = transfer.flow(config(), seed=0, results=tmp_path, data_root=None)
+    monkeypatch.setattr(transfer, "wasserstein_gradient_descent", None)
+    again = transfer.flow(config(), seed=0, results=tmp_path, data_root=None)
+    np.testing.assert_array_equal(first["particles"], again["particles"])
+    assert not list(tmp_path.rglob("checkpoint.npz"))
+
+
+def test_training_set_clips_and_labels():
+    rng = np.random.default_rng(0)
+    x_tgt = rng.uniform(size=(3, 2, 4)).astype(np.float32)
+    # Class c of the particles sits around class 2 - c of the target, partly outside [0, 1].
+    particles = x_tgt[::-1].repeat(3, axis=1) + rng.normal(scale=0.01, size=(3, 6, 4))
+    particles[0, 0] = [-1, 2, 0.5, 0.5]
+    images, labels = transfer.training_set(particles, x_tgt, (2, 2, 1), "transport")
+    assert images.shape == (6 + 18, 2, 2, 1)
+    np.testing.assert_array_equal(images[:6], x_tgt.reshape(6, 2, 2, 1))
+    np.testing.assert_array_equal(images[6].ravel(), [0, 1, 0.5, 0.5])
+    assert images.min() >= 0
+    assert images.max() <= 1
+    np.testing.assert_array_equal(labels, [0, 0, 1, 1, 2, 2] + [2] * 6 + [1] * 6 + [0] * 6)
+    images, labels = transfer.training_set(np.zeros((0, 0, 4)), x_tgt, (2, 2, 1), "transport")
+    assert len(images) == len(labels) == 6
+
+
+def test_without_flowed_images_the_same_epochs_and_the_same_gradient_steps():
+    arguments = transfer.Arguments(n_epochs_nn=50, num_per_class=200)
+    same_epochs, same_steps = transfer.trainings("target_only", 5, arguments)
+    assert same_epochs.n_epochs == 50
+    # 50 images are one batch of 64; 2,050 are 33.
+    assert same_steps.n_epochs == 50 * 33
+    (one,) = transfer.trainings("mmdsw", 5, arguments)
+    assert one.n_epochs == 50
+
+
+def test_accuracies_along_the_flow_end_with_that_of_its_end(tmp_path):
+    training = TrainingConfig(n_epochs=1, num_trainings=2)
+    options = {"seed": 0, "results": tmp_path, "data_root": None}
+    along = transfer.run_try(config(), training, along=True, **options)
+    end = transfer.run_try(config(), training, **options)
+    assert along["accuracies"].shape == (len(along["steps"]), 2)
+    assert along["steps"][-1] == end["steps"][0] == 40
+    np.testing.assert_array_equal(along["accuracies"][-1], end["accuracies"][0])
+    assert np.all((end["accuracies"] >= 0) & (end["accuracies"] <= 1))
+
+
+def test_flags_are_the_published_ones(tmp_path):
+    command = [sys.executable, "xp_transfer_learning/transfer.py", "--src_dataset", "digits"]
+    command += ["--tgt_dataset", INVERTED, "--k_shot", "2", "--method", "mmdsw"]
+    command += ["--n_epochs_wgd", "3", "--ntry", "2", "--n_epochs_nn", "1", "--lr", "0.5"]
+    command += [
+        "--num_per_class",
+        "5",
+        "--size",
+        "16",
+        "--results",
+        str(tmp_path),
+        "--num_trainings",
+        "2",
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (summary,) = tmp_path.glob("xp_transfer_learning/*.json")
+    assert f"numbers: {summary}" in done.stdout
+    (row,) = json.loads(summary.read_text())["rows"]
+    assert (row["method"], row["k"]) == ("mmdsw", 2)
+    assert np.shape(row["accuracies"]) == (2, 1, 2)
+    assert (row["settings"]["n_epochs"], row["settings"]["lr"]) == (3, 0.5)
+    assert row["training"]["n_epochs"] == 1
+
+
+def test_adaptation_reaches_the_classifiers_classes(tmp_path):
+    settings = AdaptationConfig(
+        ROTATED,
+        "digits",
+        num_per_class=30,
+        size=28,
+        flow=FlowSettings(n_epochs=300),
+        records=4,
+        n_epochs_nn=30,
+    )
+    run = domain_adaptation.run_try(settings, seed=0, results=tmp_path, data_root=None)
+    stored = run.load_arrays()
+    assert sorted(stored["matched"]) == list(range(10))
+    assert stored["classifier_accuracy"] > 0.7
+    assert stored["accuracies"][0] < 0.5
+    assert stored["accuracies"][-1] > 0.95
+    np.testing.assert_array_equal(stored["steps"], [0, 75, 150, 225, 300])
+
+
+def test_adaptation_keeps_the_target_and_draws_the_source_anew():
+    settings = AdaptationConfig(INVERTED, "digits", num_per_class=5)
+    (x0, x_tgt, shape), (x1, same, _) = (
+        domain_adaptation.data(seed, settings, None) for seed in (0, 1)
+    )
+    assert shape == (8, 8, 1)
+    np.testing.assert_array_equal(x_tgt, same)
+    assert not np.array_equal(x0, x1)

@@ -1,0 +1,185 @@
+"""Domain adaptation: a frozen classifier of the target, and source images that flow to it.
+
+    python xp_transfer_learning/domain_adaptation.py --src_dataset usps --tgt_dataset mnist
+    python xp_transfer_learning/domain_adaptation.py --src_dataset svhn --tgt_dataset cifar10
+
+LeNet-5 is trained once on target images and frozen. Labelled source images flow to these images;
+which source class becomes which target class is read off the end of the flow, by optimal transport
+between classes. Reported is the share of the flowed images that the classifier then gives that
+class, along the flow (Figure 3 of Bonet et al., 2025). Every try draws its source images anew.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from lib import classification, datasets, runs
+from lib.gd import recorded_steps, wasserstein_gradient_descent
+from lib.networks import LeNet5
+from xp_transfer_learning import methods, plot
+from xp_transfer_learning.config import ADAPTATION, AdaptationConfig, Preset
+from xp_transfer_learning.data import load, resized, shaped, short_name
+from xp_transfer_learning.labels import class_costs, match_classes
+
+EXPERIMENT = "xp_transfer_learning"
+
+
+def data(seed: int, config: AdaptationConfig, data_root: Path | None):
+    """(x0 [C, n, d], x_tgt [D, n, d], image shape): the target is drawn once for all seeds."""
+    target = resized(load(config.target, "train", data_root), config.size)
+    source = shaped(load(config.source, "train", data_root), target.image_shape)
+    key = jax.random.PRNGKey(0)
+    x_tgt = datasets.draw(jax.random.fold_in(key, 0), target, config.num_per_class)
+    key_source = jax.random.fold_in(key, 1 + seed)
+    return datasets.draw(key_source, source, config.num_per_class), x_tgt, target.image_shape
+
+
+def frozen_classifier(x_tgt, image_shape, config: AdaptationConfig, data_root: Path | None):
+    """(network, parameters, accuracy on the target's test split)."""
+    num_classes, n, _ = x_tgt.shape
+    network = LeNet5(num_classes)
+    parameters, _ = classification.train(
+        jax.random.PRNGKey(1),
+        network,
+        x_tgt.reshape(-1, *image_shape),
+        jnp.repeat(jnp.arange(num_classes), n),
+        optimizer=classification.adam(config.lr_nn),
+        num_epochs=config.n_epochs_nn,
+    )
+    test = shaped(load(config.target, "test", data_root), image_shape)
+    images = datasets.flat(test).reshape(-1, *image_shape)
+    accuracy = classification.accuracy(network, parameters, images, jnp.asarray(test.labels))
+    return network, parameters, float(accuracy)
+
+
+def run_try(
+    config: AdaptationConfig, *, seed: int, results: Path, data_root: Path | None
+) -> runs.Run:
+    """One flow. Its folder holds accuracies [records], steps, losses [T], matched [C] (the target
+    class of each source class), classifier_accuracy and samples [records, C, d]."""
+    name = f"adaptation_{short_name(config.source)}-{short_name(config.target)}"
+    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
+    if run.finished:
+        print(f"{run.folder}: done before")
+        return run
+    x0, x_tgt, image_shape = data(seed, config, data_root)
+    network, parameters, test_accuracy = frozen_classifier(x_tgt, image_shape, config, data_root)
+    print(
+        f"{name}: the frozen classifier has {100 * test_accuracy:.1f}% on the target's test split"
+    )
+    problem = methods.problem(config.flow, x0, x_tgt)
+    every = max(1, config.flow.n_epochs // config.records)
+    losses, particles = wasserstein_gradient_descent(
+        problem.start,
+        problem.target,
+        problem.value_and_grad,
+        jax.random.fold_in(jax.random.PRNGKey(seed), 1),
+        n_epochs=config.flow.n_epochs,
+        optimizer=methods.optimizer(config.flow),
+        record_every=every,
+        run=run,
+        description=f"{name}, try {seed}",
+    )
+    clipped = np.clip(particles[-1], 0, 1)
+    matched = match_classes(
+        class_costs(clipped[:, : config.num_matched], x_tgt[:, : config.num_matched])
+    )
+    wanted = jnp.repeat(jnp.asarray(matched), x0.shape[1])
+    accuracies = [
+        float(
+            classification.accuracy(
+                network, parameters, jnp.clip(x, 0, 1).reshape(-1, *image_shape), wanted
+            )
+        )
+        for x in particles
+    ]
+    run.finish(
+        accuracies=np.asarray(accuracies),
+        steps=recorded_steps(config.flow.n_epochs, every),
+        losses=losses,
+        matched=matched,
+        classifier_accuracy=np.asarray(test_accuracy),
+        samples=particles[:, :, 0],
+        image_shape=np.asarray(image_shape),
+    )
+    run.checkpoint.unlink(missing_ok=True)
+    (run.folder / "trajectory.npz").unlink(missing_ok=True)
+    return run
+
+
+@dataclass(frozen=True)
+class Arguments:
+    preset: Preset = "quick"
+    src_dataset: str | None = None
+    """A data set's name, or the path of a folder or zip of images: this flow instead of the
+    preset's. Likewise `tgt_dataset`."""
+    tgt_dataset: str | None = None
+    num_per_class: int | None = None
+    n_epochs_wgd: int | None = None
+    """Steps of the flow; `lr` its first step size, `decay` whether it falls to 0."""
+    lr: float | None = None
+    decay: bool | None = None
+    ntry: int | None = None
+    """Tries, each with its own draw of the source. None: 1 for quick, 3 for paper."""
+    results: Path = Path("results")
+    data_root: Path | None = None
+    """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
+
+
+def chosen(arguments: Arguments) -> list[AdaptationConfig]:
+    """The preset's settings, or those asked for."""
+    configs = list(ADAPTATION[arguments.preset])
+    if arguments.src_dataset or arguments.tgt_dataset:
+        named = {"source": arguments.src_dataset, "target": arguments.tgt_dataset}
+        configs = [AdaptationConfig(**{k: v for k, v in named.items() if v})]
+    flow = {"n_epochs": arguments.n_epochs_wgd, "lr": arguments.lr, "decay": arguments.decay}
+    flow = {k: v for k, v in flow.items() if v is not None}
+    sizes = {} if arguments.num_per_class is None else {"num_per_class": arguments.num_per_class}
+    return [replace(c, flow=replace(c.flow, **flow), **sizes) for c in configs]
+
+
+def main(arguments: Arguments) -> list[Path]:
+    """Runs the flows, prints accuracies along them, draws the figure; returns the summaries."""
+    tries = arguments.ntry or (1 if arguments.preset == "quick" else 3)
+    summaries = []
+    for config in chosen(arguments):
+        folders = [
+            run_try(
+                config, seed=seed, results=arguments.results, data_root=arguments.data_root
+            ).folder
+            for seed in range(tries)
+        ]
+        stored = [runs.Run(folder).load_arrays() for folder in folders]
+        accuracies = np.stack([one["accuracies"] for one in stored])
+        name = f"adaptation_{short_name(config.source)}-{short_name(config.target)}"
+        summary = arguments.results / EXPERIMENT / f"{name}.json"
+        runs.write_json(
+            summary,
+            {
+                "config": config,
+                "environment": runs.environment(),
+                "steps": stored[0]["steps"],
+                "accuracies": accuracies,
+                "losses": [one["losses"][[0, -1]] for one in stored],
+                "matched": [one["matched"] for one in stored],
+                "classifier_accuracy": stored[0]["classifier_accuracy"],
+            },
+        )
+        print(
+            f"{config.source} -> {config.target}, accuracy in percent, mean ± std of {tries} draws"
+        )
+        for step, column in zip(stored[0]["steps"], 100 * accuracies.T):
+            print(f"  step {int(step):6d}: {column.mean():5.1f} ± {column.std():.1f}")
+        figures = plot.adaptation(summary, stored[0])
+        print(f"numbers: {summary}", *(f"figure:  {path}" for path in figures), sep="\n")
+        summaries.append(summary)
+    return summaries
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))
