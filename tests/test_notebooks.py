@@ -40,17 +40,51 @@ def test_quick_rings_reach_the_published_losses(quick_results):
     assert printed.count("figure:") == 3
 
 
-def test_rings_notebook_redraws_the_figures(quick_results, monkeypatch):
-    results, _ = quick_results
-    monkeypatch.setenv("RESULTS", str(results))
-    notebook = nbformat.read(REPOSITORY / "notebooks/rings.ipynb", as_version=4)
+@pytest.fixture(scope="module")
+def quick_transfers(tmp_path_factory):
+    results = tmp_path_factory.mktemp("transfers")
+    for script in ("transfer.py", "domain_adaptation.py"):
+        command = [sys.executable, f"xp_transfer_learning/{script}", "--preset", "quick"]
+        command += ["--results", str(results)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return results
+
+
+def outputs_of(name):
+    notebook = nbformat.read(REPOSITORY / f"notebooks/{name}.ipynb", as_version=4)
     assert all(not c.get("outputs") for c in notebook.cells), "commit notebooks without outputs"
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
-    kinds = [kind for o in outputs for kind in o.get("data", {})]
-    assert kinds.count("image/png") == 2
-    assert "image/gif" in kinds
     assert not [o for o in outputs if o.get("name") == "stderr"]
+    return outputs
+
+
+def count(outputs, kind):
+    return sum(kind in o.get("data", {}) for o in outputs)
+
+
+def test_rings_notebook_redraws_the_figures(quick_results, monkeypatch):
+    results, _ = quick_results
+    monkeypatch.setenv("RESULTS", str(results))
+    outputs = outputs_of("rings")
+    assert count(outputs, "image/png") == 2
+    pages = [o["data"]["text/html"] for o in outputs if "text/html" in o.get("data", {})]
+    assert any("data:image/gif" in page for page in pages)
+
+
+def test_transfer_and_adaptation_notebooks(quick_transfers, monkeypatch):
+    monkeypatch.setenv("RESULTS", str(quick_transfers))
+    outputs = outputs_of("transfer_learning")
+    assert count(outputs, "image/png") == 2
+    assert count(outputs, "text/markdown") == 1
+    assert count(outputs_of("domain_adaptation"), "image/png") == 1
+
+
+def test_quick_adaptation_ends_right(quick_transfers):
+    (summary,) = quick_transfers.rglob("adaptation_*.json")
+    (accuracies,) = json.loads(summary.read_text())["accuracies"]
+    assert accuracies[-1] > 0.99
 
 
 def test_a_finished_run_is_skipped(quick_results):

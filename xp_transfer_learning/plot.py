@@ -152,35 +152,43 @@ PUBLISHED_ADAPTATION = {
 """Accuracy in percent by step, read off the published files (target MNIST)."""
 
 
+def adaptation_curve(stored: dict) -> Figure:
+    """Accuracy along the flow of one summary, beside the published one where there is one."""
+    config, steps = stored["config"], np.asarray(stored["steps"])
+    accuracies = 100 * np.asarray(stored["accuracies"])
+    figure, axis = plt.subplots(figsize=(4.5, 3))
+    mean, std = accuracies.mean(axis=0), accuracies.std(axis=0)
+    draws = f"{len(accuracies)} draw{'s' if len(accuracies) > 1 else ''}"
+    axis.plot(steps, mean, ".-", label=f"ours, {draws} of the source")
+    axis.fill_between(steps, mean - std, mean + std, alpha=0.3)
+    if config["source"] in PUBLISHED_ADAPTATION and config["target"] == "mnist":
+        published = PUBLISHED_ADAPTATION[config["source"]]
+        axis.plot(*published, ".--", color="0.4", label="published")
+    axis.axhline(99, color="0.8", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=max(1, steps[1]))
+    axis.set_xlim(0, None)
+    axis.set_xlabel("step")
+    axis.set_ylabel("accuracy of the frozen classifier, %")
+    axis.set_title(f"{config['source']} → {config['target']}")
+    axis.legend(fontsize=7)
+    return figure
+
+
 def adaptation(summary: Path, arrays: dict) -> list[Path]:
-    """Accuracy along the flow, beside the published one where there is one; samples of one flow."""
+    """The curve of a summary, and samples of one flow."""
     summary = Path(summary)
     stored = json.loads(summary.read_text())
     config, steps = stored["config"], np.asarray(stored["steps"])
-    accuracies = 100 * np.asarray(stored["accuracies"])
-    title = f"{config['source']} → {config['target']}"
     stem = summary.parent / "figures" / summary.stem
     with plotting.style():
-        figure, axis = plt.subplots(figsize=(4.5, 3))
-        mean, std = accuracies.mean(axis=0), accuracies.std(axis=0)
-        axis.plot(steps, mean, label=f"ours, {len(accuracies)} draws of the source")
-        axis.fill_between(steps, mean - std, mean + std, alpha=0.3)
-        if config["source"] in PUBLISHED_ADAPTATION and config["target"] == "mnist":
-            published = PUBLISHED_ADAPTATION[config["source"]]
-            axis.plot(*published, ".--", color="0.4", label="published")
-        axis.axhline(99, color="0.8", linewidth=0.8)
-        axis.set_xscale("symlog", linthresh=max(1, steps[1]))
-        axis.set_xlabel("step")
-        axis.set_ylabel("accuracy of the frozen classifier, %")
-        axis.set_title(title)
-        axis.legend(fontsize=7)
-        curve = plotting.save_figure(figure, stem.with_suffix(".png"))
+        curve = plotting.save_figure(adaptation_curve(stored), stem.with_suffix(".png"))
         shape = tuple(int(s) for s in arrays["image_shape"])
         chosen = np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
         sheet = np.asarray(as_images(arrays["samples"][chosen], shape))
         figure, axis = plt.subplots(figsize=(0.62 * len(sheet), 0.62 * sheet.shape[1] + 0.5))
         plotting.show_images(axis, np.swapaxes(sheet, 0, 1))
         shown = ", ".join(f"{int(steps[i]):,}" for i in chosen)
-        axis.set_title(f"{title}, one image a class\nsteps {shown}", fontsize=8)
+        title = f"{config['source']} → {config['target']}, one image a class"
+        axis.set_title(f"{title}\nsteps {shown}", fontsize=8)
         samples = plotting.save_figure(figure, stem.with_name(f"{stem.name}_samples.png"))
     return [curve, samples]

@@ -1,0 +1,31 @@
+import json
+
+from xp_transfer_learning.tables import PUBLISHED_TRANSFER, published_transfer, transfer_table
+
+
+def test_published_numbers_are_those_of_the_paper():
+    assert published_transfer("mnist", "usps", 10, "mmdsw") == (77.2, 1.2)
+    assert published_transfer("mnist", "fashion_mnist", 1, "target_only") == (26.0, 5.3)
+    assert published_transfer("mnist", "kmnist", 5, "mmd_product") == (39.0, 1.0)
+    assert published_transfer("mnist", "usps", 100, "otdd") is None
+    assert published_transfer("digits", "usps", 1, "mmdsw") is None
+    assert published_transfer("mnist", "my_images", 1, "mmdsw") is None
+    assert all(set(cells) == {1, 5, 10, 100} for cells in PUBLISHED_TRANSFER.values())
+
+
+def test_a_line_a_row(tmp_path):
+    row = {"source": "mnist", "target": "usps", "k": 5, "method": "mmdsw"}
+    row["training"] = {"n_epochs": 50, "labelling": "transport"}
+    # Two tries of two trainings; the first record does not count.
+    row["accuracies"] = [[[0.1, 0.1], [0.7, 0.8]], [[0.1, 0.1], [0.5, 0.6]]]
+    alone = row | {"method": "target_only", "training": {"n_epochs": 1650, "labelling": "axis"}}
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({"rows": [row, alone]}))
+    _, _, first, second = transfer_table([path]).splitlines()
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells == [
+        "mnist → usps", "5", "mmdsw", "50", "transport", "65.0 ± 11.2", "10.0", "73.0 ± 1.0"
+    ]  # fmt: skip
+    cells = [cell.strip() for cell in second.strip("|").split("|")]
+    assert cells[2:5] == ["target_only", "1,650", "-"]
+    assert cells[-1] == ""
