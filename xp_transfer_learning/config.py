@@ -179,10 +179,11 @@ ADAPTATION: dict[str, tuple[AdaptationConfig, ...]] = {
         AdaptationConfig(
             ROTATED,
             "digits",
-            num_per_class=60,
+            num_per_class=40,
             size=28,
             flow=FlowSettings(n_epochs=300),
             records=10,
+            n_epochs_nn=30,
         ),
     ),
     "paper": tuple(AdaptationConfig(source) for source in ("fashion_mnist", "usps", "kmnist")),

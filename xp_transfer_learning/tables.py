@@ -60,7 +60,8 @@ def transfer_table(summaries: Iterable[Path]) -> str:
                 f"| {row['source']} → {row['target']} | {row['k']} | {row['method']} "
                 f"| {row['training']['n_epochs']:,} "
                 f"| {'-' if alone else row['training']['labelling']} "
-                f"| {last.mean():.1f} ± {last.std():.1f} | {last.mean(axis=1).std():.1f} "
+                f"| {last.mean():.1f} ± {last.std():.1f} "
+                f"| {f'{last.mean(axis=1).std():.1f}' if len(last) > 1 else '-'} "
                 f"| {'' if published is None else f'{published[0]} ± {published[1]}'} |"
             )
     return "\n".join(lines)

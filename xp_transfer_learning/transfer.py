@@ -187,8 +187,8 @@ class Arguments:
 def preset(arguments: Arguments) -> list[Arguments]:
     """What the preset stands for, or the arguments as they are."""
     if arguments.preset == "quick":
-        small = {"ntry": 1, "num_trainings": 2, "n_epochs_nn": 20, "n_epochs_wgd": 300}
-        small |= {"num_per_class": 60, "size": 28, "method": ("mmdsw", "target_only")}
+        small = {"ntry": 1, "num_trainings": 2, "n_epochs_nn": 10, "n_epochs_wgd": 200}
+        small |= {"num_per_class": 40, "size": 28, "method": ("mmdsw", "target_only")}
         return [replace(arguments, src_dataset="digits", tgt_dataset=ROTATED, **small)]
     if arguments.preset == "paper":
         table = []
