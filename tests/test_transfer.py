@@ -1,5 +1,6 @@
 """Transfer learning and domain adaptation, as their users run them, on the embedded digits."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from xp_transfer_learning import domain_adaptation, methods, transfer
+from lib.gd import wasserstein_gradient_descent
+from xp_transfer_learning import ablation, domain_adaptation, methods, transfer
 from xp_transfer_learning.config import (
+    ABLATION,
     INVERTED,
     ROTATED,
     AdaptationConfig,
@@ -160,3 +163,36 @@ def test_adaptation_keeps_the_target_and_draws_the_source_anew():
     assert shape == (8, 8, 1)
     np.testing.assert_array_equal(x_tgt, same)
     assert not np.array_equal(x0, x1)
+
+
+# The ablation
+
+
+def test_steps_to_an_objective_and_an_accuracy():
+    losses = np.concatenate([np.ones(10), np.full(20, 0.5), np.full(20, 0.01)])
+    losses[12] = 0.0  # one lucky draw does not count
+    # A median of ten is small when six are: losses 30 to 35, that is after 36 steps.
+    assert ablation.steps_to_objective(losses, 0.05) == 36
+    assert ablation.steps_to_objective(losses, 0.001) is None
+    steps, accuracies = np.array([0, 10, 20]), np.array([0.1, 0.99, 1.0])
+    assert ablation.steps_to_accuracy(steps, accuracies, 0.99) == 10
+    assert ablation.steps_to_accuracy(steps, accuracies[:1].repeat(3), 0.5) is None
+
+
+@pytest.mark.parametrize("option", ["ours", "orthogonal directions", "Adam", "L-BFGS"])
+def test_every_kind_of_optimiser_goes_down(option):
+    settings = dataclasses.replace(ABLATION[option], n_epochs=30, num_directions=100)
+    if option in ("ours", "orthogonal directions"):
+        settings = dataclasses.replace(settings, lr=5.0)
+    x0, x_tgt, _ = transfer.data(0, config(), None)
+    problem = methods.problem(settings, x0, x_tgt)
+    losses, _ = wasserstein_gradient_descent(
+        problem.start,
+        problem.target,
+        problem.value_and_grad,
+        jax.random.key(0),
+        n_epochs=30,
+        optimizer=methods.optimizer(settings),
+        show_progress=False,
+    )
+    assert losses[-1] < 0.7 * losses[0]

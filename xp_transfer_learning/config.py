@@ -105,9 +105,12 @@ class FlowSettings:
     """The step size; `decay`: it falls linearly to 0."""
     decay: bool = True
     m: float = 0.9
+    optimizer: Literal["heavy_ball", "adam", "lbfgs"] = "heavy_ball"
+    """adam and lbfgs (ten gradients, no line search) do not use m."""
     kernel: Literal["gaussian", "laplace", "imq", "riesz"] = "riesz"
-    """mmdsw alone; likewise the next one."""
+    """mmdsw alone; likewise the next two."""
     num_directions: int = 500
+    directions: Literal["random", "orthogonal"] = "random"
     noise: float = 0.0
     """mmd_product alone: injected where the gradient is evaluated."""
     epsilon: float = 0.0
@@ -187,4 +190,18 @@ ADAPTATION: dict[str, tuple[AdaptationConfig, ...]] = {
         ),
     ),
     "paper": tuple(AdaptationConfig(source) for source in ("fashion_mnist", "usps", "kmnist")),
+}
+
+
+# One change each from the first, all with the step size that its own pilot (another seed) chose.
+ABLATION: dict[str, FlowSettings] = {
+    "ours": FlowSettings(),
+    "published: constant step": FlowSettings(lr=1.0, decay=False),
+    "constant step, m = 0": FlowSettings(lr=10.0, decay=False, m=0.0),
+    "falling step, m = 0": FlowSettings(lr=200.0, m=0.0),
+    "orthogonal directions": FlowSettings(directions="orthogonal"),
+    "100 directions": FlowSettings(num_directions=100),
+    "2,000 directions": FlowSettings(num_directions=2000),
+    "Adam": FlowSettings(optimizer="adam", lr=0.05),
+    "L-BFGS": FlowSettings(optimizer="lbfgs", lr=0.5),
 }

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from lib import mmd
 from lib.gd import TargetValueAndGrad
+from lib.sliced_wasserstein import orthogonal_directions, random_directions
 from xp_transfer_learning.config import FlowSettings
 from xp_transfer_learning.product_kernel import MOMENTS, product_value_and_grad, with_moments
 
@@ -36,7 +37,9 @@ def _value_and_grad(settings: FlowSettings) -> TargetValueAndGrad:
     # Cached, so that flows of the same settings and shapes share one compiled loop.
     if settings.method == "mmdsw":
         function = getattr(mmd, f"target_value_and_grad_{settings.kernel}")
-        return lambda x, y, key: function(x, y, key, n_projs=settings.num_directions)
+        draw = {"random": random_directions, "orthogonal": orthogonal_directions}
+        options = {"n_projs": settings.num_directions}
+        return partial(function, **options, draw_directions=draw[settings.directions])
     if settings.method == "otdd":
         # Here, since importing ott takes seconds.
         from xp_transfer_learning.otdd import otdd_value_and_grad
@@ -49,8 +52,12 @@ def _value_and_grad(settings: FlowSettings) -> TargetValueAndGrad:
 
 @cache
 def optimizer(settings: FlowSettings) -> optax.GradientTransformation:
-    """Heavy ball, its step constant or falling linearly to 0."""
+    """The optimiser of the particles, its step constant or falling linearly to 0."""
     lr = settings.lr
     if settings.decay:
         lr = optax.linear_schedule(settings.lr, 0.0, settings.n_epochs)
+    if settings.optimizer == "adam":
+        return optax.adam(lr)
+    if settings.optimizer == "lbfgs":
+        return optax.lbfgs(lr, memory_size=10, linesearch=None)
     return optax.sgd(lr, momentum=settings.m or None)

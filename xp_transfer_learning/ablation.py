@@ -1,0 +1,137 @@
+"""How the flow is best run: schedules, optimisers, directions, on one adaptation task.
+
+    python xp_transfer_learning/ablation.py --num_per_class 100 --n_epochs_wgd 500
+    python xp_transfer_learning/ablation.py --src_dataset digits:rotated --tgt_dataset digits
+
+Every option of `config.ABLATION` runs the same task from the same draws: steps, and seconds of
+flowing alone (compilation aside), until the objective is a given share of its start, and until the
+frozen classifier of `domain_adaptation.py` gives a given share of the images their class.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from lib import runs
+from lib.gd import DivergedError, flow_init, flow_step
+from xp_transfer_learning import domain_adaptation, methods
+from xp_transfer_learning.config import ABLATION, AdaptationConfig
+from xp_transfer_learning.data import short_name
+
+EXPERIMENT = domain_adaptation.EXPERIMENT
+
+
+@dataclass(frozen=True)
+class Arguments:
+    src_dataset: str = "fashion_mnist"
+    """A data set's name, or the path of a folder or zip of images; likewise `tgt_dataset`."""
+    tgt_dataset: str = "mnist"
+    num_per_class: int = 100
+    size: int | None = None
+    """Side of the images; None: the target's."""
+    n_epochs_wgd: int = 500
+    ntry: int = 3
+    first_seed: int = 0
+    objective: float = 0.05
+    """Share of the first loss that is to be reached, by the median of ten losses."""
+    accuracy: float = 0.99
+    options: tuple[str, ...] = tuple(ABLATION)
+    results: Path = Path("results")
+    data_root: Path | None = None
+    """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
+
+
+def seconds_per_step(config: AdaptationConfig, data_root: Path | None, repeats: int = 10) -> float:
+    """Median wall time of a compiled step, on the task's own arrays."""
+    x0, x_tgt, _ = domain_adaptation.data(0, config, data_root)
+    problem, optimizer = methods.problem(config.flow, x0, x_tgt), methods.optimizer(config.flow)
+    step = jax.jit(flow_step(problem.value_and_grad, optimizer))
+    state, key, times = flow_init(optimizer, problem.start), jax.random.PRNGKey(0), []
+    for _ in range(2 + repeats):
+        started = time.perf_counter()
+        state, _ = jax.block_until_ready(step(key, state, problem.target))
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[2:]))
+
+
+def steps_to_objective(losses: np.ndarray, share: float) -> int | None:
+    """The first step after which the median of the last ten losses is at most share * losses[0]."""
+    windows = np.lib.stride_tricks.sliding_window_view(losses, min(10, len(losses)))
+    reached = np.flatnonzero(np.median(windows, axis=1) <= share * losses[0])
+    return int(reached[0]) + windows.shape[1] if len(reached) else None
+
+
+def steps_to_accuracy(steps: np.ndarray, accuracies: np.ndarray, wanted: float) -> int | None:
+    """The first recorded step with that accuracy."""
+    reached = np.flatnonzero(accuracies >= wanted)
+    return int(steps[reached[0]]) if len(reached) else None
+
+
+def main(arguments: Arguments) -> Path:
+    """Runs the options, prints the table, returns the summary's path."""
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
+    rows = []
+    for option in arguments.options:
+        flow = replace(ABLATION[option], n_epochs=arguments.n_epochs_wgd)
+        config = AdaptationConfig(
+            arguments.src_dataset,
+            arguments.tgt_dataset,
+            arguments.num_per_class,
+            arguments.size,
+            flow,
+            records=25,
+        )
+        try:
+            tries = [
+                domain_adaptation.run_try(
+                    config, seed=seed, results=arguments.results, data_root=arguments.data_root
+                ).load_arrays()
+                for seed in seeds
+            ]
+        except DivergedError as error:
+            print(f"  {option:26s} diverged: {error}", flush=True)
+            rows.append({"option": option, "settings": flow, "diverged": str(error)})
+            continue
+        row = {"option": option, "settings": flow}
+        row["seconds_per_step"] = seconds_per_step(config, arguments.data_root)
+        row["to_objective"] = [steps_to_objective(t["losses"], arguments.objective) for t in tries]
+        row["to_accuracy"] = [
+            steps_to_accuracy(t["steps"], t["accuracies"], arguments.accuracy) for t in tries
+        ]
+        row["last_losses"] = [float(t["losses"][-10:].mean()) for t in tries]
+        row["last_accuracies"] = [float(t["accuracies"][-1]) for t in tries]
+        rows.append(row)
+        print(describe(row), flush=True)
+    pair = f"{short_name(arguments.src_dataset)}-{short_name(arguments.tgt_dataset)}"
+    summary = arguments.results / EXPERIMENT / f"ablation_{pair}.json"
+    about = {"arguments": arguments, "environment": runs.environment()}
+    runs.write_json(summary, {**about, "rows": rows})
+    print(f"numbers: {summary}")
+    return summary
+
+
+def describe(row: dict) -> str:
+    """One line an option; a try that did not arrive counts as 'never'."""
+
+    def shown(steps):
+        if None in steps:
+            return f"never in {steps.count(None)} of {len(steps)}"
+        return f"{np.mean(steps):.0f} ± {np.std(steps):.0f} steps, {np.mean(steps) * pace:.1f} s"
+
+    pace = row["seconds_per_step"]
+    losses, accuracies = np.asarray(row["last_losses"]), 100 * np.asarray(row["last_accuracies"])
+    return (
+        f"  {row['option']:26s} {1e3 * pace:6.1f} ms a step; "
+        f"objective: {shown(row['to_objective'])}; "
+        f"accuracy: {shown(row['to_accuracy'])}; at the end {losses.mean():.2e}, "
+        f"{accuracies.mean():.1f} ± {accuracies.std():.1f}%"
+    )
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))
