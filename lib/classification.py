@@ -84,8 +84,11 @@ def predict(
     block_size: int = 1000,
 ) -> Int[Array, " n"]:
     """The class of the largest logit, `block_size` images at a time."""
-    labels = lambda image: jnp.argmax(network.apply(parameters, image[None])[0])  # noqa: E731
-    return lax.map(labels, images, batch_size=min(block_size, len(images)))
+
+    def label(image):
+        return jnp.argmax(network.apply(parameters, image[None])[0])
+
+    return lax.map(label, images, batch_size=min(block_size, len(images)))
 
 
 def accuracy(

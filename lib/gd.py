@@ -321,6 +321,12 @@ def _fingerprint(x0: Array, x_tgt: PyTree, rng: Array, lr: Any, optimizer) -> st
     return digest.hexdigest()
 
 
+def discard_saved_flow(run: Run) -> None:
+    """Deletes what a flow saved in order to resume: a finished run's arrays replace it."""
+    run.checkpoint.unlink(missing_ok=True)
+    _trajectory(run).unlink(missing_ok=True)
+
+
 def _trajectory(run: Run) -> Path:
     return run.folder / "trajectory.npz"
 

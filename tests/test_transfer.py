@@ -67,7 +67,7 @@ def test_flows_go_down_and_keep_the_images_shape(tmp_path, method):
 
 def test_a_flow_is_stored_once(tmp_path, monkeypatch):
     first = transfer.flow(config(), seed=0, results=tmp_path, data_root=None)
-    monkeypatch.setattr(transfer, "wasserstein_gradient_descent", None)
+    monkeypatch.setattr(methods, "wasserstein_gradient_descent", None)
     again = transfer.flow(config(), seed=0, results=tmp_path, data_root=None)
     np.testing.assert_array_equal(first["particles"], again["particles"])
     assert not list(tmp_path.rglob("checkpoint.npz"))

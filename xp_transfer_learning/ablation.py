@@ -19,10 +19,8 @@ import tyro
 from lib import runs
 from lib.gd import DivergedError, flow_init, flow_step
 from xp_transfer_learning import domain_adaptation, methods
-from xp_transfer_learning.config import ABLATION, AdaptationConfig
-from xp_transfer_learning.data import short_name
-
-EXPERIMENT = domain_adaptation.EXPERIMENT
+from xp_transfer_learning.config import ABLATION, EXPERIMENT, AdaptationConfig
+from xp_transfer_learning.data import pair_name
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def main(arguments: Arguments) -> Path:
         row["last_accuracies"] = [float(t["accuracies"][-1]) for t in tries]
         rows.append(row)
         print(describe(row), flush=True)
-    pair = f"{short_name(arguments.src_dataset)}-{short_name(arguments.tgt_dataset)}"
+    pair = pair_name(arguments.src_dataset, arguments.tgt_dataset)
     summary = arguments.results / EXPERIMENT / f"ablation_{pair}.json"
     about = {"arguments": arguments, "environment": runs.environment()}
     runs.write_json(summary, {**about, "rows": rows})

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+EXPERIMENT = "xp_transfer_learning"
+"""The folder of results."""
+
 Preset = Literal["quick", "paper"]
 
 
@@ -93,6 +96,7 @@ IMAGE_FLOWS: dict[str, tuple[ImageFlowConfig, ...]] = {
 
 
 Method = Literal["mmdsw", "mmd_product", "otdd", "target_only"]
+Labelling = Literal["transport", "axis", "particles"]
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,6 @@ METHODS: dict[str, FlowSettings] = {
     "otdd": FlowSettings("otdd", n_epochs=100, lr=0.1, decay=False, m=0.0, epsilon=0.01),
     "target_only": FlowSettings("target_only", n_epochs=0),
 }
-PUBLISHED_MMDSW = FlowSettings(n_epochs=5000, lr=1.0, decay=False)
-"""As published, but for k = 100, which took 20,000 steps."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class TrainingConfig:
     lr: float = 1e-3
     """Of Adam."""
     num_trainings: int = 5
-    labelling: Literal["transport", "axis", "particles"] = "transport"
+    labelling: Labelling = "transport"
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ ADAPTATION: dict[str, tuple[AdaptationConfig, ...]] = {
 }
 
 
-# One change each from the first, all with the step size that its own pilot (another seed) chose.
+# One change each from the first; the step sizes are first guesses, not tuned yet.
 ABLATION: dict[str, FlowSettings] = {
     "ours": FlowSettings(),
     "published: constant step": FlowSettings(lr=1.0, decay=False),

@@ -10,6 +10,7 @@ class, along the flow (Figure 3 of Bonet et al., 2025). Every try draws its sour
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -18,14 +19,18 @@ import numpy as np
 import tyro
 
 from lib import classification, datasets, runs
-from lib.gd import recorded_steps, wasserstein_gradient_descent
+from lib.gd import discard_saved_flow
 from lib.networks import LeNet5
 from xp_transfer_learning import methods, plot
-from xp_transfer_learning.config import ADAPTATION, AdaptationConfig, Preset
-from xp_transfer_learning.data import load, resized, shaped, short_name
+from xp_transfer_learning.config import (
+    ADAPTATION,
+    EXPERIMENT,
+    AdaptationConfig,
+    FlowSettings,
+    Preset,
+)
+from xp_transfer_learning.data import load, pair_name, resized, shaped
 from xp_transfer_learning.labels import class_costs, match_classes
-
-EXPERIMENT = "xp_transfer_learning"
 
 
 def data(seed: int, config: AdaptationConfig, data_root: Path | None):
@@ -38,8 +43,15 @@ def data(seed: int, config: AdaptationConfig, data_root: Path | None):
     return datasets.draw(key_source, source, config.num_per_class), x_tgt, target.image_shape
 
 
-def frozen_classifier(x_tgt, image_shape, config: AdaptationConfig, data_root: Path | None):
-    """(network, parameters, accuracy on the target's test split)."""
+def frozen_classifier(config: AdaptationConfig, data_root: Path | None):
+    """(network, parameters, accuracy on the target's test split): one for all tries and flows."""
+    # The source and the flow have no part in it.
+    return _classifier(replace(config, source=config.target, flow=FlowSettings()), data_root)
+
+
+@cache
+def _classifier(config: AdaptationConfig, data_root: Path | None):
+    _, x_tgt, image_shape = data(0, config, data_root)
     num_classes, n, _ = x_tgt.shape
     network = LeNet5(num_classes)
     parameters, _ = classification.train(
@@ -61,30 +73,20 @@ def run_try(
 ) -> runs.Run:
     """One flow. Its folder holds accuracies [records], steps, losses [T], matched [C] (the target
     class of each source class), classifier_accuracy and samples [records, C, d]."""
-    name = f"adaptation_{short_name(config.source)}-{short_name(config.target)}"
+    name = f"adaptation_{pair_name(config.source, config.target)}"
     run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
     if run.finished:
         print(f"{run.folder}: done before")
         return run
     x0, x_tgt, image_shape = data(seed, config, data_root)
-    network, parameters, test_accuracy = frozen_classifier(x_tgt, image_shape, config, data_root)
+    network, parameters, test_accuracy = frozen_classifier(config, data_root)
     print(
         f"{name}: the frozen classifier has {100 * test_accuracy:.1f}% on the target's test split"
     )
-    problem = methods.problem(config.flow, x0, x_tgt)
-    every = max(1, config.flow.n_epochs // config.records)
-    losses, particles = wasserstein_gradient_descent(
-        problem.start,
-        problem.target,
-        problem.value_and_grad,
-        jax.random.fold_in(jax.random.PRNGKey(seed), 1),
-        n_epochs=config.flow.n_epochs,
-        optimizer=methods.optimizer(config.flow),
-        record_every=every,
-        run=run,
-        description=f"{name}, try {seed}",
+    losses, steps, images = methods.flow(
+        config.flow, x0, x_tgt, seed=seed, records=config.records, run=run, description=name
     )
-    clipped = np.clip(particles[-1], 0, 1)
+    clipped = np.clip(images[-1], 0, 1)
     matched = match_classes(
         class_costs(clipped[:, : config.num_matched], x_tgt[:, : config.num_matched])
     )
@@ -95,19 +97,18 @@ def run_try(
                 network, parameters, jnp.clip(x, 0, 1).reshape(-1, *image_shape), wanted
             )
         )
-        for x in particles
+        for x in images
     ]
     run.finish(
         accuracies=np.asarray(accuracies),
-        steps=recorded_steps(config.flow.n_epochs, every),
+        steps=steps,
         losses=losses,
         matched=matched,
         classifier_accuracy=np.asarray(test_accuracy),
-        samples=particles[:, :, 0],
+        samples=images[:, :, 0],
         image_shape=np.asarray(image_shape),
     )
-    run.checkpoint.unlink(missing_ok=True)
-    (run.folder / "trajectory.npz").unlink(missing_ok=True)
+    discard_saved_flow(run)
     return run
 
 
@@ -155,7 +156,7 @@ def main(arguments: Arguments) -> list[Path]:
         ]
         stored = [runs.Run(folder).load_arrays() for folder in folders]
         accuracies = np.stack([one["accuracies"] for one in stored])
-        name = f"adaptation_{short_name(config.source)}-{short_name(config.target)}"
+        name = f"adaptation_{pair_name(config.source, config.target)}"
         summary = arguments.results / EXPERIMENT / f"{name}.json"
         runs.write_json(
             summary,

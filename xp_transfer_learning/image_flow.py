@@ -20,15 +20,14 @@ from lib import datasets, mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from xp_transfer_learning import plot
 from xp_transfer_learning.config import (
+    EXPERIMENT,
     IMAGE_FLOWS,
     NOISE,
     QUICK_WITH_DATA,
     ImageFlowConfig,
     Preset,
 )
-from xp_transfer_learning.data import load, shaped, short_name
-
-EXPERIMENT = "xp_transfer_learning"
+from xp_transfer_learning.data import load, pair_name, shaped
 
 
 def data(key, config: ImageFlowConfig, data_root: Path | None):
@@ -50,7 +49,7 @@ def run_flow(
 ) -> runs.Run:
     """Runs one flow, or finds it done. Its folder holds losses [T], particles
     [records, C, n, d], steps, x_tgt and image_shape."""
-    name = f"{short_name(config.source)}-{short_name(config.target)}"
+    name = pair_name(config.source, config.target)
     run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
     if run.finished:
         print(f"{run.folder}: done before")
@@ -152,7 +151,7 @@ def main(arguments: Arguments) -> list[Path]:
             print(f"left out, {config.source} -> {config.target}: {error}")
             continue
         arrays = run.load_arrays()
-        name = f"{short_name(config.source)}-{short_name(config.target)}"
+        name = pair_name(config.source, config.target)
         figures = plot.image_flow(
             arrays,
             f"{config.source} → {config.target}, {config.num_per_class} a class",

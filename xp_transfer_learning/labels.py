@@ -4,13 +4,11 @@ A flow of F = MMD^2 / 2 between sets of classes carries each source class to one
 which one is its own choice: labels are read off afterwards.
 """
 
-from typing import Literal
-
 import numpy as np
 import ot
 from jaxtyping import Float, Int
 
-Labelling = Literal["transport", "axis", "particles"]
+from xp_transfer_learning.config import Labelling
 
 
 def class_costs(

@@ -4,14 +4,53 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
+import jax
+import numpy as np
 import optax
 from jaxtyping import Array
 
 from lib import mmd
-from lib.gd import TargetValueAndGrad
+from lib.gd import TargetValueAndGrad, recorded_steps, wasserstein_gradient_descent
+from lib.runs import Run
 from lib.sliced_wasserstein import orthogonal_directions, random_directions
 from xp_transfer_learning.config import FlowSettings
 from xp_transfer_learning.product_kernel import MOMENTS, product_value_and_grad, with_moments
+
+
+class Flowed(NamedTuple):
+    """`losses` [T], and `images` [records, C, n, d] after `steps` [records] steps."""
+
+    losses: np.ndarray
+    steps: np.ndarray
+    images: np.ndarray
+
+
+def flow(
+    settings: FlowSettings,
+    x0: Array,
+    x_tgt: Array,
+    *,
+    seed: int,
+    records: int,
+    run: Run,
+    description: str,
+) -> Flowed:
+    """Moves x0 [C, n, d] to x_tgt [D, k, d] by `settings`, saving into, or resuming, `run`."""
+    moved = problem(settings, x0, x_tgt)
+    every = max(1, settings.n_epochs // records)
+    losses, particles = wasserstein_gradient_descent(
+        moved.start,
+        moved.target,
+        moved.value_and_grad,
+        jax.random.fold_in(jax.random.PRNGKey(seed), 1),
+        n_epochs=settings.n_epochs,
+        optimizer=optimizer(settings),
+        record_every=every,
+        run=run,
+        description=f"{description}, try {seed}",
+    )
+    images = np.asarray(moved.points(particles))
+    return Flowed(losses, recorded_steps(settings.n_epochs, every), images)
 
 
 class Problem(NamedTuple):

@@ -96,6 +96,15 @@ def animate_rings(row: dict, path: Path) -> Path:
     return plotting.save_animation(figure, draw, len(row["steps"]), path)
 
 
+def sample_sheet(samples: np.ndarray, shape: tuple[int, int, int], title: str) -> Figure:
+    """Images [columns, C, d] as a sheet: a row a class."""
+    sheet = np.swapaxes(np.asarray(as_images(samples, shape)), 0, 1)
+    figure, axis = plt.subplots(figsize=(0.62 * sheet.shape[1], 0.62 * sheet.shape[0] + 0.5))
+    plotting.show_images(axis, sheet)
+    axis.set_title(title, fontsize=8)
+    return figure
+
+
 def image_flow(arrays: dict, title: str, stem: Path) -> list[Path]:
     """Samples along one flow (a row a class, a column a step; last the target image nearest to
     where the sample ended, for classes are matched by the flow), and its loss."""
@@ -108,11 +117,12 @@ def image_flow(arrays: dict, title: str, stem: Path) -> list[Path]:
         targets = arrays["x_tgt"].reshape(-1, arrays["x_tgt"].shape[-1])
         squared = ((particles[-1, :, None, 0] - targets[None]) ** 2).sum(axis=-1)
         nearest = targets[squared.argmin(axis=1)]
-        sheet = as_images(np.concatenate([particles[chosen, :, 0], nearest[None]]), shape)
-        figure, axis = plt.subplots(figsize=(0.62 * len(sheet), 0.62 * sheet.shape[1] + 0.5))
-        plotting.show_images(axis, np.swapaxes(np.asarray(sheet), 0, 1))
         shown = ", ".join(f"{int(steps[i]):,}" for i in chosen)
-        axis.set_title(f"{title}\nsteps {shown}; last column: the nearest target image", fontsize=8)
+        figure = sample_sheet(
+            np.concatenate([particles[chosen, :, 0], nearest[None]]),
+            shape,
+            f"{title}\nsteps {shown}; last column: the nearest target image",
+        )
         samples = plotting.save_figure(figure, stem.with_suffix(".png"))
         figure, axis = plt.subplots(figsize=(4.5, 3))
         plotting.plot_losses(axis, arrays["losses"])
@@ -184,11 +194,8 @@ def adaptation(summary: Path, arrays: dict) -> list[Path]:
         curve = plotting.save_figure(adaptation_curve(stored), stem.with_suffix(".png"))
         shape = tuple(int(s) for s in arrays["image_shape"])
         chosen = np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
-        sheet = np.asarray(as_images(arrays["samples"][chosen], shape))
-        figure, axis = plt.subplots(figsize=(0.62 * len(sheet), 0.62 * sheet.shape[1] + 0.5))
-        plotting.show_images(axis, np.swapaxes(sheet, 0, 1))
         shown = ", ".join(f"{int(steps[i]):,}" for i in chosen)
-        title = f"{config['source']} → {config['target']}, one image a class"
-        axis.set_title(f"{title}\nsteps {shown}", fontsize=8)
+        title = f"{config['source']} → {config['target']}, one image a class\nsteps {shown}"
+        figure = sample_sheet(arrays["samples"][chosen], shape, title)
         samples = plotting.save_figure(figure, stem.with_name(f"{stem.name}_samples.png"))
     return [curve, samples]

@@ -19,9 +19,7 @@ import tyro
 from lib import datasets, mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from xp_transfer_learning import plot
-from xp_transfer_learning.config import RINGS, Preset, RingsConfig
-
-EXPERIMENT = "xp_transfer_learning"
+from xp_transfer_learning.config import EXPERIMENT, RINGS, Preset, RingsConfig
 
 # Last losses of Bonet et al. (2025), one run each, seed and draw unknown.
 GRID = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0)

@@ -20,21 +20,21 @@ import numpy as np
 import tyro
 
 from lib import classification, datasets, runs
-from lib.gd import recorded_steps, wasserstein_gradient_descent
+from lib.gd import discard_saved_flow
 from lib.networks import LeNet5
 from xp_transfer_learning import methods
 from xp_transfer_learning.config import (
+    EXPERIMENT,
     METHODS,
     ROTATED,
+    Labelling,
     Method,
     Preset,
     TrainingConfig,
     TransferConfig,
 )
-from xp_transfer_learning.data import load, resized, shaped, short_name
-from xp_transfer_learning.labels import Labelling, label_particles
-
-EXPERIMENT = "xp_transfer_learning"
+from xp_transfer_learning.data import load, pair_name, resized, shaped
+from xp_transfer_learning.labels import label_particles
 
 
 def data(seed: int, config: TransferConfig, data_root: Path | None):
@@ -48,11 +48,14 @@ def data(seed: int, config: TransferConfig, data_root: Path | None):
     return x0, datasets.draw(key_target, shaped(target, shape), config.k_shot), shape
 
 
+def _setting(config: TransferConfig) -> str:
+    return f"{pair_name(config.source, config.target)}-k{config.k_shot}-{config.flow.method}"
+
+
 def flow(config: TransferConfig, *, seed: int, results: Path, data_root: Path | None) -> dict:
     """The flowed images of one try: particles [records, C, n, d] (none for target_only), steps,
     losses, x_tgt, image_shape. Stored, and read back if done before."""
-    name = f"transfer_{short_name(config.source)}-{short_name(config.target)}"
-    name = f"{name}-k{config.k_shot}-{config.flow.method}"
+    name = f"transfer_{_setting(config)}"
     run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
     if not run.finished:
         x0, x_tgt, image_shape = data(seed, config, data_root)
@@ -62,24 +65,11 @@ def flow(config: TransferConfig, *, seed: int, results: Path, data_root: Path | 
             stored["particles"] = np.zeros((1, 0, 0, x0.shape[2]), np.float32)
             stored |= {"steps": np.zeros(1, np.int64), "losses": np.zeros(0, np.float32)}
         else:
-            problem = methods.problem(settings, x0, x_tgt)
-            every = max(1, settings.n_epochs // config.records)
-            stored["losses"], particles = wasserstein_gradient_descent(
-                problem.start,
-                problem.target,
-                problem.value_and_grad,
-                jax.random.fold_in(jax.random.PRNGKey(seed), 1),
-                n_epochs=settings.n_epochs,
-                optimizer=methods.optimizer(settings),
-                record_every=every,
-                run=run,
-                description=f"{name}, try {seed}",
+            stored["losses"], stored["steps"], stored["particles"] = methods.flow(
+                settings, x0, x_tgt, seed=seed, records=config.records, run=run, description=name
             )
-            stored["particles"] = np.asarray(problem.points(particles))
-            stored["steps"] = recorded_steps(settings.n_epochs, every)
         run.finish(**stored)
-        run.checkpoint.unlink(missing_ok=True)
-        (run.folder / "trajectory.npz").unlink(missing_ok=True)
+        discard_saved_flow(run)
     return run.load_arrays()
 
 
@@ -128,8 +118,7 @@ def run_try(
     along: bool = False,
 ) -> dict:
     """One try: accuracies [records, trainings] at `steps`, the last record alone unless `along`."""
-    name = f"transfer_accuracy_{short_name(config.source)}-{short_name(config.target)}"
-    name = f"{name}-k{config.k_shot}-{config.flow.method}"
+    name = f"transfer_accuracy_{_setting(config)}"
     settings = {"transfer": config, "training": training, "along": along}
     run = runs.open_run(results, EXPERIMENT, name, settings, seed=seed)
     if not run.finished:
@@ -244,7 +233,7 @@ def run_table(arguments: Arguments) -> Path:
                 row["losses"] = [t["losses"][[0, -1]] if len(t["losses"]) else [] for t in tries]
                 rows.append(row)
                 print(describe(row), flush=True)
-    pair = f"{short_name(arguments.src_dataset)}-{short_name(arguments.tgt_dataset)}"
+    pair = pair_name(arguments.src_dataset, arguments.tgt_dataset)
     stem = f"transfer_{pair}-k{'_'.join(map(str, arguments.k_shot))}-{'_'.join(arguments.method)}"
     summary = arguments.results / EXPERIMENT / f"{stem}.json"
     about = {"seeds": list(seeds), "n_epochs_nn": arguments.n_epochs_nn}
