@@ -196,3 +196,21 @@ def test_every_kind_of_optimiser_goes_down(option):
         show_progress=False,
     )
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("options", [["--lr", "1.0", "3.0"], []])
+def test_the_ablation_runs_every_option_with_every_step_size(tmp_path, options):
+    command = [sys.executable, "xp_transfer_learning/ablation.py", "--src_dataset", ROTATED]
+    command += ["--tgt_dataset", "digits", "--num_per_class", "6", "--n_epochs_wgd", "4"]
+    command += ["--ntry", "2", "--options", "ours", "Adam", *options, "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (summary,) = tmp_path.glob("xp_transfer_learning/*.json")
+    assert summary.stem.startswith("step_sizes" if options else "ablation")
+    rows = json.loads(summary.read_text())["rows"]
+    own = [(name, ABLATION[name].lr) for name in ("ours", "Adam")]
+    expected = [(name, lr) for name, _ in own for lr in (1.0, 3.0)] if options else own
+    assert [(row["option"], row["settings"]["lr"]) for row in rows] == expected
+    for row in rows:
+        assert len(row["to_objective"]) == len(row["last_losses"]) == 2
+        assert row["seconds_per_step"] > 0

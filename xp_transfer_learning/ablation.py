@@ -3,6 +3,8 @@
     python xp_transfer_learning/ablation.py --num_per_class 100 --n_epochs_wgd 500
     python xp_transfer_learning/ablation.py --src_dataset digits:rotated --tgt_dataset digits
 
+    python xp_transfer_learning/ablation.py --options Adam --lr 0.01 0.05 --first_seed 100 --ntry 1
+
 Every option of `config.ABLATION` runs the same task from the same draws: steps, and seconds of
 flowing alone (compilation aside), until the objective is a given share of its start, and until the
 frozen classifier of `domain_adaptation.py` gives a given share of the images their class.
@@ -10,6 +12,7 @@ frozen classifier of `domain_adaptation.py` gives a given share of the images th
 
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import jax
@@ -38,6 +41,8 @@ class Arguments:
     """Share of the first loss that is to be reached, by the median of ten losses."""
     accuracy: float = 0.99
     options: tuple[str, ...] = tuple(ABLATION)
+    lr: tuple[float, ...] = ()
+    """Every option with each of these step sizes, to choose one; none: with its own."""
     results: Path = Path("results")
     data_root: Path | None = None
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
@@ -73,8 +78,10 @@ def main(arguments: Arguments) -> Path:
     """Runs the options, prints the table, returns the summary's path."""
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
     rows = []
-    for option in arguments.options:
+    for option, lr in product(arguments.options, arguments.lr or (None,)):
         flow = replace(ABLATION[option], n_epochs=arguments.n_epochs_wgd)
+        if lr is not None:
+            flow = replace(flow, lr=lr)
         config = AdaptationConfig(
             arguments.src_dataset,
             arguments.tgt_dataset,
@@ -91,7 +98,7 @@ def main(arguments: Arguments) -> Path:
                 for seed in seeds
             ]
         except DivergedError as error:
-            print(f"  {option:26s} diverged: {error}", flush=True)
+            print(f"  {option:26s} lr {flow.lr:<6g} diverged: {error}", flush=True)
             rows.append({"option": option, "settings": flow, "diverged": str(error)})
             continue
         row = {"option": option, "settings": flow}
@@ -105,7 +112,8 @@ def main(arguments: Arguments) -> Path:
         rows.append(row)
         print(describe(row), flush=True)
     pair = pair_name(arguments.src_dataset, arguments.tgt_dataset)
-    summary = arguments.results / EXPERIMENT / f"ablation_{pair}.json"
+    kind = "step_sizes" if arguments.lr else "ablation"
+    summary = arguments.results / EXPERIMENT / f"{kind}_{pair}.json"
     about = {"arguments": arguments, "environment": runs.environment()}
     runs.write_json(summary, {**about, "rows": rows})
     print(f"numbers: {summary}")
@@ -123,7 +131,7 @@ def describe(row: dict) -> str:
     pace = row["seconds_per_step"]
     losses, accuracies = np.asarray(row["last_losses"]), 100 * np.asarray(row["last_accuracies"])
     return (
-        f"  {row['option']:26s} {1e3 * pace:6.1f} ms a step; "
+        f"  {row['option']:26s} lr {row['settings'].lr:<6g} {1e3 * pace:6.1f} ms a step; "
         f"objective: {shown(row['to_objective'])}; "
         f"accuracy: {shown(row['to_accuracy'])}; at the end {losses.mean():.2e}, "
         f"{accuracies.mean():.1f} ± {accuracies.std():.1f}%"

@@ -22,7 +22,7 @@ import tyro
 from lib import classification, datasets, runs
 from lib.gd import discard_saved_flow
 from lib.networks import LeNet5
-from xp_transfer_learning import methods
+from xp_transfer_learning import methods, plot
 from xp_transfer_learning.config import (
     EXPERIMENT,
     METHODS,
@@ -162,6 +162,8 @@ class Arguments:
     size: int | None = None
     """Side of the images; None: the source's."""
     n_epochs_nn: int = 50
+    """Epochs, and Adam's step size `lr_nn`, of the classifier."""
+    lr_nn: float = 1e-3
     num_trainings: int = 5
     labelling: tuple[Labelling, ...] = ("transport",)
     """transport: classes by optimal transport; axis: by position; particles: each for itself."""
@@ -230,7 +232,12 @@ def run_table(arguments: Arguments) -> Path:
                 row = {"source": arguments.src_dataset, "target": arguments.tgt_dataset, "k": k}
                 row |= {"method": method, "settings": settings, "training": training}
                 row |= {"steps": tries[0]["steps"], "accuracies": every}
-                row["losses"] = [t["losses"][[0, -1]] if len(t["losses"]) else [] for t in tries]
+                # A flow's loss at those steps, the start before them.
+                shown = np.concatenate([[0], row["steps"]])
+                row["losses"] = [
+                    t["losses"][shown.clip(max=len(t["losses"]) - 1)] if len(t["losses"]) else []
+                    for t in tries
+                ]
                 rows.append(row)
                 print(describe(row), flush=True)
     pair = pair_name(arguments.src_dataset, arguments.tgt_dataset)
@@ -239,13 +246,19 @@ def run_table(arguments: Arguments) -> Path:
     about = {"seeds": list(seeds), "n_epochs_nn": arguments.n_epochs_nn}
     runs.write_json(summary, {**about, "environment": runs.environment(), "rows": rows})
     print(f"numbers: {summary}")
+    if arguments.along:
+        print(f"figure:  {plot.transfer_along(summary)}")
     return summary
 
 
 def trainings(method: Method, k: int, arguments: Arguments) -> list[TrainingConfig]:
     """How the classifier is trained: once for each labelling, or, without flowed images, for the
     same epochs and for the same gradient steps."""
-    base = TrainingConfig(n_epochs=arguments.n_epochs_nn, num_trainings=arguments.num_trainings)
+    base = TrainingConfig(
+        n_epochs=arguments.n_epochs_nn,
+        lr=arguments.lr_nn,
+        num_trainings=arguments.num_trainings,
+    )
     if method != "target_only":
         return [replace(base, labelling=labelling) for labelling in arguments.labelling]
     per_class = np.asarray([k, k + arguments.num_per_class])
