@@ -4,7 +4,7 @@ Images are [N, H, W, channels] with values as the caller normalised them; output
 [N, classes].
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -24,14 +24,18 @@ class LeNet5(nn.Module):
 
     `first_kernel` = 1, the default, has 61,562 parameters at 28x28 grey, the number of the network
     that the published transfer experiments train (Bonet et al., 2025); 5 is the classical one with
-    61,706. The input keeps its size in the first convolution.
+    61,706. The input keeps its size in the first convolution. Images smaller than `SMALLEST` a
+    side raise ValueError: nothing would be left of them.
     """
+
+    SMALLEST: ClassVar[int] = 12
 
     num_classes: int = 10
     first_kernel: int = 1
 
     @nn.compact
     def __call__(self, images: Images) -> Logits:
+        self.check(images.shape[1:])
         # The batch comes last until the dense layers: see `_PatchConv`.
         x = jnp.transpose(images, (3, 1, 2, 0))
         x = _pool(nn.relu(_PatchConv(6, self.first_kernel, self.first_kernel // 2)(x)))
@@ -40,6 +44,16 @@ class LeNet5(nn.Module):
         x = nn.relu(nn.Dense(120)(x))
         x = nn.relu(nn.Dense(84)(x))
         return nn.Dense(self.num_classes)(x)
+
+    @classmethod
+    def check(cls, image_shape: tuple[int, ...]) -> None:
+        """Raises ValueError for images (height, width, channels) that are too small."""
+        height, width = image_shape[:2]
+        if min(height, width) < cls.SMALLEST:
+            raise ValueError(
+                f"LeNet-5 needs images of at least {cls.SMALLEST} x {cls.SMALLEST}, "
+                f"these have {height} x {width}"
+            )
 
 
 class _PatchConv(nn.Module):

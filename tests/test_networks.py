@@ -196,3 +196,14 @@ def test_an_ensemble_is_a_vmap(network):
     assert logits.shape == (2, 3, 10)
     np.testing.assert_allclose(logits, alone, rtol=1e-5, atol=1e-6 * np.abs(alone).max())
     assert np.abs(logits[0] - logits[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("side", [11, 12, 13])
+def test_lenet_takes_images_of_twelve_pixels_and_no_fewer(side):
+    images = jnp.zeros((2, side, side + 3, 1))
+    if side < LeNet5.SMALLEST:
+        with pytest.raises(ValueError, match=f"these have {side} x {side + 3}"):
+            LeNet5().init(jax.random.key(0), images)
+    else:
+        parameters = LeNet5().init(jax.random.key(0), images)
+        assert LeNet5().apply(parameters, images).shape == (2, 10)

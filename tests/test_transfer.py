@@ -155,6 +155,17 @@ def test_adaptation_reaches_the_classifiers_classes(tmp_path):
     np.testing.assert_array_equal(stored["steps"], [0, 75, 150, 225, 300])
 
 
+def test_images_too_small_for_the_network_are_refused_before_the_flow(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "wasserstein_gradient_descent", None)
+    small = dataclasses.replace(config(), size=11)
+    with pytest.raises(ValueError, match=r"at least 12 x 12, these have 11 x 11"):
+        transfer.flow(small, seed=0, results=tmp_path, data_root=None)
+    with pytest.raises(ValueError, match=r"these have 8 x 8"):
+        domain_adaptation.run_try(
+            AdaptationConfig(ROTATED, "digits", 5), seed=0, results=tmp_path, data_root=None
+        )
+
+
 def test_adaptation_keeps_the_target_and_draws_the_source_anew():
     settings = AdaptationConfig(INVERTED, "digits", num_per_class=5)
     (x0, x_tgt, shape), (x1, same, _) = (
@@ -198,18 +209,23 @@ def test_every_kind_of_optimiser_goes_down(option):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("options", [["--lr", "1.0", "3.0"], []])
-def test_the_ablation_runs_every_option_with_every_step_size(tmp_path, options):
-    command = [sys.executable, "xp_transfer_learning/ablation.py", "--src_dataset", ROTATED]
-    command += ["--tgt_dataset", "digits", "--num_per_class", "6", "--n_epochs_wgd", "4"]
-    command += ["--ntry", "2", "--options", "ours", "Adam", *options, "--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (summary,) = tmp_path.glob("xp_transfer_learning/*.json")
-    assert summary.stem.startswith("step_sizes" if options else "ablation")
+@pytest.mark.parametrize("sizes", [(1.0, 3.0), ()])
+def test_the_ablation_runs_every_option_with_every_step_size(tmp_path, sizes):
+    arguments = ablation.Arguments(
+        ROTATED,
+        "digits",
+        num_per_class=6,
+        size=16,
+        n_epochs_wgd=4,
+        ntry=2,
+        options=("ours", "Adam"),
+        lr=sizes,
+        results=tmp_path,
+    )
+    summary = ablation.main(arguments)
+    assert summary.stem.startswith("step_sizes" if sizes else "ablation")
     rows = json.loads(summary.read_text())["rows"]
-    own = [(name, ABLATION[name].lr) for name in ("ours", "Adam")]
-    expected = [(name, lr) for name, _ in own for lr in (1.0, 3.0)] if options else own
+    expected = [(n, lr) for n in ("ours", "Adam") for lr in sizes or (ABLATION[n].lr,)]
     assert [(row["option"], row["settings"]["lr"]) for row in rows] == expected
     for row in rows:
         assert len(row["to_objective"]) == len(row["last_losses"]) == 2

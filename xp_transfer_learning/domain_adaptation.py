@@ -120,6 +120,8 @@ class Arguments:
     preset's. Likewise `tgt_dataset`."""
     tgt_dataset: str | None = None
     num_per_class: int | None = None
+    size: int | None = None
+    """Side of the images. None: the target's."""
     n_epochs_wgd: int | None = None
     """Steps of the flow; `lr` its first step size, `decay` whether it falls to 0."""
     lr: float | None = None
@@ -139,7 +141,8 @@ def chosen(arguments: Arguments) -> list[AdaptationConfig]:
         configs = [AdaptationConfig(**{k: v for k, v in named.items() if v})]
     flow = {"n_epochs": arguments.n_epochs_wgd, "lr": arguments.lr, "decay": arguments.decay}
     flow = {k: v for k, v in flow.items() if v is not None}
-    sizes = {} if arguments.num_per_class is None else {"num_per_class": arguments.num_per_class}
+    sizes = {"num_per_class": arguments.num_per_class, "size": arguments.size}
+    sizes = {k: v for k, v in sizes.items() if v is not None}
     return [replace(c, flow=replace(c.flow, **flow), **sizes) for c in configs]
 
 

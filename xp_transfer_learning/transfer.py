@@ -43,6 +43,7 @@ def data(seed: int, config: TransferConfig, data_root: Path | None):
     source = resized(load(config.source, "train", data_root), config.size)
     target = load(config.target, "train", data_root)
     shape = (*source.image_shape[:2], min(source.image_shape[2], target.image_shape[2]))
+    LeNet5.check(shape)  # before the flow, not after it
     key_source, key_target = jax.random.split(jax.random.PRNGKey(seed))
     x0 = datasets.draw(key_source, shaped(source, shape), config.num_per_class)
     return x0, datasets.draw(key_target, shaped(target, shape), config.k_shot), shape
