@@ -209,8 +209,7 @@ def test_every_kind_of_optimiser_goes_down(option):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("sizes", [(1.0, 3.0), ()])
-def test_the_ablation_runs_every_option_with_every_step_size(tmp_path, sizes):
+def test_the_ablation_runs_every_option_with_every_step_size(tmp_path):
     arguments = ablation.Arguments(
         ROTATED,
         "digits",
@@ -218,15 +217,14 @@ def test_the_ablation_runs_every_option_with_every_step_size(tmp_path, sizes):
         size=16,
         n_epochs_wgd=4,
         ntry=2,
-        options=("ours", "Adam"),
-        lr=sizes,
+        options=("Adam",),
+        lr=(0.5, 1.0),
         results=tmp_path,
     )
     summary = ablation.main(arguments)
-    assert summary.stem.startswith("step_sizes" if sizes else "ablation")
+    assert summary.stem.startswith("step_sizes")
     rows = json.loads(summary.read_text())["rows"]
-    expected = [(n, lr) for n in ("ours", "Adam") for lr in sizes or (ABLATION[n].lr,)]
-    assert [(row["option"], row["settings"]["lr"]) for row in rows] == expected
+    assert [(row["option"], row["settings"]["lr"]) for row in rows] == [("Adam", 0.5), ("Adam", 1)]
     for row in rows:
         assert len(row["to_objective"]) == len(row["last_losses"]) == 2
         assert row["seconds_per_step"] > 0
