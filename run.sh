@@ -81,7 +81,7 @@ case "${1:-all}" in
   test)
     shift
     setup requirements-dev.txt
-    exec python -m pytest "$@"
+    exec python -m pytest --numprocesses auto --dist loadfile "$@"
     ;;
   all)
     setup requirements.txt

@@ -11,7 +11,9 @@ from jaxtyping import install_import_hook
 install_import_hook(["lib"], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile one program again, because they close over their own constants or clear caches.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache/jax"))
+# One folder for each parallel worker: entries are not written atomically.
+CACHE = Path(__file__).parents[1] / ".pytest_cache/jax" / os.environ.get("PYTEST_XDIST_WORKER", "")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 # A job started in the background may ignore SIGINT, which the tests of interruption send.

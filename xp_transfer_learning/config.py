@@ -170,7 +170,7 @@ class AdaptationConfig:
     num_per_class: int = 500
     size: int | None = None
     """Side of the images; None: the target's."""
-    flow: FlowSettings = FlowSettings(n_epochs=3000)
+    flow: FlowSettings = FlowSettings(n_epochs=2000)
     records: int = 30
     n_epochs_nn: int = 50
     """Epochs, and Adam's step size, of the classifier."""
