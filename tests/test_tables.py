@@ -1,5 +1,8 @@
 import json
 
+import numpy as np
+
+from xp_transfer_learning import plot
 from xp_transfer_learning.tables import PUBLISHED_TRANSFER, published_transfer, transfer_table
 
 
@@ -15,17 +18,26 @@ def test_published_numbers_are_those_of_the_paper():
 
 def test_a_line_a_row(tmp_path):
     row = {"source": "mnist", "target": "usps", "k": 5, "method": "mmdsw"}
-    row["training"] = {"n_epochs": 50, "labelling": "transport"}
+    row["training"] = {"n_epochs": 50, "lr": 1e-3, "labelling": "transport"}
     # Two tries of two trainings; the first record does not count.
     row["accuracies"] = [[[0.1, 0.1], [0.7, 0.8]], [[0.1, 0.1], [0.5, 0.6]]]
-    alone = row | {"method": "target_only", "training": {"n_epochs": 1650, "labelling": "axis"}}
+    training = {"n_epochs": 1650, "lr": 3e-4, "labelling": "axis"}
+    alone = row | {"method": "target_only", "training": training}
     path = tmp_path / "summary.json"
-    path.write_text(json.dumps({"rows": [row, alone]}))
-    _, _, first, second = transfer_table([path]).splitlines()
+    path.write_text(json.dumps({"rows": [alone, row | {"k": 10}, row]}))
+    _, _, first, second, ten = transfer_table([path]).splitlines()
     cells = [cell.strip() for cell in first.strip("|").split("|")]
     assert cells == [
         "mnist → usps", "5", "mmdsw", "50", "transport", "65.0 ± 11.2", "10.0", "73.0 ± 1.0"
     ]  # fmt: skip
     cells = [cell.strip() for cell in second.strip("|").split("|")]
-    assert cells[2:5] == ["target_only", "1,650", "-"]
+    assert cells[2:5] == ["target_only", "1,650, Adam 0.0003", "-"]
     assert cells[-1] == ""
+    assert "| 10 | mmdsw |" in ten
+
+
+def test_sheets_show_the_first_record_the_last_and_more_early_ones():
+    steps = np.arange(0, 2001, 50)
+    chosen = plot.early_and_late(steps, 6)
+    assert list(steps[chosen]) == [0, 50, 150, 350, 800, 2000]
+    assert list(plot.early_and_late(np.array([0, 7]))) == [0, 1]

@@ -96,6 +96,13 @@ def animate_rings(row: dict, path: Path) -> Path:
     return plotting.save_animation(figure, draw, len(row["steps"]), path)
 
 
+def early_and_late(steps: np.ndarray, count: int = 10) -> np.ndarray:
+    """Indices of up to `count` records, the first and the last among them, at equal ratios of
+    steps: most happens early."""
+    wanted = np.concatenate([[0], np.geomspace(max(1, steps[1]), steps[-1], count - 1)])
+    return np.unique(np.searchsorted(steps, wanted.round()).clip(0, len(steps) - 1))
+
+
 def sample_sheet(samples: np.ndarray, shape: tuple[int, int, int], title: str) -> Figure:
     """Images [columns, C, d] as a sheet: a row a class."""
     sheet = np.swapaxes(np.asarray(as_images(samples, shape)), 0, 1)
@@ -111,9 +118,7 @@ def image_flow(arrays: dict, title: str, stem: Path) -> list[Path]:
     particles, steps = arrays["particles"], arrays["steps"]
     shape = tuple(int(s) for s in arrays["image_shape"])
     with plotting.style():
-        # Most happens early: columns at equal ratios of steps.
-        wanted = np.concatenate([[0], np.geomspace(max(1, steps[1]), steps[-1], 9)])
-        chosen = np.unique(np.searchsorted(steps, wanted.round()).clip(0, len(steps) - 1))
+        chosen = early_and_late(steps)
         targets = arrays["x_tgt"].reshape(-1, arrays["x_tgt"].shape[-1])
         squared = ((particles[-1, :, None, 0] - targets[None]) ** 2).sum(axis=-1)
         nearest = targets[squared.argmin(axis=1)]
@@ -215,7 +220,7 @@ def adaptation(summary: Path, arrays: dict) -> list[Path]:
     with plotting.style():
         curve = plotting.save_figure(adaptation_curve(stored), stem.with_suffix(".png"))
         shape = tuple(int(s) for s in arrays["image_shape"])
-        chosen = np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))
+        chosen = early_and_late(steps)
         shown = ", ".join(f"{int(steps[i]):,}" for i in chosen)
         title = f"{config['source']} → {config['target']}, one image a class\nsteps {shown}"
         figure = sample_sheet(arrays["samples"][chosen], shape, title)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from xp_transfer_learning.config import METHODS, TrainingConfig
+
 # Bonet et al. (2025), Table 2: accuracy in percent and its standard deviation, which leaves out the
 # draw of the data. By target and k: target alone, MMDSW, OTDD, product kernel.
 PUBLISHED_METHODS = ("target_only", "mmdsw", "otdd", "mmd_product")
@@ -40,7 +42,7 @@ def published_transfer(source: str, target: str, k: int, method: str) -> tuple[f
 
 
 def transfer_table(summaries: Iterable[Path]) -> str:
-    """Markdown: a line for each target, k, method and way of training.
+    """Markdown: a line for each target, k, method and way of training, in that order.
 
     Accuracy in percent at the end of the flow: mean and standard deviation over all tries and
     trainings, then the standard deviation of the tries' means.
@@ -49,19 +51,27 @@ def transfer_table(summaries: Iterable[Path]) -> str:
         "| flow | k | method | epochs | labels | accuracy | std of tries' means | published |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for summary in summaries:
-        for row in json.loads(Path(summary).read_text())["rows"]:
-            last = 100 * np.asarray(row["accuracies"])[:, -1]
-            alone = row["method"] == "target_only"
-            published = published_transfer(row["source"], row["target"], row["k"], row["method"])
-            if alone and row["training"]["n_epochs"] != 50:
-                published = None
-            lines.append(
-                f"| {row['source']} → {row['target']} | {row['k']} | {row['method']} "
-                f"| {row['training']['n_epochs']:,} "
-                f"| {'-' if alone else row['training']['labelling']} "
-                f"| {last.mean():.1f} ± {last.std():.1f} "
-                f"| {f'{last.mean(axis=1).std():.1f}' if len(last) > 1 else '-'} "
-                f"| {'' if published is None else f'{published[0]} ± {published[1]}'} |"
-            )
+    rows = [row for path in summaries for row in json.loads(Path(path).read_text())["rows"]]
+    for row in sorted(rows, key=_place):
+        training = row["training"]
+        last = 100 * np.asarray(row["accuracies"])[:, -1]
+        alone = row["method"] == "target_only"
+        published = published_transfer(row["source"], row["target"], row["k"], row["method"])
+        if alone and training["n_epochs"] != 50:
+            published = None
+        rate = "" if training["lr"] == TrainingConfig.lr else f", Adam {training['lr']:g}"
+        lines.append(
+            f"| {row['source']} → {row['target']} | {row['k']} | {row['method']} "
+            f"| {training['n_epochs']:,}{rate} "
+            f"| {'-' if alone else training['labelling']} "
+            f"| {last.mean():.1f} ± {last.std():.1f} "
+            f"| {f'{last.mean(axis=1).std():.1f}' if len(last) > 1 else '-'} "
+            f"| {'' if published is None else f'{published[0]} ± {published[1]}'} |"
+        )
     return "\n".join(lines)
+
+
+def _place(row: dict) -> tuple:
+    training = row["training"]
+    method = list(METHODS).index(row["method"])
+    return row["source"], row["target"], row["k"], method, -training["lr"], training["n_epochs"]
