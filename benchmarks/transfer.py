@@ -40,6 +40,9 @@ class Options:
     tgt_dataset: str = "usps"
     k_shot: int = 5
     num_per_class: int = 200
+    size: int | None = None
+    """Side of the images; None: the source's."""
+    n_epochs_wgd: int = METHODS["mmdsw"].n_epochs
     rounds: int = 5
     """Rounds of timing, each of 10 steps of ours and 2 published ones."""
     seed: int = 0
@@ -98,7 +101,8 @@ def main(options: Options) -> None:
         options.tgt_dataset,
         options.k_shot,
         num_per_class=options.num_per_class,
-        flow=METHODS["mmdsw"],
+        size=options.size,
+        flow=dataclasses.replace(METHODS["mmdsw"], n_epochs=options.n_epochs_wgd),
     )
     x0, x_tgt, image_shape = transfer.data(options.seed, config, options.data_root)
     key = jax.random.PRNGKey(options.seed)

@@ -100,3 +100,17 @@ def test_benchmark_runs(tmp_path):
     assert {"ours", "published", "flow, 1 step"} < result["contenders"].keys()
     pairs = [value for name, value in result["values"].items() if name.startswith("pair")]
     np.testing.assert_allclose(pairs, pairs[0], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_transfer_benchmark_runs(tmp_path):
+    out = tmp_path / "transfer.json"
+    command = [sys.executable, ROOT / "benchmarks" / "transfer.py", "--src_dataset", "digits"]
+    command += ["--tgt_dataset", "digits:rotated", "--size", "12", "--num_per_class", "6"]
+    command += ["--k_shot", "2", "--rounds", "2", "--n_epochs_wgd", "10", "--out", out]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([str(part) for part in command], check=True, env=environment, timeout=600)
+    found = json.loads(out.read_text())
+    ours, published = found["ours"], found["published"]
+    assert 0 < ours["flow"] < ours["whole"]
+    assert published["flow"] > 5_000 * found["per_step"]["published"]["step"]
