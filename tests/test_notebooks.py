@@ -76,7 +76,7 @@ def test_rings_notebook_redraws_the_figures(quick_results, monkeypatch):
 def test_transfer_and_adaptation_notebooks(quick_transfers, monkeypatch):
     monkeypatch.setenv("RESULTS", str(quick_transfers))
     outputs = outputs_of("transfer_learning")
-    assert count(outputs, "image/png") == 2
+    assert count(outputs, "image/png") == 3
     assert count(outputs, "text/markdown") == 1
     assert count(outputs_of("domain_adaptation"), "image/png") == 1
 

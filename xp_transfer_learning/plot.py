@@ -156,25 +156,33 @@ def animate_images(
     return plotting.save_animation(figure, draw, len(frames), path)
 
 
+def along_curves(rows: list[dict]) -> Figure:
+    """Accuracy (mean and std over tries and trainings) and loss along the flows of those rows of
+    transfer summaries that have them."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3))
+    for row in rows:
+        if len(row["steps"]) < 2:
+            continue
+        every, steps = 100 * np.asarray(row["accuracies"]), np.asarray(row["steps"])
+        mean, std = every.mean(axis=(0, 2)), every.std(axis=(0, 2))
+        name = f"{row['target']}, k = {row['k']}, {row['method']}"
+        axes[0].plot(steps, mean, ".-", label=name)
+        axes[0].fill_between(steps, mean - std, mean + std, alpha=0.3)
+        if np.size(row["losses"]):
+            axes[1].semilogy(steps, np.asarray(row["losses"])[:, 1:].mean(axis=0), ".-")
+    axes[0].set_ylabel("test accuracy of LeNet-5, %")
+    axes[1].set_ylabel("loss of that step")
+    for axis in axes:
+        axis.set_xlabel("step of the flow")
+    axes[0].legend(fontsize=7)
+    return figure
+
+
 def transfer_along(summary: Path) -> Path:
-    """Accuracy (mean and std over tries and trainings) and loss along the flows of a summary."""
+    """Draws `along_curves` of one summary."""
     summary = Path(summary)
-    rows = [r for r in json.loads(summary.read_text())["rows"] if len(r["steps"]) > 1]
     with plotting.style():
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3))
-        for row in rows:
-            every, steps = 100 * np.asarray(row["accuracies"]), np.asarray(row["steps"])
-            mean, std = every.mean(axis=(0, 2)), every.std(axis=(0, 2))
-            name = f"{row['target']}, k = {row['k']}, {row['method']}"
-            axes[0].plot(steps, mean, ".-", label=name)
-            axes[0].fill_between(steps, mean - std, mean + std, alpha=0.3)
-            if np.size(row["losses"]):
-                axes[1].semilogy(steps, np.asarray(row["losses"])[:, 1:].mean(axis=0), ".-")
-        axes[0].set_ylabel("test accuracy of LeNet-5, %")
-        axes[1].set_ylabel("loss of that step")
-        for axis in axes:
-            axis.set_xlabel("step of the flow")
-        axes[0].legend(fontsize=7)
+        figure = along_curves(json.loads(summary.read_text())["rows"])
         return plotting.save_figure(figure, summary.parent / "figures" / f"{summary.stem}.png")
 
 

@@ -244,7 +244,11 @@ def run_table(arguments: Arguments) -> Path:
                 rows.append(row)
                 print(describe(row), flush=True)
     pair = pair_name(arguments.src_dataset, arguments.tgt_dataset)
-    stem = f"transfer_{pair}-k{'_'.join(map(str, arguments.k_shot))}-{'_'.join(arguments.method)}"
+    stem = f"{pair}-k{'_'.join(map(str, arguments.k_shot))}-{'_'.join(arguments.method)}"
+    if arguments.lr_nn != TrainingConfig.lr:
+        stem += f"-lr_nn{arguments.lr_nn:g}"
+    # Not a row of the table of last accuracies.
+    stem = f"along_{stem}" if arguments.along else f"transfer_{stem}"
     summary = arguments.results / EXPERIMENT / f"{stem}.json"
     about = {"seeds": list(seeds), "n_epochs_nn": arguments.n_epochs_nn}
     runs.write_json(summary, {**about, "environment": runs.environment(), "rows": rows})
