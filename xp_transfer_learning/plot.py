@@ -211,7 +211,9 @@ def adaptation_curve(stored: dict) -> Figure:
         axis.plot(*published, ".--", color="0.4", label="published")
     axis.axhline(99, color="0.8", linewidth=0.8)
     axis.set_xscale("symlog", linthresh=max(1, steps[1]))
-    axis.set_xlim(0, None)
+    # Powers of ten below the linear part would stand on each other.
+    axis.set_xticks([0, *(10**k for k in range(1, 7) if 10**k > steps[1])])
+    axis.set_xlim(0, axis.dataLim.x1)
     axis.set_xlabel("step")
     axis.set_ylabel("accuracy of the frozen classifier, %")
     axis.set_title(f"{config['source']} → {config['target']}")
