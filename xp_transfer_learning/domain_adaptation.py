@@ -33,14 +33,23 @@ from xp_transfer_learning.data import load, pair_name, resized, shaped
 from xp_transfer_learning.labels import class_costs, match_classes
 
 
-def data(seed: int, config: AdaptationConfig, data_root: Path | None):
-    """(x0 [C, n, d], x_tgt [D, n, d], image shape): the target is drawn once for all seeds."""
+def _key(number: int):
+    """0: the target's draw; 1 + seed: that of a source."""
+    return jax.random.fold_in(jax.random.PRNGKey(0), number)
+
+
+def target_data(config: AdaptationConfig, data_root: Path | None):
+    """(x_tgt [D, n, d], image shape): drawn once for all seeds."""
     target = resized(load(config.target, "train", data_root), config.size)
-    source = shaped(load(config.source, "train", data_root), target.image_shape)
-    key = jax.random.PRNGKey(0)
-    x_tgt = datasets.draw(jax.random.fold_in(key, 0), target, config.num_per_class)
-    key_source = jax.random.fold_in(key, 1 + seed)
-    return datasets.draw(key_source, source, config.num_per_class), x_tgt, target.image_shape
+    x_tgt = datasets.draw(_key(0), target, config.num_per_class)
+    return x_tgt, target.image_shape
+
+
+def data(seed: int, config: AdaptationConfig, data_root: Path | None):
+    """(x0 [C, n, d], x_tgt [D, n, d], image shape): a source of its own for every seed."""
+    x_tgt, image_shape = target_data(config, data_root)
+    source = shaped(load(config.source, "train", data_root), image_shape)
+    return datasets.draw(_key(1 + seed), source, config.num_per_class), x_tgt, image_shape
 
 
 def frozen_classifier(config: AdaptationConfig, data_root: Path | None):
@@ -51,7 +60,7 @@ def frozen_classifier(config: AdaptationConfig, data_root: Path | None):
 
 @cache
 def _classifier(config: AdaptationConfig, data_root: Path | None):
-    _, x_tgt, image_shape = data(0, config, data_root)
+    x_tgt, image_shape = target_data(config, data_root)
     num_classes, n, _ = x_tgt.shape
     network = LeNet5(num_classes)
     parameters, _ = classification.train(

@@ -57,7 +57,7 @@ def transfer_table(summaries: Iterable[Path]) -> str:
         last = 100 * np.asarray(row["accuracies"])[:, -1]
         alone = row["method"] == "target_only"
         published = published_transfer(row["source"], row["target"], row["k"], row["method"])
-        if alone and training["n_epochs"] != 50:
+        if alone and training["n_epochs"] != TrainingConfig.n_epochs:
             published = None
         rate = "" if training["lr"] == TrainingConfig.lr else f", Adam {training['lr']:g}"
         lines.append(

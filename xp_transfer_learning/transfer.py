@@ -162,9 +162,9 @@ class Arguments:
     num_per_class: int = 200
     size: int | None = None
     """Side of the images; None: the source's."""
-    n_epochs_nn: int = 50
+    n_epochs_nn: int = TrainingConfig.n_epochs
     """Epochs, and Adam's step size `lr_nn`, of the classifier."""
-    lr_nn: float = 1e-3
+    lr_nn: float = TrainingConfig.lr
     num_trainings: int = 5
     labelling: tuple[Labelling, ...] = ("transport",)
     """transport: classes by optimal transport; axis: by position; particles: each for itself."""
