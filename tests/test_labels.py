@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from xp_transfer_learning.labels import class_costs, label_particles, match_classes
+from xp_transfer_learning.labels import agreement, class_costs, label_particles, match_classes
 
 seeds = hypothesis.given(st.integers(0, 2**31))
 few = hypothesis.settings(max_examples=20, deadline=None)
@@ -150,3 +150,24 @@ def test_impossible_labellings_raise():
         label_particles(x, y, "axis")
     with pytest.raises(ValueError, match="transport, axis or particles, not 'nearest'"):
         label_particles(x, y, "nearest")
+
+
+@seeds
+@few
+def test_agreement_is_the_share_of_labels_of_the_nearest_point(seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(3, 5, 2)), rng.normal(size=(4, 2, 2))
+    labels = rng.integers(4, size=(3, 5))
+    right = [
+        [labels[c, i] == cdist(x[c, i : i + 1], y.reshape(8, 2)).argmin() // 2 for i in range(5)]
+        for c in range(3)
+    ]
+    assert agreement(labels, x, y) == np.mean(right)
+
+
+def test_particles_on_the_target_agree_with_their_own_classes():
+    y = normal(0, 4, 3, 6)
+    order = np.array([2, 0, 3, 1])
+    labels = np.repeat(order[:, None], 3, axis=1)
+    assert agreement(labels, y[order], y) == 1
+    assert agreement(labels[::-1], y[order], y) == 0

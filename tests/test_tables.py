@@ -24,8 +24,10 @@ def test_a_line_a_row(tmp_path):
     training = {"n_epochs": 1650, "lr": 3e-4, "labelling": "axis"}
     alone = row | {"method": "target_only", "training": training}
     path = tmp_path / "summary.json"
-    path.write_text(json.dumps({"rows": [alone, row | {"k": 10}, row]}))
-    _, _, first, second, ten = transfer_table([path]).splitlines()
+    k10 = row | {"k": 10, "label_agreement": [0.7149, 0.998]}
+    k100 = row | {"k": 100, "label_agreement": [1.0, 0.996]}
+    path.write_text(json.dumps({"rows": [alone, k100, k10, row]}))
+    _, _, first, second, ten, hundred = transfer_table([path]).splitlines()
     cells = [cell.strip() for cell in first.strip("|").split("|")]
     assert cells == [
         "mnist → usps", "5", "mmdsw", "50", "transport", "65.0 ± 11.2", "10.0", "73.0 ± 1.0"
@@ -33,7 +35,8 @@ def test_a_line_a_row(tmp_path):
     cells = [cell.strip() for cell in second.strip("|").split("|")]
     assert cells[2:5] == ["target_only", "1,650, Adam 0.0003", "-"]
     assert cells[-1] == ""
-    assert "| 10 | mmdsw |" in ten
+    assert "| 10 | mmdsw | 50 | transport (71 to 100%) |" in ten
+    assert "| 100 | mmdsw | 50 | transport (100%) |" in hundred
 
 
 def test_sheets_show_the_first_record_the_last_and_more_early_ones():

@@ -100,6 +100,16 @@ def test_without_flowed_images_the_same_epochs_and_the_same_gradient_steps():
     assert one.n_epochs == 50
 
 
+def test_labels_of_an_arrived_flow_agree_with_the_nearest_target_images(tmp_path):
+    """A whole class on one class of the target; none where nothing flows."""
+    x_tgt = np.random.default_rng(0).uniform(size=(3, 2, 4)).astype(np.float32)
+    flowed = {"x_tgt": x_tgt, "particles": x_tgt[None, [1, 2, 0]]}
+    assert transfer.label_agreement(flowed, "transport") == 1
+    assert transfer.label_agreement(flowed, "particles") == 1
+    assert transfer.label_agreement(flowed, "axis") == 0
+    assert transfer.label_agreement({"particles": np.zeros((1, 0, 0, 4))}, "transport") is None
+
+
 def test_accuracies_along_the_flow_end_with_that_of_its_end(tmp_path):
     training = TrainingConfig(n_epochs=1, num_trainings=2)
     options = {"seed": 0, "results": tmp_path, "data_root": None}
@@ -132,6 +142,8 @@ def test_flags_are_the_published_ones(tmp_path):
     (row,) = json.loads(summary.read_text())["rows"]
     assert (row["method"], row["k"]) == ("mmdsw", 2)
     assert np.shape(row["accuracies"]) == (2, 1, 2)
+    assert len(row["label_agreement"]) == 2
+    assert all(0 <= share <= 1 for share in row["label_agreement"])
     assert (row["settings"]["n_epochs"], row["settings"]["lr"]) == (3, 0.5)
     assert row["training"]["n_epochs"] == 1
 

@@ -7,6 +7,7 @@ which one is its own choice: labels are read off afterwards.
 import numpy as np
 import ot
 from jaxtyping import Float, Int
+from sklearn.metrics import pairwise_distances_argmin
 
 from xp_transfer_learning.config import Labelling
 
@@ -30,6 +31,18 @@ def match_classes(costs: Float[np.ndarray, "C D"]) -> Int[np.ndarray, "C"]:
     num_x, num_y = costs.shape
     plan = ot.emd(np.full(num_x, 1 / num_x), np.full(num_y, 1 / num_y), costs)
     return plan.argmax(axis=1)
+
+
+def agreement(
+    labels: Int[np.ndarray, "C n"], x: Float[np.ndarray, "C n d"], y: Float[np.ndarray, "D k d"]
+) -> float:
+    """The share of the particles x whose label is the class of their nearest point of y.
+
+    Where a flow has arrived, every particle lies on a target point, and this is how many labels are
+    right.
+    """
+    nearest = pairwise_distances_argmin(x.reshape(-1, x.shape[2]), y.reshape(-1, y.shape[2]))
+    return float(np.mean(labels.ravel() == nearest // y.shape[1]))
 
 
 def label_particles(

@@ -45,7 +45,8 @@ def transfer_table(summaries: Iterable[Path]) -> str:
     """Markdown: a line for each target, k, method and way of training, in that order.
 
     Accuracy in percent at the end of the flow: mean and standard deviation over all tries and
-    trainings, then the standard deviation of the tries' means.
+    trainings, then the standard deviation of the tries' means. Behind the labelling, the least and
+    greatest percentage of labels that are right, over the tries, where the summary has them.
     """
     lines = [
         "| flow | k | method | epochs | labels | accuracy | std of tries' means | published |",
@@ -56,6 +57,11 @@ def transfer_table(summaries: Iterable[Path]) -> str:
         training = row["training"]
         last = 100 * np.asarray(row["accuracies"])[:, -1]
         alone = row["method"] == "target_only"
+        labels = "-" if alone else training["labelling"]
+        if not alone and "label_agreement" in row:
+            least, most = (f(100 * np.asarray(row["label_agreement"])) for f in (np.min, np.max))
+            span = f"{least:.0f}" if round(least) == round(most) else f"{least:.0f} to {most:.0f}"
+            labels += f" ({span}%)"
         published = published_transfer(row["source"], row["target"], row["k"], row["method"])
         if alone and training["n_epochs"] != TrainingConfig.n_epochs:
             published = None
@@ -63,7 +69,7 @@ def transfer_table(summaries: Iterable[Path]) -> str:
         lines.append(
             f"| {row['source']} → {row['target']} | {row['k']} | {row['method']} "
             f"| {training['n_epochs']:,}{rate} "
-            f"| {'-' if alone else training['labelling']} "
+            f"| {labels} "
             f"| {last.mean():.1f} ± {last.std():.1f} "
             f"| {f'{last.mean(axis=1).std():.1f}' if len(last) > 1 else '-'} "
             f"| {'' if published is None else f'{published[0]} ± {published[1]}'} |"

@@ -34,7 +34,7 @@ from xp_transfer_learning.config import (
     TransferConfig,
 )
 from xp_transfer_learning.data import load, pair_name, resized, shaped
-from xp_transfer_learning.labels import label_particles
+from xp_transfer_learning.labels import agreement, label_particles
 
 
 def data(seed: int, config: TransferConfig, data_root: Path | None):
@@ -84,6 +84,15 @@ def training_set(particles, x_tgt, image_shape, labelling):
         images = np.concatenate([images, flowed.reshape(-1, d)])
         labels = np.concatenate([labels, label_particles(flowed, x_tgt, labelling).ravel()])
     return images.reshape(-1, *image_shape), labels
+
+
+def label_agreement(flowed: dict, labelling: Labelling) -> float | None:
+    """Of the last particles, the share whose label is the class of the nearest target image; None
+    where nothing flows."""
+    if not flowed["particles"].size:
+        return None
+    images, x_tgt = np.clip(flowed["particles"][-1], 0, 1), flowed["x_tgt"]
+    return agreement(label_particles(images, x_tgt, labelling), images, x_tgt)
 
 
 def accuracies(
@@ -205,6 +214,7 @@ def run_table(arguments: Arguments) -> Path:
     given |= {"decay": arguments.decay, "m": arguments.m}
     given = {name: value for name, value in given.items() if value is not None}
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
+    where = {"results": arguments.results, "data_root": arguments.data_root}
     rows = []
     for k in arguments.k_shot:
         for method in arguments.method:
@@ -221,14 +231,7 @@ def run_table(arguments: Arguments) -> Path:
             )
             for training in trainings(method, k, arguments):
                 tries = [
-                    run_try(
-                        config,
-                        training,
-                        seed=seed,
-                        results=arguments.results,
-                        data_root=arguments.data_root,
-                        along=arguments.along,
-                    )
+                    run_try(config, training, seed=seed, along=arguments.along, **where)
                     for seed in seeds
                 ]
                 every = np.stack([t["accuracies"] for t in tries])  # [tries, records, trainings]
@@ -240,6 +243,10 @@ def run_table(arguments: Arguments) -> Path:
                 row["losses"] = [
                     t["losses"][shown.clip(max=len(t["losses"]) - 1)] if len(t["losses"]) else []
                     for t in tries
+                ]
+                row["label_agreement"] = [
+                    label_agreement(flow(config, seed=seed, **where), training.labelling)
+                    for seed in seeds
                 ]
                 rows.append(row)
                 print(describe(row), flush=True)
@@ -279,7 +286,8 @@ def describe(row: dict) -> str:
     training = row["training"]
     name = f"k = {row['k']:<3d} {row['method']:12s} {training.n_epochs:5d} epochs"
     if row["method"] != "target_only":
-        name += f", labels by {training.labelling}"
+        agreement = 100 * np.mean(row["label_agreement"])
+        name += f", labels by {training.labelling} ({agreement:.0f}% right)"
     parts = []
     for i, step in enumerate(row["steps"]):
         last = every[:, i]
