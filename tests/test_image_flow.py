@@ -51,7 +51,16 @@ def test_quick_flows_bring_digits_to_the_target(tmp_path):
         # from several grey levels a pixel to less than a tenth of one in [0, 1].
         particles, target = (a.reshape(-1, 64) for a in (arrays["particles"][-1], arrays["x_tgt"]))
         squared = ((particles[:, None] - target[None]) ** 2).mean(axis=-1)
-        assert np.sqrt(squared.min(axis=1)).mean() < 0.1
+        distances = np.sqrt(squared.min(axis=1))
+        assert distances.mean() < 0.1
+        name = folder.parent.name.rsplit("-", 1)[0]
+        summary = json.loads((folder.parents[1] / f"image_flow_{name}.json").read_text())
+        found = summary["root_mean_square_to_nearest_target_image"]
+        expected = {"median": np.median(distances), "mean": distances.mean()}
+        expected["max"] = distances.max()
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert summary["distinct_nearest_target_images"] == len(set(squared.argmin(axis=1)))
+        assert summary["losses"]["399"] == arrays["losses"][-1]
         assert len(list((folder / "figures").glob("*.png"))) == 2
         assert json.loads((folder / "config.json").read_text())["num_per_class"] == 60
 

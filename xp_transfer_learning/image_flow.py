@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
+from sklearn.metrics import pairwise_distances_argmin_min
 
 from lib import datasets, mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
@@ -90,6 +91,22 @@ def run_flow(
     return run
 
 
+def arrival(particles: np.ndarray, x_tgt: np.ndarray) -> dict:
+    """How near particles [C, n, d] are to the target images [C', k, d]: the root mean square a
+    pixel to each particle's nearest one, and how many different images are nearest to some."""
+    d = x_tgt.shape[2]
+    nearest, distances = pairwise_distances_argmin_min(
+        particles.reshape(-1, d), x_tgt.reshape(-1, d)
+    )
+    distances = distances / np.sqrt(d)
+    measures = {"median": np.median, "mean": np.mean, "max": np.max}
+    return {
+        "root_mean_square_to_nearest_target_image": {k: f(distances) for k, f in measures.items()},
+        "distinct_nearest_target_images": len(np.unique(nearest)),
+        "target_images": x_tgt.shape[0] * x_tgt.shape[1],
+    }
+
+
 def _linear_decay(lr: float, n_epochs: int):
     return lambda step: lr * (1 - step / n_epochs)
 
@@ -152,13 +169,24 @@ def main(arguments: Arguments) -> list[Path]:
             continue
         arrays = run.load_arrays()
         name = pair_name(config.source, config.target)
+        stems = (Path(data).stem for data in (config.source, config.target))
         figures = plot.image_flow(
             arrays,
-            f"{config.source} → {config.target}, {config.num_per_class} a class",
+            f"{' → '.join(stems)}, {config.num_per_class} a class",
             run.folder / "figures" / name,
         )
-        losses = arrays["losses"]
-        print(f"  loss {losses[0]:.4g} -> {losses[-1]:.4g} in {len(losses)} steps")
+        losses, arrived = arrays["losses"], arrival(arrays["particles"][-1], arrays["x_tgt"])
+        shown = {str(i): losses[i] for i in np.linspace(0, len(losses) - 1, 11).astype(int)}
+        about = {"config": config, "seed": arguments.seed, "environment": runs.environment()}
+        summary = run.folder.parents[1] / f"image_flow_{name}.json"
+        runs.write_json(summary, {**about, "losses": shown, **arrived})
+        print(
+            f"  loss {losses[0]:.4g} -> {losses[-1]:.4g} in {len(losses)} steps; nearest target "
+            f"images {arrived['root_mean_square_to_nearest_target_image']['median']:.2g} a pixel "
+            f"away (median), {arrived['distinct_nearest_target_images']:,} different ones of "
+            f"{arrived['target_images']:,}"
+        )
+        print(f"  summary: {summary}")
         print(f"  numbers: {run.arrays}", *(f"  figure:  {path}" for path in figures), sep="\n")
         folders.append(run.folder)
     return folders
