@@ -8,7 +8,7 @@ import optax
 import pytest
 from scipy.special import log_softmax
 
-from lib.classification import accuracy, predict, train, train_seeds
+from lib.classification import accuracy, adam, predict, train, train_seeds
 from lib.networks import LeNet5
 
 
@@ -135,3 +135,19 @@ def test_accuracy_of_an_ensemble():
     shares = jax.vmap(lambda p: accuracy(Linear(), p, images, labels, block_size=4))(stacked)
     np.testing.assert_allclose(shares, expected, rtol=1e-6)
     assert len(set(np.asarray(shares).tolist())) > 1
+
+
+def test_adam_is_one_object_a_step_size_and_steps_as_published():
+    """Kingma and Ba (2015), algorithm 1, for two steps."""
+    assert adam(0.1) is adam(0.1)
+    assert adam(0.1) is not adam(0.2)
+    x, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    parameters = jnp.asarray(x, jnp.float32)
+    state = adam(0.1).init(parameters)
+    for t, gradient in enumerate(([0.5, -3.0], [-1.0, 2.0]), 1):
+        updates, state = adam(0.1).update(jnp.asarray(gradient, jnp.float32), state)
+        parameters = optax.apply_updates(parameters, updates)
+        g = np.array(gradient)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        x = x - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(parameters, x, rtol=1e-5)

@@ -13,7 +13,7 @@ import numpy as np
 import ot
 import pytest
 
-from xp_transfer_learning.otdd import otdd_plans, otdd_value_and_grad
+from xp_transfer_learning.otdd import Plans, marginal_errors, otdd_plans, otdd_value_and_grad
 
 THRESHOLD = 1e-3
 sharp = {"epsilon": 1e-3, "max_iterations": 20_000}
@@ -128,6 +128,18 @@ def test_marginals_of_plans(x64, options):
     assert np.abs(points.sum(axis=(0, 1)) - 1 / 6).sum() < THRESHOLD
     assert np.abs(classes.sum(axis=2) - 1 / 2).sum(axis=2).max() < THRESHOLD
     assert min(points.min(), classes.min()) >= 0
+
+
+def test_marginal_errors_are_the_mass_that_is_misplaced():
+    points = np.full((2, 3, 1, 2), 1 / 12)
+    classes = np.full((2, 1, 3, 2), 1 / 6)
+    np.testing.assert_allclose(marginal_errors(Plans(points, classes)), 0, atol=1e-7)
+    # A tenth of the mass moves from one source point to another; in one class between targets.
+    points[0, 0, 0] -= 0.05
+    points[1, 2, 0] += 0.05
+    classes[1, 0, :, 0] -= 0.02
+    classes[1, 0, :, 1] += 0.02
+    np.testing.assert_allclose(marginal_errors(Plans(points, classes)), [0.1, 0.06], rtol=1e-5)
 
 
 def test_a_set_is_at_distance_zero_from_itself(x64):

@@ -44,7 +44,8 @@ def otdd_plans(
     """(cost of every pair of labelled points, the plans that are optimal for it), by Sinkhorn.
 
     `epsilon` is relative to the mean cost, in the distances between classes and between points.
-    Memory O(C n D k).
+    Sinkhorn ends after `max_iterations` whether or not the marginals are met: `marginal_errors`
+    says how far off they are. Memory O(C n D k).
     """
     (num_x, n, _), (num_y, k, _) = x.shape, y.shape
     squared = squared_distances(x.reshape(num_x * n, -1), y.reshape(num_y * k, -1))
@@ -55,6 +56,20 @@ def otdd_plans(
     cost = squared + between
     points = _plan(cost.reshape(num_x * n, num_y * k), epsilon, max_iterations)
     return cost, Plans(points.reshape(cost.shape), classes.reshape(num_x, num_y, n, k))
+
+
+def marginal_errors(plans: Plans) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The mass by which the marginals miss the uniform weights (total variation): of the plan
+    between points, and of the worst plan between two classes."""
+
+    def error(plan):
+        rows, columns = plan.sum(axis=1), plan.sum(axis=0)
+        off = (jnp.abs(z - 1 / len(z)).sum() / 2 for z in (rows, columns))
+        return jnp.maximum(*off)
+
+    num_x, n, num_y, k = plans.points.shape
+    points = error(plans.points.reshape(num_x * n, num_y * k))
+    return points, jnp.max(jax.vmap(error)(plans.classes.reshape(num_x * num_y, n, k)))
 
 
 def otdd_value_and_grad(
