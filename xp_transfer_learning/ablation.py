@@ -1,6 +1,6 @@
 """How the flow is best run: schedules, optimisers, directions, on one adaptation task.
 
-    python xp_transfer_learning/ablation.py --num_per_class 100 --n_epochs_wgd 500
+    python xp_transfer_learning/ablation.py
     python xp_transfer_learning/ablation.py --src_dataset digits:rotated --tgt_dataset digits
 
     python xp_transfer_learning/ablation.py --options Adam --lr 0.01 0.05 --first_seed 100 --ntry 1
@@ -31,10 +31,10 @@ class Arguments:
     src_dataset: str = "fashion_mnist"
     """A data set's name, or the path of a folder or zip of images; likewise `tgt_dataset`."""
     tgt_dataset: str = "mnist"
-    num_per_class: int = 100
+    num_per_class: int = 50
     size: int | None = None
     """Side of the images; None: the target's."""
-    n_epochs_wgd: int = 500
+    n_epochs_wgd: int = 400
     ntry: int = 3
     first_seed: int = 0
     objective: float = 0.05
