@@ -26,8 +26,9 @@ def test_a_line_a_row(tmp_path):
     path = tmp_path / "summary.json"
     k10 = row | {"k": 10, "label_agreement": [0.7149, 0.998]}
     k100 = row | {"k": 100, "label_agreement": [1.0, 0.996]}
-    path.write_text(json.dumps({"rows": [alone, k100, k10, row]}))
-    _, _, first, second, ten, hundred = transfer_table([path]).splitlines()
+    axis = row | {"training": row["training"] | {"labelling": "axis"}}
+    path.write_text(json.dumps({"rows": [alone, axis, k100, k10, row]}))
+    _, _, first, by_axis, second, ten, hundred = transfer_table([path]).splitlines()
     cells = [cell.strip() for cell in first.strip("|").split("|")]
     assert cells == [
         "mnist → usps", "5", "mmdsw", "50", "transport", "65.0 ± 11.2", "10.0", "73.0 ± 1.0"
@@ -35,6 +36,7 @@ def test_a_line_a_row(tmp_path):
     cells = [cell.strip() for cell in second.strip("|").split("|")]
     assert cells[2:5] == ["target_only", "1,650, Adam 0.0003", "-"]
     assert cells[-1] == ""
+    assert by_axis.endswith("| axis | 65.0 ± 11.2 | 10.0 |  |")
     assert "| 10 | mmdsw | 50 | transport (71 to 100%) |" in ten
     assert "| 100 | mmdsw | 50 | transport (100%) |" in hundred
 
