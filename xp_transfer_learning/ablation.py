@@ -34,7 +34,7 @@ class Arguments:
     num_per_class: int = 50
     size: int | None = None
     """Side of the images; None: the target's."""
-    n_epochs_wgd: int = 400
+    n_epochs_wgd: int = 1000
     ntry: int = 3
     first_seed: int = 0
     objective: float = 0.05

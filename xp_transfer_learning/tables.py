@@ -65,8 +65,8 @@ def transfer_table(summaries: Iterable[Path]) -> str:
             span = f"{least:.0f}" if round(least) == round(most) else f"{least:.0f} to {most:.0f}"
             labels += f" ({span}%)"
         published = published_transfer(row["source"], row["target"], row["k"], row["method"])
-        # The paper has as many epochs without flowed images, and labels whole classes.
-        if training["n_epochs"] != TrainingConfig.n_epochs if alone else labelling != "transport":
+        # The paper trains for as many epochs without flowed images, and does not label by position.
+        if training["n_epochs"] != TrainingConfig.n_epochs if alone else labelling == "axis":
             published = None
         rate = "" if training["lr"] == TrainingConfig.lr else f", Adam {training['lr']:g}"
         lines.append(
