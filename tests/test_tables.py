@@ -3,7 +3,12 @@ import json
 import numpy as np
 
 from xp_transfer_learning import plot
-from xp_transfer_learning.tables import PUBLISHED_TRANSFER, published_transfer, transfer_table
+from xp_transfer_learning.tables import (
+    PUBLISHED_TRANSFER,
+    ablation_table,
+    published_transfer,
+    transfer_table,
+)
 
 
 def test_published_numbers_are_those_of_the_paper():
@@ -39,6 +44,25 @@ def test_a_line_a_row(tmp_path):
     assert by_axis.endswith("| axis | 65.0 ± 11.2 | 10.0 |  |")
     assert "| 10 | mmdsw | 50 | transport (71 to 100%) |" in ten
     assert "| 100 | mmdsw | 50 | transport (100%) |" in hundred
+
+
+def test_a_line_an_option(tmp_path):
+    row = {"option": "ours", "settings": {"lr": 20.0}, "seconds_per_step": 0.02}
+    row |= {"to_objective": [700, 800], "to_accuracy": [300, None]}
+    row |= {"last_losses": [0.003, 0.005], "last_accuracies": [0.98, 0.99]}
+    gone = {"option": "L-BFGS", "settings": {"lr": 0.1}, "diverged": "NaN in step 3"}
+    about = {"arguments": {"objective": 0.05, "accuracy": 0.99}, "rows": [row, gone]}
+    path = tmp_path / "ablation.json"
+    path.write_text(json.dumps(about))
+    head, _, first, second = ablation_table(path).splitlines()
+    assert "to 5% of the loss" in head
+    assert "accuracy of 99%" in head
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells == [
+        "ours", "20", "20", "750 ± 50", "15.0", "-", "-", "0.0040 ± 0.0010", "98.5 ± 0.5"
+    ]  # fmt: skip
+    assert second.startswith("| L-BFGS | 0.1 | diverged |")
+    assert second.count("|") == head.count("|")
 
 
 def test_sheets_show_the_first_record_the_last_and_more_early_ones():

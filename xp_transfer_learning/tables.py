@@ -80,6 +80,37 @@ def transfer_table(summaries: Iterable[Path]) -> str:
     return "\n".join(lines)
 
 
+def ablation_table(summary: Path) -> str:
+    """Markdown: a line an option of `ablation.py`. Steps and seconds of flowing until the objective
+    is the given share of its start, and until the accuracy is the given one: mean and standard
+    deviation over the tries, "-" unless all arrived; then loss and accuracy at the end."""
+    summary = json.loads(Path(summary).read_text())
+    objective, accuracy = (summary["arguments"][name] for name in ("objective", "accuracy"))
+    lines = [
+        f"| option | step size | ms a step | to {objective:.0%} of the loss, steps | seconds "
+        f"| to an accuracy of {accuracy:.0%}, steps | seconds | last loss | last accuracy |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in summary["rows"]:
+        head = f"| {row['option']} | {row['settings']['lr']:g} "
+        if "diverged" in row:
+            lines.append(f"{head}| diverged | | | | | | |")
+            continue
+        pace = row["seconds_per_step"]
+        cells = [f"{1e3 * pace:.0f}"]
+        for steps in (row["to_objective"], row["to_accuracy"]):
+            if None in steps:
+                cells += ["-", "-"]
+            else:
+                cells.append(f"{np.mean(steps):.0f} ± {np.std(steps):.0f}")
+                cells.append(f"{np.mean(steps) * pace:.1f}")
+        losses, accuracies = np.array(row["last_losses"]), 100 * np.array(row["last_accuracies"])
+        cells.append(f"{losses.mean():.4f} ± {losses.std():.4f}")
+        cells.append(f"{accuracies.mean():.1f} ± {accuracies.std():.1f}")
+        lines.append(f"{head}| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _place(row: dict) -> tuple:
     training = row["training"]
     method = list(METHODS).index(row["method"])
