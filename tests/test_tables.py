@@ -59,7 +59,7 @@ def test_a_line_an_option(tmp_path):
     assert "accuracy of 99%" in head
     cells = [cell.strip() for cell in first.strip("|").split("|")]
     assert cells == [
-        "ours", "20", "20", "750 ± 50", "15.0", "-", "-", "0.0040 ± 0.0010", "98.5 ± 0.5"
+        "ours", "20", "20", "750 ± 50", "15.0", "-", "-", "4.0e-03 ± 1e-03", "98.5 ± 0.5"
     ]  # fmt: skip
     assert second.startswith("| L-BFGS | 0.1 | diverged |")
     assert second.count("|") == head.count("|")

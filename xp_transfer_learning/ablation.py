@@ -48,7 +48,7 @@ class Arguments:
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
 
 
-def seconds_per_step(config: AdaptationConfig, data_root: Path | None, repeats: int = 10) -> float:
+def seconds_per_step(config: AdaptationConfig, data_root: Path | None, repeats: int = 40) -> float:
     """Median wall time of a compiled step, on the task's own arrays."""
     x0, x_tgt, _ = domain_adaptation.data(0, config, data_root)
     problem, optimizer = methods.problem(config.flow, x0, x_tgt), methods.optimizer(config.flow)

@@ -105,7 +105,7 @@ def ablation_table(summary: Path) -> str:
                 cells.append(f"{np.mean(steps):.0f} ± {np.std(steps):.0f}")
                 cells.append(f"{np.mean(steps) * pace:.1f}")
         losses, accuracies = np.array(row["last_losses"]), 100 * np.array(row["last_accuracies"])
-        cells.append(f"{losses.mean():.4f} ± {losses.std():.4f}")
+        cells.append(f"{losses.mean():.1e} ± {losses.std():.0e}")
         cells.append(f"{accuracies.mean():.1f} ± {accuracies.std():.1f}")
         lines.append(f"{head}| {' | '.join(cells)} |")
     return "\n".join(lines)
