@@ -11,7 +11,7 @@ frozen classifier of `domain_adaptation.py` gives a given share of the images th
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import tyro
 
 from lib import runs
 from lib.gd import DivergedError, flow_init, flow_step
-from xp_transfer_learning import domain_adaptation, methods
+from xp_transfer_learning import domain_adaptation, methods, tables
 from xp_transfer_learning.config import ABLATION, EXPERIMENT, AdaptationConfig
 from xp_transfer_learning.data import pair_name
 
@@ -74,8 +74,21 @@ def steps_to_accuracy(steps: np.ndarray, accuracies: np.ndarray, wanted: float) 
     return int(steps[reached[0]]) if len(reached) else None
 
 
+def measured(tries: list[dict], arguments: Arguments) -> dict:
+    """What the table says of an option, a value a try."""
+    return {
+        "to_objective": [steps_to_objective(t["losses"], arguments.objective) for t in tries],
+        "to_accuracy": [
+            steps_to_accuracy(t["steps"], t["accuracies"], arguments.accuracy) for t in tries
+        ],
+        "last_losses": [float(t["losses"][-10:].mean()) for t in tries],
+        "last_accuracies": [float(t["accuracies"][-1]) for t in tries],
+    }
+
+
 def main(arguments: Arguments) -> Path:
-    """Runs the options, prints the table, returns the summary's path."""
+    """Runs the options, prints the table as it grows, returns the summary's path."""
+    print(tables.ablation_head(arguments.objective, arguments.accuracy), flush=True)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
     rows = []
     for option, lr in product(arguments.options, arguments.lr or (None,)):
@@ -97,20 +110,12 @@ def main(arguments: Arguments) -> Path:
                 ).load_arrays()
                 for seed in seeds
             ]
+            row = measured(tries, arguments)
+            row["seconds_per_step"] = seconds_per_step(config, arguments.data_root)
         except DivergedError as error:
-            print(f"  {option:26s} lr {flow.lr:<6g} diverged: {error}", flush=True)
-            rows.append({"option": option, "settings": flow, "diverged": str(error)})
-            continue
-        row = {"option": option, "settings": flow}
-        row["seconds_per_step"] = seconds_per_step(config, arguments.data_root)
-        row["to_objective"] = [steps_to_objective(t["losses"], arguments.objective) for t in tries]
-        row["to_accuracy"] = [
-            steps_to_accuracy(t["steps"], t["accuracies"], arguments.accuracy) for t in tries
-        ]
-        row["last_losses"] = [float(t["losses"][-10:].mean()) for t in tries]
-        row["last_accuracies"] = [float(t["accuracies"][-1]) for t in tries]
-        rows.append(row)
-        print(describe(row), flush=True)
+            row = {"diverged": str(error)}
+        rows.append({"option": option, "settings": asdict(flow), **row})
+        print(tables.ablation_line(rows[-1]), flush=True)
     pair = pair_name(arguments.src_dataset, arguments.tgt_dataset)
     kind = "step_sizes" if arguments.lr else "ablation"
     summary = arguments.results / EXPERIMENT / f"{kind}_{pair}.json"
@@ -118,24 +123,6 @@ def main(arguments: Arguments) -> Path:
     runs.write_json(summary, {**about, "rows": rows})
     print(f"numbers: {summary}")
     return summary
-
-
-def describe(row: dict) -> str:
-    """One line an option; a try that did not arrive counts as 'never'."""
-
-    def shown(steps):
-        if None in steps:
-            return f"never in {steps.count(None)} of {len(steps)}"
-        return f"{np.mean(steps):.0f} ± {np.std(steps):.0f} steps, {np.mean(steps) * pace:.1f} s"
-
-    pace = row["seconds_per_step"]
-    losses, accuracies = np.asarray(row["last_losses"]), 100 * np.asarray(row["last_accuracies"])
-    return (
-        f"  {row['option']:26s} lr {row['settings'].lr:<6g} {1e3 * pace:6.1f} ms a step; "
-        f"objective: {shown(row['to_objective'])}; "
-        f"accuracy: {shown(row['to_accuracy'])}; at the end {losses.mean():.2e}, "
-        f"{accuracies.mean():.1f} ± {accuracies.std():.1f}%"
-    )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ def resized(dataset: datasets.Dataset, size: int | None) -> datasets.Dataset:
     return dataset if size is None else shaped(dataset, (size, size, dataset.image_shape[2]))
 
 
+def stem(name: str) -> str:
+    """A data set's name, or the last part of its path, fit for a file's name."""
+    return Path(name).stem.replace(":", "_")
+
+
 def pair_name(source: str, target: str) -> str:
     """Two data sets' names or paths, fit for a folder's name."""
-    return "-".join(Path(name).stem.replace(":", "_") for name in (source, target))
+    return f"{stem(source)}-{stem(target)}"

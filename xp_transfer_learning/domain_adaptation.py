@@ -54,7 +54,7 @@ def data(seed: int, config: AdaptationConfig, data_root: Path | None):
 
 def frozen_classifier(config: AdaptationConfig, data_root: Path | None):
     """(network, parameters, accuracy on the target's test split): one for all tries and flows."""
-    # The source and the flow have no part in it.
+    # Source and flow have no part in it: left out, so that they do not train it anew.
     return _classifier(replace(config, source=config.target, flow=FlowSettings()), data_root)
 
 

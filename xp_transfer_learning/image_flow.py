@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
-from sklearn.metrics import pairwise_distances_argmin_min
 
 from lib import datasets, mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
@@ -28,7 +27,8 @@ from xp_transfer_learning.config import (
     ImageFlowConfig,
     Preset,
 )
-from xp_transfer_learning.data import load, pair_name, shaped
+from xp_transfer_learning.data import load, pair_name, shaped, stem
+from xp_transfer_learning.labels import nearest
 
 
 def data(key, config: ImageFlowConfig, data_root: Path | None):
@@ -94,17 +94,37 @@ def run_flow(
 def arrival(particles: np.ndarray, x_tgt: np.ndarray) -> dict:
     """How near particles [C, n, d] are to the target images [C', k, d]: the root mean square a
     pixel to each particle's nearest one, and how many different images are nearest to some."""
-    d = x_tgt.shape[2]
-    nearest, distances = pairwise_distances_argmin_min(
-        particles.reshape(-1, d), x_tgt.reshape(-1, d)
-    )
-    distances = distances / np.sqrt(d)
+    index, distances = nearest(particles, x_tgt)
+    distances = distances / np.sqrt(x_tgt.shape[2])
     measures = {"median": np.median, "mean": np.mean, "max": np.max}
     return {
         "root_mean_square_to_nearest_target_image": {k: f(distances) for k, f in measures.items()},
-        "distinct_nearest_target_images": len(np.unique(nearest)),
+        "distinct_nearest_target_images": len(np.unique(index)),
         "target_images": x_tgt.shape[0] * x_tgt.shape[1],
     }
+
+
+def report(run: runs.Run, config: ImageFlowConfig, seed: int) -> None:
+    """Writes the finished run's summary.json and figures into its folder, and prints them."""
+    arrays = run.load_arrays()
+    losses, arrived = arrays["losses"], arrival(arrays["particles"][-1], arrays["x_tgt"])
+    shown = {str(i): losses[i] for i in np.linspace(0, len(losses) - 1, 11).astype(int)}
+    about = {"config": config, "seed": seed, "environment": runs.environment()}
+    summary = run.folder / "summary.json"
+    runs.write_json(summary, {**about, "losses": shown, **arrived})
+    figures = plot.image_flow(
+        arrays,
+        f"{stem(config.source)} → {stem(config.target)}, {config.num_per_class} a class",
+        run.folder / "figures" / pair_name(config.source, config.target),
+    )
+    print(
+        f"  loss {losses[0]:.4g} -> {losses[-1]:.4g} in {len(losses)} steps; nearest target "
+        f"images {arrived['root_mean_square_to_nearest_target_image']['median']:.2g} a pixel "
+        f"away (median), {arrived['distinct_nearest_target_images']:,} different ones of "
+        f"{arrived['target_images']:,}"
+    )
+    print(f"  summary: {summary}", f"  numbers: {run.arrays}", sep="\n")
+    print(*(f"  figure:  {path}" for path in figures), sep="\n")
 
 
 def _linear_decay(lr: float, n_epochs: int):
@@ -167,27 +187,7 @@ def main(arguments: Arguments) -> list[Path]:
                 raise
             print(f"left out, {config.source} -> {config.target}: {error}")
             continue
-        arrays = run.load_arrays()
-        name = pair_name(config.source, config.target)
-        stems = (Path(data).stem for data in (config.source, config.target))
-        figures = plot.image_flow(
-            arrays,
-            f"{' → '.join(stems)}, {config.num_per_class} a class",
-            run.folder / "figures" / name,
-        )
-        losses, arrived = arrays["losses"], arrival(arrays["particles"][-1], arrays["x_tgt"])
-        shown = {str(i): losses[i] for i in np.linspace(0, len(losses) - 1, 11).astype(int)}
-        about = {"config": config, "seed": arguments.seed, "environment": runs.environment()}
-        summary = run.folder.parents[1] / f"image_flow_{name}.json"
-        runs.write_json(summary, {**about, "losses": shown, **arrived})
-        print(
-            f"  loss {losses[0]:.4g} -> {losses[-1]:.4g} in {len(losses)} steps; nearest target "
-            f"images {arrived['root_mean_square_to_nearest_target_image']['median']:.2g} a pixel "
-            f"away (median), {arrived['distinct_nearest_target_images']:,} different ones of "
-            f"{arrived['target_images']:,}"
-        )
-        print(f"  summary: {summary}")
-        print(f"  numbers: {run.arrays}", *(f"  figure:  {path}" for path in figures), sep="\n")
+        report(run, config, arguments.seed)
         folders.append(run.folder)
     return folders
 

@@ -7,7 +7,7 @@ which one is its own choice: labels are read off afterwards.
 import numpy as np
 import ot
 from jaxtyping import Float, Int
-from sklearn.metrics import pairwise_distances_argmin
+from sklearn.metrics import pairwise_distances_argmin_min
 
 from xp_transfer_learning.config import Labelling
 
@@ -33,6 +33,16 @@ def match_classes(costs: Float[np.ndarray, "C D"]) -> Int[np.ndarray, "C"]:
     return plan.argmax(axis=1)
 
 
+def nearest(
+    x: Float[np.ndarray, "C n d"], y: Float[np.ndarray, "D k d"]
+) -> tuple[Int[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
+    """(class * k + place of every particle's nearest point of y, Euclidean distance to it)."""
+    index, distances = pairwise_distances_argmin_min(
+        x.reshape(-1, x.shape[2]), y.reshape(-1, y.shape[2])
+    )
+    return index.reshape(x.shape[:2]), distances.reshape(x.shape[:2])
+
+
 def agreement(
     labels: Int[np.ndarray, "C n"], x: Float[np.ndarray, "C n d"], y: Float[np.ndarray, "D k d"]
 ) -> float:
@@ -41,8 +51,8 @@ def agreement(
     Where a flow has arrived, every particle lies on a target point, and this is how many labels are
     right.
     """
-    nearest = pairwise_distances_argmin(x.reshape(-1, x.shape[2]), y.reshape(-1, y.shape[2]))
-    return float(np.mean(labels.ravel() == nearest // y.shape[1]))
+    index, _ = nearest(x, y)
+    return float(np.mean(labels == index // y.shape[1]))
 
 
 def label_particles(

@@ -66,7 +66,8 @@ def transfer_table(summaries: Iterable[Path]) -> str:
             labels += f" ({span}%)"
         published = published_transfer(row["source"], row["target"], row["k"], row["method"])
         # The paper trains for as many epochs without flowed images, and does not label by position.
-        if training["n_epochs"] != TrainingConfig.n_epochs if alone else labelling == "axis":
+        other_epochs = training["n_epochs"] != TrainingConfig.n_epochs
+        if (alone and other_epochs) or (not alone and labelling == "axis"):
             published = None
         rate = "" if training["lr"] == TrainingConfig.lr else f", Adam {training['lr']:g}"
         lines.append(
@@ -86,29 +87,33 @@ def ablation_table(summary: Path) -> str:
     deviation over the tries, "-" unless all arrived; then loss and accuracy at the end."""
     summary = json.loads(Path(summary).read_text())
     objective, accuracy = (summary["arguments"][name] for name in ("objective", "accuracy"))
-    lines = [
+    return "\n".join([ablation_head(objective, accuracy), *map(ablation_line, summary["rows"])])
+
+
+def ablation_head(objective: float, accuracy: float) -> str:
+    return (
         f"| option | step size | ms a step | to {objective:.0%} of the loss, steps | seconds "
-        f"| to an accuracy of {accuracy:.0%}, steps | seconds | last loss | last accuracy |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in summary["rows"]:
-        head = f"| {row['option']} | {row['settings']['lr']:g} "
-        if "diverged" in row:
-            lines.append(f"{head}| diverged | | | | | | |")
-            continue
-        pace = row["seconds_per_step"]
-        cells = [f"{1e3 * pace:.0f}"]
-        for steps in (row["to_objective"], row["to_accuracy"]):
-            if None in steps:
-                cells += ["-", "-"]
-            else:
-                cells.append(f"{np.mean(steps):.0f} ± {np.std(steps):.0f}")
-                cells.append(f"{np.mean(steps) * pace:.1f}")
-        losses, accuracies = np.array(row["last_losses"]), 100 * np.array(row["last_accuracies"])
-        cells.append(f"{losses.mean():.1e} ± {losses.std():.0e}")
-        cells.append(f"{accuracies.mean():.1f} ± {accuracies.std():.1f}")
-        lines.append(f"{head}| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        f"| to an accuracy of {accuracy:.0%}, steps | seconds | last loss | last accuracy |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
+
+
+def ablation_line(row: dict) -> str:
+    head = f"| {row['option']} | {row['settings']['lr']:g} "
+    if "diverged" in row:
+        return f"{head}| diverged | | | | | | |"
+    pace = row["seconds_per_step"]
+    cells = [f"{1e3 * pace:.0f}"]
+    for steps in (row["to_objective"], row["to_accuracy"]):
+        if None in steps:
+            cells += ["-", "-"]
+        else:
+            cells.append(f"{np.mean(steps):.0f} ± {np.std(steps):.0f}")
+            cells.append(f"{np.mean(steps) * pace:.1f}")
+    losses, accuracies = np.array(row["last_losses"]), 100 * np.array(row["last_accuracies"])
+    cells.append(f"{losses.mean():.1e} ± {losses.std():.0e}")
+    cells.append(f"{accuracies.mean():.1f} ± {accuracies.std():.1f}")
+    return f"{head}| {' | '.join(cells)} |"
 
 
 def _place(row: dict) -> tuple:

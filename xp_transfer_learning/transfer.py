@@ -75,24 +75,20 @@ def flow(config: TransferConfig, *, seed: int, results: Path, data_root: Path | 
 
 
 def training_set(particles, x_tgt, image_shape, labelling):
-    """(images, labels): the target's images first, then the flowed ones, clipped to [0, 1]."""
+    """(images, labels, share of right labels): the target's images first, then the flowed ones,
+    clipped to [0, 1]. A flowed image's label is right where its nearest target image has it; the
+    share is NaN where nothing flows."""
     num_classes, k, d = x_tgt.shape
     images = x_tgt.reshape(-1, d)
     labels = np.repeat(np.arange(num_classes), k)
+    right = np.nan
     if particles.size:
         flowed = np.clip(particles, 0, 1)
+        flowed_labels = label_particles(flowed, x_tgt, labelling)
+        right = agreement(flowed_labels, flowed, x_tgt)
         images = np.concatenate([images, flowed.reshape(-1, d)])
-        labels = np.concatenate([labels, label_particles(flowed, x_tgt, labelling).ravel()])
-    return images.reshape(-1, *image_shape), labels
-
-
-def label_agreement(flowed: dict, labelling: Labelling) -> float | None:
-    """Of the last particles, the share whose label is the class of the nearest target image; None
-    where nothing flows."""
-    if not flowed["particles"].size:
-        return None
-    images, x_tgt = np.clip(flowed["particles"][-1], 0, 1), flowed["x_tgt"]
-    return agreement(label_particles(images, x_tgt, labelling), images, x_tgt)
+        labels = np.concatenate([labels, flowed_labels.ravel()])
+    return images.reshape(-1, *image_shape), labels, right
 
 
 def accuracies(
@@ -127,7 +123,8 @@ def run_try(
     data_root: Path | None,
     along: bool = False,
 ) -> dict:
-    """One try: accuracies [records, trainings] at `steps`, the last record alone unless `along`."""
+    """One try: accuracies [records, trainings] and label_agreement [records] at `steps`, the last
+    record alone unless `along`; the flow's losses."""
     name = f"transfer_accuracy_{_setting(config)}"
     settings = {"transfer": config, "training": training, "along": along}
     run = runs.open_run(results, EXPERIMENT, name, settings, seed=seed)
@@ -137,14 +134,16 @@ def run_try(
         test = shaped(load(config.target, "test", data_root), shape)
         test_images = np.asarray(datasets.flat(test)).reshape(-1, *shape)
         records = range(len(flowed["steps"])) if along else [len(flowed["steps"]) - 1]
-        rows = []
+        rows, agreements = [], []
         for record in records:
-            images, labels = training_set(
+            images, labels, right = training_set(
                 flowed["particles"][record], flowed["x_tgt"], shape, training.labelling
             )
             rows.append(accuracies(images, labels, test_images, test.labels, training, seed=seed))
+            agreements.append(right)
         run.finish(
             accuracies=np.stack(rows),
+            label_agreement=np.asarray(agreements),
             steps=flowed["steps"][list(records)],
             losses=flowed["losses"],
         )
@@ -244,10 +243,8 @@ def run_table(arguments: Arguments) -> Path:
                     t["losses"][shown.clip(max=len(t["losses"]) - 1)] if len(t["losses"]) else []
                     for t in tries
                 ]
-                row["label_agreement"] = [
-                    label_agreement(flow(config, seed=seed, **where), training.labelling)
-                    for seed in seeds
-                ]
+                if method != "target_only":
+                    row["label_agreement"] = [t["label_agreement"][-1] for t in tries]
                 rows.append(row)
                 print(describe(row), flush=True)
     pair = pair_name(arguments.src_dataset, arguments.tgt_dataset)
