@@ -145,7 +145,8 @@ class Arguments:
     settings, instead of the preset's. Likewise `tgt_dataset`."""
     tgt_dataset: str | None = None
     num_per_class: int | None = None
-    """This and the next five replace what the preset says."""
+    """This and the next six replace what the preset says."""
+    num_directions: int | None = None
     n_epochs: int | None = None
     lr: float | None = None
     decay: bool | None = None
@@ -165,7 +166,7 @@ def chosen(arguments: Arguments) -> list[ImageFlowConfig]:
     if arguments.src_dataset or arguments.tgt_dataset:
         named = {"source": arguments.src_dataset, "target": arguments.tgt_dataset}
         configs = [replace(ImageFlowConfig(), **{k: v for k, v in named.items() if v})]
-    fields = ("num_per_class", "n_epochs", "lr", "decay", "m", "record_every")
+    fields = ("num_per_class", "num_directions", "n_epochs", "lr", "decay", "m", "record_every")
     replaced = {f: getattr(arguments, f) for f in fields if getattr(arguments, f) is not None}
     return [replace(config, **replaced) for config in configs]
 
