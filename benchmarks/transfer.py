@@ -140,7 +140,7 @@ def main(options: Options) -> None:
         )
     )
     training = TrainingConfig()
-    labelling, (images, labels) = seconds(
+    labelling, (images, labels, _) = seconds(
         transfer.training_set,
         flowed.particles[-1],
         np.asarray(x_tgt),
