@@ -36,6 +36,7 @@ from lib.runs import (
 )
 
 TargetValueAndGrad = Callable[[Array, PyTree, Array], tuple[Array, Array]]
+StatefulValueAndGrad = Callable[[Array, PyTree, Array, PyTree], tuple[Array, Array, PyTree]]
 
 SECONDS_BETWEEN_VISITS = 0.5
 MAX_STEPS_BETWEEN_VISITS = 1024
@@ -49,6 +50,7 @@ class FlowState(NamedTuple):
     particles: Array
     optimizer_state: PyTree
     step: Array
+    carry: PyTree = None
 
 
 class FlowResult(NamedTuple):
@@ -76,27 +78,35 @@ def recorded_steps(n_epochs: int, record_every: int = 1) -> np.ndarray:
     return np.union1d(np.arange(0, n_epochs + 1, record_every), [n_epochs])
 
 
-def flow_init(optimizer: optax.GradientTransformation, x0: Array) -> FlowState:
+def flow_init(
+    optimizer: optax.GradientTransformation, x0: Array, carry: PyTree = None
+) -> FlowState:
     """The state before the first step."""
-    state = FlowState(jnp.asarray(x0), optimizer.init(x0), jnp.zeros((), jnp.int32))
+    state = FlowState(jnp.asarray(x0), optimizer.init(x0), jnp.zeros((), jnp.int32), carry)
     # Weak types do not survive a checkpoint; without them a resumed run promotes alike.
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), state)
 
 
 def flow_step(
-    target_value_and_grad: TargetValueAndGrad, optimizer: optax.GradientTransformation
+    target_value_and_grad: TargetValueAndGrad | StatefulValueAndGrad,
+    optimizer: optax.GradientTransformation,
 ) -> Callable[[Array, FlowState, PyTree], tuple[FlowState, Array]]:
     """step(rng, state, x_tgt) -> (state, value before the step): a pure function, for loops of
-    your own. `rng` is the key of the whole run."""
+    your own. `rng` is the key of the whole run. Where the state has a carry, the function gets it
+    as its fourth argument and returns the next one."""
 
     def step(rng, state, x_tgt):
         key = jax.random.fold_in(rng, state.step)
-        value, gradient = target_value_and_grad(state.particles, x_tgt, key)
+        carry = state.carry
+        if carry is None:
+            value, gradient = target_value_and_grad(state.particles, x_tgt, key)
+        else:
+            value, gradient, carry = target_value_and_grad(state.particles, x_tgt, key, carry)
         updates, optimizer_state = optimizer.update(
             gradient, state.optimizer_state, state.particles
         )
         particles = optax.apply_updates(state.particles, updates)
-        return FlowState(particles, optimizer_state, state.step + 1), value
+        return FlowState(particles, optimizer_state, state.step + 1, carry), value
 
     return step
 
@@ -104,13 +114,14 @@ def flow_step(
 def wasserstein_gradient_descent(
     x0: Array,
     x_tgt: PyTree,
-    target_value_and_grad: TargetValueAndGrad,
+    target_value_and_grad: TargetValueAndGrad | StatefulValueAndGrad,
     rng: Array,
     n_epochs: int = 101,
     lr: float | int | Callable[[Array], Array] = 1,
     m: float | int = 0,
     *,
     optimizer: optax.GradientTransformation | None = None,
+    carry: PyTree = None,
     record_every: int = 1,
     run: Run | None = None,
     checkpoint_seconds: float = 60.0,
@@ -129,6 +140,8 @@ def wasserstein_gradient_descent(
       lr: step size, or a schedule: a function of the step number, as in optax.
       m: momentum in [0, 1); the effective step is lr / (1 - m).
       optimizer: an optax optimiser to use instead; lr and m are then not used.
+      carry: arrays that the function hands from step to step (a regularisation, a warm start): it
+        is then called with (x, x_tgt, key, carry) and returns (value, gradient, carry).
       record_every: steps between the particles kept; x0 and the last are always kept.
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
@@ -149,16 +162,22 @@ def wasserstein_gradient_descent(
     _check_input(x0, x_tgt, n_epochs, lr, m, record_every)
     if optimizer is None:
         optimizer = _heavy_ball(lr, float(m))
-    state = flow_init(optimizer, x0)
-    value, gradient = jax.eval_shape(target_value_and_grad, x0, x_tgt, rng)
+    state = flow_init(optimizer, x0, carry)
+    carried = () if carry is None else (state.carry,)
+    returned = jax.eval_shape(target_value_and_grad, x0, x_tgt, rng, *carried)
+    if len(returned) != 2 + len(carried):
+        names = "(value, gradient, carry)" if carried else "(value, gradient)"
+        raise ValueError(f"target_value_and_grad must return {names}, it returned {len(returned)}")
+    value, gradient, *following = returned
     if gradient.shape != x0.shape:
         raise ValueError(f"gradient {gradient.shape} is not of the particles' shape {x0.shape}")
-
+    if jax.tree.map(_kind, following) != jax.tree.map(_kind, list(carried)):
+        raise ValueError("the carry that comes back is not of the shapes and types that went in")
     steps = recorded_steps(n_epochs, record_every)
     losses = np.zeros((n_epochs, *value.shape), value.dtype)
     particles = np.zeros((len(steps), *x0.shape), x0.dtype)
     particles[0] = x0
-    origin = _fingerprint(x0, x_tgt, rng, lr, optimizer) if run else ""
+    origin = _fingerprint(x0, (x_tgt, carried), rng, lr, optimizer) if run else ""
     if run:
         state = _resume(run, state, losses, particles, steps, origin)
 
@@ -198,7 +217,7 @@ def wasserstein_gradient_descent(
             for i in due:
                 particles[i] = records[(steps[i] - 1) // record_every - done // record_every]
             state, done = following, done + num_steps
-            tick(num_steps, loss=float(np.mean(new_losses[-1])))
+            tick(num_steps, loss=float(np.ravel(new_losses[-1])[0]))
             # Doubling at most: the first visit's time is mostly compilation.
             num_steps = max(1, int(num_steps * min(2.0, SECONDS_BETWEEN_VISITS / seconds)))
             num_steps = min(num_steps, max_steps)
@@ -250,6 +269,10 @@ def _advance(target_value_and_grad, optimizer, record_every: int):
         return state, jnp.isfinite(state.particles).all(), tuple(buffers)
 
     return advance
+
+
+def _kind(leaf: Any) -> tuple:
+    return leaf.shape, leaf.dtype
 
 
 def _first_nonfinite(losses: np.ndarray, particles_finite: bool) -> int | None:

@@ -382,6 +382,56 @@ def test_gradient_of_another_shape_raises():
         flow(target)
 
 
+# What a function hands from step to step
+
+
+def remembering(x, y, key, carry):
+    """A gradient that counts its steps and keeps a running mean of the particles."""
+    count, mean = carry["count"], carry["mean"]
+    following = {"count": count + 1, "mean": mean + (x - mean) / (count + 1)}
+    return jnp.sum(mean**2), jnp.cos(x) + mean - y / (1 + count), following
+
+
+def first_carry():
+    return {"count": jnp.zeros((), jnp.int32), "mean": jnp.zeros((2, 3, 2))}
+
+
+def test_a_carry_goes_from_step_to_step():
+    x, y = (np.asarray(z, np.float64) for z in start())
+    mean, velocity, losses = np.zeros_like(x), np.zeros_like(x), []
+    for count in range(13):
+        losses.append(np.sum(mean**2))
+        gradient = np.cos(x) + mean - y / (1 + count)
+        mean = mean + (x - mean) / (count + 1)
+        velocity = gradient + 0.5 * velocity
+        x = x - 0.1 * velocity
+    found = flow(remembering, carry=first_carry())
+    np.testing.assert_allclose(found.losses, losses, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.particles[-1], x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_step_visits")
+def test_a_carry_survives_a_stop(monkeypatch, run):
+    expected = flow(remembering, carry=first_carry())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(Interrupted):
+            flow(remembering, carry=first_carry(), run=run)
+    assert_same_bits(flow(remembering, carry=first_carry(), run=run), expected)
+    other = first_carry() | {"mean": jnp.ones((2, 3, 2))}
+    with pytest.raises(RunFileError, match="another"):
+        flow(remembering, carry=other, run=run)
+
+
+def test_functions_that_return_too_little_or_another_carry_raise():
+    with pytest.raises(ValueError, match=r"\(value, gradient, carry\), it returned 2"):
+        flow(lambda x, y, key, carry: (jnp.sum(x), x), carry=first_carry())
+    with pytest.raises(ValueError, match=r"\(value, gradient\), it returned 3"):
+        flow(lambda x, y, key: (jnp.sum(x), x, x))
+    with pytest.raises(ValueError, match="carry that comes back"):
+        flow(lambda x, y, key, carry: (jnp.sum(x), x, carry["count"]), carry=first_carry())
+
+
 # NaN on the way
 
 
