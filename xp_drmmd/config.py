@@ -1,0 +1,264 @@
+"""Settings of the (de)-regularised MMD flows."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+EXPERIMENT = "xp_drmmd"
+"""The folder of results."""
+
+IMAGES = ("digits", "mnist", "fashion_mnist")
+DatasetName = Literal[
+    "ThreeRing", "FourGaussian", "Gaussian1D", "Gaussian1DExact", "digits", "mnist", "fashion_mnist"
+]
+FlowName = Literal["drmmd", "mmd", "kale", "ula", "svgd"]
+KernelName = Literal["Gaussian", "Laplace", "IMQ"]
+FilterName = Literal["tikhonov", "showalter", "cutoff"]
+OptimizerName = Literal["sgd", "momentum", "adam"]
+
+
+def _check_positive(config, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
+
+
+def _check_not_negative(config, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {getattr(config, name)}")
+
+
+def _check_sizes(config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """One flow of particles (section 7 of Chen et al., 2025)."""
+
+    dataset: DatasetName = "ThreeRing"
+    flow: FlowName = "drmmd"
+    kernel: KernelName = "Gaussian"
+    bandwidth: float = 0.15
+    """sigma, a length: exp(-|x - y|^2 / (2 sigma^2)) for the Gaussian. 0: the median distance of
+    the target."""
+    lmbda: float = 1e-3
+    """Regularisation; the first one where `adaptive` is not "fixed"."""
+    gamma: float = 1e-4
+    """Step size."""
+    step_num: int = 20_000
+    source_particle_num: int = 300
+    target_particle_num: int = 300
+    opt: OptimizerName = "sgd"
+    """momentum: heavy ball, m = .9."""
+    decay: bool = False
+    """The step falls linearly to 0."""
+    adaptive: Literal["fixed", "paper", "published"] = "fixed"
+    """paper: lambda_n ~ DrMMD^(1/(r+1)), at most 1. published: r = 1, no bound, and the step falls
+    with lambda, not below 1e-4."""
+    regularity: float = 1.0
+    """r of the paper's rule."""
+    step_rule: Literal["fixed", "normalised"] = "fixed"
+    """normalised: gamma sqrt(lambda / DrMMD_n), as the stability bound has it."""
+    largest_gamma: float = 0.1
+    """Of the normalised step."""
+    spectral_filter: FilterName = "tikhonov"
+    noise: float = 0.0
+    """Standard deviation of the noise injected where the velocity is evaluated (Arbel et al.,
+    2019); it falls as 1 / sqrt(step)."""
+    approximation: Literal["none", "nystrom", "rff"] = "none"
+    """Of the kernel, by `rank` features, for samples too large for a Gram matrix: MMD and DrMMD
+    then cost O(N rank) a step. nystrom: landmarks among the target points. rff: Gaussian alone."""
+    rank: int = 300
+    records: int = 50
+    """How often particles are kept and judged."""
+    components: int = 50
+    """Principal components of images."""
+
+    def __post_init__(self):
+        _check_positive(self, "lmbda", "largest_gamma", "regularity")
+        if self.gamma is not None:  # run.py: to be made from its step_size
+            _check_positive(self, "gamma")
+        _check_not_negative(self, "bandwidth", "noise")
+        _check_sizes(
+            self,
+            "rank",
+            "step_num",
+            "source_particle_num",
+            "target_particle_num",
+            "records",
+            "components",
+        )
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Section 7 of Chen et al. (2025)."""
+
+    flow: Literal["mmd", "drmmd"] = "drmmd"
+    form: Literal["particles", "dense"] = "particles"
+    """dense: W is shared, as in the published code."""
+    lmbda: float = 0.1
+    lr: float = 0.1
+    """Of SGD on the particles: times N the gradient of the functional."""
+    noise: float = 0.0
+    """Standard deviation of the noise injected at first; halved every `halve_every` epochs."""
+    halve_every: int = 1000
+    n_epochs: int = 15_000
+    students: int = 1000
+    teachers: int = 1
+    num_inputs: int = 1000
+    """Inputs on the sphere, for training and as many for validation."""
+    batch_size: int = 100
+    records: int = 100
+
+    def __post_init__(self):
+        _check_positive(self, "lmbda", "lr")
+        _check_not_negative(self, "noise")
+        _check_sizes(
+            self, "halve_every", "n_epochs", "students", "teachers", "batch_size", "records"
+        )
+        if self.num_inputs % self.batch_size:
+            raise ValueError(
+                f"batches of {self.batch_size} inputs do not divide num_inputs, {self.num_inputs}"
+            )
+
+
+Preset = Literal["quick", "paper"]
+
+# Three rings (Figure 2 of the paper), each flow beside others of the same length of step: the
+# witness of DrMMD is about twice that of KALE, and 1 / lambda times that of MMD.
+RINGS: dict[str, FlowConfig] = {
+    "DrMMD": FlowConfig(step_num=100_000),
+    "KALE": FlowConfig(flow="kale", step_num=100_000),
+    "KALE, 2 x step": FlowConfig(flow="kale", gamma=2e-4, step_num=100_000),
+    "MMD": FlowConfig(flow="mmd", step_num=100_000),
+    "MMD, 100 x step": FlowConfig(flow="mmd", gamma=1e-2, step_num=100_000),
+    "MMD, 100 x step, noise": FlowConfig(flow="mmd", gamma=1e-2, noise=0.3, step_num=100_000),
+    "adaptive, published, from .1": FlowConfig(
+        lmbda=0.1, gamma=1e-3, adaptive="published", step_num=100_000
+    ),
+    "adaptive, published, from .01": FlowConfig(
+        lmbda=0.01, gamma=1e-3, adaptive="published", step_num=100_000
+    ),
+    "adaptive, paper, from .1": FlowConfig(lmbda=0.1, adaptive="paper", step_num=100_000),
+    "ours: normalised step": FlowConfig(gamma=3e-3, step_rule="normalised", step_num=10_000),
+    "ours: Adam, falling": FlowConfig(gamma=1e-2, opt="adam", decay=True, step_num=10_000),
+}
+
+_FOUR = FlowConfig(dataset="FourGaussian", bandwidth=2.0, lmbda=1e-2, gamma=1e-2, step_num=20_000)
+FILTERS: dict[str, FlowConfig] = {
+    "DrMMD, Tikhonov": _FOUR,
+    "DrMMD, Showalter": replace(_FOUR, spectral_filter="showalter"),
+    "DrMMD, cutoff": replace(_FOUR, spectral_filter="cutoff"),
+    "KALE": replace(_FOUR, flow="kale"),
+    "MMD": replace(_FOUR, flow="mmd"),
+    "MMD, 100 x step": replace(_FOUR, flow="mmd", gamma=1.0),
+    "Langevin (knows the density)": replace(_FOUR, flow="ula"),
+    "Stein (knows the density)": replace(_FOUR, flow="svgd", gamma=0.1),
+}
+
+# N(0, 1/2) to N(0, 1): 3 units of time. "exact" targets are the whole of N(0, 1).
+_LINE = FlowConfig(
+    dataset="Gaussian1DExact",
+    bandwidth=1.0,
+    gamma=1e-3,
+    step_num=3_000,
+    source_particle_num=500,
+    target_particle_num=80,
+)
+GAUSSIAN: dict[str, FlowConfig] = {
+    "lambda = .1": replace(_LINE, lmbda=0.1),
+    "lambda = .01": replace(_LINE, lmbda=0.01),
+    "lambda = .001": replace(_LINE, lmbda=0.001),
+    "adaptive, paper, from .1": replace(_LINE, lmbda=0.1, adaptive="paper"),
+    "lambda = .01, 500 samples": replace(
+        _LINE, dataset="Gaussian1D", lmbda=0.01, target_particle_num=500
+    ),
+    "adaptive, 500 samples": replace(
+        _LINE, dataset="Gaussian1D", lmbda=0.1, adaptive="paper", target_particle_num=500
+    ),
+}
+
+# The document's open questions, on the rings.
+_SHORT = FlowConfig(step_num=20_000)
+ABLATIONS: dict[str, FlowConfig] = {
+    "Tikhonov": _SHORT,
+    "Showalter": replace(_SHORT, spectral_filter="showalter"),
+    "cutoff": replace(_SHORT, spectral_filter="cutoff"),
+    **{f"bandwidth {h:g}": replace(_SHORT, bandwidth=h) for h in (0.05, 0.1, 0.3, 0.6)},
+    **{
+        f"adaptive, r = {r:g}": replace(_SHORT, lmbda=0.01, adaptive="paper", regularity=r)
+        for r in (0.25, 0.5, 1.0, 2.0)
+    },
+    "Laplace kernel (not smooth)": replace(_SHORT, kernel="Laplace"),
+    "IMQ kernel": replace(_SHORT, kernel="IMQ"),
+}
+
+_IMAGES = FlowConfig(
+    dataset="fashion_mnist",
+    bandwidth=0.0,
+    lmbda=1e-3,
+    gamma=1e-2,
+    step_num=20_000,
+    source_particle_num=1000,
+    target_particle_num=1000,
+    records=20,
+)
+IMAGE_FLOWS: dict[str, FlowConfig] = {
+    "DrMMD": _IMAGES,
+    "MMD": replace(_IMAGES, flow="mmd"),
+    "MMD, 100 x step": replace(_IMAGES, flow="mmd", gamma=1.0),
+}
+
+# lambda = .1 makes a step up to 2 (1 + lambda) / lambda = 22 times as long as that of MMD.
+STUDENTS: dict[str, StudentConfig] = {
+    "MMD": StudentConfig(flow="mmd"),
+    "MMD, 22 x step": StudentConfig(flow="mmd", lr=2.2),
+    "MMD, noise": StudentConfig(flow="mmd", noise=1.0),
+    "DrMMD": StudentConfig(),
+    "DrMMD, noise": StudentConfig(noise=1.0),
+    "MMD, shared layer": StudentConfig(flow="mmd", form="dense"),
+    "DrMMD, shared layer": StudentConfig(form="dense"),
+}
+
+GROUPS = {
+    "rings": RINGS,
+    "gaussian": GAUSSIAN,
+    "filters": FILTERS,
+    "ablations": ABLATIONS,
+    "images": IMAGE_FLOWS,
+    "students": STUDENTS,
+}
+
+
+def _quick(config: FlowConfig | StudentConfig) -> FlowConfig | StudentConfig:
+    """Fewer steps, embedded data."""
+    if isinstance(config, StudentConfig):
+        return replace(config, n_epochs=100, students=200, records=20)
+    if config.dataset in IMAGES:
+        small = {"source_particle_num": 300, "target_particle_num": 300, "components": 20}
+        return replace(config, dataset="digits", step_num=1_000, records=5, **small)
+    return replace(config, step_num=min(config.step_num, 2_000), records=20)
+
+
+QUICK = {
+    "rings": ("DrMMD", "KALE", "MMD", "MMD, 100 x step", "ours: Adam, falling"),
+    "gaussian": ("lambda = .1", "lambda = .001", "adaptive, paper, from .1"),
+    "filters": ("DrMMD, Tikhonov", "DrMMD, Showalter", "MMD", "Langevin (knows the density)"),
+    "images": ("DrMMD", "MMD, 100 x step"),
+    "students": ("MMD", "MMD, 22 x step", "DrMMD"),
+}
+
+
+def presets(preset: Preset) -> dict[str, dict[str, FlowConfig | StudentConfig]]:
+    """The groups of a preset: label and settings of each flow."""
+    if preset == "paper":
+        return GROUPS
+    return {
+        group: {label: _quick(GROUPS[group][label]) for label in labels}
+        for group, labels in QUICK.items()
+    }

@@ -1,0 +1,81 @@
+"""Every experiment of the paper, in groups: each a table, a figure and a summary.
+
+    python xp_drmmd/experiments.py --preset quick
+    python xp_drmmd/experiments.py --preset paper --only rings filters --seeds 0 1 2
+
+The groups and their settings are in `config.py`. A finished flow is skipped, an interrupted one
+resumes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from lib import runs
+from xp_drmmd import plot, tables
+from xp_drmmd.config import EXPERIMENT, FlowConfig, Preset, StudentConfig, presets
+from xp_drmmd.run import run_flow
+from xp_drmmd.student_teacher import run_student
+
+
+@dataclass(frozen=True)
+class Arguments:
+    preset: Preset = "quick"
+    only: tuple[str, ...] = ()
+    """Groups to run; none: all."""
+    seeds: tuple[int, ...] = (0,)
+    results: Path = Path("results")
+    data_root: Path | None = None
+    """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
+
+
+def run_one(config: FlowConfig | StudentConfig, seed: int, arguments: Arguments) -> runs.Run:
+    """One flow or one student, or finds it done."""
+    if isinstance(config, StudentConfig):
+        return run_student(config, seed=seed, results=arguments.results)
+    return run_flow(config, seed=seed, results=arguments.results, data_root=arguments.data_root)
+
+
+def run_group(
+    group: str, flows: dict[str, FlowConfig | StudentConfig], arguments: Arguments
+) -> Path:
+    """Runs the flows of a group and returns its summary: for each label its settings, steps
+    (epochs of students), distances [seeds, records], seconds [seeds] and folders."""
+    rows = []
+    for label, config in flows.items():
+        done = [run_one(config, seed, arguments) for seed in arguments.seeds]
+        stored = [run.load_arrays() for run in done]
+        row = {"label": label, "settings": config, "steps": stored[0]["steps"]}
+        for name in (*tables.NAMES, "seconds"):
+            if name in stored[0]:
+                row[name] = np.stack([one[name] for one in stored])
+        row["folders"] = [run.folder.relative_to(arguments.results).as_posix() for run in done]
+        rows.append(row)
+        print(f"  {tables.line(row)}", flush=True)
+    summary = arguments.results / EXPERIMENT / f"{group}_{arguments.preset}.json"
+    about = {"group": group, "seeds": arguments.seeds, "environment": runs.environment()}
+    runs.write_json(summary, {**about, "rows": rows})
+    print(f"numbers: {summary}")
+    for figure in plot.figures(summary):
+        print(f"figure:  {figure}")
+    return summary
+
+
+def main(arguments: Arguments) -> list[Path]:
+    """Runs the groups; returns their summaries."""
+    groups = presets(arguments.preset)
+    unknown = set(arguments.only) - set(groups)
+    if unknown:
+        raise ValueError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+    summaries = []
+    for group in arguments.only or groups:
+        print(f"{group}, {len(groups[group])} flows x {len(arguments.seeds)} seeds")
+        summaries.append(run_group(group, groups[group], arguments))
+    return summaries
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))

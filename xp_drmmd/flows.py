@@ -1,0 +1,223 @@
+"""The flows behind one interface: a value and a velocity for every flow of a stack (C, N, d)."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from lib import drmmd, drmmd_features, kernels, rff
+from lib.drmmd import Target, Witness
+from lib.drmmd_features import FeatureTarget, FeatureWitness
+from lib.nystrom import NystromBasis, nystrom_basis, nystrom_features
+from xp_drmmd.config import FlowConfig
+
+KERNELS = {"Gaussian": kernels.gaussian, "Laplace": kernels.laplace, "IMQ": kernels.imq}
+FILTERS = {"tikhonov": drmmd.tikhonov, "showalter": drmmd.showalter, "cutoff": drmmd.cutoff}
+SMALLEST_PUBLISHED_STEP = 1e-4
+
+
+class Approximation(NamedTuple):
+    """A target in features: what the features are made of (landmarks, or frequencies of random
+    Fourier features), and the target's moments in them."""
+
+    basis: NystromBasis | Float[Array, "D d"]
+    target: FeatureTarget
+
+
+class Aim(NamedTuple):
+    """What the flows of a stack aim at: one target, and each its own lambda and step size."""
+
+    target: Target | Approximation
+    lmbda: Float[Array, " C"]
+    gamma: Float[Array, " C"]
+
+
+class Memory(NamedTuple):
+    """What goes from step to step, for each flow: lambda, the first value, KALE's log ratios."""
+
+    step: Float[Array, " C"]
+    lmbda: Float[Array, " C"]
+    first_value: Float[Array, " C"]
+    log_ratio: Float[Array, "C M"]
+
+
+def aim(
+    config: FlowConfig, target: Array, weights: Array | None = None, *, num_flows: int = 1
+) -> Aim:
+    """The precomputed target, with the config's lambda and step size for every flow."""
+    kernel = KERNELS[config.kernel](config.bandwidth)
+    if config.approximation == "none":
+        prepared = drmmd.prepare_target(kernel, target, weights)
+    else:
+        if config.flow not in ("mmd", "drmmd"):
+            raise ValueError(f"{config.flow} has no form in features")
+        if config.approximation == "rff" and config.kernel != "Gaussian":
+            raise ValueError(f"random Fourier features are Gaussian here, not {config.kernel}")
+        key = jax.random.key(0)
+        if config.approximation == "nystrom":
+            basis = nystrom_basis(key, kernel, target, config.rank)
+        else:
+            basis = rff.gaussian_frequencies(key, config.rank // 2, target.shape[1])
+        features = _features(config, basis)
+        moments = drmmd_features.prepare_target_features(features, target, weights)
+        prepared = Approximation(basis, moments)
+    ones = jnp.ones(num_flows, target.dtype)
+    return Aim(prepared, config.lmbda * ones, config.gamma * ones)
+
+
+def _features(config, basis) -> drmmd_features.Features:
+    if config.approximation == "rff":
+        return lambda z: rff.random_fourier_features(z, basis, config.bandwidth)
+    kernel = KERNELS[config.kernel](config.bandwidth)
+    return lambda z: nystrom_features(kernel, basis, z, block_size=len(z))
+
+
+def first_memory(aimed: Aim) -> Memory:
+    """The memory before the first step."""
+    zeros = jnp.zeros_like(aimed.lmbda)
+    points = len(aimed.target.points) if isinstance(aimed.target, Target) else 0
+    return Memory(zeros, aimed.lmbda, zeros, jnp.zeros((len(zeros), points), zeros.dtype))
+
+
+@cache
+def objective(config: FlowConfig, log_density: Callable | None = None) -> Callable:
+    """(x [C, N, d], aim, key, memory) -> (values [C, 3], velocities [C, N, d], memory), for
+    `lib.gd.wasserstein_gradient_descent` with step size 1: velocities have the step in them, but
+    for Adam, which is not told. The values are the functional, lambda and the step."""
+    one = {"ula": _langevin, "svgd": _stein}.get(config.flow, _witness_flow)
+
+    def value_and_grad(x, aimed, key, memory):
+        keys = jax.random.split(key, len(x))
+        flow = jax.vmap(
+            lambda y, lmbda, gamma, key, memory: one(
+                config, log_density, y, aimed.target, lmbda, gamma, key, memory
+            )
+        )
+        return flow(x, aimed.lmbda, aimed.gamma, keys, memory)
+
+    return value_and_grad
+
+
+def optimizer(config: FlowConfig) -> optax.GradientTransformation:
+    """Of step size 1, or for Adam of `config.gamma`."""
+    rate = config.gamma if config.opt == "adam" else 1.0
+    if config.decay:
+        rate = optax.linear_schedule(rate, 0.0, config.step_num)
+    if config.opt == "adam":
+        return optax.adam(rate)
+    return optax.sgd(rate, momentum=0.9 if config.opt == "momentum" else None)
+
+
+def _witness_flow(config, log_density, y, target, lmbda, gamma, key, memory):
+    """One step of MMD, DrMMD or KALE for particles [N, d]."""
+    form = _exact if isinstance(target, Target) else _approximate
+    solve, velocity_at = form(config, target, y)
+    witness, lmbda, memory = _witness(config, solve, lmbda, memory)
+    at = y
+    if config.noise:
+        spread = config.noise / jnp.sqrt(1 + memory.step)
+        at = y + spread * jax.random.normal(key, y.shape, y.dtype)
+    step = _step_size(config, witness.value, lmbda, gamma, memory)
+    memory = memory._replace(step=memory.step + 1)
+    factor = 1.0 if config.opt == "adam" else step
+    values = jnp.stack([witness.value, lmbda, step])
+    return values, factor * velocity_at(witness, at), memory
+
+
+def _exact(config, target: Target, y):
+    """(solve: (lambda, memory) -> (witness, memory), velocity_at: (witness, points) -> grad h)."""
+    kernel = KERNELS[config.kernel](config.bandwidth)
+    statistics, pull = drmmd.particle_statistics(kernel, y, target)
+
+    def solve(lmbda, memory: Memory) -> tuple[Witness, Memory]:
+        if config.flow == "mmd":
+            return drmmd.mmd_witness(target, statistics), memory
+        if config.flow == "kale":
+            witness, log_ratio = drmmd.kale_witness(target, statistics, lmbda, memory.log_ratio)
+            return witness, memory._replace(log_ratio=log_ratio)
+        chosen = FILTERS[config.spectral_filter]
+        return drmmd.drmmd_witness(target, statistics, lmbda, spectral_filter=chosen), memory
+
+    def velocity_at(witness, points):
+        if points is y:
+            return pull(witness)[1]
+
+        def h(z):
+            return drmmd.witness_function(kernel, witness, target, y, z, block_size=len(z))
+
+        return jax.grad(lambda z: jnp.sum(h(z)))(points)
+
+    return solve, velocity_at
+
+
+def _approximate(config, approximation: Approximation, y):
+    """As `_exact`, in features: O(N rank)."""
+    features, target = _features(config, approximation.basis), approximation.target
+    mean, _ = drmmd_features.feature_moments(features, y, second=False)
+
+    def solve(lmbda, memory: Memory) -> tuple[FeatureWitness, Memory]:
+        if config.flow == "mmd":
+            difference = mean - target.mean
+            return FeatureWitness(difference, jnp.sum(difference**2) / 2), memory
+        chosen = FILTERS[config.spectral_filter]
+        witness = drmmd_features.feature_witness(target, mean, lmbda, spectral_filter=chosen)
+        return witness, memory
+
+    def velocity_at(witness, points):
+        return drmmd_features.feature_velocity(features, witness, points)
+
+    return solve, velocity_at
+
+
+def _witness(config, solve, lmbda, memory: Memory):
+    """(witness, the lambda of this step, memory)."""
+    if config.flow != "drmmd" or config.adaptive == "fixed":
+        witness, memory = solve(lmbda, memory)
+        return witness, lmbda, memory
+    # The value at the last lambda gives the next one: both cost O(M^2) from one spectrum.
+    value = solve(memory.lmbda, memory)[0].value
+    first = jnp.where(memory.step == 0, value, memory.first_value)
+    rule = (
+        {"regularity": config.regularity}
+        if config.adaptive == "paper"
+        else {"regularity": 1.0, "largest": jnp.inf}
+    )
+    following = drmmd.adaptive_lambda(value, first, lmbda, **rule)
+    # At the target the value is 0 up to rounding: lambda stays a number to divide by.
+    following = jnp.maximum(following, 1e-12)
+    witness, memory = solve(following, memory._replace(lmbda=following, first_value=first))
+    return witness, following, memory
+
+
+def _step_size(config, value, lmbda, gamma, memory):
+    if config.adaptive == "published":
+        # gamma is published_step * lambda_0: the step falls as lambda does.
+        return jnp.maximum(gamma * lmbda / config.lmbda, SMALLEST_PUBLISHED_STEP)
+    if config.step_rule == "normalised":
+        scale = jnp.sqrt(lmbda / jnp.maximum(value, jnp.finfo(value.dtype).tiny))
+        return jnp.minimum(config.largest_gamma, gamma * scale)
+    return gamma
+
+
+def _langevin(config, log_density, y, target, lmbda, gamma, key, memory):
+    """Unadjusted Langevin: y + gamma grad log pi + sqrt(2 gamma) N(0, I)."""
+    score = jax.vmap(jax.grad(log_density))(y)
+    noise = jnp.sqrt(2 / gamma) * jax.random.normal(key, y.shape, y.dtype)
+    return jnp.stack([jnp.zeros_like(gamma), lmbda, gamma]), -gamma * (score + noise), memory
+
+
+def _stein(config, log_density, y, target, lmbda, gamma, key, memory):
+    """Stein variational gradient descent (Liu and Wang, NIPS 2016):
+    y_i + gamma mean_j [k(y_j, y_i) grad log pi(y_j) + grad_{y_j} k(y_j, y_i)]."""
+    kernel = KERNELS[config.kernel](config.bandwidth)
+    score = jax.vmap(jax.grad(log_density))(y)
+    gram, transpose = jax.vjp(lambda z: kernel(z, y), y)
+    # The kernel is even: its gradient in the first argument is minus that in the second, so the
+    # sum over j of grad_{y_j} k(y_j, y_i) is minus the sum of grad_{y_i} k(y_i, y_j).
+    repulsion = -transpose(jnp.ones_like(gram))[0]
+    velocity = (jnp.matmul(gram, score, precision=jax.lax.Precision.HIGHEST) + repulsion) / len(y)
+    return jnp.stack([jnp.zeros_like(gamma), lmbda, gamma]), -gamma * velocity, memory

@@ -1,0 +1,118 @@
+"""Figures of this experiment, drawn from stored results alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from lib import plotting, runs
+from xp_drmmd import analytic
+from xp_drmmd.tables import NAMES
+
+STYLES = ("-", "--", ":")
+
+
+def curves(rows: list[dict]) -> Figure:
+    """Distances against the step (epoch), both logarithmic: mean over seeds, their range shaded."""
+    names = [name for name in NAMES if name in rows[0]]
+    width = max(5.0, 3.4 * len(names))
+    figure, axes = plt.subplots(1, len(names), figsize=(width, 3.6), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for i, row in enumerate(rows):
+            values = np.maximum(np.asarray(row[name])[:, 1:], 1e-17)
+            steps = np.asarray(row["steps"])[1:]
+            # Ten colours: a second line style for the flows after that.
+            style = STYLES[i // len(plotting.CLASS_COLOURS)]
+            colour = plotting.CLASS_COLOURS[i % len(plotting.CLASS_COLOURS)]
+            axis.loglog(steps, values.mean(0), style, color=colour, label=row["label"])
+            axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
+        axis.set_xlabel("epoch" if name == "validation" else "step")
+        axis.set_title(NAMES[name])
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4 if len(names) > 1 else 2,
+        fontsize=7,
+    )
+    return figure
+
+
+def ends(rows: list[dict], root: Path) -> Figure:
+    """Where the particles of the first seed end, in two dimensions, over the target in grey."""
+    columns = min(4, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(1.9 * columns, 1.9 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.ravel()[len(rows) :]:
+        axis.set_axis_off()
+    for axis, row in zip(axes.ravel(), rows):
+        stored = runs.Run(root / row["folders"][0]).load_arrays()
+        plotting.scatter_classes(axis, stored["particles"][-1][None], target=stored["target"])
+        axis.set_title(row["label"], fontsize=7)
+        low, high = stored["target"].min(0), stored["target"].max(0)
+        margin = 0.15 * (high - low).max()
+        axis.set_xlim(low[0] - margin, high[0] + margin)
+        axis.set_ylim(low[1] - margin, high[1] + margin)
+    return figure
+
+
+def kl_decay(rows: list[dict]) -> Figure:
+    """KL to N(0, 1) against time on the line, beside the chi^2 flow and its exponential bound."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.6))
+    for row in rows:
+        time = np.asarray(row["steps"]) * row["settings"]["gamma"]
+        style = "--" if row["settings"]["dataset"] == "Gaussian1D" else "-"
+        axis.semilogy(time, np.maximum(row["kl"], 1e-12).mean(0), style, label=row["label"])
+    longest = max(row["steps"][-1] * row["settings"]["gamma"] for row in rows)
+    times = np.linspace(0, longest, 60)
+    kl = analytic.chi_squared_kl(times)
+    axis.semilogy(times, kl, color="0.2", lw=2, alpha=0.6, label="χ² flow")
+    axis.semilogy(times, kl[0] * np.exp(-2 * times), color="0.6", ls=":", label="bound for χ²")
+    axis.set_ylim(1e-6, 2 * kl[0])
+    axis.set_xlabel("time (steps × γ)")
+    axis.set_ylabel("KL(μ ‖ N(0, 1))")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def image_sheets(rows: list[dict], root: Path, *, count: int = 12) -> Figure:
+    """For each flow a few particles of the first seed as images, a line each record on the way;
+    last, each particle's nearest target image."""
+    figure, axes = plt.subplots(
+        1, len(rows), figsize=(3.6 * len(rows), 3.4), squeeze=False, layout="constrained"
+    )
+    for axis, row in zip(axes[0], rows):
+        stored = runs.Run(root / row["folders"][0]).load_arrays()
+        records = np.unique(np.linspace(0, len(stored["steps"]) - 1, 5).round().astype(int))
+        shown = stored["particles"][records][:, :count]
+        last, target = shown[-1], stored["target"]
+        nearest = target[((last[:, None] - target[None]) ** 2).sum(-1).argmin(1)]
+        coordinates = np.concatenate([shown, nearest[None]])
+        pixels = stored["centre"] + coordinates @ stored["components"]
+        plotting.show_images(axis, pixels.reshape(len(pixels), count, *stored["image_shape"]))
+        axis.set_title(row["label"], fontsize=8)
+    return figure
+
+
+def figures(summary: Path) -> list[Path]:
+    """Draws what a group's summary has to show; returns the files."""
+    summary = Path(summary)
+    about = json.loads(summary.read_text())
+    rows, root, made = about["rows"], summary.parent.parent, {}
+    with plotting.style():
+        if about["group"] == "gaussian":
+            made["kl"] = kl_decay(rows)
+        else:
+            made["curves"] = curves(rows)
+        if about["group"] == "images":
+            made["images"] = image_sheets(rows, root)
+        elif about["group"] not in ("gaussian", "students"):
+            made["ends"] = ends(rows, root)
+        folder = summary.parent / "figures"
+        return [
+            plotting.save_figure(figure, folder / f"{summary.stem}_{name}.png")
+            for name, figure in made.items()
+        ]

@@ -1,0 +1,90 @@
+"""What flows where: target points, the start of the particles, the target's density if known."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from sklearn.decomposition import PCA
+
+from lib import datasets, synthetic
+from xp_drmmd.analytic import START_VARIANCE
+from xp_drmmd.config import IMAGES, FlowConfig
+
+RING_CENTRES = ((0.0, 0.0), (0.0, -0.75), (0.0, -1.5))
+FOUR_MEANS = np.array([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])
+FOUR_VARIANCE = 0.3
+
+
+class Basis(NamedTuple):
+    """Principal components of images: an image is `centre` + coordinates @ `components`."""
+
+    centre: np.ndarray
+    components: np.ndarray
+    image_shape: tuple[int, int, int]
+
+
+class Problem(NamedTuple):
+    """`start` [N, d], `target` [M, d] with `weights` [M] or equal ones; `log_density` of the target
+    or None; `basis` of images or None."""
+
+    start: Float[Array, "N d"]
+    target: Float[Array, "M d"]
+    weights: Float[Array, " M"] | None = None
+    log_density: Callable[[Array], Array] | None = None
+    basis: Basis | None = None
+
+
+def problem(config: FlowConfig, seed: int, data_root: Path | None = None) -> Problem:
+    """The draw of one seed."""
+    key_start, key_target = jax.random.split(jax.random.PRNGKey(seed))
+    n, m = config.source_particle_num, config.target_particle_num
+
+    def normal(scale, centre):
+        noise = jax.random.normal(key_start, (n, len(centre)), float)
+        return jnp.asarray(centre, float)[None, :] + scale * noise
+
+    if config.dataset == "ThreeRing":  # equispaced: only the start is random
+        if m % 3:
+            raise ValueError(f"three rings need a multiple of 3 target points, got {m}")
+        rings = synthetic.rings_even(m // 3, centres=RING_CENTRES)
+        return Problem(normal(0.01, (0.0, -0.3)), rings.reshape(-1, 2))
+    if config.dataset == "FourGaussian":
+        scales = jnp.full(4, FOUR_VARIANCE**0.5)
+        target = synthetic.gaussian_mixture(key_target, jnp.full(4, 0.25), FOUR_MEANS, scales, m)
+
+        def log_density(z):
+            squared = jnp.sum((z[None, :] - jnp.asarray(FOUR_MEANS)) ** 2, axis=1)
+            return jax.nn.logsumexp(-squared / (2 * FOUR_VARIANCE))
+
+        return Problem(normal(0.1, (0.0, 0.0)), target, log_density=log_density)
+    if config.dataset in ("Gaussian1D", "Gaussian1DExact"):
+        # Particles at the quantiles, so that gaps between neighbours are a density.
+        levels = (jnp.arange(n) + 0.5) / n
+        start = START_VARIANCE**0.5 * jax.scipy.stats.norm.ppf(levels)[:, None]
+        if config.dataset == "Gaussian1D":
+            target, weights = jax.random.normal(key_target, (m, 1), float), None
+        else:  # the whole of N(0, 1), by Gauss-Hermite quadrature
+            nodes, weights = np.polynomial.hermite_e.hermegauss(m)
+            target, weights = jnp.asarray(nodes)[:, None], jnp.asarray(weights / weights.sum())
+        return Problem(start, target, weights, lambda z: -jnp.sum(z**2) / 2)
+    if config.dataset in IMAGES:
+        return _images(config, normal, key_target, data_root)
+    raise ValueError(f"no data set {config.dataset!r}")
+
+
+def _images(config, normal, key_target, data_root) -> Problem:
+    """Images in their first principal components, from N(0, I) of the same mean variance."""
+    dataset = datasets.load(config.dataset, split="train", data_root=data_root)
+    images = np.asarray(datasets.flat(dataset), np.float64)
+    chosen = jax.random.choice(
+        key_target, len(images), (config.target_particle_num,), replace=False
+    )
+    pca = PCA(config.components, svd_solver="full").fit(images[chosen])
+    target = pca.transform(images[chosen])
+    start = normal(np.sqrt(target.var(axis=0).mean()), (0.0,) * config.components)
+    basis = Basis(pca.mean_, pca.components_, dataset.image_shape)
+    return Problem(start, jnp.asarray(target, start.dtype), basis=basis)

@@ -1,0 +1,172 @@
+"""A student network of particles learns a teacher's outputs, by MMD and DrMMD flows.
+
+    python xp_drmmd/student_teacher.py --flow drmmd --lmbda 0.1 --noise 1.0
+
+A particle theta = (W, w), W [3, 50] and w [3], is the small network psi(x, theta) = w . G(W x) with
+G(t) = exp(-t^2 / 4); student and teacher are means over their particles. On a batch of B inputs the
+features psi(x_b, theta) / sqrt(B) have the kernel E_x psi(x, theta) psi(x, theta'), whose MMD^2 is
+the mean squared difference of the two networks (Arbel et al., 2019), so that DrMMD costs O(N B) and
+the spectrum of B x B. The published form shares W between all particles and has one teacher.
+"""
+
+import time
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jaxtyping import Array, Float
+
+from lib import runs
+from lib.drmmd_features import feature_witness, prepare_target_features
+from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
+from xp_drmmd.config import EXPERIMENT, StudentConfig
+
+INPUTS, HIDDEN = 50, 3
+PARAMETERS = INPUTS * HIDDEN + HIDDEN
+
+
+class Lesson(NamedTuple):
+    """Inputs [n, 50] and the teacher's particles [M, 153]."""
+
+    inputs: Float[Array, "n 50"]
+    teacher: Float[Array, "M 153"]
+
+
+def outputs(particles: Float[Array, "N 153"], inputs: Float[Array, "B 50"]) -> Float[Array, "N B"]:
+    """psi(x_b, theta_i)"""
+    first = particles[:, : INPUTS * HIDDEN].reshape(-1, INPUTS)
+    hidden = jnp.exp(-(jnp.matmul(first, inputs.T, precision="highest") ** 2) / 4)
+    last = particles[:, INPUTS * HIDDEN :]
+    return jnp.einsum(
+        "nh,nhb->nb", last, hidden.reshape(-1, HIDDEN, len(inputs)), precision="highest"
+    )
+
+
+def loss(student: Array, lesson: Lesson) -> Array:
+    """Half the mean squared difference of the two networks."""
+    difference = outputs(student, lesson.inputs).mean(0) - outputs(
+        lesson.teacher, lesson.inputs
+    ).mean(0)
+    return jnp.mean(difference**2) / 2
+
+
+def sphere(key: Array, count: int) -> Array:
+    """Uniform on S^49."""
+    points = jax.random.normal(key, (count, INPUTS))
+    return points / jnp.linalg.norm(points, axis=1, keepdims=True)
+
+
+def lessons(config: StudentConfig, seed: int) -> tuple[Array, Lesson, Lesson]:
+    """(students [N, 153], training, validation): a draw for each seed."""
+    keys = jax.random.split(jax.random.PRNGKey(seed), 4)
+    students = jax.random.normal(keys[0], (config.students, PARAMETERS))
+    teacher = jax.random.normal(keys[1], (config.teachers, PARAMETERS))
+    if config.form == "dense":
+        shared = INPUTS * HIDDEN
+        students = students.at[:, :shared].set(students[:1, :shared])
+    train, validation = (Lesson(sphere(key, config.num_inputs), teacher) for key in keys[2:])
+    return students, train, validation
+
+
+@cache
+def objective(config: StudentConfig):
+    """(particles [1, N, 153], lesson, key, step) -> (batch loss, velocity, step + 1)."""
+    batches = config.num_inputs // config.batch_size
+
+    def value_and_grad(x, lesson, key, step):
+        epoch, batch = step // batches, step % batches
+        order = jax.random.permutation(
+            jax.random.fold_in(jax.random.PRNGKey(7), epoch), config.num_inputs
+        )
+        chosen = jax.lax.dynamic_slice_in_dim(order, batch * config.batch_size, config.batch_size)
+        inputs = lesson.inputs[chosen]
+
+        def features(particles):
+            return outputs(particles, inputs) / jnp.sqrt(len(inputs))
+
+        student = shifted = x[0]
+        if config.noise:
+            spread = config.noise * 0.5 ** (epoch // config.halve_every)
+            shifted = student + spread * jax.random.normal(key, student.shape, student.dtype)
+        at_shifted, transpose = jax.vjp(features, shifted)
+        mean = (features(student) if config.noise else at_shifted).mean(axis=0)
+        target = prepare_target_features(features, lesson.teacher)
+        value = jnp.sum((mean - target.mean) ** 2) / 2
+        direction = mean - target.mean
+        if config.flow == "drmmd":
+            direction = feature_witness(target, mean, config.lmbda).direction
+        velocity = transpose(jnp.broadcast_to(direction[None, :], at_shifted.shape))[0]
+        if config.form == "dense":
+            shared = INPUTS * HIDDEN
+            common = velocity[:, :shared].mean(axis=0, keepdims=True)
+            velocity = velocity.at[:, :shared].set(jnp.broadcast_to(common, (len(student), shared)))
+        return value, velocity[None], step + 1
+
+    return value_and_grad
+
+
+def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
+    """One training. Its folder holds losses [T] of the batches, the seconds it took, and steps
+    (epochs), train and validation [records], half the mean squared residual."""
+    run = runs.open_run(results, EXPERIMENT, f"student-{config.flow}", config, seed=seed)
+    if run.finished:
+        return run
+    students, train, validation = lessons(config, seed)
+    batches = config.num_inputs // config.batch_size
+    steps = config.n_epochs * batches
+    every = max(1, steps // config.records)
+    began = time.perf_counter()
+    losses, particles = wasserstein_gradient_descent(
+        students[None],
+        train,
+        objective(config),
+        jax.random.PRNGKey(1_000_000 + seed),
+        n_epochs=steps,
+        optimizer=optax.sgd(config.lr),
+        carry=jnp.zeros((), jnp.int32),
+        record_every=every,
+        run=run,
+        description=f"student, {config.flow}",
+    )
+    seconds = time.perf_counter() - began
+    judge = jax.jit(lambda x: jnp.stack([loss(x, train), loss(x, validation)]))
+    judged = np.stack([judge(x[0]) for x in particles])
+    run.finish(
+        losses=losses,
+        steps=recorded_steps(steps, every) / batches,
+        seconds=np.asarray(seconds),
+        train=judged[:, 0],
+        validation=judged[:, 1],
+        particles=particles[-1, 0],
+    )
+    discard_saved_flow(run)
+    return run
+
+
+@dataclass(frozen=True)
+class Arguments(StudentConfig):
+    seed: int = 0
+    results: Path = Path("results")
+
+
+def main(arguments: Arguments) -> Path:
+    """Trains one student and prints its validation error."""
+    names = [field.name for field in fields(StudentConfig)]
+    config = StudentConfig(**{name: getattr(arguments, name) for name in names})
+    run = run_student(config, seed=arguments.seed, results=arguments.results)
+    stored = run.load_arrays()
+    for i in np.unique(np.linspace(0, len(stored["steps"]) - 1, 11).round().astype(int)):
+        print(f"  epoch {stored['steps'][i]:8.0f}: validation {stored['validation'][i]:.3e}")
+    print(f"numbers: {run.arrays}")
+    return run.folder
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))

@@ -1,0 +1,54 @@
+"""Tables of this experiment, from stored summaries alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+NAMES = {"mmd2": "MMD²", "w1": "W1", "w2": "W2", "kl": "KL", "validation": "validation error"}
+
+
+def _spread(values: np.ndarray) -> str:
+    """mean ± std over seeds, or the one value."""
+    mean, std = np.mean(values), np.std(values)
+    digits = f"{mean:.4f}" if 1e-3 <= abs(mean) < 10 else f"{mean:.1e}"
+    if len(values) == 1:
+        return digits
+    return f"{digits} ± {f'{std:.4f}' if 1e-3 <= abs(mean) < 10 else f'{std:.0e}'}"
+
+
+def line(row: dict) -> str:
+    """A flow's distances at its end, in one line."""
+    parts = [
+        f"{NAMES[name]} {_spread(np.asarray(row[name])[:, -1])}" for name in NAMES if name in row
+    ]
+    return f"{row['label']:30s} {int(row['steps'][-1]):7,d} steps: " + ", ".join(parts)
+
+
+def first_below(row: dict, name: str, level: float) -> int | None:
+    """The first recorded step at which the mean over seeds is at most `level`."""
+    reached = np.flatnonzero(np.mean(row[name], axis=0) <= level)
+    return int(row["steps"][reached[0]]) if len(reached) else None
+
+
+def table(summary: Path, *, w1: float | None = None) -> str:
+    """Markdown: a line a flow, distances at its end, mean ± std over seeds; with `w1` also the
+    first recorded step at which the mean W1 is at most that."""
+    rows = json.loads(Path(summary).read_text())["rows"]
+    names = [name for name in NAMES if name in rows[0]]
+    unit = "epochs" if "validation" in names else "steps"
+    heads = ["flow", "λ", "step size", unit, *(NAMES[name] for name in names)]
+    if w1 is not None:
+        heads.append(f"W1 ≤ {w1:g} at step")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        settings = row["settings"]
+        lmbda = f"{settings['lmbda']:g}" if settings["flow"] in ("drmmd", "kale") else "-"
+        size = settings["gamma"] if "gamma" in settings else settings["lr"]
+        cells = [row["label"], lmbda, f"{size:g}", f"{row['steps'][-1]:,.0f}"]
+        cells += [_spread(np.asarray(row[name])[:, -1]) for name in names]
+        if w1 is not None:
+            step = first_below(row, "w1", w1)
+            cells.append("-" if step is None else f"{step:,}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
