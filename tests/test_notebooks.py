@@ -97,3 +97,17 @@ def test_a_finished_run_is_skipped(quick_results):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == len(before) == 6
     assert {p: p.stat().st_mtime_ns for p in results.rglob("arrays.npz")} == before
+
+
+def test_drmmd_notebook_draws_quick_flows_and_committed_ones(tmp_path, monkeypatch):
+    command = [sys.executable, "xp_drmmd/experiments.py", "--preset", "quick"]
+    command += ["--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Curves of every group but the Gaussian, whose KL is drawn; particles of three.
+    assert done.stdout.count("figure:") == 8
+    for results in (tmp_path, tmp_path / "none"):
+        monkeypatch.setenv("RESULTS", str(results))
+        outputs = outputs_of("drmmd")
+        assert count(outputs, "image/png") == 6
+        assert count(outputs, "text/markdown") == 3
