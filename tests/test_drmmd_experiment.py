@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
+from lib.gd import DivergedError
 from xp_drmmd import analytic, experiments, flows, metrics, plot, tables
 from xp_drmmd.config import ABLATIONS, GROUPS, FlowConfig, presets
 from xp_drmmd.problems import problem
@@ -337,6 +338,16 @@ def test_bad_lambda_ends_in_one_line(tmp_path):
     assert done.returncode != 0
     assert "lmbda" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_step_too_long_stops_at_the_step_and_leaves_the_last_good_state(tmp_path):
+    config = replace(SMALL, gamma=1e300)
+    with pytest.raises(DivergedError, match="in step 1 .* the last good state is in ") as error:
+        run_flow(config, seed=0, results=tmp_path)
+    checkpoint = np.load(str(error.value).rsplit(" is in ", 1)[1])
+    numbers = [checkpoint[name] for name in checkpoint if checkpoint[name].dtype.kind == "f"]
+    assert numbers
+    assert all(np.all(np.isfinite(each)) for each in numbers)
 
 
 def test_a_group_makes_its_table_and_figures(tmp_path):
