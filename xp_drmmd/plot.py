@@ -1,6 +1,7 @@
 """Figures of this experiment, drawn from stored results alone."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -41,21 +42,22 @@ def curves(rows: list[dict]) -> Figure:
 
 def ends(rows: list[dict], root: Path) -> Figure:
     """Where the particles of the first seed end, in two dimensions, over the target in grey."""
-    columns = min(4, len(rows))
+    stored = [runs.Run(root / row["folders"][0]).load_arrays() for row in rows]
+    low, high = stored[0]["target"].min(0), stored[0]["target"].max(0)
+    low, high = low - 0.15 * (high - low).max(), high + 0.15 * (high - low).max()
+    # Panels as wide as the target is: the rings are tall.
+    wide = (high - low)[0] / (high - low)[1]
+    columns = min(6 if wide < 0.8 else 4, len(rows))
     lines = -(-len(rows) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(1.9 * columns, 1.9 * lines), squeeze=False, layout="constrained"
-    )
+    size = 1.5 * columns, (1.5 / wide + 0.4) * lines
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.ravel()[len(rows) :]:
         axis.set_axis_off()
-    for axis, row in zip(axes.ravel(), rows):
-        stored = runs.Run(root / row["folders"][0]).load_arrays()
-        plotting.scatter_classes(axis, stored["particles"][-1][None], target=stored["target"])
-        axis.set_title(row["label"], fontsize=7)
-        low, high = stored["target"].min(0), stored["target"].max(0)
-        margin = 0.15 * (high - low).max()
-        axis.set_xlim(low[0] - margin, high[0] + margin)
-        axis.set_ylim(low[1] - margin, high[1] + margin)
+    for axis, row, one in zip(axes.ravel(), rows, stored):
+        plotting.scatter_classes(axis, one["particles"][-1][None], target=one["target"])
+        axis.set_title("\n".join(textwrap.wrap(row["label"], 20)), fontsize=7)
+        axis.set_xlim(low[0], high[0])
+        axis.set_ylim(low[1], high[1])
     return figure
 
 
