@@ -361,6 +361,8 @@ def test_a_group_makes_its_table_and_figures(tmp_path):
     assert lines[2].startswith("| a | 0.001 | 0.0001 | 5 |")
     assert lines[3].startswith("| b | - | 0.0001 | 4 |")
     assert lines[2].endswith("| 0 |")
+    head = tables.table(summary, names=("w2",)).splitlines()[0]
+    assert head == "| flow | λ | step size | steps | W2 |"
     assert [path.name for path in plot.figures(summary)] == [
         "rings_quick_curves.png",
         "rings_quick_ends.png",

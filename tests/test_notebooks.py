@@ -110,4 +110,4 @@ def test_drmmd_notebook_draws_quick_flows_and_committed_ones(tmp_path, monkeypat
         monkeypatch.setenv("RESULTS", str(results))
         outputs = outputs_of("drmmd")
         assert count(outputs, "image/png") == 6
-        assert count(outputs, "text/markdown") == 3
+        assert count(outputs, "text/markdown") == 4

@@ -31,11 +31,11 @@ def first_below(row: dict, name: str, level: float) -> int | None:
     return int(row["steps"][reached[0]]) if len(reached) else None
 
 
-def table(summary: Path, *, w1: float | None = None) -> str:
-    """Markdown: a line a flow, distances at its end, mean ± std over seeds; with `w1` also the
-    first recorded step at which the mean W1 is at most that."""
+def table(summary: Path, *, names: tuple[str, ...] = tuple(NAMES), w1: float | None = None) -> str:
+    """Markdown: a line a flow, those of the distances `names` that it has at its end, mean ± std
+    over seeds; with `w1` also the first recorded step at which the mean W1 is at most that."""
     rows = json.loads(Path(summary).read_text())["rows"]
-    names = [name for name in NAMES if name in rows[0]]
+    names = [name for name in names if name in rows[0]]
     unit = "epochs" if "validation" in names else "steps"
     heads = ["flow", "λ", "step size", unit, *(NAMES[name] for name in names)]
     if w1 is not None:
