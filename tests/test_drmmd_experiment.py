@@ -373,6 +373,8 @@ def test_presets_name_flows_that_exist():
     assert presets("paper") == GROUPS
     quick = presets("quick")
     assert set(quick) < set(GROUPS)
+    students = quick.pop("students").values()
+    assert max(c.n_epochs for c in students) <= 100
     assert max(c.step_num for group in quick.values() for c in group.values()) <= 2_000
     with pytest.raises(ValueError, match="no group rings2"):
         experiments.main(experiments.Arguments(only=("rings2",)))
