@@ -31,7 +31,12 @@ def nystrom_basis(
     """
     if not 1 <= rank <= len(points):
         raise ValueError(f"rank must lie in [1, {len(points)}], the number of points, got {rank}")
-    landmarks = jax.random.choice(key, points, (rank,), replace=False)
+    return landmark_basis(kernel, jax.random.choice(key, points, (rank,), replace=False))
+
+
+def landmark_basis(kernel: Kernel, landmarks: Float[Array, "r d"]) -> NystromBasis:
+    """As `nystrom_basis`, of landmarks that are chosen already."""
+    rank = len(landmarks)
     values, vectors = jnp.linalg.eigh(kernel(landmarks, landmarks))
     kept = values > rank * jnp.finfo(values.dtype).eps * values[-1]
     inverse_root = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1)), 0)

@@ -71,7 +71,8 @@ class FlowConfig:
     2019); it falls as 1 / sqrt(step)."""
     approximation: Literal["none", "nystrom", "rff"] = "none"
     """Of the kernel, by `rank` features, for samples too large for a Gram matrix: MMD and DrMMD
-    then cost O(N rank) a step. nystrom: landmarks among the target points. rff: Gaussian alone."""
+    then cost O(N rank) a step, nystrom O(M rank^2): its landmarks are target points and, anew at
+    each step, particles, half of each. rff: Gaussian alone."""
     rank: int = 300
     records: int = 50
     """How often particles are kept and judged."""

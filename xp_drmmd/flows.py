@@ -7,12 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lib import drmmd, drmmd_features, kernels, rff
 from lib.drmmd import Target, Witness
 from lib.drmmd_features import FeatureTarget, FeatureWitness
-from lib.nystrom import NystromBasis, nystrom_basis, nystrom_features
+from lib.nystrom import landmark_basis, nystrom_features
 from xp_drmmd.config import FlowConfig
 
 KERNELS = {"Gaussian": kernels.gaussian, "Laplace": kernels.laplace, "IMQ": kernels.imq}
@@ -20,18 +20,28 @@ FILTERS = {"tikhonov": drmmd.tikhonov, "showalter": drmmd.showalter, "cutoff": d
 SMALLEST_PUBLISHED_STEP = 1e-4
 
 
-class Approximation(NamedTuple):
-    """A target in features: what the features are made of (landmarks, or frequencies of random
-    Fourier features), and the target's moments in them."""
+class Fourier(NamedTuple):
+    """A target in random Fourier features: their frequencies, and the target's moments in them."""
 
-    basis: NystromBasis | Float[Array, "D d"]
+    frequencies: Float[Array, "D d"]
     target: FeatureTarget
+
+
+class Landmarks(NamedTuple):
+    """A target in Nystrom features, whose landmarks are target points and particles: those of these
+    numbers, wherever they are at a step. Without particles among them nothing would be known of
+    places that the flow has not left yet and the target is not at."""
+
+    points: Float[Array, "M d"]
+    weights: Float[Array, " M"]
+    of_target: Float[Array, "r d"]
+    of_particles: Int[Array, " s"]
 
 
 class Aim(NamedTuple):
     """What the flows of a stack aim at: one target, and each its own lambda and step size."""
 
-    target: Target | Approximation
+    target: Target | Fourier | Landmarks
     lmbda: Float[Array, " C"]
     gamma: Float[Array, " C"]
 
@@ -57,23 +67,40 @@ def aim(
             raise ValueError(f"{config.flow} has no form in features")
         if config.approximation == "rff" and config.kernel != "Gaussian":
             raise ValueError(f"random Fourier features are Gaussian here, not {config.kernel}")
-        key = jax.random.key(0)
-        if config.approximation == "nystrom":
-            basis = nystrom_basis(key, kernel, target, config.rank)
-        else:
-            basis = rff.gaussian_frequencies(key, config.rank // 2, target.shape[1])
-        features = _features(config, basis)
-        moments = drmmd_features.prepare_target_features(features, target, weights)
-        prepared = Approximation(basis, moments)
+        make = _landmarks if config.approximation == "nystrom" else _fourier
+        prepared = make(config, target, weights)
     ones = jnp.ones(num_flows, target.dtype)
     return Aim(prepared, config.lmbda * ones, config.gamma * ones)
 
 
-def _features(config, basis) -> drmmd_features.Features:
-    if config.approximation == "rff":
-        return lambda z: rff.random_fourier_features(z, basis, config.bandwidth)
-    kernel = KERNELS[config.kernel](config.bandwidth)
-    return lambda z: nystrom_features(kernel, basis, z, block_size=len(z))
+def _fourier(config, target, weights) -> Fourier:
+    key = jax.random.key(0)
+    frequencies = rff.gaussian_frequencies(key, config.rank // 2, target.shape[1])
+    features = _fourier_features(config, frequencies)
+    moments = drmmd_features.prepare_target_features(features, target, weights)
+    return Fourier(frequencies, moments)
+
+
+def _fourier_features(config, frequencies) -> drmmd_features.Features:
+    return lambda z: rff.random_fourier_features(z, frequencies, config.bandwidth)
+
+
+def _landmarks(config, target, weights) -> Landmarks:
+    """Half of the rank each, drawn without replacement."""
+    of_target, of_particles = config.rank - config.rank // 2, config.rank // 2
+    for name, wanted, there in (
+        ("target points", of_target, len(target)),
+        ("particles", of_particles, config.source_particle_num),
+    ):
+        if wanted > there:
+            raise ValueError(f"rank {config.rank} wants {wanted} {name} as landmarks of {there}")
+    keys = jax.random.split(jax.random.key(0))
+    return Landmarks(
+        target,
+        drmmd.positive_weights(target, weights),
+        jax.random.choice(keys[0], target, (of_target,), replace=False),
+        jax.random.choice(keys[1], config.source_particle_num, (of_particles,), replace=False),
+    )
 
 
 def first_memory(aimed: Aim) -> Memory:
@@ -114,7 +141,7 @@ def optimizer(config: FlowConfig) -> optax.GradientTransformation:
 
 def _witness_flow(config, log_density, y, target, lmbda, gamma, key, memory):
     """One step of MMD, DrMMD or KALE for particles [N, d]."""
-    form = _exact if isinstance(target, Target) else _approximate
+    form = {Target: _exact, Fourier: _with_fourier, Landmarks: _with_landmarks}[type(target)]
     solve, velocity_at = form(config, target, y)
     witness, lmbda, memory = _witness(config, solve, lmbda, memory)
     at = y
@@ -154,11 +181,46 @@ def _exact(config, target: Target, y):
     return solve, velocity_at
 
 
-def _approximate(config, approximation: Approximation, y):
-    """As `_exact`, in features: O(N rank)."""
-    features, target = _features(config, approximation.basis), approximation.target
+def _with_fourier(config, approximation: Fourier, y):
+    """As `_exact`, in random Fourier features: O(N rank)."""
+    features = _fourier_features(config, approximation.frequencies)
     mean, _ = drmmd_features.feature_moments(features, y, second=False)
 
+    def velocity_at(witness, points):
+        return drmmd_features.feature_velocity(features, witness, points)
+
+    return _solver_in_features(config, approximation.target, mean), velocity_at
+
+
+def _with_landmarks(config, approximation: Landmarks, y):
+    """As `_exact`, in Nystrom features of this step's landmarks: O(M rank^2 + N rank)."""
+    kernel = KERNELS[config.kernel](config.bandwidth)
+    landmarks = jnp.concatenate([approximation.of_target, y[approximation.of_particles]])
+    basis = landmark_basis(kernel, landmarks)
+
+    def features(z):
+        return nystrom_features(kernel, basis, z, block_size=len(z))
+
+    def kernels(z):
+        # phi(z) before the basis, which means and witnesses, single vectors, can have afterwards.
+        return kernel(z, landmarks)
+
+    target = drmmd_features.prepare_target_features(
+        features, approximation.points, approximation.weights
+    )
+    mean = drmmd.product(
+        drmmd_features.feature_moments(kernels, y, second=False)[0], basis.inverse_root
+    )
+
+    def velocity_at(witness, points):
+        direction = drmmd.product(basis.inverse_root, witness.direction)
+        witness = witness._replace(direction=direction)
+        return drmmd_features.feature_velocity(kernels, witness, points)
+
+    return _solver_in_features(config, target, mean), velocity_at
+
+
+def _solver_in_features(config, target: FeatureTarget, mean):
     def solve(lmbda, memory: Memory) -> tuple[FeatureWitness, Memory]:
         if config.flow == "mmd":
             difference = mean - target.mean
@@ -167,10 +229,7 @@ def _approximate(config, approximation: Approximation, y):
         witness = drmmd_features.feature_witness(target, mean, lmbda, spectral_filter=chosen)
         return witness, memory
 
-    def velocity_at(witness, points):
-        return drmmd_features.feature_velocity(features, witness, points)
-
-    return solve, velocity_at
+    return solve
 
 
 def _witness(config, solve, lmbda, memory: Memory):
