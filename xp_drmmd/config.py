@@ -220,6 +220,7 @@ STUDENTS: dict[str, StudentConfig] = {
     "MMD": StudentConfig(flow="mmd"),
     "MMD, 22 x step": StudentConfig(flow="mmd", lr=2.2),
     "MMD, noise": StudentConfig(flow="mmd", noise=1.0),
+    "MMD, 22 x step, noise": StudentConfig(flow="mmd", lr=2.2, noise=1.0),
     "DrMMD": StudentConfig(),
     "DrMMD, noise": StudentConfig(noise=1.0),
     "MMD, shared layer": StudentConfig(flow="mmd", form="dense"),
