@@ -107,7 +107,7 @@ def test_drmmd_notebook_draws_quick_flows_and_committed_ones(tmp_path, monkeypat
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("figure:") == 2
     committed = {path.stem for path in (REPOSITORY / "xp_drmmd/published").glob("*_paper.json")}
-    figures = {"rings": 2, "gaussian": 1, "filters": 1, "images": 1, "students": 1}
+    figures = {"rings": 2, "gaussian": 1, "filters": 1, "ablations": 1, "images": 1, "students": 1}
     shown = {name for name in figures if name == "rings" or f"{name}_paper" in committed}
     monkeypatch.setenv("RESULTS", str(tmp_path))
     outputs = outputs_of("drmmd")
