@@ -213,6 +213,7 @@ IMAGE_FLOWS: dict[str, FlowConfig] = {
     "DrMMD": _IMAGES,
     "MMD": replace(_IMAGES, flow="mmd"),
     "MMD, 100 x step": replace(_IMAGES, flow="mmd", gamma=1.0),
+    "MMD, 1,000 x step": replace(_IMAGES, flow="mmd", gamma=10.0),
 }
 
 # lambda = .1 makes a step up to 2 (1 + lambda) / lambda = 22 times as long as that of MMD.

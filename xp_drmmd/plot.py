@@ -83,10 +83,13 @@ def kl_decay(rows: list[dict]) -> Figure:
 def image_sheets(rows: list[dict], root: Path, *, count: int = 12) -> Figure:
     """For each flow a few particles of the first seed as images, a line each record on the way;
     last, each particle's nearest target image."""
+    lines = -(-len(rows) // 2)
     figure, axes = plt.subplots(
-        1, len(rows), figsize=(3.6 * len(rows), 3.4), squeeze=False, layout="constrained"
+        lines, 2, figsize=(9, 2.6 * lines), squeeze=False, layout="constrained"
     )
-    for axis, row in zip(axes[0], rows):
+    for axis in axes.flat[len(rows) :]:
+        axis.set_axis_off()
+    for axis, row in zip(axes.flat, rows):
         stored = runs.Run(root / row["folders"][0]).load_arrays()
         records = np.unique(np.linspace(0, len(stored["steps"]) - 1, 5).round().astype(int))
         shown = stored["particles"][records][:, :count]
