@@ -219,6 +219,7 @@ IMAGE_FLOWS: dict[str, FlowConfig] = {
 # lambda = .1 makes a step up to 2 (1 + lambda) / lambda = 22 times as long as that of MMD.
 STUDENTS: dict[str, StudentConfig] = {
     "MMD": StudentConfig(flow="mmd"),
+    "MMD, 5 x step": StudentConfig(flow="mmd", lr=0.5),
     "MMD, 22 x step": StudentConfig(flow="mmd", lr=2.2),
     "MMD, noise": StudentConfig(flow="mmd", noise=1.0),
     "MMD, 22 x step, noise": StudentConfig(flow="mmd", lr=2.2, noise=1.0),
