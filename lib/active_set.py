@@ -1,0 +1,399 @@
+"""Convex quadratic programs over a box cut by a sum, solved to rounding error by active sets.
+
+    min_x  x' H x - 2 c' x   over  {x : lower <= x <= upper, sum x = total}
+
+with H [n, n] symmetric positive semidefinite, in float64 NumPy and LAPACK. With some entries held
+at their bounds, the others, the free ones, and the multiplier lambda of the sum solve the rows of
+
+    [ H   -s ] [    x     ]   [    c     ]
+    [ -s'  0 ] [ lambda/s ] = [ -s total ]        (s as large as H, so that no row is small)
+
+that belong to them. The residual of the other rows is half the gradient less lambda, which tells
+whether their bounds hold them back. Which entries are free is found by
+
+- block pivoting: solve, then exchange every entry that is out of bounds or whose residual has the
+  wrong sign, all at once (Judice and Pires, A block principal pivoting algorithm for large-scale
+  strictly monotone linear complementarity problems, Computers and Operations Research 21, 1994).
+  It takes a handful of rounds where it converges, as it does where H is well conditioned;
+- where it does not, the same from a damped H to H itself in steps small enough for it;
+- where that fails too, as it can on ties and degenerate vertices, the primal active set method: one
+  entry at a time, each step feasible and downhill, so that no set of free entries comes back.
+
+The result is certified, not trusted: its gap bounds the distance to the minimum, and where it is
+not down to rounding error the same is solved again for a correction. If H is singular, `damping` on
+its diagonal makes this the proximal point method, whose fixed points are the minima without.
+
+For ten entries a NumPy call costs more than its arithmetic: hence `dot` and `take`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int8
+from scipy.linalg.lapack import dgesv
+
+Vector = Float[np.ndarray, " n"]
+Bordered = Float[np.ndarray, " n+1"]
+
+AT_LOWER, FREE, AT_UPPER = -1, 0, 1
+# Shares of the scale of H: what is rounding; the damping of a singular H; the most that is tried
+# where this leaves a gap; and where the path to H itself ends.
+ROUNDING = 2 * float(np.finfo(np.float64).eps)
+DAMPING, WORST_DAMPING, END_OF_PATH = 1e-14, 1e-9, 1e-9
+# Block pivoting may fail this often in a row to lower the number of wrong entries.
+PATIENCE = 8
+
+
+class Program(NamedTuple):
+    """The saddle point system [n + 1, n + 1], its right side, and bounds on its unknowns.
+
+    The multiplier, last, is unbounded. `upper` None: no upper bounds, and the lower ones are 0.
+    `scale` is what rounding error is measured against.
+    """
+
+    saddle: Float[np.ndarray, "n+1 n+1"]
+    right: Bordered
+    lower: Bordered
+    upper: Bordered | None
+    scale: float
+
+    def upper_bounds(self) -> Bordered:
+        return np.full(len(self.right), np.inf) if self.upper is None else self.upper
+
+    def total(self) -> float:
+        return self.right[-1] / self.saddle[-1, 0]
+
+
+class Minimum(NamedTuple):
+    """`x` [n] within its bounds; `state` [n] AT_LOWER, FREE or AT_UPPER; `gap` >= value - minimum.
+
+    `rounds` counts the linear systems solved.
+    """
+
+    x: Vector
+    state: Int8[np.ndarray, " n"]
+    gap: float
+    rounds: int
+
+
+def make_program(
+    hessian: Float[np.ndarray, "n n"],
+    linear: Vector,
+    lower: Vector | None = None,
+    upper: Vector | None = None,
+    *,
+    scale: float | None = None,
+) -> Program:
+    """The program of the module with sum 1; `lower` 0 and `upper` infinite, `scale` max H_ii by
+    default. That H is positive semidefinite and a point feasible is not checked.
+    """
+    n = len(linear)
+    scale = scale or float(hessian.diagonal().max()) or 1.0
+    border = 0.1 * scale
+    saddle = np.full((n + 1, n + 1), -border)
+    saddle[:n, :n], saddle[n, n] = hessian, 0
+    bounded = not (lower is None and upper is None)
+    return Program(
+        saddle,
+        np.append(linear, -border),
+        np.append(np.zeros(n) if lower is None else lower, -np.inf),
+        np.append(np.full(n, np.inf) if upper is None else upper, np.inf) if bounded else None,
+        scale,
+    )
+
+
+def minimise(
+    program: Program,
+    *,
+    start: Vector | None = None,
+    damping: float = 0.0,
+    corrections: int = 10,
+) -> Minimum:
+    """Solves `program` until the gap is rounding error, with at most so many `corrections`.
+
+    `start` [n] says which entries to begin with as free: those off their bounds; all by default.
+    `damping` >= 0 is raised where a system is singular and where corrections do not help. Holds two
+    copies of the rows of the free entries, and one of the system where there is damping.
+    """
+    saddle, right, lower, upper, scale = program
+    state = np.zeros(len(right), np.int8)
+    if start is not None:
+        state[:-1][start <= lower[:-1]] = AT_LOWER
+        if upper is not None:
+            state[:-1][start >= upper[:-1]] = AT_UPPER
+    step = _damped(program, damping) if damping else program
+    best, rounds = None, 0
+    for _ in range(1 + corrections):
+        while True:
+            try:
+                y, state, count = _solve(step, state)
+                break
+            except np.linalg.LinAlgError:
+                damping = max(100 * damping, DAMPING * scale)
+                step = step._replace(saddle=_damped(program, damping).saddle)
+        rounds += count
+        y = _within(program, y if best is None else centre + y, state)
+        residual = saddle.dot(y) - right
+        found = Minimum(y[:-1], state[:-1], _gap(program, y, residual), rounds)
+        if found.gap <= ROUNDING * scale:
+            return found
+        helped = best is None or found.gap < 0.5 * best.gap
+        if best is None or found.gap < best.gap:
+            best, centre, pull = found, y, -residual
+        if not helped:
+            damping = max(100 * damping, DAMPING * scale)
+            if damping > WORST_DAMPING * scale:
+                break
+        damped = _damped(program, damping).saddle if damping else saddle
+        step = Program(damped, pull, lower - centre, program.upper_bounds() - centre, scale)
+    return best._replace(rounds=rounds)
+
+
+def _damped(program, damping):
+    saddle = program.saddle.copy()
+    saddle.flat[: -1 : len(saddle) + 1] += damping
+    return program._replace(saddle=saddle)
+
+
+def _within(program, y, state):
+    """`y` exactly on the bounds that `state` says, and of the sum asked for to the last bits."""
+    lower, upper = program.lower, program.upper
+    y = np.maximum(y, lower) + 0.0  # no -0.0
+    if upper is None:
+        y[y[:-1].argmax()] += program.total() - math.fsum(y[:-1].tolist())
+        return y
+    y = np.where(state == AT_LOWER, lower, np.where(state == AT_UPPER, upper, y))
+    mend_sum(np.minimum(y, upper, out=y)[:-1], lower[:-1], upper[:-1], program.total())
+    return y
+
+
+def _solve(program, state):
+    """One pass without certificate: the unknowns, their state and the systems solved."""
+    y, found, rounds, settled = _pivot_blocks(program, state)
+    if not settled:
+        y, found, more, settled = _follow_path(program, state)
+        rounds += more
+    if not settled:
+        y, found, more = _descend(program._replace(upper=program.upper_bounds()), y)
+        rounds += more
+    return y, found, rounds
+
+
+def _stationary(program, free, fixed=None):
+    """The unknowns that solve the rows `free` (indices), and the residual of all rows; None if no
+    row is left.
+
+    The other unknowns are those of `fixed`, which is 0 where free; without it they are 0. Raises
+    LinAlgError where the system is singular.
+    """
+    saddle, right = program.saddle, program.right
+    if fixed is not None:
+        right = right - saddle.dot(fixed)
+    # Symmetric matrices, so transposing puts them into LAPACK's order.
+    if len(free) == len(right):
+        _, _, y, failed = dgesv(saddle.T, right)
+        residual = None
+    else:
+        rows = saddle.take(free, 0)
+        _, _, values, failed = dgesv(rows.take(free, 1).T, right.take(free), 1, 1)
+        y = np.zeros(len(right)) if fixed is None else fixed.copy()
+        y[free] = values
+        residual = values.dot(rows) - right
+    if failed:
+        raise np.linalg.LinAlgError
+    return y, residual
+
+
+def _pivot_blocks(program, state):
+    """Block pivoting: the unknowns, their state, the systems solved, and whether all is settled."""
+    lower, upper = program.lower, program.upper
+    tolerance, state = ROUNDING * program.scale, state.copy()
+    y, fixed, fewest, patience, rounds = lower, None, len(state) + 1, PATIENCE, 0
+    if upper is not None:
+        movable = lower < upper
+        state[~movable] = AT_LOWER
+        if not movable[:-1].any():
+            return np.append(lower[:-1], 0), state, 0, True
+    while patience:
+        free = (state == FREE).nonzero()[0]
+        if len(free) == 1:  # nothing but the multiplier
+            break
+        if upper is not None:
+            fixed = np.where(state == AT_UPPER, upper, lower)
+            fixed[free] = 0
+        y, residual = _stationary(program, free, fixed)
+        rounds += 1
+        low = y < lower
+        wrong = np.count_nonzero(low)
+        if residual is not None:
+            enters = state * residual > tolerance
+            if upper is not None:
+                enters &= movable
+            wrong += np.count_nonzero(enters)
+        if upper is not None:
+            high = y > upper
+            wrong += np.count_nonzero(high)
+        if wrong == 0:
+            return y, state, rounds, True
+        state[low] = AT_LOWER
+        if residual is not None:
+            state[enters] = FREE
+        if upper is not None:
+            state[high] = AT_UPPER
+        patience = PATIENCE if wrong < fewest else patience - 1
+        fewest = min(fewest, wrong)
+    return y, state, rounds, False
+
+
+def _follow_path(program, state):
+    """Block pivoting with ever less damping, each time from the state before; as `_pivot_blocks`.
+
+    The steps from one damping to the next are, on a logarithmic scale, doubled where the state
+    hardly changes and halved where pivoting does not converge.
+    """
+    damped = _damped(program, 0)
+    diagonal = np.einsum("ii->i", damped.saddle)[:-1]
+    own = diagonal.copy()
+    y, last, ratio, rounds = program.lower, program.scale, 0.1, 0
+    while ratio < 0.9:
+        damping = last * ratio if last > END_OF_PATH * program.scale else 0
+        diagonal[:] = own + damping
+        new, found, count, settled = _pivot_blocks(damped, state)
+        rounds += count
+        if not settled:
+            ratio **= 0.5
+            continue
+        y, state, last, ratio = new, found, damping, ratio**2 if count <= 2 else ratio
+        if damping == 0:
+            return y, state, rounds, True
+    return y, state, rounds, False
+
+
+def _descend(program, y):
+    """The primal active set method from the projection of `y`: as `_pivot_blocks`, but settled.
+
+    Each round goes towards the minimiser over the free entries as far as the bounds allow, or, if
+    this lowers nothing, towards that over them and the entry that should join them most; where none
+    is free, over the pair that should.
+    """
+    saddle, right, lower, upper, scale = program
+    y = np.append(project(y[:-1], lower[:-1], upper[:-1], program.total()), 0.0)
+    movable, last = lower < upper, len(y) - 1
+    movable[last] = False
+
+    def go(free):
+        """Whether towards the minimiser over `free` (a mask) it goes down; if so, `y` moves."""
+        nonlocal rounds, y
+        rounds += 1
+        target, _ = _stationary(
+            program, np.append(np.flatnonzero(free), last), np.where(free, 0, y)
+        )
+        step = target - y
+        step[last] = 0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lengths = np.where(step < 0, lower - y, upper - y) / step
+        lengths[step == 0] = np.inf
+        length = min(1, lengths.min())
+        fall = -length * (2 * slope.dot(step) + length * step.dot(saddle.dot(step)))
+        if fall <= 0.1 * ROUNDING * scale * length * np.abs(step).sum():
+            return False
+        blocked = lengths <= length
+        y = np.where(blocked, np.where(step < 0, lower, upper), y + length * step)
+        return True
+
+    rounds = 0
+    while rounds < 10 * len(y) + 100:
+        slope = saddle.dot(y) - right
+        rising, falling = movable & (y < upper), movable & (y > lower)
+        if not (rising.any() and falling.any()):
+            break
+        up = np.where(rising, slope, np.inf).argmin()
+        down = np.where(falling, slope, -np.inf).argmax()
+        if slope[down] - slope[up] <= ROUNDING * scale:
+            break
+        free = rising & falling
+        if free.any():
+            if go(free):
+                continue
+            multiplier = slope[free].mean()
+            free[up if multiplier - slope[up] > slope[down] - multiplier else down] = True
+        else:
+            free[[up, down]] = True
+        if not go(free):
+            break
+    state = np.where(y <= lower, AT_LOWER, np.where(y >= upper, AT_UPPER, FREE))
+    return y, state.astype(np.int8), rounds
+
+
+# Certificate and projection
+
+
+def _gap(program, y, residual):
+    x, slope = y[:-1], residual[:-1]
+    if program.upper is None:
+        return 2 * float((slope - slope[slope.argmin()]).dot(x))
+    return 2 * linear_gap(x, slope, program.lower[:-1], program.upper[:-1])
+
+
+def linear_gap(x: Vector, slope: Vector, lower: Vector, upper: Vector) -> float:
+    """slope . x - min slope . v over lower <= v <= upper of the same sum as `x`; never negative.
+
+    The minimum is found by filling the entries to their upper bounds, from the least slope on. The
+    gap is summed as (slope - multiplier) . (x - v), the multiplier being the slope of the entry at
+    which the filling stops, so that no term is negative.
+    """
+    v = lower.copy()
+    left = max(x.sum() - v.sum(), 0)
+    order = np.argsort(slope)
+    filled = np.cumsum((upper - lower)[order])
+    v[order] += np.diff(np.minimum(filled, left), prepend=0)
+    last = order[min(np.searchsorted(filled, left), len(v) - 1)]
+    return float(np.abs((slope - slope[last]) * (x - v)).sum())
+
+
+def project(y: Vector, lower: Vector, upper: Vector, total: float) -> Vector:
+    """The point of {lower <= x <= upper, sum x = total} nearest to `y`: y shifted and clipped."""
+
+    def excess(shift):
+        shifted = y + shift
+        inside = np.count_nonzero((lower < shifted) & (shifted < upper))
+        return np.clip(shifted, lower, upper).sum() - total, inside
+
+    # With the first shift all are at their lower bounds; with the second the sum is reached.
+    lowest = np.min(lower - y)
+    highest = np.max(np.minimum(upper, lower + max(total - lower.sum(), 0)) - y)
+    x = np.clip(y + monotone_root(excess, lowest, highest), lower, upper) + 0.0  # no -0.0
+    return mend_sum(x, lower, upper, total)
+
+
+def mend_sum(x: Vector, lower: Vector, upper: Vector, total: float) -> Vector:
+    """`x` with the rounding error of its sum added to the entry farthest from its bounds."""
+    room = np.minimum(x - lower, upper - x)
+    if room.max() > 0:
+        x[room.argmax()] += total - math.fsum(x.tolist())
+    return x
+
+
+def monotone_root(
+    function: Callable[[float], tuple[float, float]], low: float, high: float
+) -> float:
+    """A root in [low, high] of a nondecreasing function, given with its slope: Newton's method,
+    held within a bracket that every evaluation shortens.
+    """
+    point, last = 0.5 * (low + high), high - low
+    for _ in range(200):
+        value, slope = function(point)
+        if value == 0:
+            break
+        low, high = (point, high) if value < 0 else (low, point)
+        # By halves where Newton's steps leave the bracket or do not fall as fast.
+        step = 0.5 * (low + high) - point
+        if slope > 0 and abs(value) <= 0.5 * abs(last) * slope:
+            newton = -value / slope
+            step = newton if low <= point + newton <= high else step
+        if abs(step) <= ROUNDING * abs(point):
+            break
+        point, last = point + step, step
+    return point

@@ -1,0 +1,138 @@
+"""Convex quadratics with a Kullback-Leibler pull, over a box cut by a sum.
+
+    min_w  w'Hw - 2c'w + strength sum_i w_i log(w_i / p_i)
+    over   {w : lower <= w <= upper, sum w = 1},  p > 0
+
+by proximal Newton steps: each minimises the quadratic model of the whole under the same
+constraints with the active sets of `lib.active_set`, and is shortened until the value falls.
+
+The certificate linearises the quadratic alone and keeps the pull: with g its gradient at w, by
+convexity no feasible v has a lower value than
+
+    q(w) + min_v g . (v - w) + strength sum_i v_i log(v_i / p_i),
+
+and this minimum has a closed form, v_i = p_i exp((t - g_i) / strength) clipped to the bounds, with
+t such that the sum is 1. It is the gap of generalised conditional gradients (Bredies, Lorenz and
+Maass, A generalized conditional gradient method and its connection to an iterative shrinkage
+method, Computational Optimization and Applications 42, 2009): finite where a weight has
+underflowed, at most the Frank-Wolfe gap, and 0 at the minimum alone.
+"""
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import kl_div, rel_entr
+
+from lib.active_set import (
+    AT_LOWER,
+    AT_UPPER,
+    FREE,
+    ROUNDING,
+    Minimum,
+    Vector,
+    make_program,
+    mend_sum,
+    minimise,
+    monotone_root,
+)
+
+MAX_STEPS = 100
+# A step takes no weight below this share of itself: at 0 the pull has no quadratic model.
+SMALLEST_SHARE = 1e-2
+TINY = 1e-200
+
+
+def entropic_minimum(
+    slope: Vector, prior: Vector, strength: float, lower: Vector, upper: Vector
+) -> tuple[Vector, float]:
+    """argmin_v slope . v + strength sum_i v_i log(v_i / p_i) and the t of the module's formula."""
+    upper = np.minimum(upper, 1)
+    exponents = np.log(prior) - slope / strength
+    highest = exponents.max()
+    # In units of `strength`; the minimum without bounds is exact.
+    unbounded = -highest - np.log(np.exp(exponents - highest).sum())
+
+    def excess(shift):
+        v = np.exp(np.minimum(exponents + shift, 0))
+        inside = (lower < v) & (v < upper)
+        return np.clip(v, lower, upper).sum() - 1, v[inside].sum()
+
+    # Lower bounds take from the others, upper ones give to them.
+    low, high, reach = unbounded, unbounded, 1.0
+    while excess(low)[0] > ROUNDING and reach < 1e300:
+        low, reach = low - reach, 2 * reach
+    reach = 1.0
+    while excess(high)[0] < -ROUNDING and reach < 1e300:
+        high, reach = high + reach, 2 * reach
+    shift = monotone_root(excess, low, high) if low < high else unbounded
+    return np.clip(np.exp(np.minimum(exponents + shift, 0)), lower, upper), strength * shift
+
+
+def entropic_gap(
+    w: Vector, slope: Vector, prior: Vector, strength: float, lower: Vector, upper: Vector
+) -> float:
+    """The certificate of the module for feasible `w`, of which `slope` is the quadratic's gradient.
+
+    Summed over entries none of which is negative, whatever t: by duality any t gives a bound.
+    """
+    v, t = entropic_minimum(slope, prior, strength, lower, upper)
+    inside = (lower < v) & (v < upper)
+    # strength (w log(w / v) - w + v), with log v as it is before it underflows
+    free = rel_entr(w, prior) + w * (slope - t) / strength - w + v
+    held = (slope - t) / strength * (w - v) + v - w + rel_entr(w, prior) - rel_entr(v, prior)
+    return float(strength * np.where(inside, free, held).clip(0).sum())
+
+
+def minimise_entropic(
+    hessian: Float[np.ndarray, "n n"],
+    linear: Vector,
+    prior: Vector,
+    strength: float,
+    lower: Vector,
+    upper: Vector,
+) -> Minimum:
+    """Solves the program of the module: H positive semidefinite, `prior` and `strength` positive,
+    the feasible set not empty. Ends where the gap is rounding error or no longer falls.
+    """
+    scale = max(float(hessian.diagonal().max()), strength)
+
+    def certified(w):
+        slope = 2 * (hessian.dot(w) - linear)
+        return w, slope, entropic_gap(w, slope, prior, strength, lower, upper)
+
+    start, _ = entropic_minimum(np.zeros_like(linear), prior, 1.0, lower, upper)
+    w, slope, gap = certified(np.maximum(start, TINY))
+    rounds = 0
+    for _ in range(MAX_STEPS):
+        if gap <= ROUNDING * scale:
+            break
+        logarithm = np.log(w / prior)
+        model = hessian.copy()
+        model.flat[:: len(w) + 1] += strength / (2 * w)
+        found = minimise(
+            make_program(
+                model,
+                linear - 0.5 * strength * logarithm,
+                np.maximum(lower, SMALLEST_SHARE * w),
+                upper,
+                scale=scale,
+            ),
+            corrections=1,
+        )
+        rounds += found.rounds
+        step = found.x - w
+        # Less its mean, as the step sums to 0 but for rounding.
+        gradient = slope + strength * logarithm
+        fall = (gradient - gradient.dot(w)).dot(step)
+        bend = step.dot(hessian.dot(step))
+        for length in 0.5 ** np.arange(30):
+            new = certified(np.clip(found.x - (1 - length) * step, lower, upper))
+            change = length * fall + length**2 * bend + strength * kl_div(new[0], w).sum()
+            # Where values differ by rounding error alone the gap still tells progress.
+            if new[2] < 0.5 * gap or change < 1e-4 * length * fall < 0:
+                w, slope, gap = new
+                break
+        else:
+            break
+    w = mend_sum(w, lower, upper, 1.0)
+    state = np.where((w <= lower) & (lower > 0), AT_LOWER, np.where(w >= upper, AT_UPPER, FREE))
+    return Minimum(w, state.astype(np.int8), gap, rounds)
