@@ -35,25 +35,25 @@ from jaxtyping import Float, Int8
 from scipy.linalg.lapack import dgesv
 
 Vector = Float[np.ndarray, " n"]
-Bordered = Float[np.ndarray, " n+1"]
+Bordered = Float[np.ndarray, " m"]  # m = n + 1: with the multiplier
 
 AT_LOWER, FREE, AT_UPPER = -1, 0, 1
-# Shares of the scale of H: what is rounding; the damping of a singular H; the most that is tried
-# where this leaves a gap; and where the path to H itself ends.
+# Shares of the scale of H: what is rounding; the damping of a singular H, and the most that is
+# tried where this leaves a gap; where the path to H itself starts, and its last step.
 ROUNDING = 2 * float(np.finfo(np.float64).eps)
-DAMPING, WORST_DAMPING, END_OF_PATH = 1e-14, 1e-9, 1e-9
+DAMPING, WORST_DAMPING, START_OF_PATH, END_OF_PATH = 1e-14, 1e-9, 1e-3, 1e-9
 # Block pivoting may fail this often in a row to lower the number of wrong entries.
-PATIENCE = 8
+PATIENCE = 5
 
 
 class Program(NamedTuple):
-    """The saddle point system [n + 1, n + 1], its right side, and bounds on its unknowns.
+    """The saddle point system [m, m], m = n + 1, its right side [m], and bounds on its unknowns.
 
     The multiplier, last, is unbounded. `upper` None: no upper bounds, and the lower ones are 0.
     `scale` is what rounding error is measured against.
     """
 
-    saddle: Float[np.ndarray, "n+1 n+1"]
+    saddle: Float[np.ndarray, "m m"]
     right: Bordered
     lower: Bordered
     upper: Bordered | None
@@ -250,24 +250,29 @@ def _pivot_blocks(program, state):
 def _follow_path(program, state):
     """Block pivoting with ever less damping, each time from the state before; as `_pivot_blocks`.
 
-    The steps from one damping to the next are, on a logarithmic scale, doubled where the state
-    hardly changes and halved where pivoting does not converge.
+    It starts at the first of a few dampings, from the least on, with which pivoting converges. The
+    steps from one to the next are, on a logarithmic scale, doubled where the state hardly changes
+    and halved where pivoting does not converge.
     """
     damped = _damped(program, 0)
     diagonal = np.einsum("ii->i", damped.saddle)[:-1]
     own = diagonal.copy()
-    y, last, ratio, rounds = program.lower, program.scale, 0.1, 0
-    while ratio < 0.9:
-        damping = last * ratio if last > END_OF_PATH * program.scale else 0
+    y, last, rounds = program.lower, None, 0
+    damping, ratio = START_OF_PATH * program.scale, 0.1
+    while ratio < 0.9 and damping < 10 * program.scale:
         diagonal[:] = own + damping
         new, found, count, settled = _pivot_blocks(damped, state)
         rounds += count
-        if not settled:
-            ratio **= 0.5
+        if settled:
+            y, state, last, ratio = new, found, damping, ratio**2 if count <= 2 else ratio
+            if damping == 0:
+                return y, state, rounds, True
+        elif last is None:
+            damping *= 10
             continue
-        y, state, last, ratio = new, found, damping, ratio**2 if count <= 2 else ratio
-        if damping == 0:
-            return y, state, rounds, True
+        else:
+            ratio **= 0.5
+        damping = last * ratio if last > END_OF_PATH * program.scale else 0
     return y, state, rounds, False
 
 

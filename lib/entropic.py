@@ -103,8 +103,7 @@ def minimise_entropic(
     w, slope, gap = certified(np.maximum(start, TINY))
     rounds = 0
     for _ in range(MAX_STEPS):
-        if gap <= ROUNDING * scale:
-            break
+        settled = gap <= ROUNDING * scale
         logarithm = np.log(w / prior)
         model = hessian.copy()
         model.flat[:: len(w) + 1] += strength / (2 * w)
@@ -119,6 +118,12 @@ def minimise_entropic(
             corrections=1,
         )
         rounds += found.rounds
+        if settled:
+            # A gap of eps leaves weights to sqrt(eps), which one step more squares.
+            last = certified(found.x)
+            if last[2] <= ROUNDING * scale:
+                w, slope, gap = last
+            break
         step = found.x - w
         # Less its mean, as the step sums to 0 but for rounding.
         gradient = slope + strength * logarithm

@@ -17,7 +17,8 @@ whose gradient is infinite at 0, is not linearised in it: see `lib.entropic`.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, ScalarLike
+from jax.typing import ArrayLike
+from jaxtyping import Float
 from scipy.special import rel_entr
 
 from lib.active_set import Program, linear_gap, make_program, project
@@ -27,8 +28,6 @@ from lib.entropic import entropic_gap
 SUM_TOLERANCE = 1e-6
 # Asymmetry that float32 rounding explains, as a share of the largest entry.
 ASYMMETRY = 1e-5
-
-Vector = Float[np.ndarray, " n"] | Float[Array, " n"]
 
 
 class Quadratic(NamedTuple):
@@ -89,9 +88,7 @@ class Problem(NamedTuple):
 # Making problems
 
 
-def from_means(
-    means: Float[np.ndarray, "n d"] | Float[Array, "n d"], target_mean: Vector
-) -> Quadratic:
+def from_means(means: ArrayLike, target_mean: ArrayLike) -> Quadratic:
     """G = CC' with C = M - mu_Q, of mean embeddings M [N, D] and mu_Q [D], in float64.
 
     Raises ValueError on shapes that do not fit and on values that are not finite.
@@ -112,9 +109,7 @@ def from_means(
     return Quadratic(gram, factor, smallest, max(float(eigenvalues[-1]), 0.0))
 
 
-def from_gram(
-    gram: Float[np.ndarray, "n n"] | Float[Array, "n n"], cross: Vector, target_square: ScalarLike
-) -> Quadratic:
+def from_gram(gram: ArrayLike, cross: ArrayLike, target_square: ArrayLike) -> Quadratic:
     """G = A - b1' - 1b' + |mu_Q|^2 11' from A = `gram` [N, N], b = `cross` [N], `target_square`.
 
     A diagonal corrected for its bias (U-statistics) may leave G indefinite: `make_problem` lifts it
@@ -147,12 +142,12 @@ def from_gram(
 def make_problem(
     quadratic: Quadratic,
     *,
-    ridge: ScalarLike = 0.0,
-    floors: Vector | ScalarLike | None = None,
-    caps: Vector | ScalarLike | None = None,
-    prior: Vector | None = None,
-    l2_pull: ScalarLike = 0.0,
-    kl_pull: ScalarLike = 0.0,
+    ridge: ArrayLike = 0.0,
+    floors: ArrayLike | None = None,
+    caps: ArrayLike | None = None,
+    prior: ArrayLike | None = None,
+    l2_pull: ArrayLike = 0.0,
+    kl_pull: ArrayLike = 0.0,
 ) -> Problem:
     """The problem of the module. `floors` (0) and `caps` (1) are [N] or one number for all.
 
@@ -171,7 +166,8 @@ def make_problem(
     if floors is not None or caps is not None or (kl_pull and not prior.all()):
         lower, upper = _check_bounds(floors, caps, prior if kl_pull else None, n)
     diagonal = ridge + l2_pull
-    rounding = n * np.finfo(np.float64).eps * quadratic.largest_eigenvalue
+    extremes = np.abs([quadratic.smallest_eigenvalue, quadratic.largest_eigenvalue])
+    rounding = n * np.finfo(np.float64).eps * float(extremes.max())
     missing = -(quadratic.smallest_eigenvalue + diagonal)
     lift = missing if missing > rounding else 0.0
     hessian = quadratic.gram.copy()
@@ -302,6 +298,6 @@ def domains_kept(problem: Problem) -> np.ndarray:
     return np.flatnonzero((problem.prior > 0) & (problem.bounds[1] > 0))
 
 
-def nearest_weights(problem: Problem, weights: Vector) -> Float[np.ndarray, " n"]:
+def nearest_weights(problem: Problem, weights: ArrayLike) -> Float[np.ndarray, " n"]:
     """The feasible weights nearest to `weights`, such as those of a solver with tolerances."""
     return project(np.asarray(weights, np.float64), *problem.bounds, 1.0)

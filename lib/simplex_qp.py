@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int8
 
 from lib.active_set import AT_LOWER, AT_UPPER, DAMPING, FREE, Minimum, minimise
@@ -29,7 +30,6 @@ from lib.entropic import minimise_entropic
 from lib.mixing_problem import (  # noqa: F401  part of this module's interface
     Problem,
     Quadratic,
-    Vector,
     domains_kept,
     frank_wolfe_gap,
     from_gram,
@@ -46,7 +46,7 @@ with warnings.catch_warnings():
     import jaxopt
 
 # From this many domains on, a single problem starts with projected gradient steps.
-FIRST_PHASE = 256
+FIRST_PHASE = 200
 # Enough to find most of the support; they end before where the weights move by less.
 GRADIENT_STEPS, SMALLEST_MOVE = 100, 1e-4
 # Matrices of a batch that are on the device at a time.
@@ -78,7 +78,7 @@ class Solution(NamedTuple):
     rounds: int
 
 
-def solve(problem: Problem, *, start: Vector | None = None) -> Solution:
+def solve(problem: Problem, *, start: ArrayLike | None = None) -> Solution:
     """The weights of least objective, with their certificate.
 
     `start` [N] are weights to begin at, such as the solution of a similar problem; only which of
@@ -89,8 +89,10 @@ def solve(problem: Problem, *, start: Vector | None = None) -> Solution:
         return _solution(problem, _minimise_with_kl_pull(problem))
     if start is None and problem.size >= FIRST_PHASE:
         start = projected_gradient([problem])[0]
-    elif start is not None and np.shape(start) != (problem.size,):
-        raise ValueError(f"start must be [{problem.size}], got shape {np.shape(start)}")
+    elif start is not None:
+        start = np.asarray(start, np.float64)
+        if start.shape != (problem.size,):
+            raise ValueError(f"start must be [{problem.size}], got shape {start.shape}")
     damping = 0.0 if problem.condition < WORST_CONDITION else DAMPING * problem.scale
     return _solution(problem, minimise(problem.program, start=start, damping=damping))
 
@@ -205,21 +207,22 @@ def _project(y, bounds):
     high = jnp.max(jnp.minimum(upper, lower + 1 - jnp.sum(lower)) - y)
 
     def unfinished(state):
-        evaluations, _, _, _, missing = state
-        return (jnp.abs(missing) > 1e-14) & (evaluations < 60)
+        evaluations, _, _, _, found = state
+        return ~found & (evaluations < 60)
 
     def newton(state):
         evaluations, shift, low, high, _ = state
         shifted = y + shift
         missing = 1 - jnp.sum(jnp.clip(shifted, lower, upper))
         inside = jnp.sum((lower < shifted) & (shifted < upper))
+        found = jnp.abs(missing) <= 1e-14
         low, high = jnp.where(missing > 0, shift, low), jnp.where(missing > 0, high, shift)
         new = shift + missing / jnp.maximum(inside, 1)
         new = jnp.where((inside > 0) & (low <= new) & (new <= high), new, (low + high) / 2)
-        return evaluations + 1, new, low, high, missing
+        return evaluations + 1, jnp.where(found, shift, new), low, high, found
 
     centre = jnp.clip((1 - jnp.sum(y)) / y.size, low, high)
-    shift = lax.while_loop(unfinished, newton, (0, centre, low, high, jnp.inf))[1]
+    shift = lax.while_loop(unfinished, newton, (0, centre, low, high, False))[1]
     return jnp.clip(y + shift, lower, upper)
 
 

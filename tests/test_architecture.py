@@ -28,11 +28,13 @@ def test_lib_imports_no_experiment_and_torch_only_in_datasets(path):
     assert not {top for top in tops if top.startswith("xp_")}
     assert path.stem == "datasets" or not tops & {"torch", "torchvision"}
     assert path.stem in {"plotting"} or "matplotlib" not in tops
+    assert path.stem == "simplex_qp" or not tops & {"jaxopt", "cvxpy"}
     assert path.stem in INPUT_OUTPUT | {"gd"} or not tops & {"pathlib", "os", "io", "shutil"}
 
 
 def test_numerics_stand_below_the_flow_engine():
     below = {"sorting", "kernels", "sliced_wasserstein", "rff", "wow", "mmd"}
+    below |= {"active_set", "entropic", "mixing_problem", "simplex_qp"}
     above = {f"lib.{name}" for name in ("gd", "runs", "datasets", "plotting")}
     for path in LIB:
         if path.stem in below:

@@ -114,3 +114,23 @@ def test_transfer_benchmark_runs(tmp_path):
     ours, published = found["ours"], found["published"]
     assert 0 < ours["flow"] < ours["whole"]
     assert published["flow"] > 5_000 * found["per_step"]["published"]["step"]
+
+
+@pytest.mark.slow
+def test_solver_benchmark_runs(tmp_path):
+    out = tmp_path / "mixing_solvers.json"
+    command = [sys.executable, ROOT / "benchmarks" / "mixing_solvers.py", "--sizes", "3", "12"]
+    command += ["--kinds", "mixture", "domain", "--repeats", "2", "--replicates", "3"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command += ["--out", out]
+    subprocess.run([str(part) for part in command], check=True, env=environment, timeout=600)
+    found = json.loads(out.read_text())
+    assert [(one["size"], one["kind"]) for one in found["results"]] == [
+        (3, "mixture"), (3, "domain"), (12, "mixture"), (12, "domain"),
+    ]  # fmt: skip
+    for result in found["results"]:
+        for name, one in result["contenders"].items():
+            assert one["wall"] > 0
+            if "gap_to_scale" in one and name != "published":
+                assert one["gap_to_scale"] < (1e-14 if name == "ours" else 1e-9), name
+    assert found["bootstrap"]["largest_gap_to_scale"] < 1e-14
