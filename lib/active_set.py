@@ -173,7 +173,9 @@ def _solve(program, state):
     """One pass without certificate: the unknowns, their state and the systems solved."""
     y, found, rounds, settled = _pivot_blocks(program, state)
     if not settled:
-        y, found, more, settled = _follow_path(program, state)
+        # From where this came to, unless nothing but the multiplier is free there.
+        onward = found if np.count_nonzero(found == FREE) > 1 else state
+        y, found, more, settled = _follow_path(program, onward)
         rounds += more
     if not settled:
         y, found, more = _descend(program._replace(upper=program.upper_bounds()), y)
