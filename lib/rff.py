@@ -102,14 +102,30 @@ def random_fourier_features(
     [cos(W x / sigma), sin(W x / sigma)] / sqrt(D), [n, 2 D]: the D cosines, then the D sines. With
     `phases` b, sqrt(2 / D) cos(W x / sigma + b), [n, D], where z(x) . z(x) is 1 on average only.
     """
+    return features_of_projections(project(x, frequencies), bandwidth, phases=phases)
+
+
+def project(
+    x: Float[Array, "n d"], frequencies: Float[Array, "num_features d"]
+) -> Float[Array, "n num_features"]:
+    """W x for every row: what the features of all bandwidths have in common."""
     x = at_least_float32(x)
-    frequencies = frequencies.astype(x.dtype)
-    angles = jnp.matmul(x, frequencies.T, precision=lax.Precision.HIGHEST) / bandwidth
+    return jnp.matmul(x, frequencies.astype(x.dtype).T, precision=lax.Precision.HIGHEST)
+
+
+def features_of_projections(
+    projections: Float[Array, "n num_features"],
+    bandwidth: ScalarLike,
+    *,
+    phases: Float[Array, " num_features"] | None = None,
+) -> Float[Array, "n features"]:
+    """`random_fourier_features` from the products W x of `project`."""
+    angles, num_features = projections / bandwidth, projections.shape[1]
     if phases is not None:
-        angles = angles + phases.astype(x.dtype)[None, :]
-        return math.sqrt(2 / len(frequencies)) * jnp.cos(angles)
+        angles = angles + phases.astype(angles.dtype)[None, :]
+        return math.sqrt(2 / num_features) * jnp.cos(angles)
     pairs = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
-    return pairs / math.sqrt(len(frequencies))
+    return pairs / math.sqrt(num_features)
 
 
 def mean_embedding(

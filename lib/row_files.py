@@ -25,6 +25,11 @@ class RowFile:
     dtype: str  # as stored, one of `lib.row_formats.DTYPES`
     values: Plain | Compressed = dataclasses.field(repr=False)
 
+    @property
+    def name(self) -> str:
+        """The path: what `lib.rows.Rows` are called in messages."""
+        return str(self.path)
+
     def chunks(self, size: int, *, start: int = 0) -> Iterator[np.ndarray]:
         """The rows from `start` on, in order, as arrays [size, d], the last one perhaps shorter.
 
@@ -139,16 +144,6 @@ def _choose(path: Path, arrays: dict[str, StoredArray], key: str | None) -> tupl
             raise ValueError(f"{path} holds several tensors, choose one by its key: {listing}")
         arrays = matrices
     return next(iter(arrays.items()))
-
-
-def check_same_width(files: Sequence[RowFile]) -> None:
-    """Raises ValueError, naming two files, unless all have the same number of columns."""
-    for file in files[1:]:
-        if file.shape[1] != files[0].shape[1]:
-            raise ValueError(
-                f"rows differ in length: {files[0].path} has shape {files[0].shape}, {file.path} "
-                f"has shape {file.shape}"
-            )
 
 
 def check_distinct(paths: Iterable[str | Path]) -> None:

@@ -36,6 +36,8 @@ def test_numerics_stand_below_the_flow_engine():
     below = {"sorting", "kernels", "sliced_wasserstein", "rff", "wow", "mmd"}
     below |= {"active_set", "entropic", "mixing_problem", "simplex_qp"}
     above = {f"lib.{name}" for name in ("gd", "runs", "datasets", "plotting")}
+    below |= {"rows", "streamed_means", "exact_means"}
+    above = {f"lib.{name}" for name in ("gd", *INPUT_OUTPUT)}
     for path in LIB:
         if path.stem in below:
             assert not imports(path) & above, path.stem

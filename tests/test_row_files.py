@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.row_files import check_distinct, check_same_width, open_rows
+from lib.row_files import check_distinct, open_rows
+from lib.rows import check_same_width
 
 DTYPES = {
     "float16": torch.float16,
