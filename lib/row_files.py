@@ -37,17 +37,14 @@ class RowFile:
         the last chunk if values were NaN or infinite, with the number of such rows and the first,
         so that nothing that needs all the rows returns a result.
         """
-        if size < 1 or start < 0:
-            raise ValueError(f"{self.path}: size >= 1 and start >= 0, not {size} and {start}")
-        return self._checked(size, start)
+        return self._checked(self.stored_chunks(size, start=start), start)
 
-    def _checked(self, size: int, start: int) -> Iterator[np.ndarray]:
-        position, count, first = start, 0, -1
-        for raw in self.values.blocks(size, start):
-            chunk = _widen(raw, self.dtype)
+    def _checked(self, chunks: Iterable[np.ndarray], start: int) -> Iterator[np.ndarray]:
+        position, count, first = start, 0, None
+        for chunk in map(_widen, chunks):
             bad = _not_finite(chunk)
             if len(bad):
-                first = position + bad[0] if count == 0 else first
+                first = position + bad[0] if first is None else first
                 count += len(bad)
             position += len(chunk)
             yield chunk
@@ -56,6 +53,15 @@ class RowFile:
                 f"{self.path}: NaN or infinity in {count} of {position - start} rows, the first is "
                 f"row {first}"
             )
+
+    def stored_chunks(self, size: int, *, start: int = 0) -> Iterator[np.ndarray]:
+        """As `chunks`, but in the dtype stored and whatever the values: for where a device widens
+        and checks them, as `lib.streamed_means.stream_mean_embeddings` does.
+        """
+        if size < 1 or start < 0:
+            raise ValueError(f"{self.path}: size >= 1 and start >= 0, not {size} and {start}")
+        native = self.values.dtype.newbyteorder("=")
+        return (block.astype(native, copy=False) for block in self.values.blocks(size, start))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The rows `indices`, in that order, [len(indices), d] in the dtype of `chunks`.
@@ -68,7 +74,7 @@ class RowFile:
             raise IndexError(
                 f"{self.path} has {self.shape[0]} rows: no rows {wanted[0]} to {wanted[-1]}"
             )
-        rows = _widen(self.values.rows(wanted), self.dtype)
+        rows = _widen(self.values.rows(wanted))
         bad = _not_finite(rows)
         if len(bad):
             raise ValueError(
@@ -84,12 +90,9 @@ def _not_finite(rows: np.ndarray) -> np.ndarray:
     return np.array([], int) if finite.all() else np.flatnonzero(~finite.all(axis=1))
 
 
-def _widen(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored values as native float32 or float64, row-major; bfloat16 comes as its 16 bits."""
-    if dtype == "bfloat16":
-        # It is the upper half of a float32.
-        return np.left_shift(raw, 16, dtype=np.uint32, order="C").view(np.float32)
-    wide = np.float64 if dtype == "float64" else np.float32
+def _widen(raw: np.ndarray) -> np.ndarray:
+    """Stored values as native float32 or float64, row-major."""
+    wide = np.float64 if raw.dtype.itemsize == 8 else np.float32
     return raw.astype(wide, order="C", copy=False)
 
 

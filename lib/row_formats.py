@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -186,8 +187,10 @@ def _check_end(path: Path, end: int, available: int) -> None:
 
 
 def _stored_dtype(dtype: str) -> np.dtype:
-    """The little-endian NumPy dtype of one of `DTYPES`; of bfloat16, that of its 16 bits."""
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<")
+    """The NumPy dtype of one of `DTYPES`, little-endian."""
+    if dtype == "bfloat16":
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(dtype).newbyteorder("<")
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:

@@ -39,9 +39,11 @@ class ArrayRows:
     """
 
     def __init__(self, array: ArrayLike, name: str):
-        array = as_float(np.asarray(array), name)
+        array = np.asarray(array)
+        check_floating(array, name)
         if array.ndim != 2 or 0 in array.shape:
             raise ValueError(f"{name} must be [n, d] with n, d >= 1, got shape {array.shape}")
+        array = array.astype(jnp.promote_types(array.dtype, jnp.float32), copy=False)
         finite = np.isfinite(array).all(axis=1)
         if not finite.all():
             raise ValueError(
@@ -60,13 +62,6 @@ class ArrayRows:
 def as_rows(sample: Any, name: str) -> Rows:
     """`sample` itself if it is read in pieces, else `ArrayRows` of that name."""
     return sample if isinstance(sample, Rows) else ArrayRows(sample, name)
-
-
-def as_float(array: Shaped[np.ndarray, "..."], name: str) -> Float[np.ndarray, "..."]:
-    """float64 and float32 as they are, half precision as float32; ValueError on other dtypes."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"{name} must be floating point, got {array.dtype}")
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32), copy=False)
 
 
 def check_same_width(samples: Sequence[Rows]) -> None:
@@ -119,12 +114,18 @@ def one_behind(results: Iterable[Any]) -> Iterator[Any]:
         yield jax.device_get(previous)
 
 
-def fill_up(rows: Float[np.ndarray, "n d"], size: int) -> Float[np.ndarray, "size d"]:
+def fill_up(rows: Shaped[np.ndarray, "n d"], size: int) -> Shaped[np.ndarray, "size d"]:
     """`rows` and then copies of the last one, which move no mean far; to be left out of sums."""
     return np.pad(rows, ((0, size - len(rows)), (0, 0)), mode="edge") if len(rows) < size else rows
 
 
 # At the door
+
+
+def check_floating(array: Shaped[np.ndarray, "..."], name: str) -> None:
+    """Raises ValueError unless the dtype is floating point, of half precision at least."""
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize not in (2, 4, 8):
+        raise ValueError(f"{name} must be floating point, got {array.dtype}")
 
 
 def check_bandwidths(bandwidths: Sequence[ArrayLike] | ArrayLike) -> Float[np.ndarray, " S"]:

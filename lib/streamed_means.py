@@ -20,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
+from lib.kernels import at_least_float32
 from lib.rff import features_of_projections, project
-from lib.rows import as_float, check_bandwidths, fill_up, one_behind, read_ahead
+from lib.rows import check_bandwidths, check_floating, fill_up, one_behind, read_ahead
 
 # Chunks are filled up to a multiple of so many rows: few shapes, so few compilations.
 ROW_MULTIPLE = 256
@@ -62,15 +63,19 @@ def stream_mean_embeddings(
     num_blocks: int = 1,
     block_key: Key[Array, ""] | None = None,
     devices: Sequence[jax.Device] | None = None,
+    name: str = "the sample",
 ) -> StreamedMeans:
     """mu_s = 1/n sum_i z_s(x_i - offset) for each bandwidth, from one pass over chunks of rows.
 
+        file = open_rows(path)
+        stream_mean_embeddings(file.stored_chunks(1024), frequencies, bandwidths, name=file.name)
+
     z_s are the features of `lib.rff.random_fourier_features` with bandwidth s, pairs (F = 2 D) or
     with `phases` cosines (F = D). All bandwidths share the product W x. Chunks [size, d] of any
-    sizes are computed in float32, or in float64 within a local scope where they are float64; sums
-    over chunks are float64. The rows of a chunk are shared out over `devices`, by default all local
-    ones; each holds its part of two chunks, of the D products and of one bandwidth's F features.
-    The next chunks are read by a thread meanwhile: up to five lie on the host.
+    sizes are computed in float32, half precision too, and float64 ones in float64, within a local
+    scope; sums over chunks are float64. The rows of a chunk are shared out over `devices`, by
+    default all local ones; each holds its part of two chunks, of the D products and of one
+    bandwidth's F features. A thread reads ahead meanwhile: up to five chunks lie on the host.
 
     With `num_blocks` B > 1 rows are put into blocks at random by `block_key` (see `row_blocks`),
     and sums are kept by block. With weights w of the blocks, multinomial or Poisson,
@@ -78,7 +83,8 @@ def stream_mean_embeddings(
     a second pass. Where n <= B a block is one row or none: that is the bootstrap over rows.
 
     Raises ValueError on no rows, unequal widths, a dtype that is not floating point, bandwidths
-    that are not positive, values that are not finite; and whatever `chunks` raises.
+    that are not positive, whatever `chunks` raises; and after the last chunk on NaN and infinity,
+    with `name`, the number of such rows and the first (a row too large to be multiplied counts).
     """
     bandwidths, num_features = check_bandwidths(bandwidths), len(frequencies)
     if num_blocks < 1 or (num_blocks > 1 and block_key is None):
@@ -92,42 +98,49 @@ def stream_mean_embeddings(
     def sums():
         nonlocal num_rows, size
         for chunk in read_ahead(chunks):
-            chunk = as_float(np.asarray(chunk), "a chunk")
+            chunk = np.asarray(chunk)
+            check_floating(chunk, name)
             if chunk.ndim != 2 or chunk.shape[1] != frequencies.shape[1]:
                 raise ValueError(
-                    f"rows of {frequencies.shape[1]} columns are needed for frequencies of shape "
-                    f"{frequencies.shape}, got a chunk of shape {chunk.shape}"
+                    f"{name}: rows of {frequencies.shape[1]} columns are needed for frequencies of "
+                    f"shape {frequencies.shape}, got a chunk of shape {chunk.shape}"
                 )
             if not len(chunk):
                 continue
             size = max(size, -(-len(chunk) // multiple) * multiple)
-            with jax.enable_x64(chunk.dtype == np.float64):
+            dtype = np.float64 if chunk.dtype == np.float64 else np.float32
+            with jax.enable_x64(dtype == np.float64):
                 found = _chunk_sums(
                     jax.device_put(fill_up(chunk, size), by_rows),
                     len(chunk),
                     num_rows,
                     block_key,
                     frequencies,
-                    bandwidths.astype(chunk.dtype),
+                    bandwidths.astype(dtype),
                     phases,
-                    None if offset is None else np.asarray(offset, chunk.dtype),
+                    None if offset is None else np.asarray(offset, dtype),
                     mesh=mesh,
                     num_blocks=num_blocks,
                 )
             num_rows += len(chunk)
             # Outside the scope: a generator that stops inside would leave it to its caller.
-            yield found
+            yield found, num_rows - len(chunk)
 
     num_columns = num_features if phases is not None else 2 * num_features
     block_sums = np.zeros((num_blocks, len(bandwidths), num_columns))
     block_sizes = np.zeros(num_blocks, np.int64)
-    for chunk_sums, chunk_sizes in one_behind(sums()):
+    bad_rows = []
+    for (chunk_sums, chunk_sizes, not_finite), first_row in one_behind(sums()):
         block_sums += np.swapaxes(chunk_sums, 0, 1)
         block_sizes += chunk_sizes
+        bad_rows.extend(first_row + np.flatnonzero(not_finite))
     if not num_rows:
-        raise ValueError("no rows")
-    if not np.isfinite(block_sums).all():
-        raise ValueError("NaN or infinity in the rows, or values too large to be multiplied")
+        raise ValueError(f"{name} has no rows")
+    if bad_rows:
+        raise ValueError(
+            f"{name}: NaN or infinity in {len(bad_rows)} of {num_rows} rows, the first is row "
+            f"{bad_rows[0]}"
+        )
     return StreamedMeans(block_sums.sum(axis=0) / num_rows, num_rows, block_sums, block_sizes)
 
 
@@ -145,13 +158,14 @@ def _chunk_sums(
     mesh,
     num_blocks,
 ):
-    """Sums [S, B, F] over the first `num_rows` rows, and the number of rows in each block."""
+    """Of the first `num_rows` rows: sums [S, B, F], sizes of the blocks, which are not finite."""
     blocks = jnp.zeros(len(rows), int)
     if num_blocks > 1:
         blocks = row_blocks(block_key, first_row, len(rows), num_blocks)
     blocks = jnp.where(jnp.arange(len(rows)) < num_rows, blocks, -1)
 
     def on_one_device(rows, blocks, frequencies, bandwidths, phases, offset):
+        rows = at_least_float32(rows)
         rows = rows if offset is None else rows - offset[None, :]
         projections = project(rows, frequencies)
         # A product with the blocks' indicators sums in the same order always; a scatter may not.
@@ -162,12 +176,14 @@ def _chunk_sums(
             return jnp.matmul(members, features, precision=lax.Precision.HIGHEST)
 
         sizes = jnp.sum(members, axis=1).astype(int)
-        return lax.psum((lax.map(sums, bandwidths), sizes), "rows")
+        # NaN and infinity leave no product finite, so that one of them tells.
+        not_finite = ~jnp.isfinite(projections[:, 0]) & (blocks >= 0)
+        return *lax.psum((lax.map(sums, bandwidths), sizes), "rows"), not_finite
 
     shared = frequencies, bandwidths, phases, offset
     return jax.shard_map(
         on_one_device,
         mesh=mesh,
         in_specs=(Spec("rows"), Spec("rows"), *(Spec(),) * len(shared)),
-        out_specs=Spec(),
+        out_specs=(Spec(), Spec(), Spec("rows")),
     )(rows, blocks, *shared)

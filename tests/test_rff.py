@@ -12,6 +12,7 @@ from scipy.stats import chi, kstest, t
 from lib.kernels import gaussian, imq, laplace
 from lib.mmd import mmd_squared, mmd_squared_unbiased
 from lib.rff import (
+    cos_sin,
     gaussian_frequencies,
     imq_frequencies,
     laplace_frequencies,
@@ -131,6 +132,39 @@ def test_dtype_follows_the_data():
         expected = np.cos(x @ np.asarray(frequencies, float).T) / np.sqrt(6)
         assert features.dtype == jnp.float64
         np.testing.assert_allclose(features[:, :6], expected, rtol=1e-12)
+
+
+def test_cos_and_sin_in_single_precision():
+    """To 1e-7 up to 1e4; after that to the rounding of the angle, and never past 1."""
+    near = np.linspace(-30, 30, 20_001)
+    quarters = np.arange(-50, 51) * (np.pi / 4)
+    far = np.concatenate([np.geomspace(1, 1e4, 20_001), -np.geomspace(1, 1e4, 20_001)])
+    angles = np.concatenate([near, quarters, far]).astype("f")
+    found = jax.jit(cos_sin)(angles)
+    for values, exact in zip(found, (np.cos(angles.astype(float)), np.sin(angles.astype(float)))):
+        assert values.dtype == jnp.float32
+        assert np.abs(values - exact).max() < 1.2e-7
+    huge = np.geomspace(1e4, 3e38, 20_001).astype("f")
+    cos, sin = jax.jit(cos_sin)(huge)
+    np.testing.assert_allclose(np.square(cos) + np.square(sin), 1, atol=1e-5)
+    known = huge < 1e6
+    error = np.hypot(cos - np.cos(huge.astype(float)), sin - np.sin(huge.astype(float)))
+    assert np.max(error[known] / np.spacing(huge[known])) < 1
+    for value in jax.jit(cos_sin)(np.array([np.nan, np.inf, -np.inf], "f")):
+        assert np.isnan(value).all()
+
+
+def test_derivatives_of_cos_and_sin(x64):
+    angles = np.linspace(-9, 9, 50)
+    for order, (cos, sin) in ((1, (-np.sin(angles), np.cos(angles))),
+                              (2, (-np.cos(angles), -np.sin(angles)))):  # fmt: skip
+        for which, expected in ((0, cos), (1, sin)):
+            derivative = lambda angle, which=which: cos_sin(angle)[which]  # noqa: E731
+            for _ in range(order):
+                derivative = jax.grad(derivative)
+            for dtype, tolerance in ((np.float32, 1e-6), (np.float64, 1e-14)):
+                found = jax.jit(jax.vmap(derivative))(angles.astype(dtype))
+                np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("phased", [False, True])

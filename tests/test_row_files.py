@@ -98,6 +98,9 @@ def test_every_format_and_dtype(tmp_path, kind, dtype):
                 assert chunk.dtype == expected.dtype
                 assert chunk.flags.c_contiguous
             np.testing.assert_array_equal(np.concatenate(chunks), expected[start:])
+    stored = np.concatenate(list(file.stored_chunks(5, start=3)))
+    assert stored.dtype.name == dtype
+    np.testing.assert_array_equal(stored.astype(expected.dtype), expected[3:])
     indices = [22, 0, 5, 5, 4]
     np.testing.assert_array_equal(file.take(indices), expected[indices])
     assert file.take([]).shape == (0, 7)

@@ -209,12 +209,12 @@ def test_bad_input():
     bad = rows.copy()
     bad[2, 1] = np.inf
     for chunks, bandwidths, options, message in (
-        ([], BANDWIDTHS, {}, "no rows"),
-        ([rows[:0]], BANDWIDTHS, {}, "no rows"),
+        ([], BANDWIDTHS, {}, "the sample has no rows"),
+        ([rows[:0]], BANDWIDTHS, {"name": "x.pt"}, r"x\.pt has no rows"),
         ([rows[:, :3]], BANDWIDTHS, {}, r"rows of 5 columns.*a chunk of shape \(4, 3\)"),
         ([rows[0]], BANDWIDTHS, {}, r"a chunk of shape \(5,\)"),
-        ([rows.astype(int)], BANDWIDTHS, {}, "a chunk must be floating point, got int64"),
-        ([rows, bad], BANDWIDTHS, {}, "NaN or infinity"),
+        ([rows.astype(int)], BANDWIDTHS, {}, "the sample must be floating point, got int64"),
+        ([rows, bad], BANDWIDTHS, {}, "NaN or infinity in 1 of 8 rows, the first is row 6"),
         ([rows], [1.0, 0.0], {}, r"positive and finite, got \[1. 0.\]"),
         ([rows], [np.nan], {}, "positive and finite"),
         ([rows], [], {}, "must be a vector"),
@@ -240,10 +240,26 @@ def test_files(tmp_path):
     found = stream_mean_embeddings(file.chunks(7), FREQUENCIES, BANDWIDTHS)
     expected = by_hand(tensor.float().numpy()).mean(axis=0)
     np.testing.assert_allclose(found.means, expected, rtol=0, atol=3e-7)
+    stored = stream_mean_embeddings(file.stored_chunks(7), FREQUENCIES, BANDWIDTHS)
+    np.testing.assert_array_equal(stored.means, found.means)
     tensor[[29, 3], 0] = torch.nan
     torch.save(tensor, tmp_path / "rows.pt")
-    with pytest.raises(ValueError, match=r"rows\.pt: NaN or infinity in 2 of 30 rows.* row 3$"):
-        stream_mean_embeddings(file.chunks(7), FREQUENCIES, BANDWIDTHS)
+    for chunks in (file.chunks(7), file.stored_chunks(7)):
+        with pytest.raises(ValueError, match=r"rows\.pt: NaN or infinity in 2 of 30 .* row 3$"):
+            stream_mean_embeddings(chunks, FREQUENCIES, BANDWIDTHS, name=file.name)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("offset", [None, np.ones(DIMENSION)])
+def test_rows_that_are_not_finite(dtype, bad, offset):
+    rows = normal(0, 300, DIMENSION).astype(dtype)
+    for column in range(DIMENSION):
+        rows[50 * column + 17, column] = bad
+    rows[299] = bad
+    for chunks in ([rows], cut(rows, 20, 290)):
+        with pytest.raises(ValueError, match="infinity in 6 of 300 rows, the first is row 17"):
+            stream_mean_embeddings(chunks, FREQUENCIES, BANDWIDTHS, offset=offset)
 
 
 # The pipeline
@@ -357,7 +373,7 @@ unit = 1 if sys.platform == "darwin" else 1024
 frequencies = jax.block_until_ready(gaussian_frequencies(jax.random.key(0), 100, 8192))
 file = open_rows(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = stream_mean_embeddings(file.chunks(256), frequencies, [50.0, 100.0])
+found = stream_mean_embeddings(file.stored_chunks(256), frequencies, [50.0, 100.0])
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print((after - before) * unit, found.num_rows)
 """
