@@ -128,8 +128,7 @@ def _block_sums(x, x_sets, y, y_sets, bandwidths, *, width):
     left, right = (jax.nn.one_hot(k, width, dtype=jnp.float64) for k in (x_sets, y_sets))
 
     def sums(bandwidth):
-        gram = jnp.exp(-distances / (2 * bandwidth**2)).astype(jnp.float64)
-        return left.T @ (gram @ right)
+        return left.T @ (jnp.exp(-distances / (2 * bandwidth**2)) @ right)
 
     return lax.map(sums, bandwidths)
 

@@ -134,3 +134,15 @@ def test_solver_benchmark_runs(tmp_path):
             if "gap_to_scale" in one and name != "published":
                 assert one["gap_to_scale"] < (1e-14 if name == "ours" else 1e-9), name
     assert found["bootstrap"]["largest_gap_to_scale"] < 1e-14
+def test_mixing_stream_benchmark_runs(tmp_path):
+    out = tmp_path / "mixing_stream.json"
+    command = [sys.executable, ROOT / "benchmarks" / "mixing_stream.py", "--files", "2"]
+    command += ["--rows", "700", "--dimension", "32", "--num_features", "50", "--num_blocks", "3"]
+    command += ["--chunk_size", "256", "--folder", tmp_path, "--out", out]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([str(part) for part in command], check=True, env=environment, timeout=600)
+    found = json.loads(out.read_text())
+    assert [r["stream"]["rows"] for r in found["rounds"]] == [700, 700]
+    assert found["binds"] in {"disk", "product"}
+    assert 0 < found["resident_bytes"]["before"] <= found["resident_bytes"]["peak"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mixing_stream.json"]

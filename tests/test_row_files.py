@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from lib import row_formats
 from lib.row_files import check_distinct, open_rows
 from lib.rows import check_same_width
 
@@ -144,6 +145,18 @@ def test_tensors_that_are_views(tmp_path, view, dtype):
         np.testing.assert_array_equal(np.concatenate(list(file.chunks(size))), expected)
     last = len(expected) - 1
     np.testing.assert_array_equal(file.take([last, 0]), expected[[last, 0]])
+
+
+@pytest.mark.parametrize("view", ["transposed", "some columns", "every third row"])
+def test_no_more_is_read_than_is_needed(tmp_path, monkeypatch, view):
+    tensor = VIEWS[view](values())
+    torch.save(tensor, tmp_path / "view.pt")
+    read, fill = [], row_formats._fill
+    monkeypatch.setattr(
+        row_formats, "_fill", lambda file, path, raw: read.append(len(raw)) or fill(file, path, raw)
+    )
+    list(open_rows(tmp_path / "view.pt").chunks(4))
+    assert sum(read) == 4 * tensor.numel()
 
 
 def test_arrays_stored_by_columns(tmp_path):
@@ -422,6 +435,7 @@ def test_the_same_file_twice(tmp_path, monkeypatch):
 
 READ_ALL = """
 import resource, sys
+from lib import row_formats
 from lib.row_files import open_rows
 unit = 1 if sys.platform == "darwin" else 1024
 file = open_rows(sys.argv[1])
