@@ -19,6 +19,20 @@ Logits = Float[Array, "n classes"]
 torch_like = variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+class MLP(nn.Module):
+    """Dense layers of `hidden` units with ReLU between them, on images as rows of pixels."""
+
+    num_classes: int = 10
+    hidden: tuple[int, ...] = (128,)
+
+    @nn.compact
+    def __call__(self, images: Images) -> Logits:
+        x = images.reshape(len(images), -1)
+        for units in self.hidden:
+            x = nn.relu(nn.Dense(units)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al., 1998) with ReLU and average pooling.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from jax import lax
 
-from lib.networks import ConvNet, LeNet5, _PatchConv, _pool, torch_like
+from lib.networks import MLP, ConvNet, LeNet5, _PatchConv, _pool, torch_like
 
 x64 = pytest.mark.usefixtures("x64")
 
@@ -153,6 +153,22 @@ def test_lenet_and_its_gradients(first_kernel, shape):
     )
     assert results[0].shape == (shape[0], 10)
     assert_same(results, expected)
+
+
+@x64
+@pytest.mark.parametrize("hidden", [(), (7,), (7, 6)])
+def test_mlp_and_its_gradients(hidden):
+    network, images = MLP(num_classes=4, hidden=hidden), normal(0, 5, 3, 4, 2)
+    weights, parameters = normal(1, 5, 4), random_parameters(network, images)
+
+    def layers(p, x):
+        x = x.permute(0, 2, 3, 1).flatten(1)
+        for i in range(len(hidden)):
+            x = F.relu(dense(x, p[f"Dense_{i}"]))
+        return dense(x, p[f"Dense_{len(hidden)}"])
+
+    results = value_and_gradients(network, parameters, images, weights)
+    assert_same(results, by_torch(layers, parameters, images, weights))
 
 
 @x64
