@@ -62,7 +62,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` when complete, or leaves no trace."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -78,7 +78,7 @@ def _atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Writes `content` to `path`: at every moment the file there is the old one or the new one."""
-    with _atomic(path) as file:
+    with atomic_file(path) as file:
         file.write(content)
 
 
@@ -143,7 +143,7 @@ def save_arrays(path: str | os.PathLike, /, **arrays: Any) -> None:
         members[name] = array
     if dtypes:
         members[_DTYPES] = np.asarray(json.dumps(dtypes))
-    with _atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in members.items():
             # A ZipInfo carries a constant date: the same arrays make the same file.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
