@@ -134,6 +134,8 @@ def test_solver_benchmark_runs(tmp_path):
             if "gap_to_scale" in one and name != "published":
                 assert one["gap_to_scale"] < (1e-14 if name == "ours" else 1e-9), name
     assert found["bootstrap"]["largest_gap_to_scale"] < 1e-14
+
+
 def test_mixing_stream_benchmark_runs(tmp_path):
     out = tmp_path / "mixing_stream.json"
     command = [sys.executable, ROOT / "benchmarks" / "mixing_stream.py", "--files", "2"]
