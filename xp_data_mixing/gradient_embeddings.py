@@ -1,6 +1,6 @@
 """Per-example gradients of any flax or plain JAX model, projected at random, as files to mix by.
 
-    python xp_data_mixing/gradient_embeddings.py --dataset fashion_mnist --out_dir results/embeddings
+    python xp_data_mixing/gradient_embeddings.py --dataset fashion_mnist --out_dir embeddings
 
 For a model of one's own, with `loss(parameters, example)` the loss of one example:
 
