@@ -1,0 +1,212 @@
+"""Kernel mean embeddings of samples by blocks of rows: what mixing weights are computed from.
+
+Each sample's rows go into blocks at random, and sums are kept by block: as random Fourier features
+(one pass over the rows), or as the Gaussian kernel's own sums between blocks (quadratic in the
+rows). A bootstrap draw, or a fold left out, is then a count of each block, without another pass.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from lib.exact_means import exact_gram_of_means
+from lib.rows import Rows, joined
+from lib.streamed_means import stream_mean_embeddings
+
+# Means of resampled groups that are in memory at a time.
+CHUNK_BYTES = 2**28
+
+OnRows = Callable[[int], None]
+"""Told how many rows were read since the last call."""
+
+
+class BlockMoments(NamedTuple):
+    """G groups of rows in at most B blocks each; host, float64. One of `sums`, `products` is None.
+
+    sizes [G, B]            rows of each block, 0 where there is none
+    sums [G, B, F]          of the rows' features
+    products [G, B, G, B]   sums of the kernel over the rows of each two blocks
+    """
+
+    sizes: Int[np.ndarray, "G B"]
+    sums: Float[np.ndarray, "G B F"] | None
+    products: Float[np.ndarray, "G B G B"] | None
+
+    @property
+    def filled(self) -> np.ndarray:
+        """Which blocks hold rows, [G, B]."""
+        return self.sizes > 0
+
+
+# Samples in pieces
+
+
+class Pooled:
+    """Several samples, one after the other, as one (`lib.rows.Rows`)."""
+
+    def __init__(self, samples: Sequence[Rows]):
+        self.samples = list(samples)
+        self.name = ", ".join(rows.name for rows in samples)
+        self.ends = np.cumsum([rows.shape[0] for rows in samples])
+        self.shape = (int(self.ends[-1]), samples[0].shape[1])
+        double = any(str(rows.dtype) == "float64" for rows in samples)
+        self.dtype = "float64" if double else "float32"
+
+    def chunks(self, size: int, *, start: int = 0) -> Iterator[np.ndarray]:
+        return joined(self.samples, size, start=start)
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        indices = np.asarray(indices, int)
+        owners = np.searchsorted(self.ends, indices, side="right")
+        taken = np.empty((len(indices), self.shape[1]), self.dtype)
+        for owner in np.unique(owners):
+            rows = self.samples[owner]
+            first = self.ends[owner] - rows.shape[0]
+            taken[owners == owner] = rows.take(indices[owners == owner] - first)
+        return taken
+
+
+class Selected:
+    """The rows `indices` of a sample, in that order (`lib.rows.Rows`)."""
+
+    def __init__(self, rows: Rows, indices: np.ndarray, on_rows: OnRows | None = None):
+        self.rows, self.indices, self.on_rows = rows, indices, on_rows
+        self.name, self.dtype, self.shape = rows.name, rows.dtype, (len(indices), rows.shape[1])
+
+    def chunks(self, size: int, *, start: int = 0) -> Iterator[np.ndarray]:
+        for first in range(start, len(self.indices), size):
+            yield self.take(np.arange(first, min(first + size, len(self.indices))))
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        if self.on_rows is not None:
+            self.on_rows(len(indices))
+        return self.rows.take(self.indices[indices])
+
+
+# Moments
+
+
+def feature_moments(
+    block_key: Key[Array, ""],
+    groups: Sequence[Rows],
+    frequencies: Float[Array, "D d"],
+    bandwidth: float,
+    *,
+    num_blocks: int,
+    chunk_size: int = 1024,
+    devices: Sequence[jax.Device] | None = None,
+    on_rows: OnRows | None = None,
+) -> BlockMoments:
+    """Sums of the features [cos(W x / sigma), sin(W x / sigma)] (F = 2 D), not divided by sqrt(D).
+
+    One pass, of which `lib.streamed_means` says what is in memory. The origin is put where the last
+    group's first rows are on average: kernels do not depend on it, rounding does.
+    """
+    offset = next(iter(groups[-1].chunks(256))).mean(axis=0, dtype=np.float64)
+    found = []
+    for rows in groups:
+        chunks = getattr(rows, "stored_chunks", rows.chunks)(chunk_size)
+        streamed = stream_mean_embeddings(
+            chunks if on_rows is None else _counted(chunks, on_rows),
+            frequencies,
+            [bandwidth],
+            offset=offset,
+            num_blocks=num_blocks,
+            block_key=block_key,
+            devices=devices,
+            name=rows.name,
+        )
+        found.append((streamed.block_sizes, streamed.block_sums[:, 0]))
+    sizes, sums = map(np.stack, zip(*found))
+    return BlockMoments(sizes, sums * np.sqrt(len(frequencies)), None)
+
+
+def _counted(chunks, on_rows):
+    for chunk in chunks:
+        yield chunk
+        on_rows(len(chunk))
+
+
+def split_features(moments: BlockMoments, first: int) -> tuple[BlockMoments, BlockMoments]:
+    """The features of the `first` frequencies and those of the others, each with |z(x)| = 1."""
+    cosines, sines = np.split(moments.sums, 2, axis=-1)
+    count = cosines.shape[-1]
+    parts = []
+    for part in (slice(0, first), slice(first, count)):
+        both = np.concatenate([cosines[..., part], sines[..., part]], axis=-1)
+        parts.append(moments._replace(sums=both / np.sqrt(max(1, both.shape[-1] // 2))))
+    return tuple(parts)
+
+
+def exact_moments(
+    block_key: Key[Array, ""],
+    groups: Sequence[Rows],
+    bandwidth: float,
+    *,
+    num_blocks: int,
+    block_size: int = 1024,
+    on_rows: OnRows | None = None,
+) -> BlockMoments:
+    """Sums of the Gaussian kernel itself between blocks: see `lib.exact_means` for what it costs.
+
+    Rows are read by their number, in a random order.
+    """
+    num_blocks = min(num_blocks, max(rows.shape[0] for rows in groups))
+    pieces, places = [], []
+    for g, rows in enumerate(groups):
+        order = np.asarray(jax.random.permutation(block_key, rows.shape[0]))
+        parts = np.array_split(order, min(num_blocks, len(order)))
+        pieces += [Selected(rows, part, on_rows) for part in parts]
+        places += [g * num_blocks + b for b in range(len(parts))]
+    # The last block stands for the target there: here it is one of many.
+    means = exact_gram_of_means(pieces[:-1], pieces[-1], [bandwidth], block_size=block_size)
+    cross = means.b[0][:, None]
+    counts = np.array([piece.shape[0] for piece in pieces], float)
+    products = np.zeros((len(groups) * num_blocks,) * 2)
+    products[np.ix_(places, places)] = np.block([[means.a[0], cross], [cross.T, means.q[0]]])
+    sizes = np.zeros(len(products), int)
+    sizes[places] = counts
+    products *= sizes[:, None] * sizes[None, :]
+    shape = (len(groups), num_blocks)
+    return BlockMoments(sizes.reshape(shape), None, products.reshape(shape * 2))
+
+
+def grams(moments: BlockMoments, counts: Float[np.ndarray, "R G B"]) -> Iterator[np.ndarray]:
+    """Gram matrices [G, G] of the groups' means, for each row of `counts`: blocks counted so often.
+
+    Every group must keep a row.
+    """
+    weights = counts / np.einsum("rgb,gb->rg", counts, moments.sizes.astype(float))[:, :, None]
+    sums, num_groups = moments.sums, counts.shape[1]
+    if sums is None:
+        flat = moments.products.reshape(*moments.sizes.shape, -1)
+    row_bytes = 8 * num_groups * (flat.shape[-1] if sums is None else sums.shape[-1])
+    size = max(1, CHUNK_BYTES // row_bytes)
+    for first in range(0, len(weights), size):
+        some = weights[first : first + size]
+        by_group = np.swapaxes(some, 0, 1)
+        if sums is not None:
+            means = np.swapaxes(by_group @ sums, 0, 1)
+            yield from means @ np.swapaxes(means, 1, 2)
+        else:
+            partial = (by_group @ flat).reshape(num_groups, len(some), *moments.sizes.shape)
+            yield from np.einsum("grhb,rhb->rgh", partial, some)
+
+
+def bootstrap_counts(
+    rng: np.random.Generator, moments: BlockMoments, replicates: int
+) -> Float[np.ndarray, "R G B"]:
+    """How often each block is drawn, for every group, the target's too, by itself.
+
+    Of K blocks K - 1 are drawn with replacement, so that the variance over draws is an unbiased
+    estimate of the mean's (Rao and Wu, Resampling inference with complex survey data, 1988). A
+    group of one block stays as it is: its noise is unknown.
+    """
+    counts = np.zeros((replicates, *moments.sizes.shape))
+    for g, filled in enumerate(moments.filled):
+        k = int(filled.sum())
+        counts[:, g, filled] = rng.multinomial(max(1, k - 1), np.full(k, 1 / k), size=replicates)
+    return counts

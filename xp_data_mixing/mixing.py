@@ -1,0 +1,342 @@
+"""Mixing weights of N sets for a target, with what a practitioner needs beside them.
+
+    result = estimate(jax.random.key(0), sets, target, bootstrap=200)
+    result.weights, result.intervals, result.warnings
+
+The weights minimise MMD^2 between the mixture and the target (`lib.mixing_problem`), with kernel
+means from one pass over the rows or exact ones (`xp_data_mixing.block_moments`). No files, no
+printing: samples are arrays or `lib.rows.Rows`. Everything after the means is float64.
+
+Intervals are percentiles of the weights of resampled data. Each replicate draws blocks of rows of
+every set and of the target anew and solves its own QP. A mean of drawn blocks carries the noise of
+the drawing on top of that of the data, which would add v_i / n_i once more to A_ii and so push
+all replicates towards equal weights: that known bias is taken off, so that the quadratics have on
+average the minimum that the weights are. At the boundary the replicates keep what lies behind it: where the unconstrained optimum has w_i far below 0 so have the replicates, and the
+interval is [0, 0]; where it is just below, some replicates come out above.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
+
+from lib.exact_means import streamed_median_bandwidth
+from lib.rff import gaussian_frequencies
+from lib.rows import as_rows, check_bandwidths, check_same_width
+from lib.simplex_qp import (
+    Problem,
+    from_gram,
+    make_problem,
+    solve,
+    solve_batch,
+    solve_with_cvxpy,
+)
+from xp_data_mixing.block_moments import (
+    BlockMoments,
+    OnRows,
+    Pooled,
+    bootstrap_counts,
+    exact_moments,
+    feature_moments,
+    grams,
+    split_features,
+)
+from xp_data_mixing.mixing_warnings import find_warnings
+
+FOLDS = 5
+"""Of the held-out MMD^2."""
+
+
+class Baselines(NamedTuple):
+    """MMD^2 to the target of four mixtures."""
+
+    uniform: float
+    size_proportional: float
+    best_single: float
+    optimal: float
+
+
+class MixingResult(NamedTuple):
+    """What `estimate` returns; arrays are float64 on the host.
+
+    weights [N]          sum 1, never negative
+    intervals [N, 2]     None without bootstrap
+    replicates [R, N]    the weights of the bootstrap, R = 0 without
+    objective, gap, condition, lift   see `lib.simplex_qp.Solution`
+    mmd_squared          on the rows that the weights were found on; V- or U-statistic as asked
+    held_out             U-statistics (unbiased, of any sign), means over folds: weights, and the
+                         best single set, found without the fold's rows, evaluated on them alone and
+                         with other frequencies; None where a set has too few rows
+    fold_weights [K, N]  the weights of these folds
+    best_single          the set that comes closest alone
+    marginal_values [N]  rise of the minimum when the set is left out; infinite where nothing
+                         feasible is left
+    noise [N + 1]        v / n: squared error of each set's mean embedding, last the target's
+    kernel_mean          of rows of one set, on average over the sets: near 1 or 0 the bandwidth is
+                         far too wide or narrow
+    undetermined         directions in weight space along which MMD^2 changes less than by noise
+    """
+
+    weights: Float[np.ndarray, " N"]
+    intervals: Float[np.ndarray, "N 2"] | None
+    replicates: Float[np.ndarray, "R N"]
+    objective: float
+    gap: float
+    condition: float
+    lift: float
+    mmd_squared: Baselines
+    held_out: Baselines | None
+    fold_weights: Float[np.ndarray, "K N"]
+    best_single: int
+    marginal_values: Float[np.ndarray, " N"]
+    noise: Float[np.ndarray, " M"]
+    kernel_mean: float
+    undetermined: int
+    bandwidth: float
+    sizes: Int[np.ndarray, " N"]
+    target_size: int
+    names: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def estimate(
+    key: Key[Array, ""],
+    sets: Sequence[Any],
+    target: Any,
+    *,
+    bandwidth: float | Literal["auto"] = "auto",
+    num_features: int = 1000,
+    estimator: Literal["rff", "exact"] = "rff",
+    statistic: Literal["v", "u"] = "v",
+    ridge: float = 1e-5,
+    prior: ArrayLike | None = None,
+    l2_pull: float = 0.0,
+    kl_pull: float = 0.0,
+    floors: ArrayLike | None = None,
+    caps: ArrayLike | None = None,
+    bootstrap: int = 0,
+    confidence: float = 0.9,
+    num_blocks: int = 50,
+    check_features: int = 256,
+    chunk_size: int = 1024,
+    solver: str = "own",
+    devices: Sequence[jax.Device] | None = None,
+    on_rows: OnRows | None = None,
+) -> MixingResult:
+    """Weights w of the sets with sum_i w_i P_i nearest to the target, in MMD of a Gaussian kernel.
+
+    Sets and target are arrays [n, d] or `lib.rows.Rows` such as `lib.row_files.open_rows` gives; a
+    list as target is pooled. `bandwidth` is sigma in the units of the rows, "auto" the median
+    distance of a subsample. `num_features` frequencies, each a cosine and a sine; they depend on
+    `key` and d alone. `estimator` "exact" takes the kernel itself, quadratic in the rows.
+
+    `statistic` "u" leaves out the pairs of a row with itself, which in "v" add (1 - A_ii) / n_i to
+    small sets' distances. `ridge`, `prior`, pulls, `floors` and `caps` are those of
+    `lib.simplex_qp.make_problem`, the ridge in units of the kernel. `bootstrap` replicates over
+    `num_blocks` blocks of rows give intervals of the level `confidence`. `check_features` more
+    frequencies go into the held-out MMD^2; 0 leaves it out. `solver` is "own" or a name of cvxpy's.
+
+    Raises ValueError on bad options before a row is read, on bad rows naming their sample, and
+    where no weights meet floors and caps.
+    """
+    samples = [as_rows(rows, f"set {i}") for i, rows in enumerate(sets)]
+    targets = list(target) if isinstance(target, list | tuple) else [target]
+    targets = [as_rows(rows, f"target {i}") for i, rows in enumerate(targets)]
+    if not samples or not targets:
+        raise ValueError(f"{len(samples)} sets and {len(targets)} targets: one of each is needed")
+    check_same_width(samples + targets)
+    groups = [*samples, targets[0] if len(targets) == 1 else Pooled(targets)]
+    rows = np.array([group.shape[0] for group in groups])
+    _check_options(groups, bandwidth, num_features, estimator, statistic, bootstrap, confidence)
+    if num_blocks < 2 or check_features < 0:
+        raise ValueError(f"num_blocks >= 2, check_features >= 0: {num_blocks}, {check_features}")
+    constraints = {"ridge": ridge, "prior": prior, "l2_pull": l2_pull, "kl_pull": kl_pull}
+    constraints |= {"floors": floors, "caps": caps}
+    # Only to raise before any row is read.
+    make_problem(from_gram(np.eye(len(samples)), np.zeros(len(samples)), 0.0), **constraints)
+
+    bandwidth_key, frequency_key, check_key, block_key, bootstrap_key = jax.random.split(key, 5)
+    if bandwidth == "auto":
+        bandwidth = streamed_median_bandwidth(bandwidth_key, [*samples, groups[-1]])
+    num_blocks = num_blocks if bootstrap else FOLDS
+    if estimator == "exact":
+        fit = check = exact_moments(
+            block_key, groups, bandwidth, num_blocks=num_blocks, on_rows=on_rows
+        )
+    else:
+        dimension = groups[0].shape[1]
+        frequencies = gaussian_frequencies(frequency_key, num_features, dimension)
+        if check_features:
+            others = gaussian_frequencies(check_key, check_features, dimension)
+            frequencies = jax.numpy.concatenate([frequencies, others])
+        both = feature_moments(
+            block_key,
+            groups,
+            frequencies,
+            bandwidth,
+            num_blocks=num_blocks,
+            chunk_size=chunk_size,
+            devices=devices,
+            on_rows=on_rows,
+        )
+        fit, check = split_features(both, num_features)
+
+    corrections = int(statistic == "u")
+    (gram,) = grams(fit, fit.filled[None].astype(float))
+    noise = _noise(gram, rows)
+    gram_taken = _less_noise(gram, noise, corrections)
+    problem, shift = _problem(gram_taken, constraints)
+    solution = solve(problem) if solver == "own" else solve_with_cvxpy(problem, solver=solver)
+    weights = solution.weights + 0.0  # no -0.0
+    mixtures = _mixtures(gram_taken, rows, weights)
+
+    replicates = np.zeros((0, len(samples)))
+    if bootstrap:
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(bootstrap_key)))
+        drawn = grams(fit, bootstrap_counts(rng, fit, bootstrap))
+        centred = (_less_noise(one, noise, corrections + 1) for one in drawn)
+        problems = (_problem(one, constraints)[0] for one in centred)
+        replicates = np.stack([one.weights for one in solve_batch(problems)])
+    held_out, fold_weights = None, np.zeros((0, len(samples)))
+    if check_features:
+        held_out, fold_weights = _held_out(fit, check, corrections, constraints)
+    result = MixingResult(
+        weights,
+        _intervals(replicates, weights, confidence) if bootstrap else None,
+        replicates,
+        solution.objective - shift,
+        solution.gap,
+        solution.condition,
+        solution.lift,
+        Baselines(*(_mmd_squared(gram_taken, mixture) for mixture in mixtures)),
+        held_out,
+        fold_weights,
+        int(np.argmax(mixtures[2])),
+        _marginal_values(problem.quadratic, constraints, solution),
+        noise,
+        float(np.mean((np.diag(gram) - noise)[:-1])),
+        _undetermined(problem.quadratic.gram, noise, corrections),
+        float(bandwidth),
+        rows[:-1],
+        int(rows[-1]),
+        tuple(sample.name for sample in samples),
+        (),
+    )
+    return result._replace(warnings=find_warnings(result))
+
+
+def _check_options(groups, bandwidth, num_features, estimator, statistic, bootstrap, confidence):
+    if bandwidth != "auto":
+        check_bandwidths([bandwidth])
+    for name, value, known in (
+        ("estimator", estimator, ("rff", "exact")),
+        ("statistic", statistic, ("v", "u")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    if num_features < 1 or bootstrap < 0 or not 0 < confidence < 1:
+        raise ValueError(
+            "num_features >= 1, bootstrap >= 0 and 0 < confidence < 1 are needed, got "
+            f"{num_features}, {bootstrap}, {confidence}"
+        )
+    for group in groups:
+        if statistic == "u" and group.shape[0] < 2:
+            raise ValueError(f"{group.name} has one row: a U-statistic needs two")
+
+
+def _noise(gram, rows):
+    """(1 - A_ii) / (n_i - 1), the unbiased estimate of E |mu_i - E mu_i|^2; 0 for a single row."""
+    return (1 - np.diag(gram)) / np.maximum(rows - 1, 1)
+
+
+def _less_noise(gram, noise, times):
+    """A Gram matrix of means, of the sets and last the target, without their own noise."""
+    return gram - times * np.diag(noise)
+
+
+def _problem(gram, constraints) -> tuple[Problem, float]:
+    """And what was added to the objective: a constant on the simplex, so that a matrix which is
+    convex between weights of one sum is so altogether, although MMD^2 itself may be negative.
+    """
+    quadratic = from_gram(gram[:-1, :-1], gram[:-1, -1], gram[-1, -1])
+    shift = 0.0
+    if quadratic.smallest_eigenvalue < 0:
+        shift = float(np.abs(quadratic.gram).max())
+        quadratic = from_gram(gram[:-1, :-1], gram[:-1, -1], gram[-1, -1] + shift)
+    return make_problem(quadratic, **constraints), shift
+
+
+def _mmd_squared(gram, mixture):
+    difference = np.append(mixture, -1.0)
+    return float(difference @ gram @ difference)
+
+
+def _mixtures(gram, rows, weights):
+    """As in `Baselines`."""
+    n = len(weights)
+    single = np.zeros(n)
+    single[np.argmin([_mmd_squared(gram, one) for one in np.eye(n)])] = 1.0
+    return np.full(n, 1 / n), rows[:-1] / rows[:-1].sum(), single, weights
+
+
+def _intervals(replicates, weights, confidence):
+    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(replicates, tails, axis=0)
+    return np.stack([np.minimum(low, weights), np.maximum(high, weights)], axis=1)
+
+
+def _held_out(fit: BlockMoments, check: BlockMoments, corrections, constraints):
+    """(Baselines, weights of the folds), or none where some fold leaves or holds < 2 rows of a set.
+
+    Blocks go to folds in turn.
+    """
+    in_fold = np.arange(fit.sizes.shape[1])[None, :] % FOLDS == np.arange(FOLDS)[:, None]
+    held = in_fold[:, None, :] & fit.filled[None]
+    kept = ~in_fold[:, None, :] & fit.filled[None]
+    held_rows, kept_rows = ((part * fit.sizes).sum(axis=2) for part in (held, kept))
+    if min(held_rows.min(), kept_rows.min()) < 2:
+        return None, np.zeros((0, len(fit.sizes) - 1))
+    values, fold_weights = [], []
+    folds = zip(grams(fit, kept.astype(float)), grams(check, held.astype(float)))
+    for (kept_gram, held_gram), n_kept, n_held in zip(folds, kept_rows, held_rows):
+        kept_gram = _less_noise(kept_gram, _noise(kept_gram, n_kept), corrections)
+        held_gram = _less_noise(held_gram, _noise(held_gram, n_held), 1)
+        fold_weights.append(solve(_problem(kept_gram, constraints)[0]).weights)
+        mixtures = _mixtures(kept_gram, n_kept, fold_weights[-1])
+        values.append([_mmd_squared(held_gram, mixture) for mixture in mixtures])
+    return Baselines(*np.mean(values, axis=0).tolist()), np.stack(fold_weights)
+
+
+def _marginal_values(quadratic, constraints, solution):
+    """Without a set that has no weight and no floor nothing changes: only the others are solved."""
+    n = len(quadratic.gram)
+    floors, caps = (
+        np.broadcast_to(np.asarray(default if given is None else given, float), n)
+        for given, default in ((constraints["floors"], 0.0), (constraints["caps"], 1.0))
+    )
+    values = np.zeros(n)
+    for i in np.flatnonzero((solution.weights > 0) | (floors > 0)):
+        without = np.arange(n) != i
+        bounds = {"floors": np.where(without, floors, 0.0), "caps": np.where(without, caps, 0.0)}
+        try:
+            problem = make_problem(quadratic, **(constraints | bounds))
+        except ValueError:  # what is left cannot sum to 1
+            values[i] = np.inf
+            continue
+        start = np.where(without, solution.weights, 0.0)
+        values[i] = solve(problem, start=start).objective - solution.objective
+    return values
+
+
+def _undetermined(gram, noise, corrections):
+    """Eigenvalues of G between weights of one sum that the sampling noise of the means explains."""
+    n = len(gram)
+    centring = np.eye(n) - 1 / n
+    eigenvalues = np.linalg.eigvalsh(centring @ gram @ centring)
+    # The smallest in size is that of (1, ..., 1), which is no direction between weights.
+    eigenvalues = np.delete(eigenvalues, np.argmin(np.abs(eigenvalues)))
+    level = (2 - corrections) * noise[:-1].mean()
+    return int(np.sum(eigenvalues < level))
