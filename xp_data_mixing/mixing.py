@@ -11,8 +11,9 @@ Intervals are percentiles of the weights of resampled data. Each replicate draws
 every set and of the target anew and solves its own QP. A mean of drawn blocks carries the noise of
 the drawing on top of that of the data, which would add v_i / n_i once more to A_ii and so push
 all replicates towards equal weights: that known bias is taken off, so that the quadratics have on
-average the minimum that the weights are. At the boundary the replicates keep what lies behind it: where the unconstrained optimum has w_i far below 0 so have the replicates, and the
-interval is [0, 0]; where it is just below, some replicates come out above.
+average the minimum that the weights are. At the boundary replicates keep what lies behind it: where
+the unconstrained optimum has a w_i far below 0 so have theirs, and the interval is [0, 0]; where it
+is just below, some come out above.
 """
 
 from collections.abc import Sequence
