@@ -7,13 +7,16 @@ The weights minimise MMD^2 between the mixture and the target (`lib.mixing_probl
 means from one pass over the rows or exact ones (`xp_data_mixing.block_moments`). No files, no
 printing: samples are arrays or `lib.rows.Rows`. Everything after the means is float64.
 
-Intervals are percentiles of the weights of resampled data. Each replicate draws blocks of rows of
-every set and of the target anew and solves its own QP. A mean of drawn blocks carries the noise of
-the drawing on top of that of the data, which would add v_i / n_i once more to A_ii and so push
-all replicates towards equal weights: that known bias is taken off, so that the quadratics have on
-average the minimum that the weights are. At the boundary replicates keep what lies behind it: where
-the unconstrained optimum has a w_i far below 0 so have theirs, and the interval is [0, 0]; where it
-is just below, some come out above.
+Intervals come from weights of resampled data: each replicate draws blocks of rows of every set and
+of the target anew, and solves its own QP. A mean of drawn blocks carries the noise of the drawing
+on top of that of the data, which adds v_i / n_i once more to A_ii and would push all replicates
+towards equal weights; that known bias is taken off. At the boundary replicates keep what lies
+behind it: where the unconstrained optimum has a w_i far below 0 so have theirs, and w_i is 0 in all
+of them. But what noise gives to sets that should have none, and never takes, it takes from the
+others, in the weights and a second time in the replicates. So an interval reaches from the lower
+of the percentiles q and those reflected at the weight, 2 w_i - q, to the higher, within [0, 1].
+On Gaussian toys with zeros among the true weights that covers .78 to .93 at a level of .9,
+percentiles alone .44 to .93; the least of it where one set is all of the target.
 """
 
 from collections.abc import Sequence
@@ -286,7 +289,9 @@ def _mixtures(gram, rows, weights):
 def _intervals(replicates, weights, confidence):
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     low, high = np.quantile(replicates, tails, axis=0)
-    return np.stack([np.minimum(low, weights), np.maximum(high, weights)], axis=1)
+    # The point itself is among them, whatever rounding does.
+    low, high = np.minimum(low, 2 * weights - high), np.maximum(high, 2 * weights - low)
+    return np.clip(np.stack([np.minimum(low, weights), np.maximum(high, weights)], axis=1), 0, 1)
 
 
 def _held_out(fit: BlockMoments, check: BlockMoments, corrections, constraints):

@@ -1,0 +1,261 @@
+"""Mixing weights of gradient (or any embedding) files, from Python or the command line.
+
+    python xp_data_mixing/mmd_data_mixing.py --train_paths code.pt text.pt chat.pt \\
+        --val_paths target.pt --sigma_bandwidth auto --bootstrap 200 \\
+        --output_file results.json --report report.html
+
+Files are .pt, .npy, .npz or .safetensors of rows [n, d], read once, a few rows at a time. Weights
+minimise MMD^2 to the pooled validation files; see `xp_data_mixing.mixing` for what comes beside
+them. Logging at the level DEBUG says what was read.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from lib import runs
+from lib.row_files import RowFile, check_distinct, open_rows
+from lib.rows import check_same_width
+from xp_data_mixing import report as reports
+from xp_data_mixing.mixing import MixingResult, estimate
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Of the progress, where it is shown in lines."""
+
+
+@dataclass(frozen=True)
+class MMDDataMixer:
+    """Weights of training files for validation files, by random Fourier features.
+
+    The kernel is exp(-|x - y|^2 / (2 sigma^2)). `rff_dimension` frequencies have a cosine and a
+    sine each, instead of one cosine with a random phase: less variance at the same cost. Raises
+    ValueError on bad options.
+    """
+
+    estimator: ClassVar[str] = "rff"
+
+    rff_dimension: int = 100
+    """Number of random frequencies D."""
+    sigma_bandwidth: float | Literal["auto"] = 3.0
+    """sigma, a length in units of the rows; auto: the median distance of a subsample."""
+    ridge_penalty: float = 1e-5
+    """rho of rho |w|^2, in units of the kernel, whose values are at most 1."""
+    random_seed: int = 42
+    """Of frequencies, blocks, bootstrap."""
+    statistic: Literal["v", "u"] = "v"
+    """u: unbiased, without the pairs of a row with itself, which in v count against small sets."""
+    prior: Literal["uniform", "size"] | tuple[float, ...] = "uniform"
+    """Weights to pull to: equal, proportional to the rows, or numbers of sum 1."""
+    prior_strength: float = 0.0
+    """Of the pull, in units of MMD^2; 0: none."""
+    pull: Literal["l2", "kl"] = "l2"
+    """l2: |w - p|^2; kl: sum_i w_i log(w_i / p_i)."""
+    floors: tuple[float, ...] = ()
+    """Least weights: one number for all sets, or one for each."""
+    caps: tuple[float, ...] = ()
+    """Largest weights, likewise."""
+    max_epochs: float | None = None
+    """Cap by repetition: no set is seen more than so often, w_i T <= e n_i."""
+    total_rows: int | None = None
+    """T, the rows that will be trained on; None: as many as all the sets have together."""
+    bootstrap: int = 0
+    """Replicates for intervals; 0: none."""
+    confidence: float = 0.9
+    """Level of the intervals."""
+    solver: str = "own"
+    """own, or the name of any solver that cvxpy has, such as OSQP or CLARABEL."""
+    num_blocks: int = 50
+    """Blocks of rows of each set that the bootstrap draws."""
+    check_features: int = 256
+    """Further frequencies for the held-out MMD^2; 0: leave it out."""
+    chunk_size: int = 1024
+    """Rows in memory at a time."""
+
+    def __post_init__(self):
+        sigma = self.sigma_bandwidth
+        if sigma != "auto" and not (isinstance(sigma, int | float) and 0 < sigma < math.inf):
+            raise ValueError(f"sigma_bandwidth must be positive and finite or auto, got {sigma!r}")
+        for name in ("rff_dimension", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("ridge_penalty", "prior_strength"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must lie in [0, inf), got {getattr(self, name)}")
+        for name in ("max_epochs", "total_rows"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        if self.pull not in ("l2", "kl"):
+            raise ValueError(f"pull must be l2 or kl, not {self.pull!r}")
+        if isinstance(self.prior, str) and self.prior not in ("uniform", "size"):
+            raise ValueError(f"prior must be uniform, size or numbers, not {self.prior!r}")
+        if not ((isinstance(self.prior, str) and self.prior == "uniform") or self.prior_strength):
+            raise ValueError("a prior has no effect without a prior_strength above 0")
+        if self.total_rows is not None and self.max_epochs is None:
+            raise ValueError("total_rows has no effect without max_epochs")
+
+    def optimize_mixing_weights(
+        self, train_paths: Sequence[str | Path], val_paths: Sequence[str | Path]
+    ) -> dict[str | Path, float]:
+        """{training path: weight}, of sum 1. Raises as `mix` does."""
+        return dict(zip(train_paths, self.mix(train_paths, val_paths).weights.tolist()))
+
+    def mix(
+        self, train_paths: Sequence[str | Path], val_paths: Sequence[str | Path]
+    ) -> MixingResult:
+        """The weights with all that is known of them, in the order of `train_paths`.
+
+        Raises FileNotFoundError, or ValueError naming the file: no path, the same file twice, what
+        `lib.row_files.open_rows` refuses, unequal widths, NaN or infinity; and where no weights
+        meet floors and caps.
+        """
+        train, val = open_files(train_paths, val_paths)
+        sizes = np.array([file.shape[0] for file in train])
+        total = int(sizes.sum()) + sum(file.shape[0] for file in val)
+        prior = self._prior(sizes)
+        strength = {f"{self.pull}_pull": self.prior_strength}
+        # The exact kernel reads the rows once for each block of them, from that block on.
+        passes = (-(-total // 1024) + 1) / 2 if self.estimator == "exact" else 1
+        with runs.progress(
+            round(total * passes), description="rows", line_every=SECONDS_BETWEEN_LINES
+        ) as advance:
+            result = estimate(
+                jax.random.key(self.random_seed),
+                train,
+                val,
+                bandwidth=self.sigma_bandwidth,
+                num_features=self.rff_dimension,
+                estimator=self.estimator,
+                statistic=self.statistic,
+                ridge=self.ridge_penalty,
+                prior=prior,
+                floors=_one_or_each("floors", self.floors, sizes),
+                caps=self._caps(sizes),
+                bootstrap=self.bootstrap,
+                confidence=self.confidence,
+                num_blocks=self.num_blocks,
+                check_features=self.check_features,
+                chunk_size=self.chunk_size,
+                solver=self.solver,
+                on_rows=advance,
+                **strength,
+            )
+        logger.debug(
+            "sigma %.6g, condition number %.3g, objective %.6g, gap %.3g",
+            *(result.bandwidth, result.condition, result.objective, result.gap),
+        )
+        for warning in result.warnings:
+            logger.info(warning)
+        return result
+
+    def _prior(self, sizes):
+        if not self.prior_strength:
+            return None
+        if isinstance(self.prior, str):
+            return (
+                sizes / sizes.sum() if self.prior == "size" else np.full(len(sizes), 1 / len(sizes))
+            )
+        return np.array(self.prior)
+
+    def _caps(self, sizes):
+        caps = _one_or_each("caps", self.caps, sizes)
+        if self.max_epochs is None:
+            return caps
+        total = self.total_rows or int(sizes.sum())
+        if self.max_epochs * sizes.sum() < total:
+            raise ValueError(
+                f"{self.max_epochs:g} epochs of {sizes.sum()} rows do not make {total} rows: raise "
+                "max_epochs or lower total_rows"
+            )
+        by_repetition = np.minimum(1.0, self.max_epochs * sizes / total)
+        return by_repetition if caps is None else np.minimum(caps, by_repetition)
+
+
+class MMDDataMixerRBF(MMDDataMixer):
+    """The same with the exact Gaussian kernel: time quadratic in the rows, for small files or as a
+    check; `rff_dimension` and `chunk_size` have no effect."""
+
+    estimator: ClassVar[str] = "exact"
+
+
+def open_files(
+    train_paths: Sequence[str | Path], val_paths: Sequence[str | Path]
+) -> tuple[list[RowFile], list[RowFile]]:
+    """Opens all files, reading headers alone. Raises as `MMDDataMixer.mix` does."""
+    for name, paths in (("training", train_paths), ("validation", val_paths)):
+        if isinstance(paths, str | Path) or not len(paths):
+            raise ValueError(f"a list of {name} paths is needed, got {paths!r}")
+    check_distinct([*train_paths, *val_paths])
+    train, val = ([open_rows(path) for path in paths] for paths in (train_paths, val_paths))
+    for file in train + val:
+        logger.debug("%s: %d rows of %d, %s", file.name, *file.shape, file.dtype)
+    check_same_width(train + val)
+    return train, val
+
+
+def _one_or_each(name, values, sizes):
+    """None for none, a number for all, or one for each set."""
+    if len(values) not in (0, 1, len(sizes)):
+        raise ValueError(f"{name}: one number or {len(sizes)} are needed, got {len(values)}")
+    return None if not values else values[0] if len(values) == 1 else np.array(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(MMDDataMixer):
+    """Mixing weights of training files for validation files, by MMD."""
+
+    train_paths: tuple[Path, ...]
+    """Files of rows, one for each set."""
+    val_paths: tuple[Path, ...]
+    """Files of the target; several are pooled."""
+    exact: bool = False
+    """The exact kernel instead of random features: quadratic in the rows."""
+    output_file: Path | None = None
+    """JSON of everything."""
+    report: Path | None = None
+    """A page (.html) or its figure alone (.png, .pdf, .svg)."""
+    experiment_name: str = "mmd_data_mixing"
+
+
+def main(arguments: Arguments) -> MixingResult:
+    """Prints the weights, writes what is asked for."""
+    for path, suffixes in (
+        (arguments.output_file, None),
+        (arguments.report, (".html", ".png", ".pdf", ".svg")),
+    ):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+        if path is not None and suffixes and path.suffix not in suffixes:
+            raise ValueError(f"{path}: the report must be one of {', '.join(suffixes)}")
+    kind = MMDDataMixerRBF if arguments.exact else MMDDataMixer
+    options = {field.name: getattr(arguments, field.name) for field in fields(MMDDataMixer)}
+    mixer = kind(**options)
+    result = mixer.mix(arguments.train_paths, arguments.val_paths)
+    document = reports.document(
+        result,
+        open_files(arguments.train_paths, arguments.val_paths),
+        experiment_name=arguments.experiment_name,
+        options=options | {"estimator": kind.estimator},
+    )
+    print(reports.text(document))
+    if arguments.output_file is not None:
+        runs.write_json(arguments.output_file, document)
+        print(f"numbers: {arguments.output_file}")
+    if arguments.report is not None:
+        reports.write(document, arguments.report)
+        print(f"report: {arguments.report}")
+    return result
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))
