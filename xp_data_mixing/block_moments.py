@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from lib.exact_means import exact_gram_of_means
 from lib.rows import Rows, joined
-from lib.streamed_means import stream_mean_embeddings
+from lib.streamed_means import ROW_MULTIPLE, stream_mean_embeddings
 
 # Means of resampled groups that are in memory at a time.
 CHUNK_BYTES = 2**28
@@ -106,6 +106,8 @@ def feature_moments(
     group's first rows are on average: kernels do not depend on it, rounding does.
     """
     offset = next(iter(groups[-1].chunks(256))).mean(axis=0, dtype=np.float64)
+    if max(rows.shape[0] for rows in groups) <= 16 * chunk_size:
+        chunk_size = min(chunk_size, ROW_MULTIPLE)  # one shape: compiling takes longer than these
     found = []
     for rows in groups:
         chunks = getattr(rows, "stored_chunks", rows.chunks)(chunk_size)

@@ -14,7 +14,7 @@ towards equal weights; that known bias is taken off. At the boundary replicates 
 behind it: where the unconstrained optimum has a w_i far below 0 so have theirs, and w_i is 0 in all
 of them. But what noise gives to sets that should have none, and never takes, it takes from the
 others, in the weights and a second time in the replicates. So an interval reaches from the lower
-of the percentiles q and those reflected at the weight, 2 w_i - q, to the higher, within [0, 1].
+of the percentiles q and those reflected at the weight, 2 w_i - q, to the higher, within the bounds.
 On Gaussian toys with zeros among the true weights that covers .78 to .93 at a level of .9,
 percentiles alone .44 to .93; the least of it where one set is all of the target.
 """
@@ -160,7 +160,11 @@ def estimate(
     constraints = {"ridge": ridge, "prior": prior, "l2_pull": l2_pull, "kl_pull": kl_pull}
     constraints |= {"floors": floors, "caps": caps}
     # Only to raise before any row is read.
-    make_problem(from_gram(np.eye(len(samples)), np.zeros(len(samples)), 0.0), **constraints)
+    rehearsal = make_problem(
+        from_gram(np.eye(len(samples)), np.zeros(len(samples)), 0.0), **constraints
+    )
+    if solver != "own":
+        solve_with_cvxpy(rehearsal, solver=solver)
 
     bandwidth_key, frequency_key, check_key, block_key, bootstrap_key = jax.random.split(key, 5)
     if bandwidth == "auto":
@@ -209,7 +213,7 @@ def estimate(
         held_out, fold_weights = _held_out(fit, check, corrections, constraints)
     result = MixingResult(
         weights,
-        _intervals(replicates, weights, confidence) if bootstrap else None,
+        _intervals(replicates, weights, confidence, problem.bounds) if bootstrap else None,
         replicates,
         solution.objective - shift,
         solution.gap,
@@ -286,12 +290,13 @@ def _mixtures(gram, rows, weights):
     return np.full(n, 1 / n), rows[:-1] / rows[:-1].sum(), single, weights
 
 
-def _intervals(replicates, weights, confidence):
+def _intervals(replicates, weights, confidence, bounds):
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     low, high = np.quantile(replicates, tails, axis=0)
-    # The point itself is among them, whatever rounding does.
     low, high = np.minimum(low, 2 * weights - high), np.maximum(high, 2 * weights - low)
-    return np.clip(np.stack([np.minimum(low, weights), np.maximum(high, weights)], axis=1), 0, 1)
+    low = np.minimum(np.maximum(low, bounds[0]), weights)  # whatever rounding does
+    high = np.maximum(np.minimum(high, np.minimum(bounds[1], 1.0)), weights)
+    return np.stack([low, high], axis=1)
 
 
 def _held_out(fit: BlockMoments, check: BlockMoments, corrections, constraints):

@@ -28,8 +28,8 @@ from xp_data_mixing.mixing import MixingResult, estimate
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 30.0
-"""Of the progress, where it is shown in lines."""
+SHOWN_FROM = 20_000_000
+"""Numbers to read from which the progress is shown."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ class MMDDataMixer:
         strength = {f"{self.pull}_pull": self.prior_strength}
         # The exact kernel reads the rows once for each block of them, from that block on.
         passes = (-(-total // 1024) + 1) / 2 if self.estimator == "exact" else 1
-        with runs.progress(
-            round(total * passes), description="rows", line_every=SECONDS_BETWEEN_LINES
-        ) as advance:
+        steps = round(total * passes)
+        shown = steps * train[0].shape[1] >= SHOWN_FROM
+        with runs.progress(steps, description="rows", enabled=shown, line_every=30.0) as advance:
             result = estimate(
                 jax.random.key(self.random_seed),
                 train,
