@@ -5,6 +5,7 @@ Each sample's rows go into blocks at random, and sums are kept by block: as rand
 rows). A bootstrap draw, or a fold left out, is then a count of each block, without another pass.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -84,6 +85,19 @@ class Selected:
         if self.on_rows is not None:
             self.on_rows(len(indices))
         return self.rows.take(self.indices[indices])
+
+
+@contextlib.contextmanager
+def counting_bad_rows(groups: Sequence[Rows]) -> Iterator[None]:
+    """Where some of the rows are refused within the block, reads all, so that the error raised says
+    how many of them are bad and which is the first."""
+    try:
+        yield
+    except ValueError:
+        for rows in groups:
+            for _ in rows.chunks(ROW_MULTIPLE):
+                pass
+        raise
 
 
 # Moments

@@ -43,6 +43,7 @@ from xp_data_mixing.block_moments import (
     OnRows,
     Pooled,
     bootstrap_counts,
+    counting_bad_rows,
     exact_moments,
     feature_moments,
     grams,
@@ -157,8 +158,12 @@ def estimate(
     _check_options(groups, bandwidth, num_features, estimator, statistic, bootstrap, confidence)
     if num_blocks < 2 or check_features < 0:
         raise ValueError(f"num_blocks >= 2, check_features >= 0: {num_blocks}, {check_features}")
-    constraints = {"ridge": ridge, "prior": prior, "l2_pull": l2_pull, "kl_pull": kl_pull}
-    constraints |= {"floors": floors, "caps": caps}
+    constraints = {"prior": prior, "floors": floors, "caps": caps}
+    constraints = {
+        name: None if value is None else np.asarray(value, np.float64)
+        for name, value in constraints.items()
+    }
+    constraints |= {"ridge": ridge, "l2_pull": l2_pull, "kl_pull": kl_pull}
     # Only to raise before any row is read.
     rehearsal = make_problem(
         from_gram(np.eye(len(samples)), np.zeros(len(samples)), 0.0), **constraints
@@ -168,12 +173,14 @@ def estimate(
 
     bandwidth_key, frequency_key, check_key, block_key, bootstrap_key = jax.random.split(key, 5)
     if bandwidth == "auto":
-        bandwidth = streamed_median_bandwidth(bandwidth_key, [*samples, groups[-1]])
+        with counting_bad_rows(groups):
+            bandwidth = streamed_median_bandwidth(bandwidth_key, groups)
     num_blocks = num_blocks if bootstrap else FOLDS
     if estimator == "exact":
-        fit = check = exact_moments(
-            block_key, groups, bandwidth, num_blocks=num_blocks, on_rows=on_rows
-        )
+        with counting_bad_rows(groups):
+            fit = check = exact_moments(
+                block_key, groups, bandwidth, num_blocks=num_blocks, on_rows=on_rows
+            )
     else:
         dimension = groups[0].shape[1]
         frequencies = gaussian_frequencies(frequency_key, num_features, dimension)
