@@ -119,7 +119,9 @@ def feature_moments(
     One pass, of which `lib.streamed_means` says what is in memory. The origin is put where the last
     group's first rows are on average: kernels do not depend on it, rounding does.
     """
-    offset = next(iter(groups[-1].chunks(256))).mean(axis=0, dtype=np.float64)
+    first_rows = next(iter(groups[-1].chunks(ROW_MULTIPLE)))
+    # What is not finite there is not reported here, and must not spread to other samples.
+    offset = np.where(np.isfinite(first_rows), first_rows, 0).mean(axis=0, dtype=np.float64)
     if max(rows.shape[0] for rows in groups) <= 16 * chunk_size:
         chunk_size = min(chunk_size, ROW_MULTIPLE)  # one shape: compiling takes longer than these
     found = []
