@@ -258,4 +258,4 @@ def main(arguments: Arguments) -> MixingResult:
 
 if __name__ == "__main__":
     with runs.one_line_errors():
-        main(tyro.cli(Arguments))
+        main(tyro.cli(Arguments, use_underscores=True))

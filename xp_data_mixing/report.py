@@ -145,7 +145,9 @@ def figure(document: dict[str, Any]) -> Figure:
         )
         for place, (_, row) in zip(places, rows):
             if row["interval"] is not None:
-                left.plot(row["interval"], [place] * 2, lw=5, color="C0", alpha=0.3, zorder=1)
+                left.plot(
+                    row["interval"], [place] * 2, lw=5, color="C0", alpha=0.3, solid_capstyle="butt"
+                )
         weights = [row["weight"] for _, row in rows]
         left.plot(weights, places, "o", ms=5, color="C0", label="weight", zorder=3)
         shares = [row["rows"] / total for _, row in rows]
@@ -175,6 +177,7 @@ def figure(document: dict[str, Any]) -> Figure:
             right.axvline(0, lw=0.6, color="0.3")
             right.legend(fontsize=7)
         right.set_yticks(bars, MIXTURES.values())
+        right.set_ylim(3.6 - max(4.2, 0.4 * len(rows)), 3.6)
         right.set_title("MMD² to the target")
         right.ticklabel_format(axis="x", scilimits=(-2, 2))
     return figure
