@@ -15,8 +15,9 @@ behind it: where the unconstrained optimum has a w_i far below 0 so have theirs,
 of them. But what noise gives to sets that should have none, and never takes, it takes from the
 others, in the weights and a second time in the replicates. So an interval reaches from the lower
 of the percentiles q and those reflected at the weight, 2 w_i - q, to the higher, within the bounds.
-On Gaussian toys with zeros among the true weights that covers .78 to .93 at a level of .9,
-percentiles alone .44 to .93; the least of it where one set is all of the target.
+On Gaussian toys of 4 and 8 sets it covers single weights in .89 to .92 of draws at a level of .9
+where all are positive, in .78 to 1 where some are 0 (percentiles alone .44 to 1); least often the
+largest weight, where one set is all of the target or sets overlap.
 """
 
 from collections.abc import Sequence
