@@ -91,17 +91,16 @@ def make_program(
     """
     n = len(linear)
     scale = scale or float(hessian.diagonal().max()) or 1.0
-    border = 0.1 * scale
-    saddle = np.full((n + 1, n + 1), -border)
-    saddle[:n, :n], saddle[n, n] = hessian, 0
-    bounded = not (lower is None and upper is None)
-    return Program(
-        saddle,
-        np.append(linear, -border),
-        np.append(np.zeros(n) if lower is None else lower, -np.inf),
-        np.append(np.full(n, np.inf) if upper is None else upper, np.inf) if bounded else None,
-        scale,
-    )
+    saddle, right, low = np.empty((n + 1, n + 1)), np.empty(n + 1), np.zeros(n + 1)
+    saddle[:n, :n], right[:n] = hessian, linear
+    saddle[n] = saddle[:n, n] = right[n] = -0.1 * scale
+    saddle[n, n], low[n], high = 0, -np.inf, None
+    if lower is not None:
+        low[:n] = lower
+    if upper is not None or lower is not None:
+        high = np.full(n + 1, np.inf)
+        high[:n] = np.inf if upper is None else upper
+    return Program(saddle, right, low, high, scale)
 
 
 def minimise(
@@ -158,14 +157,20 @@ def _damped(program, damping):
 
 
 def _within(program, y, state):
-    """`y` exactly on the bounds that `state` says, and of the sum asked for to the last bits."""
+    """`y` exactly on the bounds that `state` says, and of sum 1 to the last bits."""
     lower, upper = program.lower, program.upper
     y = np.maximum(y, lower) + 0.0  # no -0.0
-    if upper is None:
-        y[y[:-1].argmax()] += program.total() - math.fsum(y[:-1].tolist())
-        return y
-    y = np.where(state == AT_LOWER, lower, np.where(state == AT_UPPER, upper, y))
-    mend_sum(np.minimum(y, upper, out=y)[:-1], lower[:-1], upper[:-1], program.total())
+    if upper is not None:
+        y = np.where(state == AT_LOWER, lower, np.where(state == AT_UPPER, upper, y))
+        np.minimum(y, upper, out=y)
+    x = y[:-1]
+    missing = 1 - math.fsum(x.tolist())
+    if abs(missing) > 1e-9:  # of a nearly singular system
+        x[:] = project(x, lower[:-1], program.upper_bounds()[:-1], 1.0)
+    elif upper is None:
+        x[x.argmax()] += missing
+    else:
+        mend_sum(x, lower[:-1], upper[:-1], 1.0)
     return y
 
 
@@ -184,8 +189,8 @@ def _solve(program, state):
 
 
 def _stationary(program, free, fixed=None):
-    """The unknowns that solve the rows `free` (indices), and the residual of all rows; None if no
-    row is left.
+    """The unknowns that solve the rows `free` (indices), and the residual of the other rows, 0 in
+    those; None if there are no others.
 
     The other unknowns are those of `fixed`, which is 0 where free; without it they are 0. Raises
     LinAlgError where the system is singular.
@@ -203,6 +208,7 @@ def _stationary(program, free, fixed=None):
         y = np.zeros(len(right)) if fixed is None else fixed.copy()
         y[free] = values
         residual = values.dot(rows) - right
+        residual[free] = 0
     if failed:
         raise np.linalg.LinAlgError
     return y, residual
@@ -227,16 +233,18 @@ def _pivot_blocks(program, state):
             fixed[free] = 0
         y, residual = _stationary(program, free, fixed)
         rounds += 1
-        low = y < lower
-        wrong = np.count_nonzero(low)
+        low = (y < lower).nonzero()[0]
+        wrong = len(low)
         if residual is not None:
-            enters = state * residual > tolerance
-            if upper is not None:
-                enters &= movable
-            wrong += np.count_nonzero(enters)
+            if upper is None:
+                enters = residual < -tolerance
+            else:
+                enters = movable & (state * residual > tolerance)
+            enters = enters.nonzero()[0]
+            wrong += len(enters)
         if upper is not None:
-            high = y > upper
-            wrong += np.count_nonzero(high)
+            high = (y > upper).nonzero()[0]
+            wrong += len(high)
         if wrong == 0:
             return y, state, rounds, True
         state[low] = AT_LOWER
@@ -377,9 +385,8 @@ def project(y: Vector, lower: Vector, upper: Vector, total: float) -> Vector:
 
 def mend_sum(x: Vector, lower: Vector, upper: Vector, total: float) -> Vector:
     """`x` with the rounding error of its sum added to the entry farthest from its bounds."""
-    room = np.minimum(x - lower, upper - x)
-    if room.max() > 0:
-        x[room.argmax()] += total - math.fsum(x.tolist())
+    i = np.minimum(x - lower, upper - x).argmax()
+    x[i] = min(max(x[i] + (total - math.fsum(x.tolist())), lower[i]), upper[i])
     return x
 
 

@@ -14,11 +14,13 @@ feasible v, g the gradient at w, bounds how far the objective at w lies above it
 whose gradient is infinite at 0, is not linearised in it: see `lib.entropic`.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
+from scipy.linalg.lapack import dsyevd
 from scipy.special import rel_entr
 
 from lib.active_set import Program, linear_gap, make_program, project
@@ -26,6 +28,7 @@ from lib.entropic import entropic_gap
 
 # Sums given from outside (priors, bounds, weights) may be off by this much.
 SUM_TOLERANCE = 1e-6
+EPSILON = float(np.finfo(np.float64).eps)
 # Asymmetry that float32 rounding explains, as a share of the largest entry.
 ASYMMETRY = 1e-5
 
@@ -81,7 +84,10 @@ class Problem(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """max_i H_ii, the worst single domain's objective: what gaps are relative to."""
+        """max_i H_ii, the worst single domain's objective: what gaps are relative to.
+
+        A domain f times as far from the target as the others costs them f^2 in relative accuracy.
+        """
         return self.program.scale
 
 
@@ -104,9 +110,8 @@ def from_means(means: ArrayLike, target_mean: ArrayLike) -> Quadratic:
     gram = factor.dot(factor.T)
     # The other product has the same eigenvalues other than 0.
     wide = factor.shape[0] <= factor.shape[1]
-    eigenvalues = np.linalg.eigvalsh(gram if wide else factor.T.dot(factor))
-    smallest = max(float(eigenvalues[0]), 0.0) if wide else 0.0
-    return Quadratic(gram, factor, smallest, max(float(eigenvalues[-1]), 0.0))
+    smallest, largest = _extreme_eigenvalues(gram if wide else factor.T.dot(factor))
+    return Quadratic(gram, factor, max(smallest, 0.0) if wide else 0.0, max(largest, 0.0))
 
 
 def from_gram(gram: ArrayLike, cross: ArrayLike, target_square: ArrayLike) -> Quadratic:
@@ -135,8 +140,15 @@ def from_gram(gram: ArrayLike, cross: ArrayLike, target_square: ArrayLike) -> Qu
             f"the Gram matrix is not symmetric: {gram[i, j]} at ({i}, {j}) but {gram[j, i]} across"
         )
     gram = (gram + gram.T) / 2 - cross[:, None] - cross[None, :] + target_square
-    eigenvalues = np.linalg.eigvalsh(gram)
-    return Quadratic(gram, None, float(eigenvalues[0]), float(eigenvalues[-1]))
+    return Quadratic(gram, None, *_extreme_eigenvalues(gram))
+
+
+def _extreme_eigenvalues(symmetric):
+    """Without the overhead of NumPy's; workspace for blocks of 64."""
+    eigenvalues, _, failed = dsyevd(symmetric.T, 0, 1, 66 * len(symmetric))
+    if failed or not np.isfinite(eigenvalues[-1]):
+        raise ValueError("the squared distances of the means to the target's overflow float64")
+    return float(eigenvalues[0]), float(eigenvalues[-1])
 
 
 def make_problem(
@@ -166,13 +178,13 @@ def make_problem(
     if floors is not None or caps is not None or (kl_pull and not prior.all()):
         lower, upper = _check_bounds(floors, caps, prior if kl_pull else None, n)
     diagonal = ridge + l2_pull
-    extremes = np.abs([quadratic.smallest_eigenvalue, quadratic.largest_eigenvalue])
-    rounding = n * np.finfo(np.float64).eps * float(extremes.max())
-    missing = -(quadratic.smallest_eigenvalue + diagonal)
+    smallest, largest = quadratic.smallest_eigenvalue, quadratic.largest_eigenvalue
+    rounding = n * EPSILON * max(abs(smallest), abs(largest))
+    missing = -(smallest + diagonal)
     lift = missing if missing > rounding else 0.0
     hessian = quadratic.gram.copy()
     hessian.flat[:: n + 1] += diagonal + lift
-    smallest, largest = lift - missing, quadratic.largest_eigenvalue + diagonal + lift
+    smallest, largest = lift - missing, largest + diagonal + lift
     return Problem(
         make_program(hessian, np.zeros(n) if prior is None else l2_pull * prior, lower, upper),
         quadratic,
@@ -220,7 +232,8 @@ def _check_bounds(floors, caps, prior, n):
         if bound.shape not in ((), (n,)):
             raise ValueError(f"{name} must be a number or [{n}], got shape {bound.shape}")
         if not (bound >= 0).all():
-            raise ValueError(f"{name} must not be negative or NaN, got {bound}")
+            wrong = bound.ravel()[np.argmin(bound >= 0)]
+            raise ValueError(f"{name} must not be negative or NaN, got {wrong}")
         bounds.append(np.broadcast_to(bound, n))
     lower, upper = bounds
     if prior is not None:
@@ -240,10 +253,10 @@ def _check_bounds(floors, caps, prior, n):
         raise ValueError(f"no weights of sum 1: the floors sum to {least}")
     if most < 1 - SUM_TOLERANCE:
         raise ValueError(f"no weights of sum 1: the caps sum to {most}")
-    if least > 1 - 1e-12:
-        return lower / least, lower / least
-    if most < 1 + 1e-12:
-        return upper / most, upper / most
+    if least > 1 - 1e-12 or most < 1 + 1e-12:
+        point = lower / least if least > 1 - 1e-12 else upper / most
+        point[point.argmax()] += 1 - math.fsum(point.tolist())
+        return point, point
     upper = np.where(upper >= 1 - (least - lower), np.inf, upper)
     return (lower, upper) if lower.any() or np.isfinite(upper).any() else (None, None)
 
