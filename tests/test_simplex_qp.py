@@ -146,6 +146,53 @@ def test_agrees_with_enumeration(seed, n, dimension, bounded, pulled):
     np.testing.assert_allclose(solution.weights, weights, atol=1e-7)
 
 
+def accelerated(problem, steps=20_000):
+    """FISTA with adaptive restart and a projection by bisection, in float64."""
+    hessian, linear, (floors, caps) = problem.hessian, problem.linear, problem.bounds
+    length = 1 / np.linalg.eigvalsh(hessian)[-1]
+
+    def project(y):
+        low, high = (floors - y).min(), 1 + (np.minimum(caps, 1) - y).max()
+        for _ in range(70):
+            middle = (low + high) / 2
+            above = np.clip(y + middle, floors, caps).sum() > 1
+            low, high = (low, middle) if above else (middle, high)
+        return np.clip(y + low, floors, caps)
+
+    w = ahead = project(np.full(problem.size, 1 / problem.size))
+    momentum = 1.0
+    for _ in range(steps):
+        new = project(ahead - length * (hessian @ ahead - linear))
+        if np.abs(new - w).max() < 1e-14:
+            break
+        if (ahead - new) @ (new - w) > 0:
+            w = ahead = new
+            momentum = 1.0
+            continue
+        later = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        w, ahead, momentum = new, new + (momentum - 1) / later * (new - w), later
+    return w
+
+
+@pytest.mark.parametrize("bounds", [{}, {"floors": 0.01, "caps": 0.08}, {"caps": 1.01 / 30}])
+@pytest.mark.parametrize("l2_pull", [0.0, 0.3])
+def test_agrees_with_a_long_run_of_projected_gradient(bounds, l2_pull):
+    """To a prior with zeros, and in units of 1e-12 and 1e12."""
+    means, target, rng = random_means(0, 30, 20)
+    prior = np.where(rng.random(30) < 0.3, 0, rng.dirichlet(np.ones(30)))
+    prior /= prior.sum()
+    for unit in (1e-12, 1.0, 1e12):
+        problem = make_problem(
+            from_means(unit * means, unit * target), ridge=0.05 * unit**2, prior=prior,
+            l2_pull=l2_pull * unit**2, **bounds,
+        )  # fmt: skip
+        solution = certified(problem, solve(problem))
+        if unit == 1:
+            np.testing.assert_allclose(solution.weights, accelerated(problem), atol=1e-10)
+            expected = solution.weights
+    np.testing.assert_allclose(solution.weights, expected, atol=1e-10)
+
+
 @pytest.mark.parametrize("position", [-0.5, 0.0, 0.3, 1.0, 1.7])
 @pytest.mark.parametrize("l2_pull", [0.0, 0.5])
 def test_two_domains_in_closed_form(position, l2_pull):
@@ -173,7 +220,8 @@ def test_two_domains_in_closed_form(position, l2_pull):
 def test_permuting_shifting_and_scaling(seed, n, dimension):
     means, target, rng = random_means(seed, n, dimension)
     ridge, caps = 10.0 ** rng.uniform(-4, 0), np.maximum(2 / n, rng.uniform(0, 1, n))
-    order, shift, scale = rng.permutation(n), rng.normal(size=dimension), 10.0 ** rng.uniform(-6, 6)
+    order, shift = rng.permutation(n), rng.normal(size=dimension)
+    scale = 10.0 ** rng.uniform(-12, 12)
 
     def weights(means, target, ridge, caps):
         problem = make_problem(from_means(means, target), ridge=ridge, caps=caps)
@@ -335,6 +383,28 @@ def test_bounds_that_leave_one_point(total):
         solution = certified(problem, solve(problem))
         np.testing.assert_allclose(solution.weights, point, rtol=1e-6)
     assert solve(make_problem(from_means(means, target), caps=0.1)).gap == 0
+    many = make_problem(from_means(np.tile(means, (12, 1)), target), **{total: 1 / 120})
+    assert math.fsum(solve(many).weights) == 1
+
+
+def test_a_sum_is_mended_within_the_bounds():
+    """Where all room left is less than the rounding error of the sum."""
+    x = np.append(np.full(10, 0.1), 8e-17)
+    found = active_set.mend_sum(x, np.zeros(11), np.full(11, 0.1), 1.0)
+    np.testing.assert_array_equal(found, np.append(np.full(10, 0.1), 0))
+
+
+@pytest.mark.parametrize("slack", [0.0, 1e-15, 1e-13, 1e-11, 1e-7])
+def test_caps_that_hardly_leave_room(slack):
+    """All or half of the domains at their caps: bounds are kept to the bit, whatever rounds."""
+    for seed in range(15):
+        n = [6, 25, 60][seed % 3]
+        means, target, _ = random_means(
+            seed, n, [1, 2, 40][seed // 3 % 3], noise=[0.0, 3.0][seed % 2]
+        )
+        for cap in (1 / n, 1 / (n // 2)):
+            problem = make_problem(from_means(1e6 * means, 1e6 * target), caps=cap * (1 + slack))
+            certified(problem, solve(problem))
 
 
 def test_excluded_domains():
@@ -417,6 +487,17 @@ def test_no_weight_is_minus_zero(n):
     found = active_set._within(program, y, np.zeros(n + 1, np.int8))[:-1]
     np.testing.assert_array_equal(found, np.eye(n)[0])
     assert not np.signbit(found).any()
+
+
+@pytest.mark.parametrize("caps", [None, 0.5])
+def test_rubbish_from_a_nearly_singular_system_is_made_feasible(caps):
+    """Or its gap, which is that of feasible weights, would mean nothing."""
+    problem = make_problem(from_means(np.eye(4), np.zeros(4)), caps=caps)
+    y = np.array([3.0, -7.0, 2.0, 1e9, 1.0])
+    weights = active_set._within(problem.program, y, np.zeros(5, np.int8))[:-1]
+    assert math.fsum(weights) == 1
+    assert frank_wolfe_gap(problem, weights) > 0.1
+    assert weights.min() == 0
 
 
 # Pulls
@@ -619,8 +700,9 @@ QUADRATIC = from_means(np.eye(3), np.zeros(3))
         (lambda: make_problem(QUADRATIC, caps=np.array([0.2, 0.3, 0.4])), "the caps sum to 0.9"),
         (lambda: make_problem(QUADRATIC, floors=0.3, caps=np.array([1, 0.2, 1.0])),
          "floor of domain 1 is above its cap: 0.3 > 0.2"),
-        (lambda: make_problem(QUADRATIC, floors=-0.1), "floors must not be negative"),
-        (lambda: make_problem(QUADRATIC, caps=np.full(3, np.nan)), "caps must not be neg"),
+        (lambda: make_problem(QUADRATIC, floors=-0.1), "floors must not be negative .* got -0.1"),
+        (lambda: make_problem(QUADRATIC, caps=np.array([1, np.nan, 1])), "caps must .* got nan"),
+        (lambda: from_gram(np.eye(2), np.zeros(2), 1.7e308), "distances .* overflow"),
         (lambda: make_problem(QUADRATIC, caps=np.ones(2)), r"caps must be a number or \[3\]"),
         (lambda: make_problem(QUADRATIC, prior=np.ones(3) / 2), "prior must sum to 1, got 1.5"),
         (lambda: make_problem(QUADRATIC, prior=np.array([1.5, -0.5, 0])), "1 is negative: -0.5"),
