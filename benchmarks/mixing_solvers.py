@@ -5,29 +5,31 @@
 The problem is that of `lib.simplex_qp` with ridge 1e-5, from embeddings made by `make_domains`: N
 domains of 400 Gaussian rows in 512 dimensions whose means have cosines of about .975, D = 100
 random Fourier features at the median bandwidth. The target is a mixture of the domains, or
-(`shifted`) lies off their hull, where few of them are active, or (`domain`) is one of them.
+(`shifted`) lies off their hull, where few of them are active, or (`domain`) is one of them. The
+largest N comes again with D = 1000 (`--wide 0`: not).
 
-What is compared, one solve of one problem that is there as arrays in each solver's own format:
-- ours: `solve`, with its certificate; and apart from it what comes before (`ours: set-up`, the
-  centred Gram matrix, its spectrum and the checks) and the part that is `ours: projected gradient`,
-  where there is one;
-- OSQP, Clarabel, quadprog and piqp on the same centred matrix, divided by its largest diagonal
-  entry because their tolerances are absolute, their own set-up included, at tolerances that bring
-  the gap as low as they go;
-- published: cvxpy with OSQP's defaults on A and b, not centred.
-Each is cleaned to weights that are not negative and sum to 1 and gets the same Frank-Wolfe gap,
-outside the clock, relative to max_i H_ii and to the objective itself.
+Two times, each to weights that are not negative and sum to 1:
+- solve: of one problem that is there as arrays in each solver's own format. Ours is `solve`, with
+  its certificate;
+- from means: the same and what comes before it, from the N means and the target's on. For ours
+  checks, spectrum and condition number; for the others the centred matrix with its ridge, divided
+  by its largest diagonal entry because their tolerances are absolute, and the constraints.
+OSQP, Clarabel and piqp run at their defaults and (`tight`) at tolerances that bring the gap about
+as low as they go; quadprog has none. `published` is cvxpy with OSQP's defaults on A and b, not
+centred, from means. All weights get the same Frank-Wolfe gap, outside the clock, relative to
+max_i H_ii and to the objective.
 
 Bootstrap: 200 replicates of the rows at N = 50, `solve_batch` beside a loop over each solver.
 
 How: one process, a round of each in turn, so that drift is shared. The first call is apart: it is
-where ours compiles. A call shorter than ROUND_SECONDS is repeated within its round; one that takes
-long has fewer rounds. Wall seconds are the median over rounds. What is not installed is left out,
-and said: `pip install cvxpy quadprog piqp` for all. The machine's load before is kept.
+where ours compiles, from N = `FIRST_PHASE` on. A call shorter than ROUND_SECONDS is repeated within
+its round; one that takes long has fewer rounds. Seconds are wall time, the median over rounds.
+What is not installed is left out, and said: `pip install cvxpy quadprog piqp` for all. The
+machine's load before is kept.
 """
 
 import dataclasses
-import importlib
+import importlib.util
 import math
 import os
 import time
@@ -42,11 +44,12 @@ import tyro
 
 from lib.runs import environment, write_json
 from lib.simplex_qp import (
-    FIRST_PHASE,
     Problem,
+    Solution,
     frank_wolfe_gap,
     from_means,
     make_problem,
+    nearest_weights,
     objective,
     projected_gradient,
     solve,
@@ -54,10 +57,11 @@ from lib.simplex_qp import (
 )
 
 Kind = Literal["mixture", "shifted", "domain"]
+Call = Callable[[], Any]
 
 RIDGE = 1e-5
-ROUND_SECONDS, CONTENDER_SECONDS, SOLVER_SECONDS = 0.05, 20.0, 60.0
-SOLVERS = ("quadprog", "piqp", "osqp", "clarabel")
+# Of a round of repeated calls, of all rounds of one contender, and the limit of one solve.
+ROUND_SECONDS, CONTENDER_SECONDS, SOLVER_SECONDS = 0.01, 3.0, 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,9 @@ class Options:
     """Numbers of domains N."""
     kinds: tuple[Kind, ...] = ("mixture", "shifted")
     """What the target is."""
-    repeats: int = 7
+    wide: int = 1000
+    """Features D with which the largest N comes again; 0: it does not."""
+    repeats: int = 15
     """Rounds of timing."""
     replicates: int = 200
     """Bootstrap replicates at N = 50; 0: none."""
@@ -95,18 +101,21 @@ def feature_sampler(
     """`sample(domains [n], rng) -> [n, D]`: features sqrt(2/D) cos(W x / sigma + b) of one row x
     from each of the domains N(m_i, I), m_i ~ N(0, spread^2 I), at the median distance sigma.
 
-    W x is drawn instead of x, N(W m_i, W W'): the same law at a fraction of the cost.
+    With D < d, W x is drawn instead of x, N(W m_i, W W'): the same law at a fraction of the cost.
     """
     rng = np.random.default_rng(seed)
     frequencies = rng.normal(size=(features, dimension))
     phases = rng.uniform(0, 2 * math.pi, features)
     sigma = math.sqrt(2 * dimension * (1 + spread**2))
     centres = spread * rng.normal(size=(num_domains, dimension)) @ frequencies.T
-    root = np.linalg.cholesky(frequencies @ frequencies.T)
+    narrow = features < dimension
+    root = np.linalg.cholesky(frequencies @ frequencies.T) if narrow else frequencies
+    root = (root.T / sigma).astype("f")
 
     def sample(domains, rng):
-        projected = centres[domains] + rng.normal(size=(len(domains), features)) @ root.T
-        return math.sqrt(2 / features) * np.cos(projected / sigma + phases)
+        angles = rng.standard_normal((len(domains), len(root)), dtype="f") @ root
+        angles += (centres / sigma + phases).astype("f")[domains]
+        return math.sqrt(2 / features) * np.cos(angles)
 
     return sample
 
@@ -118,6 +127,7 @@ def make_domains(
     kind: Kind = "mixture",
     rows: int = 400,
     target_rows: int = 2000,
+    features: int = 100,
     shift: float = 0.02,
 ) -> Domains:
     """Embeddings of the module's domains, `rows` rows each, and of a target of `target_rows`.
@@ -125,12 +135,17 @@ def make_domains(
     A mixture has weights from Dirichlet(1/2). A shifted one is moved by N(0, shift^2) in each
     feature, about as far as a domain is from the hull of the others.
     """
-    sample, rng = feature_sampler(seed, num_domains), np.random.default_rng([seed, 1])
-    means = np.stack([sample(np.full(rows, i), rng).mean(axis=0) for i in range(num_domains)])
+    sample = feature_sampler(seed, num_domains, features=features)
+    rng = np.random.default_rng([seed, 1])
+
+    def mean(rows):
+        return sample(rows, rng).mean(axis=0, dtype=np.float64)
+
+    means = np.stack([mean(np.full(rows, i)) for i in range(num_domains)])
     if kind == "domain":
         return Domains(means, means[0], None)
     weights = rng.dirichlet(np.full(num_domains, 0.5))
-    target = sample(rng.choice(num_domains, target_rows, p=weights), rng).mean(axis=0)
+    target = mean(rng.choice(num_domains, target_rows, p=weights))
     if kind == "shifted":
         return Domains(means, target + shift * rng.normal(size=target.shape), None)
     return Domains(means, target, weights)
@@ -153,29 +168,37 @@ def bootstrap_means(
     return [(one[:-1], one[-1]) for one in means]
 
 
-# Solvers: each makes its arrays of a problem and returns the call to time, which yields weights
+# Solvers: each takes the matrix H of w'Hw, in units of its scale, and whether to be tight, makes
+# its arrays and returns the call to time
 
 
-def quadprog_call(problem: Problem) -> Callable[[], np.ndarray]:
+def centred(domains: Domains) -> np.ndarray:
+    difference = domains.means - domains.target_mean
+    hessian = difference @ difference.T
+    hessian.flat[:: len(hessian) + 1] += RIDGE
+    return hessian / hessian.diagonal().max()
+
+
+def quadprog_call(hessian: np.ndarray, tight: bool) -> Call:
     import quadprog
 
-    n, double = problem.size, 2 * problem.hessian / problem.scale
+    n, double = len(hessian), 2 * hessian
     constraints = np.concatenate([np.ones((n, 1)), np.eye(n)], axis=1)
     right, zeros = np.append(1.0, np.zeros(n)), np.zeros(n)
     return lambda: quadprog.solve_qp(double, zeros, constraints, right, 1)[0]
 
 
-def piqp_call(problem: Problem) -> Callable[[], np.ndarray]:
+def piqp_call(hessian: np.ndarray, tight: bool) -> Call:
     import piqp
 
-    n, double = problem.size, 2 * problem.hessian / problem.scale
+    n, double = len(hessian), 2 * hessian
     zeros, ones, infinite = np.zeros(n), np.ones((1, n)), np.full(n, np.inf)
 
     def call():
         solver = piqp.DenseSolver()
-        solver.settings.verbose = False
-        solver.settings.eps_abs = solver.settings.eps_duality_gap_abs = 1e-12
-        solver.settings.eps_rel = solver.settings.eps_duality_gap_rel = 0
+        if tight:
+            solver.settings.eps_abs = solver.settings.eps_duality_gap_abs = 1e-12
+            solver.settings.eps_rel = solver.settings.eps_duality_gap_rel = 0
         solver.setup(double, zeros, ones, np.ones(1), None, None, None, zeros, infinite)
         solver.solve()
         return np.array(solver.result.x)
@@ -183,46 +206,38 @@ def piqp_call(problem: Problem) -> Callable[[], np.ndarray]:
     return call
 
 
-def osqp_call(problem: Problem) -> Callable[[], np.ndarray]:
+def osqp_call(hessian: np.ndarray, tight: bool) -> Call:
     import osqp
 
-    n = problem.size
-    upper_half = scipy.sparse.csc_matrix(np.triu(2 * problem.hessian / problem.scale))
+    n = len(hessian)
+    upper_half = scipy.sparse.csc_matrix(np.triu(2 * hessian))
     constraints = scipy.sparse.csc_matrix(np.vstack([np.ones(n), np.eye(n)]))
     low, high = np.append(1.0, np.zeros(n)), np.append(1.0, np.full(n, np.inf))
+    settings = {"verbose": False, "time_limit": SOLVER_SECONDS}
+    if tight:
+        settings |= {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000, "polishing": True}
 
     def call():
         solver = osqp.OSQP()
-        solver.setup(
-            upper_half,
-            np.zeros(n),
-            constraints,
-            low,
-            high,
-            verbose=False,
-            eps_abs=1e-9,
-            eps_rel=1e-9,
-            max_iter=100_000,
-            polishing=True,
-            time_limit=SOLVER_SECONDS,
-        )
+        solver.setup(upper_half, np.zeros(n), constraints, low, high, **settings)
         return solver.solve().x
 
     return call
 
 
-def clarabel_call(problem: Problem) -> Callable[[], np.ndarray]:
+def clarabel_call(hessian: np.ndarray, tight: bool) -> Call:
     import clarabel
 
-    n = problem.size
-    upper_half = scipy.sparse.csc_matrix(np.triu(2 * problem.hessian / problem.scale))
+    n = len(hessian)
+    upper_half = scipy.sparse.csc_matrix(np.triu(2 * hessian))
     constraints = scipy.sparse.csc_matrix(np.vstack([np.ones(n), -np.eye(n)]))
     right = np.append(1.0, np.zeros(n))
     cones = [clarabel.ZeroConeT(1), clarabel.NonnegativeConeT(n)]
     settings = clarabel.DefaultSettings()
     settings.verbose = False
     settings.time_limit = SOLVER_SECONDS
-    settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-12
+    if tight:
+        settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-12
 
     def call():
         solver = clarabel.DefaultSolver(
@@ -233,20 +248,16 @@ def clarabel_call(problem: Problem) -> Callable[[], np.ndarray]:
     return call
 
 
-def published_call(domains: Domains) -> Callable[[], np.ndarray]:
+def published(domains: Domains) -> np.ndarray:
     import cvxpy
 
     n = len(domains.means)
     gram = domains.means @ domains.means.T + RIDGE * np.eye(n)
     cross = domains.means @ domains.target_mean
-
-    def call():
-        w = cvxpy.Variable(n)
-        value = cvxpy.quad_form(w, gram) - 2 * cross @ w
-        cvxpy.Problem(cvxpy.Minimize(value), [cvxpy.sum(w) == 1, w >= 0]).solve(solver=cvxpy.OSQP)
-        return w.value
-
-    return call
+    w = cvxpy.Variable(n)
+    value = cvxpy.quad_form(w, gram) - 2 * cross @ w
+    cvxpy.Problem(cvxpy.Minimize(value), [cvxpy.sum(w) == 1, w >= 0]).solve(solver=cvxpy.OSQP)
+    return w.value
 
 
 CALLS = {
@@ -257,203 +268,177 @@ CALLS = {
 }
 
 
-def clean(weights: np.ndarray) -> np.ndarray:
-    weights = np.maximum(weights, 0)
+def cleaned(call: Call) -> np.ndarray:
+    weights = np.maximum(call(), 0)
     return weights / weights.sum()
 
 
-def cleaned(call: Callable[[], np.ndarray]) -> np.ndarray:
-    return clean(call())
+def ours(domains: Domains) -> Solution:
+    return solve(make_problem(from_means(domains.means, domains.target_mean), ridge=RIDGE))
+
+
+def available(with_published: bool) -> tuple[list[str], list[str]]:
+    """The solvers that are installed, and those asked for that are not."""
+    needs = {name: (name,) for name in CALLS}
+    if with_published:
+        needs["published"] = ("cvxpy", "osqp")
+    absent = [n for n in needs if not all(importlib.util.find_spec(name) for name in needs[n])]
+    return [name for name in needs if name not in absent], absent
 
 
 # Measuring
 
 
-class Contender(NamedTuple):
-    """`call()` does the work; `weights` of its result are judged, None where there are none."""
-
-    name: str
-    call: Callable[[], Any]
-    weights: Callable[[Any], np.ndarray] | None = None
-
-
-def seconds(call: Callable[[], Any], count: int = 1) -> float:
+def seconds(call: Call, count: int = 1) -> float:
     started = time.perf_counter()
     for _ in range(count):
         call()
     return (time.perf_counter() - started) / count
 
 
-def measure(contenders: Sequence[Contender], repeats: int) -> dict[str, dict[str, Any]]:
+def measure(calls: dict[Any, Call], repeats: int) -> dict[Any, dict[str, Any]]:
     """Seconds of the first call, and of the others by rounds in which each runs in turn."""
     found, counts, rounds = {}, {}, {}
-    for name, call, _ in contenders:
-        first, again = seconds(call), None
-        if first < CONTENDER_SECONDS:
-            again = seconds(call)
+    for name, call in calls.items():
+        first = seconds(call)
+        again = seconds(call) if first < CONTENDER_SECONDS else CONTENDER_SECONDS
         found[name] = {"first_call": first, "wall_rounds": []}
-        counts[name] = math.ceil(ROUND_SECONDS / again) if again else 1
-        rounds[name] = math.ceil(CONTENDER_SECONDS / again) if again else 0
+        counts[name] = math.ceil(ROUND_SECONDS / again)
+        rounds[name] = min(repeats, math.ceil(CONTENDER_SECONDS / again))
     for number in range(repeats):
-        for name, call, _ in contenders:
+        for name, call in calls.items():
             if number < rounds[name]:
                 found[name]["wall_rounds"].append(seconds(call, counts[name]))
     for one in found.values():
-        times = one["wall_rounds"] or [one["first_call"]]
-        one |= {"wall": float(np.median(times)), "wall_min": min(times), "rounds": len(times)}
+        one |= {"wall": float(np.median(one["wall_rounds"])), "wall_min": min(one["wall_rounds"])}
     return found
 
 
-def missing(names: Sequence[str]) -> list[str]:
-    return [name for name in names if importlib.util.find_spec(name) is None]
-
-
-def available(published: bool) -> tuple[list[str], list[str]]:
-    """The solvers that are installed, and those asked for that are not."""
-    absent = missing(SOLVERS)
-    present = [name for name in SOLVERS if name not in absent]
-    if published:
-        lacking = missing(("cvxpy", "osqp"))
-        (absent if lacking else present).append("published")
-    return present, absent
-
-
-def contenders_for(domains: Domains, problem: Problem, solvers: Sequence[str]) -> list[Contender]:
-    def set_up():
-        return make_problem(from_means(domains.means, domains.target_mean), ridge=RIDGE)
-
-    contenders = [
-        Contender("ours", partial(solve, problem), lambda solution: solution.weights),
-        Contender("ours: set-up", set_up),
-    ]
-    if problem.size >= FIRST_PHASE:
-        gradient = partial(projected_gradient, [problem])
-        contenders.append(Contender("ours: projected gradient", gradient, lambda w: clean(w[0])))
-    for name in solvers:
-        call = published_call(domains) if name == "published" else CALLS[name](problem)
-        contenders.append(Contender(name, partial(cleaned, call), lambda weights: weights))
-    return contenders
-
-
 def judge(problem: Problem, weights: np.ndarray) -> dict[str, float]:
-    """Certificate and objective of weights, as they are and relative."""
+    """Certificate of weights, relative to the scale and to the objective."""
     if not np.isfinite(weights).all():
-        return {"gap": math.nan, "objective": math.nan, "gap_to_scale": math.nan}
-    gap, value = frank_wolfe_gap(problem, weights), objective(problem, weights)
+        return {"gap_to_scale": math.nan, "gap_to_objective": math.nan}
+    weights = nearest_weights(problem, weights)
+    gap = frank_wolfe_gap(problem, weights)
     return {
-        "gap": gap,
-        "objective": value,
         "gap_to_scale": gap / problem.scale,
-        "gap_to_objective": gap / value,
+        "gap_to_objective": gap / objective(problem, weights),
     }
 
 
 def benchmark(
-    size: int, kind: Kind, solvers: Sequence[str], options: Options, say: Callable[[str], None]
+    size: int, kind: Kind, features: int, solvers: Sequence[str], options: Options
 ) -> dict[str, Any]:
-    say(f"N = {size}, {kind}: domains")
-    domains = make_domains(options.seed, size, kind=kind)
+    domains = make_domains(options.seed, size, kind=kind, features=features)
     problem = make_problem(from_means(domains.means, domains.target_mean), ridge=RIDGE)
+    hessian = centred(domains)
+    calls = {("ours", "solve"): partial(solve, problem), ("ours", "means"): partial(ours, domains)}
+    weights = {"ours": lambda: solve(problem).weights}
+    for solver in solvers:
+        if solver == "published":
+            calls[solver, "means"] = weights[solver] = partial(cleaned, partial(published, domains))
+            continue
+        make = CALLS[solver]
+        for tight in (False,) if solver == "quadprog" else (False, True):
+            name = f"{solver}, tight" if tight else solver
+            calls[name, "solve"] = weights[name] = partial(cleaned, make(hessian, tight))
+            calls[name, "means"] = lambda make=make, tight=tight: cleaned(
+                make(centred(domains), tight)
+            )
     load = os.getloadavg()[0]
-    contenders = contenders_for(domains, problem, solvers)
-    say(f"N = {size}, {kind}: timing")
-    found = measure(contenders, options.repeats)
-    for name, call, weights in contenders:
-        if weights is not None:
-            found[name] |= judge(problem, weights(call()))
+    found = measure(calls, options.repeats)
     solution = solve(problem)
-    others = {name: found[name]["wall"] for name in solvers if name in CALLS}
-    fastest = min(others, key=others.get, default=None)
     return {
         "size": size,
         "kind": kind,
+        "features": features,
         "condition": problem.condition,
         "support": int((solution.weights > 0).sum()),
         "rounds": solution.rounds,
         "load_average_before": load,
-        "contenders": found,
-        "fastest_other": fastest,
-        "ours_to_fastest": found["ours"]["wall"] / others[fastest] if fastest else None,
+        "contenders": {
+            name: {what: found[name, what] for what in ("solve", "means") if (name, what) in found}
+            | judge(problem, call())
+            for name, call in weights.items()
+        },
     }
 
 
-def bootstrap(solvers: Sequence[str], options: Options, say: Callable[[str], None]) -> dict:
-    say(f"bootstrap: {options.replicates} replicates at N = 50")
+def bootstrap(solvers: Sequence[str], options: Options) -> dict[str, Any]:
     means = bootstrap_means(options.seed, 50, options.replicates)
     problems = [make_problem(from_means(*one), ridge=RIDGE) for one in means]
-    contenders = [
-        Contender("ours: solve_batch", partial(solve_batch, problems)),
-        Contender("ours: projected gradient", partial(projected_gradient, problems)),
-        Contender("ours: loop of solve", lambda: [solve(problem) for problem in problems]),
-    ]
+    calls = {
+        "ours: solve_batch": partial(solve_batch, problems),
+        "ours: projected gradient of it": partial(projected_gradient, problems),
+        "ours: loop of solve": lambda: [solve(problem) for problem in problems],
+    }
     for name in solvers:
         if name in CALLS:
-            calls = [CALLS[name](problem) for problem in problems]
-            contenders.append(
-                Contender(name, lambda calls=calls: [cleaned(call) for call in calls])
-            )
-    found = measure(contenders, options.repeats)
-    solutions = solve_batch(problems)
-    gaps = [solution.gap / problem.scale for problem, solution in zip(problems, solutions)]
-    return {
-        "size": 50,
-        "replicates": options.replicates,
-        "largest_gap_to_scale": max(gaps),
-        "contenders": found,
-    }
+            each = [CALLS[name](problem.hessian / problem.scale, True) for problem in problems]
+            calls[name] = lambda each=each: [cleaned(call) for call in each]
+    gaps = [one.gap / problem.scale for one, problem in zip(solve_batch(problems), problems)]
+    return {"largest_gap_to_scale": max(gaps), "contenders": measure(calls, options.repeats)}
 
 
 # Tables
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [header, ["-" * width for width in widths], *rows]
+    """In Markdown, its columns aligned."""
+    rule = [":--", *["--:"] * (len(header) - 1)]
+    widths = [max(map(len, column)) for column in zip(header, rule, *rows)]
     return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in lines
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in (header, rule, *rows)
     )
 
 
 def milliseconds(value: float) -> str:
-    return f"{1e3 * value:.3g}" if value < 10 else f"{1e3 * value:.0f}"
+    return f"{1e3 * value:.3g}" if value < 1 else f"{1e3 * value:.0f}"
 
 
-def report(results: Sequence[dict], resampled: dict | None) -> str:
-    rows = []
-    for result in results:
-        label = f"{result['size']}, {result['kind']}"
-        for name, one in result["contenders"].items():
-            gaps = [
-                f"{one[key]:.0e}" if key in one else "-"
-                for key in ("gap_to_scale", "gap_to_objective")
-            ]
-            times = map(milliseconds, (one["wall"], one["wall_min"], one["first_call"]))
-            rows.append([f"{label}: {name}", *times, *gaps])
-    header = ["", "ms", "min", "first call", "gap / scale", "gap / objective"]
-    sections = [table(header, rows)]
-    lines = [
-        f"N = {result['size']}, {result['kind']}: condition {result['condition']:.0e}, "
-        f"{result['support']} active, ours takes {result['ours_to_fastest']:.2f} times as "
-        f"long as {result['fastest_other']}, the fastest of the others"
-        for result in results
-        if result["fastest_other"]
+def section(result: dict[str, Any]) -> str:
+    """The table of one problem, and ours beside the fastest of the others at any accuracy."""
+    contenders, rows = result["contenders"], []
+    walls = {
+        what: {name: one[what]["wall"] for name, one in contenders.items() if what in one}
+        for what in ("solve", "means")
+    }
+    for name, one in contenders.items():
+        cells = [name]
+        for wall in walls.values():
+            known = name in wall
+            cells.append(milliseconds(wall[name]) if known else "")
+            cells.append(f"{wall[name] / min(wall.values()):.2f}" if known else "")
+        first = one["solve" if "solve" in one else "means"]["first_call"]
+        gaps = [f"{one[key]:.0e}" for key in ("gap_to_scale", "gap_to_objective")]
+        rows.append([*cells, milliseconds(first), *gaps])
+    title = (
+        f"N = {result['size']}, D = {result['features']}, {result['kind']}: condition "
+        f"{result['condition']:.0e}, {result['support']} active, {result['rounds']} systems solved"
+    )
+    lines = []
+    for what, label in (("solve", "solve"), ("means", "from means")):
+        own = walls[what].pop("ours")
+        if walls[what]:
+            best = min(walls[what], key=walls[what].get)
+            lines.append(f"{label} {own / walls[what][best]:.2f} times {best}")
+    header = ["", "solve, ms", "/ fastest", "from means, ms", "/ fastest", "first call, ms"]
+    header += ["gap / scale", "gap / objective"]
+    note = f"\n\nOurs beside the fastest of the others: {'; '.join(lines)}." if lines else ""
+    return f"#### {title}\n\n{table(header, rows)}{note}"
+
+
+def bootstrap_section(found: dict[str, Any], replicates: int) -> str:
+    rows = [
+        [name, milliseconds(one["wall"]), milliseconds(one["first_call"])]
+        for name, one in found["contenders"].items()
     ]
-    sections.append("\n".join(lines))
-    if resampled:
-        rows = [
-            [name, *map(milliseconds, (one["wall"], one["wall_min"], one["first_call"]))]
-            for name, one in resampled["contenders"].items()
-        ]
-        sections.append(
-            f"Bootstrap, {resampled['replicates']} at N = 50, largest gap "
-            f"{resampled['largest_gap_to_scale']:.0e} of the scale\n"
-            + table(["", "ms", "min", "first call"], rows)
-        )
-    return "\n\n".join(section for section in sections if section)
+    return (
+        f"#### Bootstrap, {replicates} at N = 50: our largest gap "
+        f"{found['largest_gap_to_scale']:.0e} of the scale\n\n"
+        + table(["", "ms", "first call, ms"], rows)
+    )
 
 
 def main(options: Options) -> None:
@@ -467,16 +452,23 @@ def main(options: Options) -> None:
     for name in absent:
         say(f"{name} is not installed: left out")
     content = {"environment": environment(), "options": options, "left_out": absent}
+    cases = [(size, kind, 100) for size in options.sizes for kind in options.kinds]
+    if options.wide:
+        cases.append((max(options.sizes), options.kinds[0], options.wide))
     results = []
-    for size in options.sizes:
-        for kind in options.kinds:
-            results.append(benchmark(size, kind, solvers, options, say))
-            # After every problem, so that an interrupted run leaves what it has measured.
-            write_json(options.out, content | {"results": results, "bootstrap": None})
-    resampled = bootstrap(solvers, options, say) if options.replicates else None
-    write_json(options.out, content | {"results": results, "bootstrap": resampled})
-    print("\n" + report(results, resampled))
-    print(f"\nwritten to {options.out}")
+    for size, kind, features in cases:
+        say(f"N = {size}, D = {features}, {kind}")
+        results.append(benchmark(size, kind, features, solvers, options))
+        # After every problem, so that an interrupted run leaves what it has measured.
+        write_json(options.out, content | {"results": results, "bootstrap": None})
+    sections = [section(result) for result in results]
+    if options.replicates:
+        say("bootstrap")
+        found = bootstrap(solvers, options)
+        write_json(options.out, content | {"results": results, "bootstrap": found})
+        sections.append(bootstrap_section(found, options.replicates))
+    print("\n" + "\n\n".join(sections))
+    say(f"written to {options.out}")
 
 
 if __name__ == "__main__":
