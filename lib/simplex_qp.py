@@ -47,8 +47,9 @@ with warnings.catch_warnings():
 
 # From this many domains on, a single problem starts with projected gradient steps.
 FIRST_PHASE = 200
-# Enough to find most of the support; they end before where the weights move by less.
-GRADIENT_STEPS, SMALLEST_MOVE = 60, 1e-4
+# More steps cost as much as the pivots they save, from N = 150 to 1000; they end before where the
+# weights move by less.
+GRADIENT_STEPS, SMALLEST_MOVE = 20, 1e-4
 # Matrices of a batch that are on the device at a time.
 BATCH_BYTES = 2**28
 # Above this condition number the active sets damp the matrix and correct for it.
