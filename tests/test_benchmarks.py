@@ -118,8 +118,8 @@ def test_transfer_benchmark_runs(tmp_path):
 
 @pytest.mark.slow
 def test_solver_benchmark_runs(tmp_path):
-    out = tmp_path / "mixing_solvers.json"
-    command = [sys.executable, ROOT / "benchmarks" / "mixing_solvers.py", "--sizes", "3", "12"]
+    out = tmp_path / "mixing.json"
+    command = [sys.executable, ROOT / "benchmarks" / "mixing.py", "--sizes", "3", "12"]
     command += ["--kinds", "mixture", "domain", "--repeats", "2", "--replicates", "3"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command += ["--out", out]

@@ -37,11 +37,11 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @pytest.fixture(scope="module")
 def domains():
-    """`make_domains` of benchmarks/mixing_solvers.py, which is not installed."""
-    path = ROOT / "benchmarks" / "mixing_solvers.py"
-    spec = importlib.util.spec_from_file_location("mixing_solvers", path)
+    """`make_domains` of benchmarks/mixing.py, which is not installed."""
+    path = ROOT / "benchmarks" / "mixing.py"
+    spec = importlib.util.spec_from_file_location("mixing", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["mixing_solvers"] = module
+    sys.modules["mixing"] = module
     spec.loader.exec_module(module)
     return module.make_domains
 

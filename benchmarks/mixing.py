@@ -1,6 +1,6 @@
 """Times the quadratic program of mixing weights: ours beside OSQP, Clarabel, quadprog and piqp.
 
-    python benchmarks/mixing_solvers.py [--sizes 3 10 50 200 1000] [--kinds mixture] [--out FILE]
+    python benchmarks/mixing.py [--sizes 3 10 50 200 1000] [--kinds mixture] [--out FILE]
 
 The problem is that of `lib.simplex_qp` with ridge 1e-5, from embeddings made by `make_domains`: N
 domains of 400 Gaussian rows in 512 dimensions whose means have cosines of about .975, D = 100
@@ -84,7 +84,7 @@ class Options:
     published: bool = True
     """Time the published way too, cvxpy with OSQP's defaults."""
     seed: int = 0
-    out: Path = Path("results/benchmarks/mixing_solvers.json")
+    out: Path = Path("results/benchmarks/mixing.json")
 
 
 # Problems
