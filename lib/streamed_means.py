@@ -42,15 +42,19 @@ def row_blocks(
 ) -> Int[Array, " num_rows"]:
     """At random, a block 0, ..., B - 1 for each row from `first_row` on, B = `num_blocks`.
 
-    Every B rows in turn, from row 0 on, go to all B blocks in an order of their own: the sizes of
-    blocks differ by one at most. A row's block depends on key, row and B alone.
+    The first B rows go to a block each; every other row to any block, independently of the rows
+    beside it: in a sorted file blocks that take turns would be samples of all its strata, and vary
+    less than the rows do. A row's block depends on key, row and B alone.
     """
-    first_group = first_row // num_blocks
-    groups = first_group + jnp.arange(num_rows // num_blocks + 2)
-    orders = jax.vmap(lambda g: jax.random.permutation(jax.random.fold_in(key, g), num_blocks))
-    return lax.dynamic_slice_in_dim(
-        orders(groups).reshape(-1), first_row - first_group * num_blocks, num_rows
-    )
+    rows = first_row + jnp.arange(num_rows)
+    orders, draws = jax.random.split(key)
+    first = jax.random.permutation(orders, num_blocks)
+
+    def draw(row):  # in int32, whether float64 is on or not
+        return jax.random.randint(jax.random.fold_in(draws, row), (), 0, num_blocks, jnp.int32)
+
+    first = first[jnp.minimum(rows, num_blocks - 1)]
+    return jnp.where(rows < num_blocks, first, jax.vmap(draw)(rows))
 
 
 def stream_mean_embeddings(

@@ -134,15 +134,14 @@ jitted_row_blocks = jax.jit(row_blocks, static_argnums=(2, 3))
 
 
 @pytest.mark.parametrize("num_blocks", [7, 1000])
-def test_blocks_are_balanced_and_do_not_depend_on_chunks(num_blocks):
+def test_blocks_do_not_depend_on_chunks(num_blocks):
     key = jax.random.key(3)
     whole = np.asarray(jitted_row_blocks(key, 0, 100, num_blocks))
     parts = [
         jitted_row_blocks(key, first, count, num_blocks) for first, count in ((0, 50), (50, 50))
     ]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
-    for first in range(0, 100 - num_blocks + 1, num_blocks):
-        assert sorted(whole[first : first + num_blocks]) == list(range(num_blocks))
+    assert len(set(whole[:num_blocks])) == min(100, num_blocks)
     assert len(set(whole)) == min(100, num_blocks)
     assert not np.array_equal(jitted_row_blocks(jax.random.key(4), 0, 100, num_blocks), whole)
     with jax.enable_x64(True):
@@ -185,9 +184,12 @@ def test_bootstrap_over_blocks_is_that_over_rows_when_they_suffice():
     np.testing.assert_allclose(drawn, expected, rtol=0, atol=1e-13)
 
 
-def test_block_bootstrap_has_the_spread_of_the_mean():
-    """Its variance is about that of the mean over fresh samples, here var(cos) / n by hand."""
+@pytest.mark.parametrize("sort", [False, True])
+def test_block_bootstrap_has_the_spread_of_the_mean(sort):
+    """Its variance is about that of the mean over fresh samples, here var(cos) / n by hand, in
+    whatever order the rows are."""
     rows = normal(0, 4000, DIMENSION)
+    rows = rows[np.argsort(rows[:, 0])] if sort else rows
     options = {"num_blocks": 100, "block_key": jax.random.key(5)}
     found = stream_mean_embeddings([rows], FREQUENCIES, [2.0], **options)
     weights = np.random.default_rng(1).multinomial(100, np.full(100, 0.01), size=2000)
