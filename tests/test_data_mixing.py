@@ -172,7 +172,7 @@ def test_held_out_mmd_by_hand():
 
 
 def test_held_out_frequencies_are_fresh():
-    sets, target = toy(sizes=(200,) * 3, m=200)
+    sets, target = toy(sizes=(1000,) * 3, m=1000)  # whose folds differ little from each other
     few = estimate(KEY, sets, target, bandwidth=1.5, num_features=1, check_features=1)
     many = estimate(KEY, sets, target, bandwidth=1.5, num_features=1, check_features=2000)
     exact = estimate(KEY, sets, target, bandwidth=1.5, estimator="exact")
