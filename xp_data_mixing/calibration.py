@@ -1,0 +1,188 @@
+"""Settings of an estimator chosen from the sets alone, and the best default made of it.
+
+Self-calibration: each set is halved at random. A target of known weights is made of the second
+halves, and the first halves have to recover them; then with the halves exchanged. The settings that
+do so best, in total variation on average over Dirichlet weights, are taken. Neither the target nor
+any truth about it is used.
+
+`estimate_calibrated` does so for whitened random Fourier features (`xp_data_mixing.whitening`), in
+memory. `calibrated_bandwidth` does so for MMD itself, from one Gram matrix of the halves.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Key
+
+from lib.exact_means import streamed_median_bandwidth
+from lib.mixing_problem import from_gram, make_problem
+from lib.rff import gaussian_frequencies, random_fourier_features
+from lib.simplex_qp import solve
+from xp_data_mixing.whitening import spectrum, whitened_weights
+
+CONCENTRATION = 0.5
+"""Of the Dirichlet law of the pseudo-targets' weights."""
+NUM_TARGETS = 30
+FACTORS = (0.35, 0.7, 1.4)
+"""Bandwidths to choose from, over the median distance."""
+DAMPINGS = (1e-3, 1e-2, 1e-1)
+
+
+def total_variation(weights: ArrayLike, truth: ArrayLike) -> np.ndarray:
+    """Half the sum of absolute differences, over the last axis."""
+    return np.abs(np.asarray(weights) - np.asarray(truth)).sum(axis=-1) / 2
+
+
+def pseudo_weights(
+    key: Key[Array, ""], num_sets: int, *, num_targets: int = NUM_TARGETS
+) -> Float[np.ndarray, "T N"]:
+    """Weights of pseudo-targets, Dirichlet(`CONCENTRATION`), float64."""
+    alpha = jnp.full(num_sets, CONCENTRATION)
+    drawn = np.asarray(jax.random.dirichlet(key, alpha, (num_targets,)), np.float64)
+    return drawn / drawn.sum(axis=1, keepdims=True)
+
+
+def halves(key: Key[Array, ""], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows in two parts at random; the first is the larger by one if their number is odd."""
+    order = np.asarray(jax.random.permutation(key, len(rows)))
+    middle = -(-len(rows) // 2)
+    return rows[order[:middle]], rows[order[middle:]]
+
+
+# MMD
+
+
+def calibrated_bandwidth(
+    gram: Float[np.ndarray, "S K K"],
+    sizes: Sequence[int],
+    weights: Float[np.ndarray, "T N"],
+    *,
+    unbiased: bool = True,
+) -> tuple[int, Float[np.ndarray, " S"]]:
+    """(Which of S bandwidths recovers pseudo-targets best, mean total variation of each.)
+
+    `gram` holds the means of the kernel between K = 2 N halves (`lib.exact_means`): the N first
+    ones, then the N second ones in the same order; `sizes` [K] are their rows. `unbiased` takes the
+    diagonal's bias off the side that recovers, for a kernel with k(x, x) = 1.
+    """
+    num_sets = len(sizes) // 2
+    first, second = slice(0, num_sets), slice(num_sets, None)
+    sizes, errors = np.asarray(sizes), []
+    for one in gram:
+        found = []
+        for fit, held in ((first, second), (second, first)):
+            a = one[fit, fit]
+            if unbiased:
+                a = a - np.diag((1 - np.diag(a)) / (sizes[fit] - 1))
+            for w in weights:
+                quadratic = from_gram(a, one[fit, held] @ w, w @ one[held, held] @ w)
+                found.append(total_variation(solve(make_problem(quadratic)).weights, w))
+        errors.append(np.mean(found))
+    return int(np.argmin(errors)), np.array(errors)
+
+
+# Whitened features
+
+
+class CalibratedResult(NamedTuple):
+    """What `estimate_calibrated` returns.
+
+    weights [N]; replicates [R, N] of the bootstrap and intervals [N, 2], None without; the
+    bandwidth and damping chosen, and the pseudo-targets' mean total variation of every pair
+    [factors, dampings], None where both were given.
+    """
+
+    weights: Float[np.ndarray, " N"]
+    replicates: Float[np.ndarray, "R N"]
+    intervals: Float[np.ndarray, "N 2"] | None
+    bandwidth: float
+    damping: float
+    errors: Float[np.ndarray, "B L"] | None
+
+
+def estimate_calibrated(
+    key: Key[Array, ""],
+    sets: Sequence[Any],
+    target: Any,
+    *,
+    bandwidth: float | None = None,
+    damping: float | None = None,
+    num_features: int = 300,
+    bootstrap: int = 0,
+    confidence: float = 0.9,
+) -> CalibratedResult:
+    """Weights of the sets in the target, by whitened random Fourier features of calibrated settings.
+
+    Sets and target are arrays [n, d], the features of all of them in memory: 2 num_features each
+    row, and matrices of (2 num_features)^2. With `bandwidth` and `damping` both given nothing is
+    calibrated. Intervals are percentiles over `bootstrap` draws of the rows of sets and target.
+
+    Raises ValueError where only one of bandwidth and damping is given, and where a set has fewer
+    than four rows (two without calibration).
+    """
+    if (bandwidth is None) != (damping is None):
+        raise ValueError(f"give both bandwidth and damping or neither: {bandwidth}, {damping}")
+    sets, target = [np.asarray(rows) for rows in sets], np.asarray(target)
+    sizes, errors = [len(rows) for rows in sets], None
+    if min(sizes) < (4 if bandwidth is None else 2) or not len(target):
+        raise ValueError(f"too few rows: {sizes} in the sets, {len(target)} in the target")
+    frequency_key, median_key, calibration_key, bootstrap_key = jax.random.split(key, 4)
+    frequencies = gaussian_frequencies(frequency_key, num_features, target.shape[1])
+    if bandwidth is None:
+        median = streamed_median_bandwidth(median_key, sets)
+        bandwidths = [factor * median for factor in FACTORS]
+        errors = _whitened_errors(calibration_key, sets, frequencies, bandwidths)
+        i, j = np.unravel_index(errors.argmin(), errors.shape)
+        bandwidth, damping = bandwidths[i], DAMPINGS[j]
+    features = [_features(rows, frequencies, bandwidth) for rows in (*sets, target)]
+    found = spectrum(features[:-1])
+    target_mean = features[-1].mean(axis=0, dtype=np.float64) @ found.basis
+    weights = whitened_weights(found, target_mean, damping)
+    replicates, intervals = np.zeros((0, len(sets))), None
+    if bootstrap:
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(bootstrap_key)))
+        drawn = [_resampled_means(rng, rows, bootstrap) @ found.basis for rows in features]
+        replicates = np.stack(
+            [
+                whitened_weights(found, means[-1], damping, replicate=means[:-1])
+                for means in np.stack(drawn, axis=1)
+            ]
+        )
+        tails = (1 - confidence) / 2, (1 + confidence) / 2
+        low, high = np.quantile(replicates, tails, axis=0)
+        intervals = np.stack([np.minimum(low, weights), np.maximum(high, weights)], axis=1)
+    return CalibratedResult(
+        weights, replicates, intervals, float(bandwidth), float(damping), errors
+    )
+
+
+def _features(rows, frequencies, bandwidth):
+    return np.asarray(random_fourier_features(jnp.asarray(rows), frequencies, bandwidth))
+
+
+def _resampled_means(rng, rows, replicates):
+    """Means of as many rows drawn with replacement, [R, F] float64."""
+    counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=replicates)
+    return (counts.astype(rows.dtype) @ rows).astype(np.float64) / len(rows)
+
+
+def _whitened_errors(key, sets, frequencies, bandwidths):
+    """Mean total variation of the pseudo-targets, [bandwidths, DAMPINGS]."""
+    weights_key, *set_keys = jax.random.split(key, len(sets) + 1)
+    parts = [halves(set_key, rows) for set_key, rows in zip(set_keys, sets)]
+    weights = pseudo_weights(weights_key, len(sets))
+    errors = np.zeros((len(bandwidths), len(DAMPINGS)))
+    for i, bandwidth in enumerate(bandwidths):
+        first, second = (
+            [_features(rows, frequencies, bandwidth) for rows in side] for side in zip(*parts)
+        )
+        for fit, held in ((first, second), (second, first)):
+            found = spectrum(fit)
+            means = np.stack([rows.mean(axis=0, dtype=np.float64) for rows in held]) @ found.basis
+            for j, damping in enumerate(DAMPINGS):
+                recovered = [whitened_weights(found, w @ means, damping) for w in weights]
+                errors[i, j] += total_variation(recovered, weights).mean() / 2
+    return errors

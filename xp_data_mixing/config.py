@@ -1,0 +1,201 @@
+"""Settings of the data mixing experiments."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+EXPERIMENT = "xp_data_mixing"
+"""The folder of results."""
+
+SIGMAS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0)
+"""Bandwidths, sigma over sqrt(median squared distance / 2)."""
+
+
+def _check_sizes(config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Classes of images as the sets; targets with shares of the classes from Dirichlet(1/2)."""
+
+    dataset: str = "fashion_mnist"
+    """A name, or a folder or zip of images, as lib.datasets.load takes it."""
+    space: Literal["pixels", "gradients"] = "pixels"
+    """gradients: projected gradients of an MLP that was trained on images in neither sets nor
+    targets. They depend on labels, the target's too."""
+    num_per_class: int = 500
+    num_target: int = 1000
+    target_from: Literal["test", "rest"] = "test"
+    """The test split, or images of the training split that are in no set."""
+    labels: Literal["fixed", "drawn"] = "fixed"
+    """fixed: each class has its share of the target's images. drawn: the images' classes are
+    independent draws, which adds their noise."""
+
+    def __post_init__(self):
+        _check_sizes(self, "num_per_class", "num_target")
+
+
+DIGITS = Samples(dataset="digits", num_per_class=50, num_target=80, target_from="rest")
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """Every estimator on the same sets and targets."""
+
+    samples: Samples = Samples()
+    num_targets: int = 4
+    num_features: tuple[int, ...] = (100, 1000)
+
+    def __post_init__(self):
+        _check_sizes(self, "num_targets")
+
+
+@dataclass(frozen=True)
+class CoverageConfig:
+    """Intervals on sets and targets that are drawn again and again, the mixture staying the same."""
+
+    samples: Samples = Samples(labels="drawn")
+    estimator: Literal["calibrated", "mmd"] = "calibrated"
+    """calibrated: whitened features, settings calibrated once, on a draw that is not counted.
+    mmd: `mixing.estimate`, U-statistic, median bandwidth."""
+    resamples: int = 200
+    replicates: int = 200
+    confidence: float = 0.9
+    num_features: int = 300
+
+    def __post_init__(self):
+        _check_sizes(self, "resamples", "replicates", "num_features")
+
+
+@dataclass(frozen=True)
+class DownstreamConfig:
+    """A classifier trained on a mixture of sets of unequal sizes, judged on the target's."""
+
+    samples: Samples = Samples()
+    """num_per_class does not count here."""
+    largest: int = 2000
+    """Sizes of the sets fall from here geometrically, in random order."""
+    smallest: int = 200
+    num_images: int = 2000
+    """Drawn from the mixture, sets being repeated where they are too small."""
+    num_epochs: int = 20
+    hidden: int = 128
+    learning_rate: float = 1e-3
+
+    def __post_init__(self):
+        _check_sizes(self, "smallest", "num_images", "num_epochs", "hidden")
+        if self.largest < self.smallest:
+            raise ValueError(f"largest must be at least smallest: {self.largest}, {self.smallest}")
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """MMD (U-statistic) over bandwidths, features and sizes of the sets."""
+
+    samples: Samples = Samples()
+    num_targets: int = 4
+    sizes: tuple[int, ...] = (50, 100, 200, 500)
+    """Rows a set; the last is samples.num_per_class."""
+    num_features: tuple[int, ...] = (30, 100, 300, 1000)
+
+    def __post_init__(self):
+        _check_sizes(self, "num_targets")
+        if list(self.sizes) != sorted(set(self.sizes)) or self.sizes[-1] != (
+            self.samples.num_per_class
+        ):
+            raise ValueError(
+                f"sizes must rise to num_per_class, {self.samples.num_per_class}: {self.sizes}"
+            )
+
+
+@dataclass(frozen=True)
+class SolversConfig:
+    """The same problems by several solvers; classes are split into parts for more sets."""
+
+    samples: Samples = Samples()
+    parts: tuple[int, ...] = (1, 5, 20)
+    """Sets a class; each divides the last, the last num_per_class."""
+    solvers: tuple[str, ...] = ("OSQP", "CLARABEL", "SCS")
+    ridge: float = 1e-5
+
+    def __post_init__(self):
+        most = self.parts[-1]
+        if self.samples.num_per_class % most or any(most % part for part in self.parts):
+            raise ValueError(
+                f"parts {self.parts} must divide the last, and that {self.samples.num_per_class}"
+            )
+
+
+Config = RecoveryConfig | CoverageConfig | DownstreamConfig | AblationConfig | SolversConfig
+Preset = Literal["quick", "paper"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings by label, and how many seeds each runs."""
+
+    settings: dict[str, Config] = field(default_factory=dict)
+    seeds: int = 1
+
+
+_REST = Samples(labels="drawn", target_from="rest")
+GROUPS: dict[str, Group] = {
+    "recovery": Group(
+        {
+            "pixels": RecoveryConfig(),
+            "pixels, no shift": RecoveryConfig(Samples(target_from="rest")),
+            "gradients": RecoveryConfig(Samples(space="gradients")),
+            "digits, pixels": RecoveryConfig(DIGITS),
+            "digits, gradients": RecoveryConfig(replace(DIGITS, space="gradients")),
+        },
+        seeds=5,
+    ),
+    "coverage": Group(
+        {
+            "calibrated": CoverageConfig(),
+            "calibrated, no shift": CoverageConfig(_REST),
+            "MMD": CoverageConfig(estimator="mmd"),
+            "MMD, no shift": CoverageConfig(_REST, estimator="mmd"),
+        }
+    ),
+    "downstream": Group({"pixels": DownstreamConfig()}, seeds=10),
+    "ablation": Group({"pixels": AblationConfig()}, seeds=3),
+    "solvers": Group({"pixels": SolversConfig()}),
+}
+
+QUICK: dict[str, Group] = {
+    "recovery": Group(
+        {
+            "digits, pixels": RecoveryConfig(DIGITS, num_features=(100,)),
+            "digits, gradients": RecoveryConfig(
+                replace(DIGITS, space="gradients"), num_features=(100,)
+            ),
+        }
+    ),
+    "coverage": Group(
+        {
+            "calibrated": CoverageConfig(
+                replace(DIGITS, labels="drawn"), resamples=20, replicates=50, num_features=100
+            ),
+        }
+    ),
+    "downstream": Group(
+        {
+            "pixels": DownstreamConfig(
+                DIGITS, largest=60, smallest=15, num_images=400, num_epochs=20, hidden=32
+            )
+        },
+        seeds=2,
+    ),
+    "ablation": Group(
+        {"pixels": AblationConfig(DIGITS, num_targets=2, sizes=(10, 50), num_features=(30, 300))}
+    ),
+    "solvers": Group({"pixels": SolversConfig(DIGITS, parts=(1, 5))}),
+}
+
+
+def presets(preset: Preset) -> dict[str, Group]:
+    """The groups of a preset."""
+    return GROUPS if preset == "paper" else QUICK

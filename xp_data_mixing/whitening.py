@@ -1,0 +1,86 @@
+"""Mixing weights by generalised least squares on mean embeddings.
+
+With features z(x), set means mu_i and the target's mean mu_Q, the true weights meet
+mu_Q = sum_i w_i mu_i up to sampling noise. MMD counts that noise alike in all directions.
+Generalised least squares (Aitken, On least squares and linear combinations of observations, 1935)
+divides by its covariance:
+
+    min_w  (M'w - mu_Q)' (S + damping s I)^-1 (M'w - mu_Q)   over the simplex,
+
+S the pooled covariance of z within the sets, s its largest eigenvalue. A large damping gives MMD
+back. It is MMD of another kernel, z(x)' (S + damping s I)^-1 z(y), as in `lib.drmmd`, but with the
+covariance within sets: directions in which rows of one set differ a lot tell little about weights.
+
+The noise of mu_i adds tr(S_i (S + damping s I)^-1) / n_i to the i-th diagonal entry of the
+quadratic form, S_i the covariance within set i. It is subtracted, as a U-statistic does for MMD.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lib.mixing_problem import from_gram, make_problem
+from lib.simplex_qp import solve
+
+
+class Spectrum(NamedTuple):
+    """N sets of features in the eigenvectors of S; float64.
+
+    means [N, F], variances [N, F] within each set, its sizes [N], the eigenvalues [F] of S and its
+    eigenvectors as the columns of basis [F, F].
+    """
+
+    means: Float[np.ndarray, "N F"]
+    variances: Float[np.ndarray, "N F"]
+    sizes: Int[np.ndarray, " N"]
+    eigenvalues: Float[np.ndarray, " F"]
+    basis: Float[np.ndarray, "F F"]
+
+
+def spectrum(sets: Sequence[Float[np.ndarray, "n F"]]) -> Spectrum:
+    """Of feature rows, a set each, in memory: O(n F^2 + F^3). Products over rows are in their dtype.
+
+    Raises ValueError where a set has fewer than two rows.
+    """
+    sizes = np.array([len(rows) for rows in sets])
+    if min(sizes) < 2:
+        raise ValueError(f"two rows of each set are needed, got {sizes.tolist()}")
+    means = [rows.mean(axis=0, dtype=np.float64) for rows in sets]
+    centred = [rows - mean.astype(rows.dtype) for rows, mean in zip(sets, means)]
+    scatter = sum((rows.T @ rows).astype(np.float64) for rows in centred)
+    eigenvalues, basis = np.linalg.eigh(scatter / (sizes.sum() - len(sizes)))
+    rotation = basis.astype(centred[0].dtype)
+    variances = [
+        np.square(rows @ rotation).sum(axis=0, dtype=np.float64) / (len(rows) - 1)
+        for rows in centred
+    ]
+    means = np.stack(means) @ basis
+    return Spectrum(means, np.stack(variances), sizes, np.maximum(eigenvalues, 0), basis)
+
+
+def whitened_weights(
+    found: Spectrum,
+    target_mean: Float[np.ndarray, " F"],
+    damping: float,
+    *,
+    replicate: Float[np.ndarray, "N F"] | None = None,
+) -> Float[np.ndarray, " N"]:
+    """The weights of the sets in a target, given its mean in the eigenvectors of S.
+
+    `replicate` are means of resampled rows in place of `found.means`. They carry the noise of the
+    drawing on top of that of the sets, so that twice the noise is subtracted: over draws the
+    quadratic is then, on average, that of the weights themselves.
+
+    Raises ValueError unless damping > 0.
+    """
+    if not 0 < damping < np.inf:
+        raise ValueError(f"the damping must be positive and finite, got {damping}")
+    scales = found.eigenvalues + damping * found.eigenvalues.max()
+    noise = (found.variances / scales).sum(axis=1) / found.sizes
+    means = found.means if replicate is None else replicate
+    means, target = means / np.sqrt(scales), target_mean / np.sqrt(scales)
+    # The target's noise adds the same for all weights.
+    gram = means @ means.T - (1 if replicate is None else 2) * np.diag(noise)
+    return solve(make_problem(from_gram(gram, means @ target, target @ target))).weights
