@@ -114,7 +114,7 @@ def estimate_calibrated(
     bootstrap: int = 0,
     confidence: float = 0.9,
 ) -> CalibratedResult:
-    """Weights of the sets in the target, by whitened random Fourier features of calibrated settings.
+    """Weights of the sets in the target, by whitened Fourier features of calibrated settings.
 
     Sets and target are arrays [n, d], the features of all of them in memory: 2 num_features each
     row, and matrices of (2 num_features)^2. With `bandwidth` and `damping` both given nothing is

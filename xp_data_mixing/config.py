@@ -54,7 +54,7 @@ class RecoveryConfig:
 
 @dataclass(frozen=True)
 class CoverageConfig:
-    """Intervals on sets and targets that are drawn again and again, the mixture staying the same."""
+    """Intervals on sets and targets that are drawn again and again from one mixture."""
 
     samples: Samples = Samples(labels="drawn")
     estimator: Literal["calibrated", "mmd"] = "calibrated"

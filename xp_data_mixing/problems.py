@@ -93,7 +93,7 @@ def draw_target(
                 f"a target needs {count} images of class {dataset.class_names[label]!r} of "
                 f"{dataset.name}, {len(pool)} are left"
             )
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(image_key)).tolist() + [label])
+        rng = np.random.default_rng([*np.asarray(jax.random.key_data(image_key)).tolist(), label])
         chosen.append(rng.choice(pool, count, replace=False))
     return dataset, np.concatenate(chosen), truth
 

@@ -40,7 +40,7 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(sets: Sequence[Float[np.ndarray, "n F"]]) -> Spectrum:
-    """Of feature rows, a set each, in memory: O(n F^2 + F^3). Products over rows are in their dtype.
+    """Of feature rows, a set each, in memory: O(n F^2 + F^3). Row products are in their dtype.
 
     Raises ValueError where a set has fewer than two rows.
     """

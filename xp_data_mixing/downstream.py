@@ -1,0 +1,114 @@
+"""A classifier trained on images drawn from the mixture found, and from others, for one target."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from lib import classification
+from lib.networks import MLP
+from xp_data_mixing import problems
+from xp_data_mixing.calibration import estimate_calibrated, total_variation
+from xp_data_mixing.config import DownstreamConfig
+from xp_data_mixing.gradient_embeddings import class_counts
+from xp_data_mixing.mixing import estimate
+
+MIXTURES = ("uniform", "size-proportional", "estimate()", "whitened, calibrated", "oracle")
+
+
+def unequal_sizes(key: Key[Array, ""], config: DownstreamConfig, num_sets: int) -> list[int]:
+    """Geometric from largest to smallest, in random order."""
+    sizes = np.rint(np.geomspace(config.largest, config.smallest, num_sets)).astype(int)
+    return sizes[np.asarray(jax.random.permutation(key, num_sets))].tolist()
+
+
+def draw_from(
+    key: Key[Array, ""], sets: list[np.ndarray], weights: np.ndarray, count: int
+) -> Int[np.ndarray, " count"]:
+    """`count` entries of the sets in the shares `weights`; a set is repeated whole before any of
+    its entries comes once more."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    chosen = []
+    for members, wanted in zip(sets, class_counts(weights, count)):
+        rounds = -(-int(wanted) // len(members))
+        orders = [rng.permutation(members) for _ in range(rounds)]
+        chosen.append(np.concatenate([*orders, members[:0]])[:wanted])
+    return np.concatenate(chosen)
+
+
+def judge(
+    network: MLP, parameters: Any, images: Array, labels: Array, weights: Float[np.ndarray, " N"]
+) -> tuple[float, float]:
+    """(cross-entropy, accuracy) on classes in the shares `weights`: means over each class's images,
+    weighted. Raises ValueError for a class of positive weight without an image."""
+    losses, hits = _losses_and_hits(network, parameters, images, labels)
+    labels, total = np.asarray(labels), np.zeros(2)
+    for label, weight in enumerate(weights):
+        members = labels == label
+        if weight > 0 and not members.any():
+            raise ValueError(f"class {label} has the weight {weight} and no image to judge on")
+        if weight > 0:
+            total += weight * np.array([losses[members].mean(), hits[members].mean()])
+    return float(total[0]), float(total[1])
+
+
+def _losses_and_hits(network, parameters, images, labels):
+    logits = jax.jit(network.apply)(parameters, images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return np.asarray(losses, np.float64), np.asarray(jnp.argmax(logits, axis=1) == labels, float)
+
+
+def compare(config: DownstreamConfig, seed: int, data_root: Path | None = None) -> dict[str, Any]:
+    """For each of `MIXTURES` [M]: weights [M, N], their total variation tv [M], and cross-entropy
+    loss and accuracy [M] of a network trained on as many images in as many steps, from one start.
+
+    Judged on images in neither sets nor the target's sample, weighted as the target's classes are.
+    """
+    source = problems.load(config.samples, data_root)
+    keys = jax.random.split(jax.random.key(seed), 7)
+    size_key, set_key, mixture_key, target_key, estimate_key, draw_key, network_key = keys
+    num_sets = source.num_classes
+    sizes = unequal_sizes(size_key, config, num_sets)
+    sets = problems.draw_sets(set_key, source, sizes)
+    mixture = problems.draw_mixture(mixture_key, num_sets)
+    dataset, target, truth = problems.draw_target(target_key, source, mixture, sets)
+    judged = np.setdiff1d(np.arange(len(dataset.labels)), target)
+    if config.samples.target_from == "rest":
+        judged = np.setdiff1d(judged, np.concatenate(sets))
+
+    rows = [problems.pixels(source.train, one) for one in sets]
+    target_rows = problems.pixels(dataset, target)
+    found = (
+        np.full(num_sets, 1 / num_sets),
+        np.array(sizes) / sum(sizes),
+        estimate(estimate_key, rows, target_rows, check_features=0).weights,
+        estimate_calibrated(estimate_key, rows, target_rows).weights,
+        truth,
+    )
+    network = MLP(num_classes=num_sets, hidden=(config.hidden,))
+    images = problems.images_and_labels(dataset, judged)
+    losses, accuracies = [], []
+    for weights in found:
+        chosen = draw_from(draw_key, sets, weights, config.num_images)
+        parameters, _ = classification.train(
+            network_key,
+            network,
+            *problems.images_and_labels(source.train, chosen),
+            optimizer=classification.adam(config.learning_rate),
+            num_epochs=config.num_epochs,
+        )
+        loss, accuracy = judge(network, parameters, *images, truth)
+        losses.append(loss)
+        accuracies.append(accuracy)
+    return {
+        "names": np.array(MIXTURES),
+        "weights": np.stack(found),
+        "tv": total_variation(np.stack(found), truth[None]),
+        "loss": np.array(losses),
+        "accuracy": np.array(accuracies),
+        "sizes": np.array(sizes),
+    }

@@ -1,0 +1,100 @@
+"""Every experiment on mixing weights, in groups: each a table, figures and a summary.
+
+    python xp_data_mixing/experiments.py --preset quick
+    python xp_data_mixing/experiments.py --preset paper --only recovery coverage
+
+The groups and their settings are in `config.py`. What is finished is skipped.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from lib import runs
+from xp_data_mixing import coverage, downstream, plot, recovery, solvers, tables
+from xp_data_mixing.config import EXPERIMENT, Config, Group, Preset, presets
+
+MEASURES = {
+    "recovery": recovery.recover,
+    "coverage": coverage.cover,
+    "downstream": downstream.compare,
+    "ablation": recovery.ablate,
+    "solvers": solvers.compare_solvers,
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    preset: Preset = "quick"
+    only: tuple[str, ...] = ()
+    """Groups to run; none: all."""
+    seeds: tuple[int, ...] = ()
+    """None: 0, 1, ..., as many as the group's settings say."""
+    results: Path = Path("results")
+    data_root: Path | None = None
+    """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
+
+
+def run_one(group: str, config: Config, seed: int, arguments: Arguments) -> runs.Run:
+    """Measures, or finds it done; the folder holds what the group's function returns, and the
+    seconds of CPU time it took."""
+    run = runs.open_run(arguments.results, EXPERIMENT, group, config, seed=seed)
+    if not run.finished:
+        began = time.process_time()
+        found = MEASURES[group](config, seed, arguments.data_root)
+        run.finish(**found, seconds=np.array(time.process_time() - began))
+    return run
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits, in lists and dictionaries too."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def run_group(name: str, group: Group, arguments: Arguments) -> Path:
+    """Runs a group and returns its summary: for each label its settings and, of every array of its
+    runs, the list over seeds."""
+    seeds, rows = arguments.seeds or tuple(range(group.seeds)), []
+    for label, config in group.settings.items():
+        stored = []
+        for seed in seeds:
+            run = run_one(name, config, seed, arguments)
+            stored.append(run.load_arrays())
+        row = {"label": label, "settings": config}
+        for array in stored[0]:
+            row[array] = rounded([one[array].tolist() for one in stored])
+        rows.append(row)
+        print("\n".join(f"  {line}" for line in tables.lines(name, row)), flush=True)
+    summary = arguments.results / EXPERIMENT / f"{name}_{arguments.preset}.json"
+    about = {"group": name, "seeds": seeds, "environment": runs.environment()}
+    runs.write_json(summary, {**about, "rows": rows})
+    print(f"numbers: {summary}")
+    for figure in plot.figures(summary):
+        print(f"figure:  {figure}")
+    return summary
+
+
+def main(arguments: Arguments) -> list[Path]:
+    """Runs the groups; returns their summaries."""
+    groups = presets(arguments.preset)
+    unknown = set(arguments.only) - set(groups)
+    if unknown:
+        raise ValueError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+    summaries = []
+    for name in arguments.only or groups:
+        print(f"{name}: {', '.join(groups[name].settings)}", flush=True)
+        summaries.append(run_group(name, groups[name], arguments))
+    return summaries
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))

@@ -1,0 +1,188 @@
+"""Tables of this experiment, from stored summaries alone."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from xp_data_mixing.config import SIGMAS
+
+KERNEL_COLUMNS = ("exact V", "exact U")
+
+
+def rows_of(summary: Path) -> list[dict]:
+    return json.loads(Path(summary).read_text())["rows"]
+
+
+def _row(summary: Path, label: str) -> dict:
+    return next(row for row in rows_of(summary) if row["label"] == label)
+
+
+def _markdown(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    heads = list(heads)
+    table = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join([*table, *("| " + " | ".join(cells) + " |" for cells in lines)])
+
+
+def _spread(values, *, digits: int = 3) -> str:
+    """mean ± standard deviation over all values."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+
+
+# Recovery
+
+
+def variations(row: dict) -> dict[str, np.ndarray]:
+    """Total variation of each estimator, [seeds, T]."""
+    return dict(zip(row["names"][0], np.swapaxes(np.asarray(row["tv"]), 0, 1)))
+
+
+def kernel_columns(row: dict) -> list[str]:
+    """Names of the columns that have one estimator a bandwidth."""
+    suffix = f", σ = {SIGMAS[0]:g}"
+    return [name.removesuffix(suffix) for name in variations(row) if name.endswith(suffix)]
+
+
+def others(row: dict) -> list[str]:
+    """Names of the estimators that are no cell of the columns."""
+    return [name for name in variations(row) if ", σ = " not in name]
+
+
+def bandwidth_table(summary: Path, label: str, *, sigmas: tuple[float, ...] = SIGMAS) -> str:
+    """Total variation by bandwidth and estimator, mean ± std over seeds and targets."""
+    row = _row(summary, label)
+    found, columns = variations(row), kernel_columns(row)
+    return _markdown(
+        ["σ / √(median d² / 2)", *columns],
+        [
+            [f"{sigma:g}", *(_spread(found[f"{name}, σ = {sigma:g}"]) for name in columns)]
+            for sigma in sigmas
+        ],
+    )
+
+
+def recovery_table(summary: Path) -> str:
+    """Total variation of what has no bandwidth to choose, mean ± std over seeds and targets."""
+    rows = rows_of(summary)
+    names = others(rows[0])
+    return _markdown(
+        ["sets and targets", *names],
+        [[row["label"], *(_spread(variations(row)[name]) for name in names)] for row in rows],
+    )
+
+
+# The others
+
+
+def coverage_of(row: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(share of the intervals that hold the truth [N], their mean width [N]), over all draws."""
+    intervals, truth = np.asarray(row["intervals"]), np.asarray(row["truth"])[:, None]
+    # Weights and mixture were rounded to five digits.
+    low, high = intervals[..., 0] - 1e-9, intervals[..., 1] + 1e-9
+    inside = (low <= truth) & (truth <= high)
+    return inside.mean(axis=(0, 1)), (high - low).mean(axis=(0, 1))
+
+
+def coverage_table(summary: Path) -> str:
+    """A line a class: its true weight; for each label coverage in percent and mean width."""
+    rows = rows_of(summary)
+    found = [coverage_of(row) for row in rows]
+    truth = np.asarray(rows[0]["truth"]).mean(axis=0)
+    lines = [
+        [str(i), f"{weight:.3f}", *(f"{100 * c[i]:.0f}%, {w[i]:.3f}" for c, w in found)]
+        for i, weight in enumerate(truth)
+    ]
+    lines.append(["all", "", *(f"{100 * c.mean():.1f}%, {w.mean():.3f}" for c, w in found)])
+    return _markdown(["class", "weight", *(row["label"] for row in rows)], lines)
+
+
+def downstream_table(summary: Path) -> str:
+    """A line a mixture: loss, its difference to uniform of the same seed, accuracy, and total
+    variation; mean ± std over seeds."""
+    row = rows_of(summary)[0]
+    loss, accuracy = np.asarray(row["loss"]), 100 * np.asarray(row["accuracy"])
+    more, tv = loss - loss[:, :1], np.asarray(row["tv"])
+    return _markdown(
+        ["mixture", "validation loss", "less that of uniform", "accuracy, %", "TV to the target"],
+        [
+            [
+                name,
+                _spread(loss[:, i]),
+                "-" if i == 0 else _spread(more[:, i]),
+                _spread(accuracy[:, i], digits=1),
+                _spread(tv[:, i]),
+            ]
+            for i, name in enumerate(row["names"][0])
+        ],
+    )
+
+
+def ablation_table(summary: Path) -> str:
+    """A line a size of the sets: for each number of features the best mean total variation over
+    bandwidths, mean ± std over seeds and targets, and its bandwidth."""
+    row = rows_of(summary)[0]
+    tv, settings = np.asarray(row["tv"]), row["settings"]
+    heads = [f"D = {count}" for count in settings["num_features"]] + ["exact"]
+    lines = []
+    for n, size in enumerate(settings["sizes"]):
+        best = tv[:, n].mean(axis=(0, 3)).argmin(axis=1)
+        cells = [
+            f"{_spread(tv[:, n, d, s])} (σ {SIGMAS[s]:g})" for d, s in zip(range(len(best)), best)
+        ]
+        lines.append([str(size), *cells])
+    return _markdown(["rows a set", *heads], lines)
+
+
+def solver_table(summary: Path) -> str:
+    """A line a number of sets and solver, of the first seed."""
+    row = rows_of(summary)[0]
+    condition = row["condition"][0]
+    numbers = {name: row[name][0] for name in ("objective", "gap", "distance", "tv")}
+    lines = []
+    for p, count in enumerate(row["num_sets"][0]):
+        for q, solver in enumerate(row["names"][0]):
+            objective, gap, distance, tv = (numbers[name][p][q] for name in numbers)
+            if not isinstance(gap, float):
+                lines.append([str(count), f"{condition[p]:.1e}", solver, *["failed"] * 4])
+                continue
+            cells = [f"{objective:.5g}", f"{gap:.1e}", f"{distance:.1e}", f"{tv:.3f}"]
+            lines.append([str(count), f"{condition[p]:.1e}", solver, *cells])
+    return _markdown(
+        [
+            "sets",
+            "condition",
+            "solver",
+            "objective",
+            "gap / scale",
+            "largest difference to own",
+            "TV of the classes",
+        ],
+        lines,
+    )
+
+
+# What is printed while running
+
+
+def lines(group: str, row: dict) -> list[str]:
+    """A run in words."""
+    if group == "recovery":
+        found = variations(row)
+        shown = [f"{name} {np.mean(found[name]):.3f}" for name in others(row)]
+    elif group == "coverage":
+        covered, width = coverage_of(row)
+        shown = [f"coverage {100 * covered.mean():.1f}%, mean width {width.mean():.3f}"]
+    elif group == "downstream":
+        losses = np.mean(row["loss"], axis=0)
+        shown = [f"{name} {loss:.3f}" for name, loss in zip(row["names"][0], losses)]
+    elif group == "ablation":
+        best = np.asarray(row["tv"]).mean(axis=(0, 4)).min(axis=(1, 2))
+        sizes = row["settings"].sizes
+        shown = [f"{size} rows: {value:.3f}" for size, value in zip(sizes, best)]
+    else:
+        shown = [
+            f"{count} sets: gap {gap[0]:.1e}"
+            for count, gap in zip(row["num_sets"][0], row["gap"][0])
+        ]
+    return [f"{row['label']}: " + ", ".join(shown)]
