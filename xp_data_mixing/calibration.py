@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from lib.exact_means import streamed_median_bandwidth
 from lib.mixing_problem import from_gram, make_problem
-from lib.rff import gaussian_frequencies, random_fourier_features
+from lib.rff import features_of_projections, gaussian_frequencies, project
 from lib.simplex_qp import solve
 from xp_data_mixing.whitening import spectrum, whitened_weights
 
@@ -36,20 +35,26 @@ def total_variation(weights: ArrayLike, truth: ArrayLike) -> np.ndarray:
     return np.abs(np.asarray(weights) - np.asarray(truth)).sum(axis=-1) / 2
 
 
+def host_rng(key: Key[Array, ""]) -> np.random.Generator:
+    """For draws on the host: jax.random compiles anew for every size of a set."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
 def pseudo_weights(
     key: Key[Array, ""], num_sets: int, *, num_targets: int = NUM_TARGETS
 ) -> Float[np.ndarray, "T N"]:
     """Weights of pseudo-targets, Dirichlet(`CONCENTRATION`), float64."""
-    alpha = jnp.full(num_sets, CONCENTRATION)
-    drawn = np.asarray(jax.random.dirichlet(key, alpha, (num_targets,)), np.float64)
-    return drawn / drawn.sum(axis=1, keepdims=True)
+    return host_rng(key).dirichlet(np.full(num_sets, CONCENTRATION), num_targets)
 
 
-def halves(key: Key[Array, ""], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows in two parts at random; the first is the larger by one if their number is odd."""
-    order = np.asarray(jax.random.permutation(key, len(rows)))
-    middle = -(-len(rows) // 2)
-    return rows[order[:middle]], rows[order[middle:]]
+def halves(
+    key: Key[Array, ""], sizes: Sequence[int]
+) -> list[tuple[Int[np.ndarray, " first"], Int[np.ndarray, " second"]]]:
+    """Rows 0, ..., n - 1 of sets of sizes n, each in two parts at random; the first is the larger
+    by one if n is odd."""
+    rng = host_rng(key)
+    orders = [rng.permutation(size) for size in sizes]
+    return [(order[: -(-len(order) // 2)], order[-(-len(order) // 2) :]) for order in orders]
 
 
 # MMD
@@ -130,21 +135,30 @@ def estimate_calibrated(
     if min(sizes) < (4 if bandwidth is None else 2) or not len(target):
         raise ValueError(f"too few rows: {sizes} in the sets, {len(target)} in the target")
     frequency_key, median_key, calibration_key, bootstrap_key = jax.random.split(key, 4)
-    frequencies = gaussian_frequencies(frequency_key, num_features, target.shape[1])
+    dimension = target.shape[1]
+    frequencies = gaussian_frequencies(frequency_key, num_features, dimension)
+    # All bandwidths share the projections, and one program serves sets of any sizes.
+    projections = _project(np.concatenate([*sets, target]), frequencies)
+    ends = np.cumsum(sizes)
+
+    def features(bandwidth):
+        return np.split(np.asarray(_features(projections, bandwidth)), ends)
+
     if bandwidth is None:
         median = streamed_median_bandwidth(median_key, sets)
         bandwidths = [factor * median for factor in FACTORS]
-        errors = _whitened_errors(calibration_key, sets, frequencies, bandwidths)
+        all_features = (features(one)[:-1] for one in bandwidths)
+        errors = _whitened_errors(calibration_key, all_features, sizes)
         i, j = np.unravel_index(errors.argmin(), errors.shape)
         bandwidth, damping = bandwidths[i], DAMPINGS[j]
-    features = [_features(rows, frequencies, bandwidth) for rows in (*sets, target)]
-    found = spectrum(features[:-1])
-    target_mean = features[-1].mean(axis=0, dtype=np.float64) @ found.basis
+    rows = features(bandwidth)
+    found = spectrum(rows[:-1])
+    target_mean = rows[-1].mean(axis=0, dtype=np.float64) @ found.basis
     weights = whitened_weights(found, target_mean, damping)
     replicates, intervals = np.zeros((0, len(sets))), None
     if bootstrap:
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(bootstrap_key)))
-        drawn = [_resampled_means(rng, rows, bootstrap) @ found.basis for rows in features]
+        rng = host_rng(bootstrap_key)
+        drawn = [_resampled_means(rng, one, bootstrap) @ found.basis for one in rows]
         replicates = np.stack(
             [
                 whitened_weights(found, means[-1], damping, replicate=means[:-1])
@@ -159,8 +173,7 @@ def estimate_calibrated(
     )
 
 
-def _features(rows, frequencies, bandwidth):
-    return np.asarray(random_fourier_features(jnp.asarray(rows), frequencies, bandwidth))
+_project, _features = jax.jit(project), jax.jit(features_of_projections)
 
 
 def _resampled_means(rng, rows, replicates):
@@ -169,20 +182,20 @@ def _resampled_means(rng, rows, replicates):
     return (counts.astype(rows.dtype) @ rows).astype(np.float64) / len(rows)
 
 
-def _whitened_errors(key, sets, frequencies, bandwidths):
-    """Mean total variation of the pseudo-targets, [bandwidths, DAMPINGS]."""
-    weights_key, *set_keys = jax.random.split(key, len(sets) + 1)
-    parts = [halves(set_key, rows) for set_key, rows in zip(set_keys, sets)]
-    weights = pseudo_weights(weights_key, len(sets))
-    errors = np.zeros((len(bandwidths), len(DAMPINGS)))
-    for i, bandwidth in enumerate(bandwidths):
-        first, second = (
-            [_features(rows, frequencies, bandwidth) for rows in side] for side in zip(*parts)
-        )
+def _whitened_errors(key, all_features, sizes):
+    """Mean total variation of the pseudo-targets, [bandwidths, DAMPINGS]; `all_features` has the
+    sets' features for each bandwidth."""
+    halves_key, weights_key = jax.random.split(key)
+    parts = halves(halves_key, sizes)
+    weights, errors = pseudo_weights(weights_key, len(sizes)), []
+    for sets in all_features:
+        first, second = ([rows[chosen] for rows, chosen in zip(sets, side)] for side in zip(*parts))
+        found = np.zeros(len(DAMPINGS))
         for fit, held in ((first, second), (second, first)):
-            found = spectrum(fit)
-            means = np.stack([rows.mean(axis=0, dtype=np.float64) for rows in held]) @ found.basis
+            known = spectrum(fit)
+            means = np.stack([rows.mean(axis=0, dtype=np.float64) for rows in held]) @ known.basis
             for j, damping in enumerate(DAMPINGS):
-                recovered = [whitened_weights(found, w @ means, damping) for w in weights]
-                errors[i, j] += total_variation(recovered, weights).mean() / 2
-    return errors
+                recovered = [whitened_weights(known, w @ means, damping) for w in weights]
+                found[j] += total_variation(recovered, weights).mean() / 2
+        errors.append(found)
+    return np.stack(errors)

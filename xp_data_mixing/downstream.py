@@ -1,5 +1,6 @@
 """A classifier trained on images drawn from the mixture found, and from others, for one target."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from lib import classification
 from lib.networks import MLP
 from xp_data_mixing import problems
-from xp_data_mixing.calibration import estimate_calibrated, total_variation
+from xp_data_mixing.calibration import estimate_calibrated, host_rng, total_variation
 from xp_data_mixing.config import DownstreamConfig
 from xp_data_mixing.gradient_embeddings import class_counts
 from xp_data_mixing.mixing import estimate
@@ -23,7 +24,7 @@ MIXTURES = ("uniform", "size-proportional", "estimate()", "whitened, calibrated"
 def unequal_sizes(key: Key[Array, ""], config: DownstreamConfig, num_sets: int) -> list[int]:
     """Geometric from largest to smallest, in random order."""
     sizes = np.rint(np.geomspace(config.largest, config.smallest, num_sets)).astype(int)
-    return sizes[np.asarray(jax.random.permutation(key, num_sets))].tolist()
+    return host_rng(key).permutation(sizes).tolist()
 
 
 def draw_from(
@@ -31,7 +32,7 @@ def draw_from(
 ) -> Int[np.ndarray, " count"]:
     """`count` entries of the sets in the shares `weights`; a set is repeated whole before any of
     its entries comes once more."""
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    rng = host_rng(key)
     chosen = []
     for members, wanted in zip(sets, class_counts(weights, count)):
         rounds = -(-int(wanted) // len(members))
@@ -45,7 +46,7 @@ def judge(
 ) -> tuple[float, float]:
     """(cross-entropy, accuracy) on classes in the shares `weights`: means over each class's images,
     weighted. Raises ValueError for a class of positive weight without an image."""
-    losses, hits = _losses_and_hits(network, parameters, images, labels)
+    losses, hits = map(np.asarray, _losses_and_hits(network, parameters, images, labels))
     labels, total = np.asarray(labels), np.zeros(2)
     for label, weight in enumerate(weights):
         members = labels == label
@@ -56,10 +57,11 @@ def judge(
     return float(total[0]), float(total[1])
 
 
+@partial(jax.jit, static_argnames="network")
 def _losses_and_hits(network, parameters, images, labels):
-    logits = jax.jit(network.apply)(parameters, images)
+    logits = network.apply(parameters, images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return np.asarray(losses, np.float64), np.asarray(jnp.argmax(logits, axis=1) == labels, float)
+    return losses, jnp.argmax(logits, axis=1) == labels
 
 
 def compare(config: DownstreamConfig, seed: int, data_root: Path | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from lib import classification, datasets
 from lib.networks import MLP
+from xp_data_mixing.calibration import host_rng
 from xp_data_mixing.config import Samples
 from xp_data_mixing.gradient_embeddings import class_counts, cross_entropy, project_gradients
 
@@ -53,8 +54,7 @@ def load(samples: Samples, data_root: Path | None = None) -> Source:
 
 def draw_mixture(key: Key[Array, ""], num_classes: int) -> Float[np.ndarray, " N"]:
     """Dirichlet(1/2, ..., 1/2), float64."""
-    drawn = np.asarray(jax.random.dirichlet(key, jnp.full(num_classes, 0.5)), np.float64)
-    return drawn / drawn.sum()
+    return host_rng(key).dirichlet(np.full(num_classes, 0.5))
 
 
 def draw_sets(key: Key[Array, ""], source: Source, sizes: Sequence[int]) -> list[np.ndarray]:
@@ -73,13 +73,10 @@ def draw_target(
     True are the counts' shares where labels are fixed, the mixture where they are drawn. Raises
     ValueError where a class has too few images.
     """
-    samples, (count_key, image_key) = source.samples, jax.random.split(key)
+    samples, rng = source.samples, host_rng(key)
     counts = class_counts(mixture, samples.num_target)
     if samples.labels == "drawn":
-        labels = jax.random.choice(
-            count_key, len(mixture), (samples.num_target,), p=jnp.asarray(mixture, jnp.float32)
-        )
-        counts = np.bincount(labels, minlength=len(mixture))
+        counts = rng.multinomial(samples.num_target, mixture)
     truth = mixture if samples.labels == "drawn" else counts / counts.sum()
     dataset, chosen = source.test, []
     if samples.target_from == "rest":
@@ -93,7 +90,6 @@ def draw_target(
                 f"a target needs {count} images of class {dataset.class_names[label]!r} of "
                 f"{dataset.name}, {len(pool)} are left"
             )
-        rng = np.random.default_rng([*np.asarray(jax.random.key_data(image_key)).tolist(), label])
         chosen.append(rng.choice(pool, count, replace=False))
     return dataset, np.concatenate(chosen), truth
 

@@ -87,8 +87,8 @@ def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) ->
         weights.setdefault(name, []).append(found)
 
     # One pass over the kernel serves all bandwidths and targets, and calibration by halves.
-    parts = [halves(jax.random.fold_in(halves_key, i), rows) for i, rows in enumerate(sets)]
-    groups = [*(first for first, _ in parts), *(second for _, second in parts), *targets]
+    sides = zip(*halves(halves_key, sizes))
+    groups = [*(rows[chosen] for side in sides for rows, chosen in zip(sets, side)), *targets]
     group_sizes = [len(rows) for rows in groups]
     grams = exact_grams(groups, bandwidths)
     pseudo = pseudo_weights(pseudo_key, num_sets)
