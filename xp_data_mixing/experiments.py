@@ -61,15 +61,14 @@ def rounded(value: Any) -> Any:
 
 def run_group(name: str, group: Group, arguments: Arguments) -> Path:
     """Runs a group and returns its summary: for each label its settings and, of every array of its
-    runs, the list over seeds."""
+    runs but the weights, the list over seeds."""
     seeds, rows = arguments.seeds or tuple(range(group.seeds)), []
     for label, config in group.settings.items():
         stored = []
         for seed in seeds:
-            run = run_one(name, config, seed, arguments)
-            stored.append(run.load_arrays())
+            stored.append(run_one(name, config, seed, arguments).load_arrays())
         row = {"label": label, "settings": config}
-        for array in stored[0]:
+        for array in sorted(stored[0].keys() - {"weights"}):
             row[array] = rounded([one[array].tolist() for one in stored])
         rows.append(row)
         print("\n".join(f"  {line}" for line in tables.lines(name, row)), flush=True)
