@@ -17,10 +17,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from lib.exact_means import streamed_median_bandwidth
-from lib.mixing_problem import from_gram, make_problem
 from lib.rff import features_of_projections, gaussian_frequencies, project
-from lib.simplex_qp import solve
-from xp_data_mixing.whitening import spectrum, whitened_weights
+from xp_data_mixing.whitening import simplex_weights, spectrum, whitened_weights
 
 CONCENTRATION = 0.5
 """Of the Dirichlet law of the pseudo-targets' weights."""
@@ -83,8 +81,8 @@ def calibrated_bandwidth(
             if unbiased:
                 a = a - np.diag((1 - np.diag(a)) / (sizes[fit] - 1))
             for w in weights:
-                quadratic = from_gram(a, one[fit, held] @ w, w @ one[held, held] @ w)
-                found.append(total_variation(solve(make_problem(quadratic)).weights, w))
+                recovered = simplex_weights(a, one[fit, held] @ w, w @ one[held, held] @ w)
+                found.append(total_variation(recovered, w))
         errors.append(np.mean(found))
     return int(np.argmin(errors)), np.array(errors)
 

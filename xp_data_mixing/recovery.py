@@ -11,7 +11,7 @@ from jaxtyping import ArrayLike, Float
 
 from lib.exact_means import exact_gram_of_means, streamed_median_bandwidth
 from lib.rff import gaussian_frequencies, uniform_phases
-from lib.simplex_qp import from_gram, from_means, make_problem, solve
+from lib.simplex_qp import from_means, make_problem, solve
 from lib.streamed_means import stream_mean_embeddings
 from xp_data_mixing import problems
 from xp_data_mixing.calibration import (
@@ -23,6 +23,7 @@ from xp_data_mixing.calibration import (
 )
 from xp_data_mixing.config import SIGMAS, AblationConfig, RecoveryConfig
 from xp_data_mixing.mixing import estimate
+from xp_data_mixing.whitening import simplex_weights
 
 UNIFORM, LINEAR = "uniform", "linear mean matching"
 CALIBRATED_MMD, CALIBRATED = "MMD, calibrated σ", "whitened, calibrated"
@@ -55,7 +56,7 @@ def mmd_weights(
     a = gram[:-1, :-1]
     if sizes is not None:
         a = a - np.diag((1 - np.diag(a)) / (np.asarray(sizes) - 1))
-    return solve(make_problem(from_gram(a, gram[:-1, -1], gram[-1, -1]))).weights
+    return simplex_weights(a, gram[:-1, -1], gram[-1, -1])
 
 
 def feature_means(key, groups, num_features, bandwidths, *, phases: bool) -> np.ndarray:

@@ -81,6 +81,19 @@ def whitened_weights(
     noise = (found.variances / scales).sum(axis=1) / found.sizes
     means = found.means if replicate is None else replicate
     means, target = means / np.sqrt(scales), target_mean / np.sqrt(scales)
-    # The target's noise adds the same for all weights.
     gram = means @ means.T - (1 if replicate is None else 2) * np.diag(noise)
-    return solve(make_problem(from_gram(gram, means @ target, target @ target))).weights
+    return simplex_weights(gram, means @ target, float(target @ target))
+
+
+def simplex_weights(
+    gram: Float[np.ndarray, "N N"], cross: Float[np.ndarray, " N"], square: float
+) -> Float[np.ndarray, " N"]:
+    """The least w'Aw - 2b'w + square over the simplex, A = `gram` with its noise taken off.
+
+    Near a perfect mixture that leaves w'Aw - 2b'w + square below 0 every other time, and the
+    centred matrix indefinite: the solver would add a multiple of |w|^2, pulling towards equal
+    weights. But only between weights of one sum need it be convex, and a constant added to the
+    square is the same for all of those.
+    """
+    square = square + float(np.max(np.diag(gram) - 2 * cross + square))
+    return solve(make_problem(from_gram(gram, cross, square))).weights
