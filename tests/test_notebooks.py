@@ -113,3 +113,19 @@ def test_drmmd_notebook_draws_quick_flows_and_committed_ones(tmp_path, monkeypat
     outputs = outputs_of("drmmd")
     assert count(outputs, "image/png") == sum(figures[name] for name in shown)
     assert count(outputs, "text/markdown") == len(shown - {"images"})
+
+
+def test_data_mixing_notebook_draws_quick_results_and_committed_ones(tmp_path, monkeypatch):
+    """A group of one's own; the others from committed summaries, as far as there are any."""
+    command = [sys.executable, "xp_data_mixing/experiments.py", "--preset", "quick"]
+    command += ["--only", "ablation", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("figure:") == 1
+    committed = {path.stem for path in (REPOSITORY / "xp_data_mixing/published").glob("*.json")}
+    groups = ("recovery", "coverage", "downstream", "ablation", "solvers")
+    shown = {name for name in groups if name == "ablation" or f"{name}_paper" in committed}
+    monkeypatch.setenv("RESULTS", str(tmp_path))
+    outputs = outputs_of("data_mixing")
+    assert count(outputs, "image/png") == len(shown - {"solvers"})
+    assert count(outputs, "text/markdown") == len(shown) + ("recovery" in shown)
