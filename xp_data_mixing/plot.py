@@ -11,6 +11,7 @@ from lib import plotting
 from xp_data_mixing import tables
 from xp_data_mixing.config import SIGMAS
 
+LINES = (("0.5", ":"), ("0.5", "-."), ("0.0", "--"), ("0.0", "-"))
 BANDWIDTH = "σ / √(median d² / 2)"
 
 
@@ -27,8 +28,7 @@ def recovery(rows: list[dict]) -> Figure:
             mean, error = values.mean(1), values.std(1) / np.sqrt(values.shape[1])
             axis.semilogx(SIGMAS, mean, color=colour, label=column)
             axis.fill_between(SIGMAS, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
-        for name, style in zip(tables.others(row)[1:], (":", "-.", "--", "-")):
-            colour = "0.5" if style in ":-." else "0.0"
+        for name, (colour, style) in zip(tables.others(row)[1:], LINES):
             axis.axhline(found[name].mean(), color=colour, ls=style, lw=1.2, label=name)
         axis.set_ylim(0, min(0.25, 1.1 * max(found[name].mean() for name in found)))
         axis.set_xticks(SIGMAS[::2], [f"{sigma:g}" for sigma in SIGMAS[::2]])
