@@ -68,7 +68,8 @@ def draw_sets(key: Key[Array, ""], source: Source, sizes: Sequence[int]) -> list
 def draw_target(
     key: Key[Array, ""], source: Source, mixture: np.ndarray, sets: list[np.ndarray]
 ) -> tuple[datasets.Dataset, np.ndarray, np.ndarray]:
-    """(data set, indices in it of a target's images, true weights), disjoint from the sets.
+    """(data set, indices in it of a target's images, true weights), disjoint from the sets and in
+    random order: streamed intervals take neighbouring rows for a stratum.
 
     True are the counts' shares where labels are fixed, the mixture where they are drawn. Raises
     ValueError where a class has too few images.
@@ -91,7 +92,7 @@ def draw_target(
                 f"{dataset.name}, {len(pool)} are left"
             )
         chosen.append(rng.choice(pool, count, replace=False))
-    return dataset, np.concatenate(chosen), truth
+    return dataset, rng.permutation(np.concatenate(chosen)), truth
 
 
 def pixels(dataset: datasets.Dataset, indices: np.ndarray) -> Float[np.ndarray, "n d"]:

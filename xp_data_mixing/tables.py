@@ -104,7 +104,7 @@ def downstream_table(summary: Path) -> str:
     loss, accuracy = np.asarray(row["loss"]), 100 * np.asarray(row["accuracy"])
     more, tv = loss - loss[:, :1], np.asarray(row["tv"])
     return _markdown(
-        ["mixture", "validation loss", "less that of uniform", "accuracy, %", "TV to the target"],
+        ["mixture", "validation loss", "difference to uniform", "accuracy, %", "TV to the target"],
         [
             [
                 name,
