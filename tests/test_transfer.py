@@ -224,6 +224,7 @@ def test_every_kind_of_optimiser_goes_down(option, lr):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_the_ablation_runs_every_option_with_every_step_size(tmp_path):
     arguments = ablation.Arguments(
         ROTATED,
