@@ -1,0 +1,549 @@
+"""Covariance structures of Gaussian mixtures: full, tied, diagonal, spherical, low-rank + diagonal.
+
+A structure is a NamedTuple of factors, made once for each set of parameters. Four methods are all
+that densities, EM and sampling need of it, so that what uses one structure can use the others:
+
+    squared(points [b, d], means [K, d])        Mahalanobis distances [b, K], and what they leave
+    moments(left, responsibilities [b, K])      first and second moments of a block: sums over rows
+    maximise(means, counts, first, second, regularisation)      the M-step of means and covariances
+    colour(key, components [B])                 draws of N(0, Sigma_k), [B, d]
+
+`log_determinants()` is log|Sigma_k|, `matrices()` the covariances in scikit-learn's shapes.
+
+Full and tied moments are taken in the coordinates z = L^-1 (x - mu) of the covariance L L' that the
+E-step has just used, where they are near the identity. That product is there anyway, a new mean is
+mu + L E z, and a new covariance is L Cov(z) L': its error is relative in every direction, so that
+float32 keeps eigenvalues that lie many orders below the largest. Products with a triangle and
+symmetric ones are taken in panels and skip most of the half that is known, 3/8 of the arithmetic.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+AnyArray = Array | np.ndarray
+
+PANEL = 192  # columns: narrower panels skip more of a triangle, in slower products
+GROUP = 128  # rows: draws of one component are coloured together, as many at a time
+RIDGE_FACTOR = 10.0
+RIDGE_STEPS = 20
+
+
+def product(a: Array, b: Array) -> Array:
+    """a b at the highest precision: less loses the small eigenvalues."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def row_sums(x: Float[Array, "b d"]) -> Float[Array, " b"]:
+    """Sums over the last axis, as a product: on a CPU several times as fast as a reduction."""
+    return product(x, jnp.ones(x.shape[1], x.dtype))
+
+
+def _panels(dimension: int) -> list[tuple[int, int]]:
+    edges = np.linspace(0, dimension, max(1, round(dimension / PANEL)) + 1).astype(int).tolist()
+    return list(zip(edges[:-1], edges[1:]))
+
+
+def triangular_product(
+    x: Float[Array, "b d"], triangle: Float[Array, "d d"]
+) -> Float[Array, "b d"]:
+    """x T' for a lower triangular T."""
+    parts = [product(x[:, :j], triangle[i:j, :j].T) for i, j in _panels(x.shape[1])]
+    return jnp.concatenate(parts, axis=1)
+
+
+def weighted_gram(
+    x: Float[Array, "b d"], weights: Float[Array, " b"]
+) -> tuple[Float[Array, "rows columns"], ...]:
+    """sum_i w_i x_i x_i', its lower triangle in panels: rows i to j, columns 0 to j."""
+    weighted = x * weights[:, None]
+    return tuple(product(weighted[:, i:j].T, x[:, :j]) for i, j in _panels(x.shape[1]))
+
+
+def symmetric(panels: tuple[Float[Array, "rows columns"], ...]) -> Float[Array, "d d"]:
+    """The matrix that `weighted_gram` left in panels."""
+    d = panels[-1].shape[1]
+    lower = jnp.concatenate([jnp.pad(p, ((0, 0), (0, d - p.shape[1]))) for p in panels])
+    return jnp.tril(lower) + jnp.tril(lower, -1).T
+
+
+# Cholesky factors, and ridges where there are none
+
+
+def _first_ridge(diagonal: Float[Array, " d"]) -> Float[Array, ""]:
+    """Ten times the rounding of a pivot: d eps times the mean variance, or times 1 if that is 0."""
+    scale = jnp.mean(diagonal)
+    eps = jnp.finfo(diagonal.dtype).eps
+    return 10 * eps * len(diagonal) * jnp.where(scale > 0, scale, 1)
+
+
+def factorise(
+    covariance: Float[Array, "d d"],
+) -> tuple[Float[Array, "d d"], Float[Array, "d d"], Float[Array, ""]]:
+    """(L, L^-1, ridge) with L L' = covariance + ridge I.
+
+    The ridge is 0 unless the factorisation fails or a pivot is no larger than its rounding error,
+    d eps of the variance; then it rises tenfold from there until neither is so. NaN stays NaN.
+    """
+    d = len(covariance)
+    diagonal = jnp.diagonal(covariance)
+    identity = jnp.eye(d, dtype=covariance.dtype)
+
+    def attempt(ridge):
+        return jnp.linalg.cholesky(covariance + ridge * identity, symmetrize_input=False)
+
+    def failed(state):
+        step, ridge, cholesky = state
+        floor = d * jnp.finfo(covariance.dtype).eps * (diagonal + ridge)
+        sound = jnp.all(jnp.square(jnp.diagonal(cholesky)) > floor)
+        return ~sound & (step < RIDGE_STEPS)
+
+    def escalate(state):
+        step, ridge, _ = state
+        ridge = jnp.where(step == 0, _first_ridge(diagonal), RIDGE_FACTOR * ridge)
+        return step + 1, ridge, attempt(ridge)
+
+    none = jnp.zeros((), covariance.dtype)
+    _, ridge, cholesky = lax.while_loop(failed, escalate, (0, none, attempt(none)))
+    inverse = lax.linalg.triangular_solve(cholesky, identity, left_side=True, lower=True)
+    return cholesky, inverse, ridge
+
+
+def _floor_variances(
+    variances: Float[Array, "K d"], regularisation: Array
+) -> tuple[Float[Array, "K d"], Float[Array, " K"]]:
+    """Variances + regularisation, and + a ridge [K] where one of a component's is still 0."""
+    variances = jnp.maximum(variances, 0) + regularisation
+    smallest = jax.vmap(_first_ridge)(variances)
+    ridge = jnp.where(jnp.min(variances, axis=1) > smallest / 10, 0, smallest)
+    return variances + ridge[:, None], ridge
+
+
+def _where(kept: Array, old: Array, new: Array) -> Array:
+    """`old` for the components that are kept, `new` for the others; axis 0 counts components."""
+    return jnp.where(kept.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
+
+
+def _per_point(sums: Float[Array, "K *m"], counts: Float[Array, " K"]) -> Float[Array, "K *m"]:
+    return sums / jnp.where(counts > 0, counts, 1).reshape(-1, *(1,) * (sums.ndim - 1))
+
+
+# Draws, a group of one component's at a time
+
+
+def _by_component(draw, noise: tuple[Array, ...], components: Int[Array, " B"], num: int) -> Array:
+    """`draw(component, *rows of noise)` for every row, in groups that share a component.
+
+    Rows are sorted by component and each component's padded to whole groups: O(B) rows of work, and
+    one component's factor at a time instead of B of them.
+    """
+    size = len(components)
+    group = min(GROUP, -(-size // num))
+    order = jnp.argsort(components)
+    counts = jnp.bincount(components, length=num)
+    ends = jnp.cumsum(-(-counts // group))
+    begins = group * (ends - -(-counts // group)) - (jnp.cumsum(counts) - counts)
+    places = begins[components[order]] + jnp.arange(size)
+    groups = (size + num * (group - 1)) // group
+    owners = jnp.minimum(jnp.searchsorted(ends, jnp.arange(groups), side="right"), num - 1)
+    blocks = [
+        jnp.zeros((groups * group, z.shape[1]), z.dtype)
+        .at[places]
+        .set(z)
+        .reshape(groups, group, -1)
+        for z in noise
+    ]
+    shape = jax.eval_shape(draw, owners[0], *(z[0] for z in blocks))
+
+    def one(item):
+        index, owner, *rows = item
+        # Groups past the last hold no draw.
+        return lax.cond(
+            index < ends[-1],
+            lambda: draw(owner, *rows),
+            lambda: jnp.zeros(shape.shape, shape.dtype),
+        )
+
+    drawn = lax.map(one, (jnp.arange(groups), owners, *blocks)).reshape(-1, shape.shape[1])
+    # Row `order[i]` asked for what lies at `places[i]`.
+    return drawn[jnp.zeros_like(places).at[order].set(places)]
+
+
+# Structures
+
+
+class Full(NamedTuple):
+    """Sigma_k = L_k L_k': the factors L_k and their inverses, lower triangles [K, d, d]."""
+
+    cholesky: Float[AnyArray, "K d d"]
+    inverse: Float[AnyArray, "K d d"]
+
+    def squared(self, points, means):
+        def component(parameters):
+            mean, inverse = parameters
+            whitened = triangular_product(points - mean[None, :], inverse)
+            return row_sums(jnp.square(whitened)), whitened
+
+        squared, whitened = lax.map(component, (means, self.inverse))
+        return squared.T, whitened
+
+    def moments(self, whitened, responsibilities):
+        def component(item):
+            z, weights = item
+            return product(weights, z), weighted_gram(z, weights)
+
+        return lax.map(component, (whitened, responsibilities.T))
+
+    def maximise(self, means, counts, first, second, regularisation):
+        def component(item):
+            mean, cholesky, inverse, count, shift, gram = item
+            moment = symmetric(gram) / jnp.where(count > 0, count, 1)
+            moment = moment - shift[:, None] * shift[None, :]
+            covariance = product(product(cholesky, moment), cholesky.T)
+            covariance = _regularised(covariance, regularisation)
+            new_cholesky, new_inverse, ridge = factorise(covariance)
+            return (
+                jnp.where(count > 0, mean + product(cholesky, shift), mean),
+                jnp.where(count > 0, new_cholesky, cholesky),
+                jnp.where(count > 0, new_inverse, inverse),
+                jnp.where(count > 0, ridge, 0),
+            )
+
+        shifts = _per_point(first, counts)
+        means, cholesky, inverse, ridge = lax.map(
+            component, (means, self.cholesky, self.inverse, counts, shifts, second)
+        )
+        return means, Full(cholesky, inverse), ridge
+
+    def colour(self, key, components):
+        num, d, _ = self.cholesky.shape
+        noise = jax.random.normal(key, (len(components), d), self.cholesky.dtype)
+
+        def draw(k, z):
+            return triangular_product(z, self.cholesky[k])
+
+        return _by_component(draw, (noise,), components, num)
+
+    def log_determinants(self):
+        return 2 * jnp.sum(jnp.log(jnp.diagonal(self.cholesky, axis1=1, axis2=2)), axis=1)
+
+    def matrices(self):
+        return np.stack([factor @ factor.T for factor in np.asarray(self.cholesky)])
+
+
+class Tied(NamedTuple):
+    """Sigma_k = L L' for every k: the factor and its inverse, lower triangles [d, d]."""
+
+    cholesky: Float[AnyArray, "d d"]
+    inverse: Float[AnyArray, "d d"]
+
+    def squared(self, points, means):
+        centre = jnp.mean(means, axis=0, keepdims=True)
+        whitened = triangular_product(points - centre, self.inverse)
+        centres = product(means - centre, self.inverse.T)
+        return _expanded(whitened, centres), whitened
+
+    def moments(self, whitened, responsibilities):
+        # Over components the responsibilities sum to the weight of the point: one Gram matrix.
+        gram = weighted_gram(whitened, jnp.sum(responsibilities, axis=1))
+        return product(responsibilities.T, whitened), gram
+
+    def maximise(self, means, counts, first, second, regularisation):
+        centre, shifts = jnp.mean(means, axis=0, keepdims=True), _per_point(first, counts)
+        total = jnp.sum(counts)
+        between = product((counts[:, None] * shifts).T, shifts)
+        moment = (symmetric(second) - between) / total
+        covariance = product(product(self.cholesky, moment), self.cholesky.T)
+        cholesky, inverse, ridge = factorise(_regularised(covariance, regularisation))
+        means = _where(counts <= 0, means, centre + product(shifts, self.cholesky.T))
+        return means, Tied(cholesky, inverse), jnp.broadcast_to(ridge, counts.shape)
+
+    def colour(self, key, components):
+        noise = jax.random.normal(key, (len(components), len(self.cholesky)), self.cholesky.dtype)
+        return triangular_product(noise, self.cholesky)
+
+    def log_determinants(self):
+        return 2 * jnp.sum(jnp.log(jnp.diagonal(self.cholesky)))[None]
+
+    def matrices(self):
+        factor = np.asarray(self.cholesky)
+        return factor @ factor.T
+
+
+class Diagonal(NamedTuple):
+    """Sigma_k = diag(scales_k^2): standard deviations [K, d]."""
+
+    scales: Float[AnyArray, "K d"]
+
+    def squared(self, points, means):
+        def component(parameters):
+            mean, scales = parameters
+            # Differences, not an expanded square: a pixel may be constant in one component alone.
+            return row_sums(jnp.square((points - mean[None, :]) * (1 / scales)[None, :]))
+
+        squared = lax.map(component, (means, self.scales)).T
+        return squared, points - jnp.mean(means, axis=0, keepdims=True)
+
+    def moments(self, centred, responsibilities):
+        weights = responsibilities.T
+        return product(weights, centred), product(weights, jnp.square(centred))
+
+    def maximise(self, means, counts, first, second, regularisation):
+        centre, shifts = jnp.mean(means, axis=0, keepdims=True), _per_point(first, counts)
+        variances = _per_point(second, counts) - jnp.square(shifts)
+        variances, ridge = _floor_variances(variances, regularisation)
+        empty = counts <= 0
+        scales = _where(empty, self.scales, jnp.sqrt(variances))
+        return _where(empty, means, centre + shifts), Diagonal(scales), jnp.where(empty, 0, ridge)
+
+    def colour(self, key, components):
+        shape = len(components), self.scales.shape[1]
+        return self.scales[components] * jax.random.normal(key, shape, self.scales.dtype)
+
+    def log_determinants(self):
+        return 2 * jnp.sum(jnp.log(self.scales), axis=1)
+
+    def matrices(self):
+        return np.square(np.asarray(self.scales))
+
+
+class Spherical(NamedTuple):
+    """Sigma_k = scales_k^2 I: standard deviations [K], in d = `unit.size` dimensions.
+
+    `unit` is a row of ones, which carries the dimension through `jax.jit`.
+    """
+
+    scales: Float[AnyArray, " K"]
+    unit: Float[AnyArray, " d"]
+
+    def squared(self, points, means):
+        centre = jnp.mean(means, axis=0, keepdims=True)
+        centred = points - centre
+        return _expanded(centred, means - centre) / jnp.square(self.scales)[None, :], centred
+
+    def moments(self, centred, responsibilities):
+        weights = responsibilities.T
+        return product(weights, centred), product(weights, row_sums(jnp.square(centred)))
+
+    def maximise(self, means, counts, first, second, regularisation):
+        centre, shifts = jnp.mean(means, axis=0, keepdims=True), _per_point(first, counts)
+        variances = _per_point(second, counts) - jnp.sum(jnp.square(shifts), axis=1)
+        variances, ridge = _floor_variances(variances[:, None] / means.shape[1], regularisation)
+        empty = counts <= 0
+        scales = jnp.where(empty, self.scales, jnp.sqrt(variances[:, 0]))
+        means = _where(empty, means, centre + shifts)
+        return means, Spherical(scales, self.unit), jnp.where(empty, 0, ridge)
+
+    def colour(self, key, components):
+        shape = len(components), len(self.unit)
+        return self.scales[components][:, None] * jax.random.normal(key, shape, self.scales.dtype)
+
+    def log_determinants(self):
+        return 2 * len(self.unit) * jnp.log(self.scales)
+
+    def matrices(self):
+        return np.square(np.asarray(self.scales))
+
+
+class LowRank(NamedTuple):
+    """Sigma_k = W_k W_k' + diag(scales_k^2), a mixture of factor analysers.
+
+    `loadings` W [K, d, r], `scales` [K, d]. A point of component k is mu_k + W_k u + noise with
+    u ~ N(0, I_r); `projections` B = W' Sigma^-1 [K, r, d] gives the mean of u at a point. The
+    M-step is that of Ghahramani and Hinton, The EM algorithm for mixtures of factor analyzers
+    (1996), after the means have moved: it does not lower the likelihood, and needs O(K d r) memory.
+    """
+
+    loadings: Float[AnyArray, "K d r"]
+    scales: Float[AnyArray, "K d"]
+    projections: Float[AnyArray, "K r d"]
+
+    def squared(self, points, means):
+        def component(parameters):
+            mean, loadings, scales, projections = parameters
+            centred = points - mean[None, :]
+            latent = product(centred, projections.T)
+            # x' Sigma^-1 x = |x - W u|^2 / scales^2 + |u|^2: Woodbury's formula without its minus.
+            rest = (centred - product(latent, loadings.T)) * (1 / scales)[None, :]
+            return row_sums(jnp.square(rest)) + row_sums(jnp.square(latent)), latent
+
+        squared, latent = lax.map(component, (means, *self))
+        return squared.T, (latent, points - jnp.mean(means, axis=0, keepdims=True))
+
+    def moments(self, left, responsibilities):
+        latent, centred = left
+        weights = responsibilities.T
+
+        def component(item):
+            u, component_weights = item
+            return product((u * component_weights[:, None]).T, centred)
+
+        cross = lax.map(component, (latent, weights))
+        return product(weights, centred), (product(weights, jnp.square(centred)), cross)
+
+    def maximise(self, means, counts, first, second, regularisation):
+        centre, shifts = jnp.mean(means, axis=0, keepdims=True), _per_point(first, counts)
+        squares, cross = (_per_point(sums, counts) for sums in second)
+
+        def component(item):
+            moved, shift, cross, loadings, projections = item
+            # With S the covariance about the new mean: `cross` becomes B S, [r, d].
+            cross = cross - product(projections, moved)[:, None] * shift[None, :]
+            latent = product(cross, projections.T) - product(projections, loadings)
+            latent = (latent + latent.T) / 2 + jnp.eye(len(latent), dtype=latent.dtype)
+            factor = jax.scipy.linalg.cho_factor(latent, lower=True)
+            new = jax.scipy.linalg.cho_solve(factor, cross)
+            return new.T, jnp.sum(new * cross, axis=0)
+
+        moved = centre + shifts - means
+        loadings, explained = lax.map(
+            component, (moved, shifts, cross, self.loadings, self.projections)
+        )
+        variances = squares - jnp.square(shifts) - explained
+        variances, ridge = _floor_variances(variances, regularisation)
+        new = LowRank(loadings, jnp.sqrt(variances), project(loadings, jnp.sqrt(variances)))
+        empty = counts <= 0
+        covariance = jax.tree.map(lambda old, new: _where(empty, old, new), self, new)
+        return _where(empty, means, centre + shifts), covariance, jnp.where(empty, 0, ridge)
+
+    def colour(self, key, components):
+        num, d, rank = self.loadings.shape
+        latent_key, rest_key = jax.random.split(key)
+        latent = jax.random.normal(latent_key, (len(components), rank), self.loadings.dtype)
+        rest = jax.random.normal(rest_key, (len(components), d), self.loadings.dtype)
+
+        def draw(k, u):
+            return product(u, self.loadings[k].T)
+
+        return _by_component(draw, (latent,), components, num) + self.scales[components] * rest
+
+    def log_determinants(self):
+        inner = _inner_matrices(self.loadings, self.scales)[0]
+        triangle = jnp.diagonal(jnp.linalg.cholesky(inner), axis1=1, axis2=2)
+        return 2 * jnp.sum(jnp.log(triangle), axis=1) + 2 * jnp.sum(jnp.log(self.scales), axis=1)
+
+    def matrices(self):
+        pairs = zip(np.asarray(self.loadings), np.asarray(self.scales))
+        return np.stack([w @ w.T + np.diag(s**2) for w, s in pairs])
+
+
+Covariance = Full | Tied | Diagonal | Spherical | LowRank
+
+
+def _regularised(covariance, regularisation):
+    covariance = (covariance + covariance.T) / 2
+    return covariance + regularisation * jnp.eye(len(covariance), dtype=covariance.dtype)
+
+
+def _expanded(points, centres):
+    """|x_i - c_k|^2 [n, K], expanded: for points whose distances are not far below their norms."""
+    norms = row_sums(jnp.square(points))[:, None] + row_sums(jnp.square(centres))[None, :]
+    return jnp.maximum(norms - 2 * product(points, centres.T), 0)
+
+
+def _inner_matrices(loadings, scales):
+    """I + W' D^-1 W [K, r, r] and D^-1 W [K, d, r], D = diag(scales^2)."""
+    scaled = loadings / jnp.square(scales)[:, :, None]
+    inner = product(jnp.swapaxes(loadings, 1, 2), scaled)
+    return inner + jnp.eye(inner.shape[1], dtype=inner.dtype)[None], scaled
+
+
+def project(
+    loadings: Float[AnyArray, "K d r"], scales: Float[AnyArray, "K d"]
+) -> Float[Array, "K r d"]:
+    """B_k = W_k' Sigma_k^-1 = (I + W' D^-1 W)^-1 W' D^-1, D = diag(scales_k^2)."""
+    inner, scaled = _inner_matrices(jnp.asarray(loadings), jnp.asarray(scales))
+    factor = jnp.linalg.cholesky(inner)
+    return jax.scipy.linalg.cho_solve((factor, True), jnp.swapaxes(scaled, 1, 2))
+
+
+# Structures made from variances or matrices
+
+
+def full(num_components: int, variances: Float[AnyArray, " d"]) -> Full:
+    """Every component with the covariance diag(variances): where EM starts."""
+    scales = jnp.diag(jnp.sqrt(jnp.asarray(variances)))
+    inverse = jnp.diag(1 / jnp.sqrt(jnp.asarray(variances)))
+    shape = (num_components, *scales.shape)
+    return Full(jnp.broadcast_to(scales, shape), jnp.broadcast_to(inverse, shape))
+
+
+def tied(num_components: int, variances: Float[AnyArray, " d"]) -> Tied:
+    """As `full`, with one covariance for all components."""
+    return Tied(*(factor[0] for factor in full(1, variances)))
+
+
+def diagonal(num_components: int, variances: Float[AnyArray, " d"]) -> Diagonal:
+    """As `full`, kept diagonal."""
+    return Diagonal(jnp.broadcast_to(jnp.sqrt(variances), (num_components, len(variances))))
+
+
+def spherical(num_components: int, variances: Float[AnyArray, " d"]) -> Spherical:
+    """As `full`, with the mean variance for all features."""
+    variances = jnp.asarray(variances)
+    scale = jnp.sqrt(jnp.mean(variances))
+    return Spherical(jnp.broadcast_to(scale, (num_components,)), jnp.ones_like(variances))
+
+
+def low_rank(key: Key[Array, ""], rank: int):
+    """The structure of rank `rank` + diagonal: a function as `full`.
+
+    Half of the variance lies in random loadings, drawn from `key`: loadings 0 would stay 0.
+    Raises ValueError unless 1 <= rank < d.
+    """
+
+    def structure(num_components: int, variances: Float[AnyArray, " d"]) -> LowRank:
+        variances = jnp.asarray(variances)
+        d = len(variances)
+        if not 1 <= rank < d:
+            raise ValueError(f"the rank must be at least 1 and below d = {d}, got {rank}")
+        loadings = jax.random.normal(key, (num_components, d, rank), jnp.float32)
+        loadings = loadings.astype(variances.dtype) * jnp.sqrt(variances / (2 * rank))[None, :, None]
+        scales = jnp.broadcast_to(jnp.sqrt(variances / 2), (num_components, d))
+        return LowRank(loadings, scales, project(loadings, scales))
+
+    return structure
+
+
+def from_matrices(matrices: Float[AnyArray, "*K d d"]) -> Full | Tied:
+    """`Full` of covariances [K, d, d], `Tied` of one [d, d], in float64 on the host.
+
+    Raises ValueError where one is not symmetric positive definite.
+    """
+    matrices = np.asarray(matrices, np.float64)
+    if matrices.ndim not in (2, 3) or matrices.shape[-1] != matrices.shape[-2]:
+        raise ValueError(f"covariances are [K, d, d] or [d, d], got shape {matrices.shape}")
+    if not np.allclose(matrices, np.swapaxes(matrices, -1, -2), rtol=1e-6, atol=0):
+        raise ValueError("a covariance is not symmetric")
+    try:
+        cholesky = np.linalg.cholesky(matrices)
+    except np.linalg.LinAlgError as error:
+        raise ValueError("a covariance is not positive definite") from error
+    return from_cholesky(cholesky)
+
+
+def from_cholesky(cholesky: Float[AnyArray, "*K d d"]) -> Full | Tied:
+    """`Full` or `Tied` of lower triangular factors L, in float64 on the host."""
+    inverse = invert_triangles(cholesky)
+    return (Full if inverse.ndim == 3 else Tied)(np.asarray(cholesky, np.float64), inverse)
+
+
+def invert_triangles(triangles: Float[AnyArray, "*K d d"]) -> Float[np.ndarray, "*K d d"]:
+    """The inverses of lower triangles, in float64 on the host."""
+    from scipy.linalg import solve_triangular
+
+    triangles = np.asarray(triangles, np.float64)
+    identity = np.eye(triangles.shape[-1])
+    flat = triangles.reshape(-1, *identity.shape)
+    inverses = [solve_triangular(triangle, identity, lower=True) for triangle in flat]
+    return np.reshape(inverses, triangles.shape)
+
+
+def log_normalisers(covariance: Covariance, dimension: int) -> Float[Array, " K"]:
+    """-(d log 2 pi + log|Sigma_k|) / 2, [K], or [1] where the covariance is tied."""
+    return -(dimension * math.log(2 * math.pi) + covariance.log_determinants()) / 2
