@@ -6,7 +6,7 @@ drawn. Fitted mixtures come as float64 numpy arrays; jax takes them in the dtype
 unless `jax.enable_x64`. Nothing here is jitted. Under `jax.jit` pass the mixture as an argument:
 closed over, its factors are constants that XLA folds slowly.
 
-Fitting is in `lib.gmm_em`, whose names are exported here.
+Fitting is in `lib.gmm_em`, starts in `lib.gmm_starts`, data of any size in `lib.gmm_rows`.
 """
 
 from typing import Any, NamedTuple
@@ -56,20 +56,29 @@ def cast(mixture: Mixture, dtype: DTypeLike) -> Mixture:
 # Densities
 
 
-def joint_log_densities(
-    mixture: Mixture, points: Float[Array, "b d"]
-) -> tuple[Float[Array, "b K"], Any]:
-    """log w_k + log N(x_i; mu_k, Sigma_k) for one block, and what its moments are made of.
+class Prepared(NamedTuple):
+    """A mixture for the evaluation of many blocks: what its products need in the points' dtype,
+    and log w_k - (d log 2 pi + log|Sigma_k|) / 2, [K], in its own."""
 
-    Products are taken in the dtype of the points; what is summed with them is in the mixture's.
-    """
-    dtype = points.dtype
-    low = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), mixture)
-    squared, left = low.covariance.squared(points, low.means)
-    constants = jnp.log(jnp.asarray(mixture.weights))
-    constants = constants + log_normalisers(
-        jax.tree.map(jnp.asarray, mixture.covariance), points.shape[1]
-    )
+    constants: Float[Array, " K"]
+    means: Float[Array, "K d"]
+    covariance: Covariance
+
+
+def prepare(mixture: Mixture, dtype: DTypeLike) -> Prepared:
+    """`mixture` for points in `dtype`: once, before a loop over blocks."""
+    mixture = jax.tree.map(jnp.asarray, mixture)
+    normalisers = log_normalisers(mixture.covariance, mixture.means.shape[1])
+    low = jax.tree.map(lambda leaf: leaf.astype(dtype), mixture)
+    return Prepared(jnp.log(mixture.weights) + normalisers, low.means, low.covariance)
+
+
+def joint_log_densities(
+    prepared: Prepared, points: Float[Array, "b d"]
+) -> tuple[Float[Array, "b K"], Any]:
+    """log w_k + log N(x_i; mu_k, Sigma_k) for one block, and what its moments are made of."""
+    squared, left = prepared.covariance.squared(points, prepared.means)
+    constants = prepared.constants
     return constants[None, :] - squared.astype(constants.dtype) / 2, left
 
 
@@ -77,8 +86,9 @@ def _over_blocks(function, mixture: Mixture, x: Float[Array, "n d"], block_size:
     if x.ndim != 2 or x.shape[1] != mixture.means.shape[1]:
         raise ValueError(f"points are [n, {mixture.means.shape[1]}], got shape {x.shape}")
     x = at_least_float32(x)
+    prepared = prepare(mixture, x.dtype)
     blocks, _ = to_blocks(x, uniform_weights(x), block_size)
-    values = lax.map(lambda block: function(joint_log_densities(mixture, block)[0]), blocks)
+    values = lax.map(lambda block: function(joint_log_densities(prepared, block)[0]), blocks)
     return values.reshape(-1, *values.shape[2:])[: len(x)]
 
 
@@ -96,9 +106,7 @@ def log_prob(
     mixture: Mixture, x: Float[Array, "n d"], *, block_size: int = 512
 ) -> Float[Array, " n"]:
     """log p(x_i), [n], in nats; memory as `component_log_prob`."""
-    return _over_blocks(
-        lambda joint: jax.nn.logsumexp(joint, axis=1), mixture, x, block_size
-    )
+    return _over_blocks(lambda joint: jax.nn.logsumexp(joint, axis=1), mixture, x, block_size)
 
 
 def responsibilities(

@@ -246,7 +246,7 @@ class Tied(NamedTuple):
         centre = jnp.mean(means, axis=0, keepdims=True)
         whitened = triangular_product(points - centre, self.inverse)
         centres = product(means - centre, self.inverse.T)
-        return _expanded(whitened, centres), whitened
+        return expanded_distances(whitened, centres), whitened
 
     def moments(self, whitened, responsibilities):
         # Over components the responsibilities sum to the weight of the point: one Gram matrix.
@@ -324,7 +324,9 @@ class Spherical(NamedTuple):
     def squared(self, points, means):
         centre = jnp.mean(means, axis=0, keepdims=True)
         centred = points - centre
-        return _expanded(centred, means - centre) / jnp.square(self.scales)[None, :], centred
+        return expanded_distances(centred, means - centre) / jnp.square(self.scales)[
+            None, :
+        ], centred
 
     def moments(self, centred, responsibilities):
         weights = responsibilities.T
@@ -440,7 +442,7 @@ def _regularised(covariance, regularisation):
     return covariance + regularisation * jnp.eye(len(covariance), dtype=covariance.dtype)
 
 
-def _expanded(points, centres):
+def expanded_distances(points, centres):
     """|x_i - c_k|^2 [n, K], expanded: for points whose distances are not far below their norms."""
     norms = row_sums(jnp.square(points))[:, None] + row_sums(jnp.square(centres))[None, :]
     return jnp.maximum(norms - 2 * product(points, centres.T), 0)
@@ -503,7 +505,9 @@ def low_rank(key: Key[Array, ""], rank: int):
         if not 1 <= rank < d:
             raise ValueError(f"the rank must be at least 1 and below d = {d}, got {rank}")
         loadings = jax.random.normal(key, (num_components, d, rank), jnp.float32)
-        loadings = loadings.astype(variances.dtype) * jnp.sqrt(variances / (2 * rank))[None, :, None]
+        loadings = (
+            loadings.astype(variances.dtype) * jnp.sqrt(variances / (2 * rank))[None, :, None]
+        )
         scales = jnp.broadcast_to(jnp.sqrt(variances / 2), (num_components, d))
         return LowRank(loadings, scales, project(loadings, scales))
 

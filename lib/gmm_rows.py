@@ -1,0 +1,199 @@
+"""Sums over the rows of data of any size: in blocks, in chunks from the host, over devices.
+
+Whatever is fitted by sums over rows (`lib.gmm_em`, `lib.gmm_starts`) reads its data here. Rows stay
+where and as they are, uint8 images on the host say; a chunk at a time goes to the device, is scaled
+there block by block, and only sums in float64 stay.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree, Shaped
+
+from lib.gmm_covariances import AnyArray
+from lib.kernels import to_blocks
+
+Transform = Callable[[Array], Array]
+
+
+def sum_over_blocks(
+    function: Callable,
+    parameters: PyTree,
+    rows: tuple[Array, ...],
+    *,
+    transform: Transform | None = None,
+    dtype: DTypeLike,
+    total_dtype: DTypeLike,
+    block_size: int,
+) -> PyTree:
+    """The sum of function(parameters, points [b, d], weights [b], *columns) over blocks of rows.
+
+    `rows` are x [n, ...], weights [n] and any more columns [n, ...]. Points and weights come in
+    `dtype`, sums are kept in `total_dtype`. A pure function, to be jitted.
+    """
+    x, weights, *columns = rows
+    blocks = [*to_blocks(x.reshape(len(x), -1), weights, block_size)]
+    blocks += [to_blocks(column, weights, block_size)[0] for column in columns]
+
+    def one(block):
+        values, weights, *columns = block
+        points = values.reshape(-1, *x.shape[1:]).astype(dtype)
+        points = points if transform is None else transform(points)
+        points = points.reshape(len(values), -1)
+        return function(parameters, points, weights.astype(dtype), *columns)
+
+    shapes = jax.eval_shape(one, [array[0] for array in blocks])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, total_dtype), shapes)
+
+    def add(total, block):
+        return jax.tree.map(lambda t, s: t + s.astype(t.dtype), total, one(block)), None
+
+    return lax.scan(add, zeros, blocks)[0]
+
+
+class Rows(NamedTuple):
+    """Data on the host or a device, and how to read it; `rows` checks and makes it.
+
+    `x` [n, ...]: anything with a shape, a dtype and slices of rows, such as uint8 images, a memory
+    map or a jax array. `transform` maps a block of rows [b, ...] in the computing dtype to points.
+    """
+
+    x: Any
+    weights: np.ndarray
+    transform: Transform | None
+    dtype: Any
+    block_size: int
+    chunk_size: int
+    devices: tuple
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+
+def rows(
+    x: Shaped[AnyArray, "n *shape"],
+    *,
+    weights: Float[AnyArray, " n"] | None = None,
+    transform: Transform | None = None,
+    dtype: DTypeLike = np.float32,
+    block_size: int = 512,
+    chunk_size: int = 8192,
+    devices: Sequence[jax.Device] | None = None,
+) -> Rows:
+    """Rows for `lib.gmm_em.fit` and `lib.gmm_starts`, read `chunk_size` at a time and worked on in blocks.
+
+    Args:
+      weights: of the rows, >= 0; 1 by default.
+      transform: such as `lambda images: images / 127.5 - 1`, traced into the programs that read the
+        rows: hand the same function object to avoid compiling again. Points are flattened after it.
+      dtype: float32 or float64, that of the products; sums and covariances are float64.
+      devices: over which each chunk is divided; one by default.
+
+    Raises ValueError on no rows, NaN or infinity, and bad weights, naming the row.
+    """
+    if len(x.shape) < 2 or 0 in x.shape:
+        raise ValueError(f"data are rows [n, d] or [n, ...], none 0, got shape {x.shape}")
+    if block_size < 1 or chunk_size < 1:
+        raise ValueError(f"block_size and chunk_size must be >= 1: {block_size}, {chunk_size}")
+    if np.dtype(dtype) not in (np.float32, np.float64):
+        raise ValueError(f"dtype is float32 or float64, got {np.dtype(dtype)}")
+    n = x.shape[0]
+    weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    if weights.shape != (n,):
+        raise ValueError(f"weights must be [{n}], got shape {weights.shape}")
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.any()):
+        raise ValueError("weights must be finite and >= 0, not all 0")
+    kind = np.dtype(x.dtype).kind
+    if kind not in "fiub" and x.dtype != jnp.bfloat16:
+        raise ValueError(f"data must be numbers, got {x.dtype}")
+    for begin in range(0, n, chunk_size) if kind not in "iub" else ():
+        chunk = np.asarray(x[begin : begin + chunk_size])
+        bad = ~np.isfinite(chunk.reshape(len(chunk), -1).astype(np.float32, copy=False)).all(axis=1)
+        if bad.any():
+            raise ValueError(f"row {begin + int(np.argmax(bad))} of the data is not finite")
+    devices = tuple(devices) if devices else (jax.devices()[0],)
+    return Rows(x, weights, transform, np.dtype(dtype), block_size, chunk_size, devices)
+
+
+@lru_cache(maxsize=64)
+def _chunk_adder(function, transform, dtype, block_size, devices, num_columns: int):
+    """add(total, parameters, chunk, weights, *columns) -> total, each device adding its rows to a
+    total of its own, [devices, ...], in place; `total` None starts one."""
+    mesh = Mesh(np.array(devices), ("rows",))
+    split, whole = PartitionSpec("rows"), PartitionSpec()
+
+    def local_sum(parameters, *arrays):
+        total = sum_over_blocks(
+            function,
+            parameters,
+            arrays,
+            transform=transform,
+            dtype=dtype,
+            total_dtype=jnp.float64,
+            block_size=block_size,
+        )
+        return jax.tree.map(lambda leaf: leaf[None], total)
+
+    first = jax.shard_map(
+        local_sum,
+        mesh=mesh,
+        in_specs=(whole, *(split,) * (2 + num_columns)),
+        out_specs=split,
+        check_vma=False,
+    )
+
+    @partial(jax.jit, donate_argnums=0)
+    def add(total, parameters, *arrays):
+        return jax.tree.map(jnp.add, total, first(parameters, *arrays))
+
+    return jax.jit(first), add, mesh
+
+
+def _chunks(data: Rows, columns: tuple, mesh: Mesh) -> Iterator[tuple[Array, ...]]:
+    """Chunks of one length, divided over the devices; rows past the last have weight 0."""
+    n, num_devices = len(data), len(data.devices)
+    size = -(-n // -(-n // data.chunk_size))
+    size = -(-size // num_devices) * num_devices
+    sharding = NamedSharding(mesh, PartitionSpec("rows"))
+    for begin in range(0, n, size):
+        arrays = [array[begin : begin + size] for array in (data.x, data.weights, *columns)]
+        missing = size - len(arrays[1])
+        if missing:
+            arrays = [np.asarray(array) for array in arrays]
+            arrays = [
+                np.concatenate([a, np.repeat(a[-1:] * (i != 1), missing, axis=0)])
+                for i, a in enumerate(arrays)
+            ]
+        yield tuple(jax.device_put(array, sharding) for array in arrays)
+
+
+def sum_over_rows(function, parameters: PyTree, data: Rows, *columns: Any) -> PyTree:
+    """The float64 sum over rows of function(parameters, points, weights, *columns), called block by
+    block; it must be a module-level function. `columns` are further arrays with a row a point."""
+    with jax.enable_x64(True):
+        first, add, mesh = _chunk_adder(
+            function, data.transform, data.dtype, data.block_size, data.devices, len(columns)
+        )
+        parameters = jax.device_put(parameters, NamedSharding(mesh, PartitionSpec()))
+        total = None
+        for arrays in _chunks(data, columns, mesh):
+            total = first(parameters, *arrays) if total is None else add(total, parameters, *arrays)
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), total)
+
+
+def dimension(data: Rows) -> int:
+    """The d of the points that the rows become."""
+
+    def points(x):
+        x = x.astype(data.dtype)
+        return (x if data.transform is None else data.transform(x)).reshape(len(x), -1)
+
+    row = jax.ShapeDtypeStruct((2, *data.x.shape[1:]), data.x.dtype)
+    return jax.eval_shape(points, row).shape[1]
