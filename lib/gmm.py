@@ -2,9 +2,9 @@
 
 A `Mixture` is a pytree of arrays: weights, means and a covariance structure that holds its own
 factors (`lib.gmm_covariances`), so nothing is factorised when a density is evaluated or a sample
-drawn. Fitted mixtures come as float64 numpy arrays; jax takes them in the dtype it works in, float32
-unless `jax.enable_x64`. Nothing here is jitted. Under `jax.jit` pass the mixture as an argument:
-closed over, its factors are constants that XLA folds slowly.
+drawn. Fitted mixtures come as float64 numpy arrays; jax takes them in the dtype it works in,
+float32 unless `jax.enable_x64`. Nothing here is jitted. Under `jax.jit` pass the mixture as an
+argument: closed over, its factors are constants that XLA folds slowly.
 
 Fitting is in `lib.gmm_em`, starts in `lib.gmm_starts`, data of any size in `lib.gmm_rows`.
 """

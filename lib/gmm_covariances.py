@@ -17,6 +17,7 @@ float32 keeps eigenvalues that lie many orders below the largest. Products with 
 symmetric ones are taken in panels and skip most of the half that is known, 3/8 of the arithmetic.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def row_sums(x: Float[Array, "b d"]) -> Float[Array, " b"]:
 
 def _panels(dimension: int) -> list[tuple[int, int]]:
     edges = np.linspace(0, dimension, max(1, round(dimension / PANEL)) + 1).astype(int).tolist()
-    return list(zip(edges[:-1], edges[1:]))
+    return list(itertools.pairwise(edges))
 
 
 def triangular_product(

@@ -14,7 +14,6 @@ fit holds O(K d^2 + K block_size d). Starts are in `lib.gmm_starts`.
 import hashlib
 import time
 import warnings
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -308,13 +307,11 @@ def _converged(state: _State, done: int, with_held_out: bool, tolerance: float) 
 def _finite(mixture: Mixture, log_likelihood: float, step: int) -> float:
     if not np.isfinite(log_likelihood):
         raise FloatingPointError(
-            f"the log-likelihood is {log_likelihood} in step {step} (counted from 0): the transform "
-            "makes NaN or infinity of the data, or they lie beyond the range of their dtype"
+            f"the log-likelihood is {log_likelihood} in step {step} (from 0): the transform "
+            "makes NaN or infinity of the data, or they lie beyond what their dtype holds"
         )
     if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(mixture)):
-        raise FloatingPointError(
-            f"step {step} (counted from 0) made NaN or infinity: scale the data"
-        )
+        raise FloatingPointError(f"step {step} (from 0) made NaN or infinity: scale the data")
     return log_likelihood
 
 
@@ -362,7 +359,7 @@ def _fingerprint(start: Mixture, data: Rows, held_out: Rows | None, settings) ->
         digest.update(f"{rows.dtype}{rows.x.dtype}{rows.x.shape}{rows.block_size}".encode())
         digest.update(f"{rows.chunk_size} {len(rows.devices)}".encode())
         digest.update(rows.weights.tobytes())
-        for begin in range(0, len(rows), rows.chunk_size):
+        for begin in range(0, rows.count, rows.chunk_size):
             chunk = np.ascontiguousarray(rows.x[begin : begin + rows.chunk_size])
             digest.update(chunk.tobytes())
         if rows.transform is not None:

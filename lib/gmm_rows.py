@@ -73,7 +73,8 @@ class Rows(NamedTuple):
     chunk_size: int
     devices: tuple
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         return self.x.shape[0]
 
 
@@ -87,9 +88,10 @@ def rows(
     chunk_size: int = 8192,
     devices: Sequence[jax.Device] | None = None,
 ) -> Rows:
-    """Rows for `lib.gmm_em.fit` and `lib.gmm_starts`, read `chunk_size` at a time and worked on in blocks.
+    """Rows for fits and starts, read `chunk_size` at a time, worked on `block_size` at a time.
 
     Args:
+      x: see `Rows`.
       weights: of the rows, >= 0; 1 by default.
       transform: such as `lambda images: images / 127.5 - 1`, traced into the programs that read the
         rows: hand the same function object to avoid compiling again. Points are flattened after it.
@@ -158,7 +160,7 @@ def _chunk_adder(function, transform, dtype, block_size, devices, num_columns: i
 
 def _chunks(data: Rows, columns: tuple, mesh: Mesh) -> Iterator[tuple[Array, ...]]:
     """Chunks of one length, divided over the devices; rows past the last have weight 0."""
-    n, num_devices = len(data), len(data.devices)
+    n, num_devices = data.count, len(data.devices)
     size = -(-n // -(-n // data.chunk_size))
     size = -(-size // num_devices) * num_devices
     sharding = NamedSharding(mesh, PartitionSpec("rows"))

@@ -39,8 +39,8 @@ def responsibilities_start(
     responsibility at all.
     """
     responsibilities = np.asarray(responsibilities)
-    if responsibilities.ndim != 2 or len(responsibilities) != len(data):
-        raise ValueError(f"responsibilities are [{len(data)}, K], got {responsibilities.shape}")
+    if responsibilities.ndim != 2 or len(responsibilities) != data.count:
+        raise ValueError(f"responsibilities are [{data.count}, K], got {responsibilities.shape}")
     num_components = responsibilities.shape[1]
     _check_num_components(data, num_components)
     empty = data.weights @ responsibilities <= 0
