@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from lib.gmm_covariances import (  # noqa: F401  exported
-    AnyArray,
     Covariance,
     Diagonal,
     Full,
@@ -37,6 +36,7 @@ from lib.gmm_covariances import (  # noqa: F401  exported
     spherical,
     tied,
 )
+from lib.gmm_factors import AnyArray
 from lib.kernels import at_least_float32, to_blocks, uniform_weights
 
 

@@ -13,11 +13,9 @@ that densities, EM and sampling need of it, so that what uses one structure can 
 Full and tied moments are taken in the coordinates z = L^-1 (x - mu) of the covariance L L' that the
 E-step has just used, where they are near the identity. That product is there anyway, a new mean is
 mu + L E z, and a new covariance is L Cov(z) L': its error is relative in every direction, so that
-float32 keeps eigenvalues that lie many orders below the largest. Products with a triangle and
-symmetric ones are taken in panels and skip most of the half that is known, 3/8 of the arithmetic.
+float32 keeps eigenvalues that lie many orders below the largest.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -25,154 +23,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-AnyArray = Array | np.ndarray
-
-PANEL = 192  # columns: narrower panels skip more of a triangle, in slower products
-GROUP = 128  # rows: draws of one component are coloured together, as many at a time
-RIDGE_FACTOR = 10.0
-RIDGE_STEPS = 20
-
-
-def product(a: Array, b: Array) -> Array:
-    """a b at the highest precision: less loses the small eigenvalues."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
-def row_sums(x: Float[Array, "b d"]) -> Float[Array, " b"]:
-    """Sums over the last axis, as a product: on a CPU several times as fast as a reduction."""
-    return product(x, jnp.ones(x.shape[1], x.dtype))
-
-
-def _panels(dimension: int) -> list[tuple[int, int]]:
-    edges = np.linspace(0, dimension, max(1, round(dimension / PANEL)) + 1).astype(int).tolist()
-    return list(itertools.pairwise(edges))
-
-
-def triangular_product(
-    x: Float[Array, "b d"], triangle: Float[Array, "d d"]
-) -> Float[Array, "b d"]:
-    """x T' for a lower triangular T."""
-    parts = [product(x[:, :j], triangle[i:j, :j].T) for i, j in _panels(x.shape[1])]
-    return jnp.concatenate(parts, axis=1)
-
-
-def weighted_gram(
-    x: Float[Array, "b d"], weights: Float[Array, " b"]
-) -> tuple[Float[Array, "rows columns"], ...]:
-    """sum_i w_i x_i x_i', its lower triangle in panels: rows i to j, columns 0 to j."""
-    weighted = x * weights[:, None]
-    return tuple(product(weighted[:, i:j].T, x[:, :j]) for i, j in _panels(x.shape[1]))
-
-
-def symmetric(panels: tuple[Float[Array, "rows columns"], ...]) -> Float[Array, "d d"]:
-    """The matrix that `weighted_gram` left in panels."""
-    d = panels[-1].shape[1]
-    lower = jnp.concatenate([jnp.pad(p, ((0, 0), (0, d - p.shape[1]))) for p in panels])
-    return jnp.tril(lower) + jnp.tril(lower, -1).T
-
-
-# Cholesky factors, and ridges where there are none
-
-
-def _first_ridge(diagonal: Float[Array, " d"]) -> Float[Array, ""]:
-    """Ten times the rounding of a pivot: d eps times the mean variance, or times 1 if that is 0."""
-    scale = jnp.mean(diagonal)
-    eps = jnp.finfo(diagonal.dtype).eps
-    return 10 * eps * len(diagonal) * jnp.where(scale > 0, scale, 1)
-
-
-def factorise(
-    covariance: Float[Array, "d d"],
-) -> tuple[Float[Array, "d d"], Float[Array, "d d"], Float[Array, ""]]:
-    """(L, L^-1, ridge) with L L' = covariance + ridge I.
-
-    The ridge is 0 unless the factorisation fails or a pivot is no larger than its rounding error,
-    d eps of the variance; then it rises tenfold from there until neither is so. NaN stays NaN.
-    """
-    d = len(covariance)
-    diagonal = jnp.diagonal(covariance)
-    identity = jnp.eye(d, dtype=covariance.dtype)
-
-    def attempt(ridge):
-        return jnp.linalg.cholesky(covariance + ridge * identity, symmetrize_input=False)
-
-    def failed(state):
-        step, ridge, cholesky = state
-        floor = d * jnp.finfo(covariance.dtype).eps * (diagonal + ridge)
-        sound = jnp.all(jnp.square(jnp.diagonal(cholesky)) > floor)
-        return ~sound & (step < RIDGE_STEPS)
-
-    def escalate(state):
-        step, ridge, _ = state
-        ridge = jnp.where(step == 0, _first_ridge(diagonal), RIDGE_FACTOR * ridge)
-        return step + 1, ridge, attempt(ridge)
-
-    none = jnp.zeros((), covariance.dtype)
-    _, ridge, cholesky = lax.while_loop(failed, escalate, (0, none, attempt(none)))
-    inverse = lax.linalg.triangular_solve(cholesky, identity, left_side=True, lower=True)
-    return cholesky, inverse, ridge
-
-
-def _floor_variances(
-    variances: Float[Array, "K d"], regularisation: Array
-) -> tuple[Float[Array, "K d"], Float[Array, " K"]]:
-    """Variances + regularisation, and + a ridge [K] where one of a component's is still 0."""
-    variances = jnp.maximum(variances, 0) + regularisation
-    smallest = jax.vmap(_first_ridge)(variances)
-    ridge = jnp.where(jnp.min(variances, axis=1) > smallest / 10, 0, smallest)
-    return variances + ridge[:, None], ridge
-
-
-def _where(kept: Array, old: Array, new: Array) -> Array:
-    """`old` for the components that are kept, `new` for the others; axis 0 counts components."""
-    return jnp.where(kept.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
-
-
-def _per_point(sums: Float[Array, "K *m"], counts: Float[Array, " K"]) -> Float[Array, "K *m"]:
-    return sums / jnp.where(counts > 0, counts, 1).reshape(-1, *(1,) * (sums.ndim - 1))
-
-
-# Draws, a group of one component's at a time
-
-
-def _by_component(draw, noise: tuple[Array, ...], components: Int[Array, " B"], num: int) -> Array:
-    """`draw(component, *rows of noise)` for every row, in groups that share a component.
-
-    Rows are sorted by component and each component's padded to whole groups: O(B) rows of work, and
-    one component's factor at a time instead of B of them.
-    """
-    size = len(components)
-    group = min(GROUP, -(-size // num))
-    order = jnp.argsort(components)
-    counts = jnp.bincount(components, length=num)
-    ends = jnp.cumsum(-(-counts // group))
-    begins = group * (ends - -(-counts // group)) - (jnp.cumsum(counts) - counts)
-    places = begins[components[order]] + jnp.arange(size)
-    groups = (size + num * (group - 1)) // group
-    owners = jnp.minimum(jnp.searchsorted(ends, jnp.arange(groups), side="right"), num - 1)
-    blocks = [
-        jnp.zeros((groups * group, z.shape[1]), z.dtype)
-        .at[places]
-        .set(z)
-        .reshape(groups, group, -1)
-        for z in noise
-    ]
-    shape = jax.eval_shape(draw, owners[0], *(z[0] for z in blocks))
-
-    def one(item):
-        index, owner, *rows = item
-        # Groups past the last hold no draw.
-        return lax.cond(
-            index < ends[-1],
-            lambda: draw(owner, *rows),
-            lambda: jnp.zeros(shape.shape, shape.dtype),
-        )
-
-    drawn = lax.map(one, (jnp.arange(groups), owners, *blocks)).reshape(-1, shape.shape[1])
-    # Row `order[i]` asked for what lies at `places[i]`.
-    return drawn[jnp.zeros_like(places).at[order].set(places)]
+from lib.gmm_factors import (
+    AnyArray,
+    draw_by_component,
+    expanded_distances,
+    factorise,
+    floor_variances,
+    per_point,
+    product,
+    regularised,
+    row_sums,
+    symmetric,
+    triangular_product,
+    weighted_gram,
+    where_components,
+)
 
 
 # Structures
@@ -206,7 +73,7 @@ class Full(NamedTuple):
             moment = symmetric(gram) / jnp.where(count > 0, count, 1)
             moment = moment - shift[:, None] * shift[None, :]
             covariance = product(product(cholesky, moment), cholesky.T)
-            covariance = _regularised(covariance, regularisation)
+            covariance = regularised(covariance, regularisation)
             new_cholesky, new_inverse, ridge = factorise(covariance)
             return (
                 jnp.where(count > 0, mean + product(cholesky, shift), mean),
@@ -215,7 +82,7 @@ class Full(NamedTuple):
                 jnp.where(count > 0, ridge, 0),
             )
 
-        shifts = _per_point(first, counts)
+        shifts = per_point(first, counts)
         means, cholesky, inverse, ridge = lax.map(
             component, (means, self.cholesky, self.inverse, counts, shifts, second)
         )
@@ -228,7 +95,7 @@ class Full(NamedTuple):
         def draw(k, z):
             return triangular_product(z, self.cholesky[k])
 
-        return _by_component(draw, (noise,), components, num)
+        return draw_by_component(draw, (noise,), components, num)
 
     def log_determinants(self):
         return 2 * jnp.sum(jnp.log(jnp.diagonal(self.cholesky, axis1=1, axis2=2)), axis=1)
@@ -255,13 +122,13 @@ class Tied(NamedTuple):
         return product(responsibilities.T, whitened), gram
 
     def maximise(self, means, counts, first, second, regularisation):
-        centre, shifts = jnp.mean(means, axis=0, keepdims=True), _per_point(first, counts)
+        centre, shifts = jnp.mean(means, axis=0, keepdims=True), per_point(first, counts)
         total = jnp.sum(counts)
         between = product((counts[:, None] * shifts).T, shifts)
         moment = (symmetric(second) - between) / total
         covariance = product(product(self.cholesky, moment), self.cholesky.T)
-        cholesky, inverse, ridge = factorise(_regularised(covariance, regularisation))
-        means = _where(counts <= 0, means, centre + product(shifts, self.cholesky.T))
+        cholesky, inverse, ridge = factorise(regularised(covariance, regularisation))
+        means = where_components(counts <= 0, means, centre + product(shifts, self.cholesky.T))
         return means, Tied(cholesky, inverse), jnp.broadcast_to(ridge, counts.shape)
 
     def colour(self, key, components):
@@ -295,12 +162,16 @@ class Diagonal(NamedTuple):
         return product(weights, centred), product(weights, jnp.square(centred))
 
     def maximise(self, means, counts, first, second, regularisation):
-        centre, shifts = jnp.mean(means, axis=0, keepdims=True), _per_point(first, counts)
-        variances = _per_point(second, counts) - jnp.square(shifts)
-        variances, ridge = _floor_variances(variances, regularisation)
+        centre, shifts = jnp.mean(means, axis=0, keepdims=True), per_point(first, counts)
+        variances = per_point(second, counts) - jnp.square(shifts)
+        variances, ridge = floor_variances(variances, regularisation)
         empty = counts <= 0
-        scales = _where(empty, self.scales, jnp.sqrt(variances))
-        return _where(empty, means, centre + shifts), Diagonal(scales), jnp.where(empty, 0, ridge)
+        scales = where_components(empty, self.scales, jnp.sqrt(variances))
+        return (
+            where_components(empty, means, centre + shifts),
+            Diagonal(scales),
+            jnp.where(empty, 0, ridge),
+        )
 
     def colour(self, key, components):
         shape = len(components), self.scales.shape[1]
@@ -334,12 +205,12 @@ class Spherical(NamedTuple):
         return product(weights, centred), product(weights, row_sums(jnp.square(centred)))
 
     def maximise(self, means, counts, first, second, regularisation):
-        centre, shifts = jnp.mean(means, axis=0, keepdims=True), _per_point(first, counts)
-        variances = _per_point(second, counts) - jnp.sum(jnp.square(shifts), axis=1)
-        variances, ridge = _floor_variances(variances[:, None] / means.shape[1], regularisation)
+        centre, shifts = jnp.mean(means, axis=0, keepdims=True), per_point(first, counts)
+        variances = per_point(second, counts) - jnp.sum(jnp.square(shifts), axis=1)
+        variances, ridge = floor_variances(variances[:, None] / means.shape[1], regularisation)
         empty = counts <= 0
         scales = jnp.where(empty, self.scales, jnp.sqrt(variances[:, 0]))
-        means = _where(empty, means, centre + shifts)
+        means = where_components(empty, means, centre + shifts)
         return means, Spherical(scales, self.unit), jnp.where(empty, 0, ridge)
 
     def colour(self, key, components):
@@ -390,8 +261,8 @@ class LowRank(NamedTuple):
         return product(weights, centred), (product(weights, jnp.square(centred)), cross)
 
     def maximise(self, means, counts, first, second, regularisation):
-        centre, shifts = jnp.mean(means, axis=0, keepdims=True), _per_point(first, counts)
-        squares, cross = (_per_point(sums, counts) for sums in second)
+        centre, shifts = jnp.mean(means, axis=0, keepdims=True), per_point(first, counts)
+        squares, cross = (per_point(sums, counts) for sums in second)
 
         def component(item):
             moved, shift, cross, loadings, projections = item
@@ -408,11 +279,15 @@ class LowRank(NamedTuple):
             component, (moved, shifts, cross, self.loadings, self.projections)
         )
         variances = squares - jnp.square(shifts) - explained
-        variances, ridge = _floor_variances(variances, regularisation)
+        variances, ridge = floor_variances(variances, regularisation)
         new = LowRank(loadings, jnp.sqrt(variances), project(loadings, jnp.sqrt(variances)))
         empty = counts <= 0
-        covariance = jax.tree.map(lambda old, new: _where(empty, old, new), self, new)
-        return _where(empty, means, centre + shifts), covariance, jnp.where(empty, 0, ridge)
+        covariance = jax.tree.map(lambda old, new: where_components(empty, old, new), self, new)
+        return (
+            where_components(empty, means, centre + shifts),
+            covariance,
+            jnp.where(empty, 0, ridge),
+        )
 
     def colour(self, key, components):
         num, d, rank = self.loadings.shape
@@ -423,7 +298,7 @@ class LowRank(NamedTuple):
         def draw(k, u):
             return product(u, self.loadings[k].T)
 
-        return _by_component(draw, (latent,), components, num) + self.scales[components] * rest
+        return draw_by_component(draw, (latent,), components, num) + self.scales[components] * rest
 
     def log_determinants(self):
         inner = _inner_matrices(self.loadings, self.scales)[0]
@@ -436,17 +311,6 @@ class LowRank(NamedTuple):
 
 
 Covariance = Full | Tied | Diagonal | Spherical | LowRank
-
-
-def _regularised(covariance, regularisation):
-    covariance = (covariance + covariance.T) / 2
-    return covariance + regularisation * jnp.eye(len(covariance), dtype=covariance.dtype)
-
-
-def expanded_distances(points, centres):
-    """|x_i - c_k|^2 [n, K], expanded: for points whose distances are not far below their norms."""
-    norms = row_sums(jnp.square(points))[:, None] + row_sums(jnp.square(centres))[None, :]
-    return jnp.maximum(norms - 2 * product(points, centres.T), 0)
 
 
 def _inner_matrices(loadings, scales):

@@ -101,7 +101,7 @@ def maximisation(
     """The M-step from moments under `mixture`, and the ridges [K] that it had to add.
 
     `regularisation` is added to every variance, as scikit-learn's reg_covar. A ridge is 0 but where
-    a covariance is singular all the same (`lib.gmm_covariances.factorise`). A component that has
+    a covariance is singular all the same (`lib.gmm_factors.factorise`). A component that has
     lost all its points (a share below 10 eps) keeps its mean and covariance, at weight 0.
     """
     mixture = jax.tree.map(jnp.asarray, mixture)

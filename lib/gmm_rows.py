@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from lib.gmm_covariances import AnyArray
+from lib.gmm_factors import AnyArray
 from lib.kernels import to_blocks
 
 Transform = Callable[[Array], Array]

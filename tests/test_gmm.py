@@ -17,7 +17,7 @@ from scipy.stats import multivariate_normal
 from sklearn.decomposition import FactorAnalysis
 from sklearn.mixture import GaussianMixture
 
-from lib import gmm_covariances
+from lib import gmm_covariances, gmm_factors
 from lib.gmm import (
     Diagonal,
     Full,
@@ -122,16 +122,16 @@ def test_densities_in_float32_and_their_dtype():
 
 def test_panels_of_a_large_triangle(x64):
     """Past one panel the triangles are put together again."""
-    d = 2 * gmm_covariances.PANEL + 17
+    d = 2 * gmm_factors.PANEL + 17
     rng = np.random.default_rng(0)
     x, triangle, weights = rng.normal(size=(9, d)), np.tril(rng.normal(size=(d, d))), np.arange(9.0)
-    found = gmm_covariances.triangular_product(jnp.asarray(x), jnp.asarray(triangle))
+    found = gmm_factors.triangular_product(jnp.asarray(x), jnp.asarray(triangle))
     np.testing.assert_allclose(found, x @ triangle.T, rtol=1e-10, atol=1e-10)
-    panels = gmm_covariances.weighted_gram(jnp.asarray(x), jnp.asarray(weights))
+    panels = gmm_factors.weighted_gram(jnp.asarray(x), jnp.asarray(weights))
     assert len(panels) > 1
     assert sum(panel.size for panel in panels) < 0.8 * d * d
     expected = (x * weights[:, None]).T @ x
-    np.testing.assert_allclose(gmm_covariances.symmetric(panels), expected, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(gmm_factors.symmetric(panels), expected, rtol=1e-10, atol=1e-10)
 
 
 # EM
@@ -465,8 +465,8 @@ def test_bad_input():
         responsibilities_start(rows(x), np.eye(2)[np.zeros(20, int)], gmm_covariances.full)
     with pytest.raises(ValueError, match="regularisation must be"):
         quiet_fit(rows(x), start, regularisation=-1.0)
+    structure = gmm_covariances.low_rank(jax.random.key(0), 5)
     with pytest.raises(ValueError, match="rank must be at least 1 and below d = 5"):
-        structure = gmm_covariances.low_rank(jax.random.key(0), 5)
         responsibilities_start(rows(x), np.ones((20, 1)), structure)
     with pytest.raises(ValueError, match="not positive definite"):
         from_matrices(-np.eye(3))
@@ -500,14 +500,14 @@ def test_a_ridge_rises_until_a_factor_exists(x64):
     """A matrix with an eigenvalue of -1e-3: the ridge passes it, tenfold at a time."""
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
     matrix = basis @ np.diag([-1e-3, 1, 1, 2, 2, 3]) @ basis.T
-    cholesky, inverse, ridge = jax.jit(gmm_covariances.factorise)(jnp.asarray(matrix))
+    cholesky, inverse, ridge = jax.jit(gmm_factors.factorise)(jnp.asarray(matrix))
     assert 1e-3 < ridge < 1.1e-2
     expected = matrix + float(ridge) * np.eye(6)
     np.testing.assert_allclose(cholesky @ cholesky.T, expected, atol=1e-12)
     np.testing.assert_allclose(inverse @ cholesky, np.eye(6), atol=1e-10)
-    sound = gmm_covariances.factorise(jnp.asarray(expected))
+    sound = gmm_factors.factorise(jnp.asarray(expected))
     assert sound[2] == 0
-    assert np.isnan(gmm_covariances.factorise(jnp.full((2, 2), jnp.nan))[0]).any()
+    assert np.isnan(gmm_factors.factorise(jnp.full((2, 2), jnp.nan))[0]).any()
 
 
 def test_duplicated_points():
