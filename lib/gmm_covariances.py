@@ -41,7 +41,6 @@ from lib.gmm_factors import (
     where_components,
 )
 
-
 # Structures
 
 

@@ -218,6 +218,7 @@ def fit(
     """
     num_components, d = start.means.shape
     _check_fit(data, held_out, start, regularisation, tolerance, max_iterations)
+    crowded = _warn_if_crowded(data, start)
     shape = max_iterations, num_components
     origin = np.zeros(32, np.uint8)
     if run:
@@ -269,8 +270,8 @@ def fit(
                         raise Interrupted(run.checkpoint, done)
                     raise KeyboardInterrupt
         mixture = jax.tree.map(np.asarray, jax.device_get(state.mixture))
-    if isinstance(start.covariance, Full) and done and state.counts[done - 1].min() <= d:
-        _warn_singular(int(np.argmin(state.counts[done - 1])), state.counts[done - 1].min(), d)
+    if done and not crowded:
+        _warn_if_singular(state, done)
     return FitResult(
         mixture,
         bool(converged),
@@ -315,12 +316,27 @@ def _finite(mixture: Mixture, log_likelihood: float, step: int) -> float:
     return log_likelihood
 
 
-def _warn_singular(component: int, count: float, d: int) -> None:
-    warnings.warn(
-        f"component {component} owns {count:.0f} points in {d} dimensions: its full covariance is "
-        "singular but for the regularisation; tied, diagonal or low_rank ask for fewer points",
-        stacklevel=3,
-    )
+def _warn_if_crowded(data: Rows, start: Mixture) -> bool:
+    """Warns, and says so, where some full covariance must have fewer points than dimensions."""
+    (num_components, d), present = start.means.shape, np.count_nonzero(data.weights)
+    crowded = isinstance(start.covariance, Full) and present <= num_components * d
+    if crowded:
+        warnings.warn(
+            f"{present} points for {num_components} full covariances in {d} dimensions: at least "
+            "one is singular but for the regularisation; use tied, diagonal or low_rank",
+            stacklevel=3,
+        )
+    return crowded
+
+
+def _warn_if_singular(state: _State, done: int) -> None:
+    counts, d = state.counts[done - 1], state.mixture.means.shape[1]
+    if isinstance(state.mixture.covariance, Full) and 0 < counts[counts > 0].min() <= d:
+        warnings.warn(
+            f"a component owns {counts[counts > 0].min():.1f} points in {d} dimensions: its full "
+            "covariance is singular but for the regularisation; use tied, diagonal or low_rank",
+            stacklevel=3,
+        )
 
 
 def _check_fit(data, held_out, start, regularisation, tolerance, max_iterations) -> None:
@@ -338,12 +354,6 @@ def _check_fit(data, held_out, start, regularisation, tolerance, max_iterations)
     if not tolerance >= 0 or max_iterations < 1:
         raise ValueError(
             f"tolerance must be >= 0 and max_iterations >= 1: {tolerance}, {max_iterations}"
-        )
-    if isinstance(start.covariance, Full) and present <= num_components * d:
-        warnings.warn(
-            f"{present} points for {num_components} full covariances in {d} dimensions: at least "
-            "one is singular but for the regularisation; use tied, diagonal or low_rank",
-            stacklevel=3,
         )
 
 

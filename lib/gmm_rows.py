@@ -198,4 +198,5 @@ def dimension(data: Rows) -> int:
         return (x if data.transform is None else data.transform(x)).reshape(len(x), -1)
 
     row = jax.ShapeDtypeStruct((2, *data.x.shape[1:]), data.x.dtype)
-    return jax.eval_shape(points, row).shape[1]
+    with jax.enable_x64(True):
+        return jax.eval_shape(points, row).shape[1]

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from lib.gmm import Mixture, cast
 from lib.gmm_covariances import Covariance
-from lib.gmm_factors import AnyArray, expanded_distances, product, row_sums
 from lib.gmm_em import block_moments, maximise_jit, prepare_jit
+from lib.gmm_factors import AnyArray, expanded_distances, product, row_sums
 from lib.gmm_rows import Rows, sum_over_rows
 from lib.kernels import uniform_weights
 

@@ -193,8 +193,8 @@ def uniform_weights(x: Float[Array, "n d"]) -> Float[Array, " n"]:
 
 
 def to_blocks(
-    x: Float[Array, "n d"], weights: Float[Array, "n *columns"], block_size: int
-) -> tuple[Float[Array, "blocks size d"], Float[Array, "blocks size *columns"]]:
+    x: Shaped[Array, "n d"], weights: Float[Array, "n *columns"], block_size: int
+) -> tuple[Shaped[Array, "blocks size d"], Float[Array, "blocks size *columns"]]:
     """Rows and weights in blocks of equal size, at most `block_size`.
 
     What is missing in the last block is filled with copies of the last row, at weight 0: padding

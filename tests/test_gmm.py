@@ -285,11 +285,11 @@ def test_low_rank_climbs_to_factor_analysis():
 # Invariances
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.sampled_from(["full", "tied", "diag", "spherical", "low rank"]),
     st.integers(0, 10**6),
-    st.sampled_from([1, 7, 64, 1000]),
+    st.sampled_from([7, 1000]),
     st.floats(-3, 3),
 )
 def test_invariances(structure, seed, block_size, shift):
@@ -536,10 +536,14 @@ def test_an_emptied_component_is_kept_at_weight_0(structure):
 
 
 def test_too_few_points_warn():
-    x = clusters(16, n=12)
-    start = start_of(x, "full")
+    x = clusters(16, n=40)
+    start = start_of(x[:12], "full")
     with pytest.warns(match="12 points for 3 full covariances in 5 dimensions"):
-        quiet_fit(rows(x), start, max_iterations=1)
+        quiet_fit(rows(x[:12]), start, max_iterations=1)
+    light = np.concatenate([[4.0], np.full(39, 1e-3)])
+    with pytest.warns(match=r"a component owns \d\.\d points in 5 dimensions"):
+        quiet_fit(rows(x, weights=light), start, max_iterations=1)
+    quiet_fit(rows(x[:12]), start_of(x[:12], "tied"), max_iterations=1)
 
 
 # Starts
@@ -610,6 +614,7 @@ def test_draws_of_one_component_are_grouped(structure):
 
 def test_coupled_samples_come_from_the_responsible_component(x64):
     mixture = example("full")
+    mixture = mixture._replace(means=np.arange(3.0)[:, None] + mixture.means)
     x1, _ = sample(jax.random.key(0), mixture, 20_000)
     x0, components = jax.jit(sample_coupled)(jax.random.key(1), mixture, x1)
     shares = np.asarray(responsibilities(mixture, x1))
