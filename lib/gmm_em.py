@@ -216,10 +216,9 @@ def fit(
       FloatingPointError: NaN or infinity on the way.
       RunFileError: the folder's checkpoint is of another start, other data or options.
     """
-    num_components, d = start.means.shape
     _check_fit(data, held_out, start, regularisation, tolerance, max_iterations)
     crowded = _warn_if_crowded(data, start)
-    shape = max_iterations, num_components
+    shape = max_iterations, len(start.weights)
     origin = np.zeros(32, np.uint8)
     if run:
         settings = regularisation, tolerance, max_iterations
@@ -319,7 +318,7 @@ def _finite(mixture: Mixture, log_likelihood: float, step: int) -> float:
 def _warn_if_crowded(data: Rows, start: Mixture) -> bool:
     """Warns, and says so, where some full covariance must have fewer points than dimensions."""
     (num_components, d), present = start.means.shape, np.count_nonzero(data.weights)
-    crowded = isinstance(start.covariance, Full) and present <= num_components * d
+    crowded = isinstance(start.covariance, Full) and bool(present <= num_components * d)
     if crowded:
         warnings.warn(
             f"{present} points for {num_components} full covariances in {d} dimensions: at least "
