@@ -34,6 +34,7 @@ from lib.gmm_factors import (
     per_point,
     product,
     regularised,
+    responsible_gram,
     row_sums,
     symmetric,
     triangular_product,
@@ -62,7 +63,7 @@ class Full(NamedTuple):
     def moments(self, whitened, responsibilities):
         def component(item):
             z, weights = item
-            return product(weights, z), weighted_gram(z, weights)
+            return product(weights, z), responsible_gram(z, weights)
 
         return lax.map(component, (whitened, responsibilities.T))
 

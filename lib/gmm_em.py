@@ -28,6 +28,10 @@ from lib.kernels import check_sample
 from lib.runs import Interrupted, Run, RunFileError, interruptible, progress
 
 
+NEGLIGIBLE = 1e-18
+"""Responsibilities up to here count as 0."""
+
+
 class Moments(NamedTuple):
     """Sums over weighted rows under a mixture; `first` and `second` are those of its structure."""
 
@@ -61,6 +65,8 @@ def block_moments(
     log_density = jax.nn.logsumexp(joint, axis=1)
     if given is None:
         given = jnp.exp(joint - log_density[:, None])
+        # Less moves no sum and costs time: as a number too small to be normal, or as a row.
+        given = jnp.where(given > NEGLIGIBLE, given, 0)
     shares = given.astype(points.dtype) * weights[:, None]
     first, second = prepared.covariance.moments(left, shares)
     # A row of weight 0 has no say, were its density 0.
