@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Key
 
 from lib.gmm_factors import (
     AnyArray,
+    congruence,
     draw_by_component,
     expanded_distances,
     factorise,
@@ -72,7 +73,7 @@ class Full(NamedTuple):
             mean, cholesky, inverse, count, shift, gram = item
             moment = symmetric(gram) / jnp.where(count > 0, count, 1)
             moment = moment - shift[:, None] * shift[None, :]
-            covariance = product(product(cholesky, moment), cholesky.T)
+            covariance = congruence(cholesky, moment)
             covariance = regularised(covariance, regularisation)
             new_cholesky, new_inverse, ridge = factorise(covariance)
             return (
@@ -126,7 +127,7 @@ class Tied(NamedTuple):
         total = jnp.sum(counts)
         between = product((counts[:, None] * shifts).T, shifts)
         moment = (symmetric(second) - between) / total
-        covariance = product(product(self.cholesky, moment), self.cholesky.T)
+        covariance = congruence(self.cholesky, moment)
         cholesky, inverse, ridge = factorise(regularised(covariance, regularisation))
         means = where_components(counts <= 0, means, centre + product(shifts, self.cholesky.T))
         return means, Tied(cholesky, inverse), jnp.broadcast_to(ridge, counts.shape)

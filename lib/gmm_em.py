@@ -27,7 +27,6 @@ from lib.gmm_rows import Rows, dimension, sum_over_blocks, sum_over_rows
 from lib.kernels import check_sample
 from lib.runs import Interrupted, Run, RunFileError, interruptible, progress
 
-
 NEGLIGIBLE = 1e-18
 """Responsibilities up to here count as 0."""
 

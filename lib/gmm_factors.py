@@ -46,6 +46,14 @@ def triangular_product(
     return jnp.concatenate(parts, axis=1)
 
 
+def congruence(triangle: Float[Array, "d d"], matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """T M T' for a lower triangular T and a symmetric M: the lower half, then mirrored."""
+    half = triangular_product(matrix, triangle)
+    return symmetric(
+        tuple(product(triangle[i:j, :j], half[:j, :j]) for i, j in _panels(len(matrix)))
+    )
+
+
 def weighted_gram(
     x: Float[Array, "b d"], weights: Float[Array, " b"]
 ) -> tuple[Float[Array, "..."], ...]:
@@ -148,7 +156,6 @@ def per_point(sums: Float[Array, "K *m"], counts: Float[Array, " K"]) -> Float[A
 
 
 def regularised(covariance, regularisation):
-    covariance = (covariance + covariance.T) / 2
     return covariance + regularisation * jnp.eye(len(covariance), dtype=covariance.dtype)
 
 

@@ -133,7 +133,22 @@ def test_panels_of_a_large_triangle(x64):
     assert len(panels) > 1
     assert sum(panel.size for panel in panels) < 0.8 * d * d
     expected = (x * weights[:, None]).T @ x
-    np.testing.assert_allclose(gmm_factors.symmetric(panels), expected, rtol=1e-10, atol=1e-10)
+    whole = gmm_factors.symmetric(panels)
+    np.testing.assert_allclose(whole, expected, rtol=1e-10, atol=1e-10)
+    moved = triangle @ expected @ triangle.T
+    found = gmm_factors.congruence(jnp.asarray(triangle), whole)
+    np.testing.assert_allclose(found, moved, atol=1e-12 * np.abs(moved).max())
+
+
+def test_grams_skip_rows_without_weight(x64):
+    """From no row with weight to all of them, scattered, in each of the sizes and between."""
+    rng = np.random.default_rng(0)
+    x, gram = rng.normal(size=(64, 3)), jax.jit(gmm_factors.responsible_gram)
+    for active in (0, 1, 7, 8, 9, 16, 31, 48, 49, 63, 64):
+        weights = np.zeros(64)
+        weights[rng.choice(64, active, replace=False)] = rng.random(active) + 0.1
+        found = gmm_factors.symmetric(gram(jnp.asarray(x), jnp.asarray(weights)))
+        np.testing.assert_allclose(found, (x * weights[:, None]).T @ x, rtol=1e-12, atol=1e-13)
 
 
 # EM
