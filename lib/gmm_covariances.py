@@ -32,10 +32,10 @@ from lib.gmm_factors import (
     expanded_distances,
     factorise,
     floor_variances,
+    over_responsible,
     per_point,
     product,
     regularised,
-    responsible_gram,
     row_sums,
     symmetric,
     triangular_product,
@@ -62,9 +62,11 @@ class Full(NamedTuple):
         return squared.T, whitened
 
     def moments(self, whitened, responsibilities):
+        def sums(z, weights):
+            return product(weights, z), weighted_gram(z, weights)
+
         def component(item):
-            z, weights = item
-            return product(weights, z), responsible_gram(z, weights)
+            return over_responsible(sums, *item)
 
         return lax.map(component, (whitened, responsibilities.T))
 
@@ -159,8 +161,13 @@ class Diagonal(NamedTuple):
         return squared, points - jnp.mean(means, axis=0, keepdims=True)
 
     def moments(self, centred, responsibilities):
-        weights = responsibilities.T
-        return product(weights, centred), product(weights, jnp.square(centred))
+        def sums(points, weights):
+            return product(weights, points), product(weights, jnp.square(points))
+
+        def component(weights):
+            return over_responsible(sums, centred, weights)
+
+        return lax.map(component, responsibilities.T)
 
     def maximise(self, means, counts, first, second, regularisation):
         centre, shifts = jnp.mean(means, axis=0, keepdims=True), per_point(first, counts)

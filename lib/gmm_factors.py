@@ -5,12 +5,13 @@ that is known: 3/8 of the arithmetic with four panels, 1/4 with two.
 """
 
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 AnyArray = Array | np.ndarray
 
@@ -62,29 +63,27 @@ def weighted_gram(
     return tuple(product(weighted[:, i:j].T, x[:, :j]) for i, j in _panels(x.shape[1]))
 
 
-def responsible_gram(
-    x: Float[Array, "b d"], weights: Float[Array, " b"]
-) -> tuple[Float[Array, "..."], ...]:
-    """`weighted_gram` of the rows with weight alone, of which there are often few: in many
-    dimensions most responsibilities are 0. The rest is cut off in sizes known beforehand."""
+def over_responsible(sums: Callable, x: Float[Array, "b d"], weights: Float[Array, " b"]) -> PyTree:
+    """`sums(x, weights)`, which adds up rows by their weights, of the rows with weight alone.
+
+    There are often few: in many dimensions most responsibilities are 0. Rows without weight are
+    cut off down to one of a few sizes, known beforehand.
+    """
     sizes = sorted({len(x) * eighths // 8 for eighths in ACTIVE_EIGHTHS})
     rows, places = jnp.arange(len(x)), jnp.cumsum(weights > 0)
     active = places[-1]
     # Row i with weight comes to its place among those with weight; a sort would cost more.
     order = jnp.zeros_like(rows).at[jnp.where(weights > 0, places - 1, len(x))].set(rows)
 
-    def gram_of(size):
-        def gram():
+    def sums_of(size):
+        def cut():
             kept = order[:size]
-            return weighted_gram(x[kept], jnp.where(rows[:size] < active, weights[kept], 0))
+            return sums(x[kept], jnp.where(rows[:size] < active, weights[kept], 0))
 
-        return gram
-
-    def whole():
-        return weighted_gram(x, weights)
+        return cut
 
     index = jnp.searchsorted(jnp.asarray(sizes), active)
-    return lax.switch(index, [*map(gram_of, sizes), whole])
+    return lax.switch(index, [*map(sums_of, sizes), lambda: sums(x, weights)])
 
 
 def symmetric(panels: tuple[Float[Array, "..."], ...]) -> Float[Array, "d d"]:

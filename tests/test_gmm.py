@@ -140,15 +140,23 @@ def test_panels_of_a_large_triangle(x64):
     np.testing.assert_allclose(found, moved, atol=1e-12 * np.abs(moved).max())
 
 
-def test_grams_skip_rows_without_weight(x64):
+def test_sums_skip_rows_without_weight(x64):
     """From no row with weight to all of them, scattered, in each of the sizes and between."""
-    rng = np.random.default_rng(0)
-    x, gram = rng.normal(size=(64, 3)), jax.jit(gmm_factors.responsible_gram)
+    rng, lengths = np.random.default_rng(0), []
+
+    def sums(x, weights):
+        lengths.append(len(x))
+        return weights @ x
+
+    x = jnp.asarray(rng.normal(size=(64, 3)))
+    cut = jax.jit(partial(gmm_factors.over_responsible, sums))
     for active in (0, 1, 7, 8, 9, 16, 31, 48, 49, 63, 64):
         weights = np.zeros(64)
         weights[rng.choice(64, active, replace=False)] = rng.random(active) + 0.1
-        found = gmm_factors.symmetric(gram(jnp.asarray(x), jnp.asarray(weights)))
-        np.testing.assert_allclose(found, (x * weights[:, None]).T @ x, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(
+            cut(x, jnp.asarray(weights)), weights @ x, rtol=1e-12, atol=1e-14
+        )
+    assert sorted(set(lengths)) == [0, 8, 16, 32, 48, 64]
 
 
 # EM
