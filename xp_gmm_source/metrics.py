@@ -24,7 +24,7 @@ from lib.sliced_wasserstein import random_directions, sliced_wasserstein
 from xp_gmm_source.sources import Images, check_images
 
 AnyArray = Array | np.ndarray
-DIRECTION_BLOCK = 64  # projections sorted at a time
+DIRECTION_BLOCK = 50  # projections sorted at a time; it divides the default number of them
 
 
 # Frechet distance

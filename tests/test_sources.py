@@ -1,0 +1,496 @@
+"""Sources of flow matching against closed forms, scipy, scikit-learn and loops in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import fft, stats
+from sklearn.decomposition import PCA
+
+from lib import gmm
+from xp_gmm_source import shaped_sources as shaped
+from xp_gmm_source import sources
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+STRUCTURES = ("full", "tied", "diag", "spherical", "low rank")
+
+
+def images(n=40, height=6, width=5, channels=1, seed=0):
+    """Smooth images in [-1, 1], so that low frequencies have the most energy."""
+    rng = np.random.default_rng(seed)
+    rough = rng.normal(size=(n, height + 2, width + 2, channels))
+    smooth = sum(rough[:, i : i + height, j : j + width] for i in range(3) for j in range(3))
+    return np.tanh(smooth / 3 + 0.3).astype(np.float32)
+
+
+def mixture(structure, d=6, num=3, seed=1, spread=1.0):
+    rng = np.random.default_rng(seed)
+    means = spread * rng.normal(size=(num, d))
+    roots = rng.normal(size=(num, d, d)) / np.sqrt(d)
+    matrices = roots @ np.swapaxes(roots, 1, 2) + 0.1 * np.eye(d)
+    scales = rng.uniform(0.3, 1.5, size=(num, d))
+    covariance = {
+        "full": lambda: gmm.from_matrices(matrices),
+        "tied": lambda: gmm.from_matrices(matrices[0]),
+        "diag": lambda: gmm.Diagonal(scales),
+        "spherical": lambda: gmm.Spherical(scales[:, 0], np.ones(d)),
+        "low rank": lambda: gmm.LowRank(
+            roots[..., :2], scales, np.asarray(gmm.project(roots[..., :2], scales))
+        ),
+    }[structure]()
+    return gmm.Mixture(np.array([0.5, 0.3, 0.2])[:num], means, covariance)
+
+
+def dense(m):
+    """Covariances [K, d, d] of any structure."""
+    matrices, (num, d) = np.asarray(m.covariance.matrices()), m.means.shape
+    if matrices.shape == (num, d, d):
+        return matrices
+    if matrices.shape == (d, d):
+        return np.broadcast_to(matrices, (num, d, d))
+    return np.stack([np.diag(np.broadcast_to(matrices[k], d)) for k in range(num)])
+
+
+def projection(p=6, d=9, seed=2):
+    rng = np.random.default_rng(seed)
+    return sources.Projection(np.linalg.qr(rng.normal(size=(d, p)))[0].T, rng.normal(size=d))
+
+
+def assert_standard(draws, deviations=5.0):
+    """Mean 0 and variance 1 in every coordinate, up to so many standard errors of each."""
+    draws = np.asarray(draws, np.float64)
+    n = len(draws)
+    errors = np.sqrt((np.square(np.square(draws)).mean(axis=0) - 1) / n)
+    assert np.abs(draws.mean(axis=0)).max() < deviations / np.sqrt(n)
+    assert (np.abs(np.square(draws).mean(axis=0) - 1) < deviations * errors).all()
+
+
+def every_source():
+    colour = images(60, 8, 8, 3)
+    return {
+        "gaussian": sources.gaussian(192),
+        "norm aligned": sources.norm_aligned(colour),
+        "mixture": sources.mixture_source(mixture("full", 192)),
+        "projected": sources.mixture_source(mixture("diag", 6), pca=projection(6, 192)),
+        "mode coupled": sources.mode_coupled_source(mixture("tied", 6), pca=projection(6, 192)),
+        "frequency": shaped.frequency_source(colour, masked_share=0.5),
+        "pruned": shaped.pruned(colour, axis_threshold=0.2, threshold=0.15),
+    }
+
+
+# All sources
+
+
+@pytest.mark.parametrize("name", every_source())
+def test_sources_are_pytrees_that_jit_takes_as_arguments(name):
+    source = every_source()[name]
+    x1 = jnp.asarray(RNG.normal(size=(7, 192)), jnp.float32)
+    copied = jax.tree.map(lambda leaf: leaf + 0, source)
+    sampled = jax.jit(lambda s, key: s.sample(key, 11))(copied, KEY)
+    coupled = jax.jit(lambda s, key, x: s.couple(key, x))(copied, KEY, x1)
+    assert sampled.shape == (11, 192)
+    assert coupled.shape == (7, 192)
+    assert sampled.dtype == coupled.dtype == jnp.float32
+    np.testing.assert_allclose(sampled, source.sample(KEY, 11), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(coupled, source.couple(KEY, x1), rtol=1e-4, atol=1e-4)
+    other = source.sample(jax.random.key(1), 11)
+    assert np.abs(sampled - other).max() > 0.1
+    with pytest.raises(ValueError, match=r"points are \[B, 192\], got shape \(7, 191\)"):
+        source.couple(KEY, x1[:, :191])
+
+
+@pytest.mark.parametrize("name", ["gaussian", "norm aligned", "mixture", "projected", "frequency"])
+def test_couplings_that_do_not_look_at_the_data_are_samples(name):
+    source = every_source()[name]
+    x1 = jnp.ones((5, 192))
+    np.testing.assert_array_equal(source.couple(KEY, x1), source.sample(KEY, 5))
+    np.testing.assert_array_equal(source.couple(KEY, -x1), source.sample(KEY, 5))
+
+
+@pytest.mark.parametrize("make", [sources.norm_aligned, sources.check_images])
+def test_bad_images_are_refused_by_name(make):
+    broken = images()
+    broken[3, 2, 1, 0] = np.nan
+    with pytest.raises(ValueError, match="image 3 is not finite"):
+        make(broken)
+    with pytest.raises(ValueError, match=r"\[n, height, width, channels\], got shape \(40, 30\)"):
+        make(images().reshape(40, -1))
+    with pytest.raises(ValueError, match="got uint8"):
+        make(np.zeros((3, 4, 4, 1), np.uint8))
+    with pytest.raises(ValueError, match=r"got shape \(0, 4, 4, 1\)"):
+        make(np.zeros((0, 4, 4, 1), np.float32))
+
+
+# Gaussians
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 64, 3072])
+def test_mean_norm_is_that_of_the_chi_law(dimension):
+    assert sources.mean_norm(dimension) == pytest.approx(stats.chi(dimension).mean(), rel=1e-9)
+
+
+def test_gaussian_draws_have_its_scale():
+    assert_standard(sources.gaussian(5, scale=3.0).sample(KEY, 20_000) / 3)
+    with pytest.raises(ValueError, match="scale"):
+        sources.gaussian(5, scale=0.0)
+    with pytest.raises(ValueError, match="d >= 1"):
+        sources.gaussian(0)
+
+
+def test_norm_aligned_draws_have_the_mean_norm_of_the_data():
+    data = images(5000, seed=4)  # two chunks
+    norms = np.linalg.norm(data.reshape(len(data), -1), axis=1)
+    drawn = np.linalg.norm(sources.norm_aligned(data).sample(KEY, 20_000), axis=1)
+    assert drawn.mean() == pytest.approx(norms.mean(), abs=5 * drawn.std() / np.sqrt(20_000))
+    assert drawn.std() / np.sqrt(20_000) < 0.002 * norms.mean()
+    with pytest.raises(ValueError, match="0 < scale"):
+        sources.norm_aligned(0 * data)
+
+
+@given(st.floats(0.01, 100))
+@settings(max_examples=10, deadline=None)
+def test_norm_aligned_scales_with_the_data(factor):
+    scaled = sources.norm_aligned(np.float32(factor) * images())
+    expected = np.float32(factor) * sources.norm_aligned(images()).scale
+    np.testing.assert_allclose(scaled.scale, expected, rtol=1e-5)
+
+
+# Mixtures
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("pca", [None, projection()], ids=["pixels", "pca"])
+def test_moments_of_mixtures_are_those_of_dense_covariances(structure, pca):
+    m = mixture(structure)
+    mean = m.weights @ m.means
+    second = sum(
+        w * (c + np.outer(mu, mu)) for w, mu, c in zip(m.weights, m.means, dense(m))
+    ) - np.outer(mean, mean)
+    if pca is not None:
+        mean = pca.centre + mean @ pca.components
+        second = pca.components.T @ second @ pca.components
+    found_mean, found_std = sources.moments_of(m, pca)
+    np.testing.assert_allclose(found_mean, mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(np.square(found_std), np.diag(second), rtol=1e-9)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("pca", [None, projection()], ids=["pixels", "pca"])
+def test_mixture_draws_are_standardised(structure, pca):
+    source = sources.mixture_source(mixture(structure), pca=pca)
+    assert_standard(source.sample(KEY, 20_000))
+
+
+def test_projection_maps_back_as_scikit_learn_does():
+    data = images(50).reshape(50, -1).astype(np.float64)
+    pca = PCA(4).fit(data)
+    fitted = sources.Projection(pca.components_, pca.mean_)
+    mean, std = RNG.normal(size=30), RNG.uniform(0.5, 2, size=30)
+    source = sources.mixture_source(mixture("full", 4), mean=mean, std=std, pca=fitted)
+    coordinates = RNG.normal(size=(8, 4)).astype(np.float32)
+    expected = (pca.inverse_transform(coordinates) - mean) / std
+    np.testing.assert_allclose(
+        source.standardise(jnp.asarray(coordinates)), expected, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        source.coordinates(jnp.asarray(data, jnp.float32)), pca.transform(data), atol=1e-4
+    )
+
+
+def test_pixels_that_do_not_vary_stay_at_zero():
+    data = images(200)
+    data[:, 0, 0] = -1  # as in the corner of most digits
+    flat = data.reshape(200, -1).astype(np.float64)
+    pca = PCA(4).fit(flat)
+    source = sources.mixture_source(
+        mixture("full", 4), pca=sources.Projection(pca.components_, pca.mean_)
+    )
+    draws = np.asarray(source.sample(KEY, 5000))
+    assert float(source.std[0]) == 1
+    assert np.abs(draws[:, 0]).max() < 1e-5
+    assert_standard(draws[:, 1:])
+
+
+def test_statistics_of_channels_repeat_over_pixels():
+    m = mixture("full", 12)
+    three = sources.mixture_source(m, mean=np.arange(3.0), std=np.arange(1.0, 4))
+    every = sources.mixture_source(
+        m, mean=np.tile(np.arange(3.0), 4), std=np.tile(np.arange(1.0, 4), 4)
+    )
+    np.testing.assert_array_equal(three.sample(KEY, 5), every.sample(KEY, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": np.zeros(6)}, "both mean and std"),
+        ({"mean": np.zeros(5), "std": np.ones(5)}, r"mean must be .* \[6\], got \(5,\)"),
+        ({"mean": np.zeros(6), "std": np.ones((6, 1))}, r"std must be .*\(6, 1\)"),
+        ({"mean": np.full(6, np.nan), "std": np.ones(6)}, "finite"),
+        ({"mean": np.zeros(6), "std": np.zeros(6)}, "not 0 everywhere"),
+        ({"pca": projection(5)}, r"components \[5, 9\]"),
+        ({"pca": projection()._replace(centre=np.zeros(8))}, r"a centre \(8,\)"),
+    ],
+)
+def test_statistics_and_projections_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sources.mixture_source(mixture("full"), **options)
+
+
+@pytest.mark.parametrize("pca", [None, projection(2, 5)], ids=["pixels", "pca"])
+def test_mode_coupled_draws_follow_the_responsibilities(pca):
+    means = np.array([[-1.0, 0], [1, 0], [0, 1.5]])
+    m = gmm.Mixture(np.array([0.5, 0.3, 0.2]), means, gmm.Diagonal(np.full((3, 2), 0.4)))
+    point = np.array([0.05, 0.5])
+    joint = [
+        w * stats.multivariate_normal(mu, 0.16 * np.eye(2)).pdf(point)
+        for w, mu in zip(m.weights, means)
+    ]
+    expected = np.array(joint) / sum(joint)
+    assert expected.min() > 0.05
+    source = sources.mode_coupled_source(m, pca=pca)
+    x1 = point if pca is None else pca.centre + point @ pca.components
+    x1 = jnp.tile(jnp.asarray(x1, jnp.float32)[None], (6000, 1))
+    x0 = np.asarray(source.couple(KEY, x1), np.float64)
+    draws = x0 * source.source.std + source.source.mean
+    draws = draws if pca is None else (draws - pca.centre) @ pca.components.T
+    # The draws are of sum_k p(k | x1) N(mu_k, .16 I): its mean and covariance identify p(k | x1).
+    errors = 5 * draws.std(axis=0) / np.sqrt(len(draws))
+    assert (np.abs(draws.mean(axis=0) - expected @ means) < errors).all()
+    spread = (means - expected @ means) * np.sqrt(expected)[:, None]
+    np.testing.assert_allclose(
+        np.cov(draws.T), 0.16 * np.eye(2) + spread.T @ spread, atol=5 / np.sqrt(len(draws))
+    )
+    np.testing.assert_array_equal(source.sample(KEY, 9), source.source.sample(KEY, 9))
+
+
+def test_mode_coupled_draws_are_of_the_component_that_owns_the_point():
+    m = mixture("full", spread=20.0)
+    labels = RNG.integers(3, size=300)
+    x1 = m.means[labels] + 0.1 * RNG.normal(size=(300, 6))
+    source = sources.mode_coupled_source(m)
+    x0 = source.couple(KEY, jnp.asarray(x1, jnp.float32))
+    draws = np.asarray(x0) * source.source.std + source.source.mean
+    nearest = np.square(draws[:, None] - m.means).sum(axis=2).argmin(axis=1)
+    np.testing.assert_array_equal(nearest, labels)
+
+
+# Frequencies
+
+
+def dct_statistics(data, block):
+    """By scipy, block by block."""
+    colour = shaped.YCRCB if data.shape[3] == 3 else np.eye(1)
+    n, height, width, channels = data.shape
+    down, across = (height, width) if block is None else (block, block)
+    padded = np.pad(data, ((0, 0), (0, -height % down), (0, -width % across), (0, 0)), mode="edge")
+    found = [
+        np.stack([fft.dctn(part, norm="ortho") for part in np.moveaxis(piece @ colour.T, 2, 0)], 2)
+        for image in padded.astype(np.float64)
+        for rows in range(0, padded.shape[1], down)
+        for piece in [
+            image[rows : rows + down, c : c + across] for c in range(0, padded.shape[2], across)
+        ]
+    ]
+    return np.mean(found, axis=0), np.var(found, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((8, 8, 1), 8), ((6, 5, 1), None), ((12, 10, 3), 8), ((7, 7, 1), 4), ((5, 6, 1), 8)],
+)
+def test_frequency_statistics_are_scipys(shape, block):
+    data = images(9, *shape)
+    mean, variance = shaped.frequency_statistics(data, block=block)
+    expected_mean, expected_variance = dct_statistics(data, block)
+    np.testing.assert_allclose(mean, expected_mean, atol=1e-10)
+    np.testing.assert_allclose(variance, expected_variance, atol=1e-10)
+
+
+def test_colour_is_split_into_luminance_and_chrominances():
+    """Y = .299 R + .587 G + .114 B, Cr = .713 (R - Y), Cb = .564 (B - Y) (ITU-R 601)."""
+    red, green, blue = rgb = RNG.uniform(size=3)
+    y = 0.299 * red + 0.587 * green + 0.114 * blue
+    expected = [y, 0.713 * (red - y), 0.564 * (blue - y)]
+    np.testing.assert_allclose(shaped.YCRCB @ rgb, expected, atol=1e-12)
+
+
+def test_masked_coefficients_are_zero_before_standardisation():
+    source = shaped.frequency_source(images(30, 16, 8, 3), masked_share=0.4)
+    draws = np.asarray(source.sample(KEY, 50)).reshape(50, 16, 8, 3) * np.asarray(source.std)
+    bands = np.moveaxis(draws @ shaped.YCRCB.T, 3, 1).reshape(50, 3, 2, 8, 8)
+    coefficients = fft.dctn(bands, axes=(3, 4), norm="ortho")  # [n, channel, block, p, q]
+    deviations = coefficients.std(axis=(0, 2))
+    kept = np.moveaxis(np.asarray(source.kept), 2, 0).reshape(3, 2, 8, 8)
+    np.testing.assert_array_equal(kept[:, 0], kept[:, 1])
+    assert round(0.4 * 192) == np.sum(kept[:, 0] == 0)
+    assert deviations[kept[:, 0] == 0].max() < 1e-5
+    # Luminance of white noise has the variance .299^2 + .587^2 + .114^2, the chrominances theirs.
+    expected = np.broadcast_to(np.linalg.norm(shaped.YCRCB, axis=1)[:, None, None], (3, 8, 8))
+    np.testing.assert_allclose(
+        deviations[kept[:, 0] == 1], expected[kept[:, 0] == 1], rtol=5 / np.sqrt(2 * 100)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "share"),
+    [((8, 8, 1), 8, 0.6), ((6, 5, 1), None, 0.5), ((12, 10, 3), 8, 0.6), ((7, 7, 1), 4, 0.3)],
+)
+def test_frequency_draws_are_standardised(shape, block, share):
+    source = shaped.frequency_source(images(30, *shape), masked_share=share, block=block)
+    assert_standard(source.sample(KEY, 20_000))
+    assert np.ptp(np.asarray(source.std)) > 1e-3 * np.asarray(source.std).max()
+
+
+def test_least_energy_is_masked_and_nothing_masked_is_white_noise():
+    data = images(30, 8, 8)
+    mean, variance = dct_statistics(data, 8)
+    source = shaped.frequency_source(data, masked_share=0.5)
+    energy, kept = np.square(mean) + variance, np.asarray(source.kept) == 1
+    assert energy[~kept].max() <= energy[kept].min()
+    white = shaped.frequency_source(data, masked_share=0.0)
+    np.testing.assert_allclose(white.std, 1, rtol=1e-5)
+    draws = np.asarray(white.sample(KEY, 5000))
+    off_diagonal = np.corrcoef(draws.T) - np.eye(64)
+    assert np.abs(off_diagonal).max() < 6 / np.sqrt(5000)
+
+
+def test_published_rule_is_of_pixels_in_0_to_255():
+    data = images(30, 8, 8) / 40
+    coefficients = fft.dctn(127.5 * (data.astype(float) + 1)[..., 0], axes=(1, 2), norm="ortho")
+    for bounds in ((0.5, 30.0), (1.0, 60.0)):
+        masked = np.abs(coefficients.mean(axis=0)) < bounds[0]
+        masked &= coefficients.var(axis=0) < bounds[1]
+        assert 0 < masked.sum() < 63
+        source = shaped.frequency_source(data, thresholds=bounds)
+        np.testing.assert_array_equal(np.asarray(source.kept)[..., 0] == 0, masked)
+    # The mean level is never masked, whatever the bounds.
+    assert float(shaped.frequency_source(data, thresholds=(1e9, 1e9)).kept.sum()) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (images(), {}, "either masked_share or thresholds"),
+        (images(), {"masked_share": 0.3, "thresholds": (1.0, 1.0)}, "either"),
+        (images(), {"masked_share": 1.0}, r"\[0, 1\), got 1.0"),
+        (images(), {"masked_share": 0.3, "block": 0}, "block"),
+        (images(channels=2), {"masked_share": 0.3}, "1 or 3 channels, got 2"),
+        (0 * images() + 0.5, {"masked_share": 0.3}, "all the same"),
+        (images() * np.nan, {"masked_share": 0.3}, "image 0 is not finite"),
+    ],
+)
+def test_bad_frequency_rules_are_refused(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        shaped.frequency_source(data, **options)
+
+
+# Directions
+
+
+def sparse_axes(data, axis_threshold):
+    """Data-sparse axes by scikit-learn's components and loops."""
+    rows = data.reshape(len(data), -1).astype(np.float64)
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    components = PCA().fit(rows).components_
+    return np.array(
+        [
+            axis
+            for component in components
+            for axis in (component, -component)
+            if max(float(axis @ row) for row in rows) <= axis_threshold
+        ]
+    )
+
+
+def test_data_sparse_axes_are_those_of_a_loop():
+    data = images(300, 5, 5) + 0.3
+    expected = sparse_axes(data, 0.2)
+    source = shaped.pruned(data, axis_threshold=0.2, threshold=0.3)
+    assert 2 <= len(expected) < 50
+    cosines = np.asarray(source.axes) @ expected.T
+    assert len(source.axes) == len(expected)
+    np.testing.assert_allclose(np.sort(cosines, axis=1)[:, -1], 1, atol=1e-4)
+    np.testing.assert_array_equal(np.sort(cosines.argmax(axis=1)), np.arange(len(expected)))
+
+
+def test_fewer_images_than_dimensions_have_as_many_components_less_one():
+    components = shaped._principal_components(images(10, 5, 5), 25)
+    assert components.shape == (9, 25)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_pruned_draws_keep_to_the_rule_and_have_the_law_of_rejection(scale):
+    data = images(300, 5, 5) + 0.3
+    source = shaped.pruned(data, axis_threshold=0.2, threshold=0.25, scale=scale)
+    axes = np.asarray(source.axes, np.float64)
+
+    def largest(points):
+        points = np.asarray(points, np.float64)
+        return (points @ axes.T / np.linalg.norm(points, axis=1, keepdims=True)).max(axis=1)
+
+    proposals = scale * np.random.default_rng(5).normal(size=(20_000, 25))
+    accepted = proposals[largest(proposals) <= 0.25]
+    rate = len(accepted) / len(proposals)
+    assert 0.02 < rate < 0.5
+    assert float(shaped.acceptance(KEY, source, 20_000)) == pytest.approx(
+        rate, abs=5 * np.sqrt(2 * rate / 20_000)
+    )
+    draws = np.asarray(source.sample(KEY, 3000))
+    assert np.isfinite(draws).all()
+    assert largest(draws).max() <= 0.25 + 1e-5
+    assert len(np.unique(draws, axis=0)) == 3000
+    for statistic in (largest, lambda x: np.linalg.norm(x, axis=1), lambda x: x[:, 0]):
+        assert stats.ks_2samp(statistic(draws), statistic(accepted)).pvalue > 1e-3
+
+
+def test_what_cannot_be_accepted_is_nan():
+    source = shaped.pruned(images(300, 5, 5) + 0.3, axis_threshold=0.2, threshold=-1.0)
+    assert float(shaped.acceptance(KEY, source, 1000)) == 0
+    assert np.isnan(source.sample(KEY, 20, max_tries=3)).all()
+    partly = source._replace(threshold=jnp.float32(0.25))
+    draws = np.asarray(partly.sample(KEY, 200, max_tries=1))
+    finite = np.isfinite(draws).all(axis=1)
+    assert 0 < finite.sum() < 200
+    np.testing.assert_array_equal(np.isnan(draws).all(axis=1), ~finite)
+    assert bool(partly.accepts(jnp.asarray(draws[finite])).all())
+    np.testing.assert_array_equal(source.couple(KEY, jnp.ones((4, 25))), source.gaussian.sample(
+        KEY, 4))
+
+
+def test_without_data_sparse_axes_every_draw_is_accepted():
+    source = shaped.pruned(images(), axis_threshold=-1.0, threshold=0.0)
+    assert source.axes.shape == (0, 30)
+    assert float(shaped.acceptance(KEY, source, 100)) == 1
+    assert np.isfinite(source.sample(KEY, 50)).all()
+
+
+def test_quantiles_of_cosines():
+    assert shaped.cosine_quantile(0.048, 3072) == pytest.approx(0.9961, abs=5e-5)
+    noise = np.random.default_rng(6).normal(size=(40_000, 16))
+    cosines = noise[:, 0] / np.linalg.norm(noise, axis=1)
+    assert shaped.cosine_quantile(0.3, 16) == pytest.approx(np.mean(cosines <= 0.3), abs=0.01)
+    # Near the normal law of variance 1 / d.
+    assert shaped.cosine_quantile(0.048, 3072) == pytest.approx(
+        stats.norm.cdf(0.048 * np.sqrt(3072)), abs=1e-4
+    )
+    assert shaped.cosine_quantile(shaped.cosine_threshold(0.99, 50), 50) == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (images() * np.nan, {"threshold": 0.1}, "image 0 is not finite"),
+        (images() * np.arange(40)[:, None, None, None], {"threshold": 0.1}, "image 0 is 0"),
+        (0 * images() + 0.5, {"threshold": 0.1}, "all have one direction"),
+        (images(), {"threshold": 1.5}, "threshold is a cosine, got 1.5"),
+        (images(), {"threshold": 0.1, "axis_threshold": np.nan}, "axis_threshold is a cosine"),
+        (images(), {"threshold": 0.1, "scale": -1.0}, "scale"),
+    ],
+)
+def test_bad_pruning_is_refused(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        shaped.pruned(data.astype(np.float32), **options)
