@@ -457,8 +457,9 @@ def test_what_cannot_be_accepted_is_nan():
     assert 0 < finite.sum() < 200
     np.testing.assert_array_equal(np.isnan(draws).all(axis=1), ~finite)
     assert bool(partly.accepts(jnp.asarray(draws[finite])).all())
-    np.testing.assert_array_equal(source.couple(KEY, jnp.ones((4, 25))), source.gaussian.sample(
-        KEY, 4))
+    np.testing.assert_array_equal(
+        source.couple(KEY, jnp.ones((4, 25))), source.gaussian.sample(KEY, 4)
+    )
 
 
 def test_without_data_sparse_axes_every_draw_is_accepted():
