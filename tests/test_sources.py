@@ -1,5 +1,7 @@
 """Sources of flow matching against closed forms, scipy, scikit-learn and loops in numpy."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,12 +70,13 @@ def assert_standard(draws, deviations=5.0):
     assert (np.abs(np.square(draws).mean(axis=0) - 1) < deviations * errors).all()
 
 
+@cache
 def every_source():
     colour = images(60, 8, 8, 3)
     return {
         "gaussian": sources.gaussian(192),
         "norm aligned": sources.norm_aligned(colour),
-        "mixture": sources.mixture_source(mixture("full", 192)),
+        "mixture": sources.mixture_source(mixture("low rank", 192)),
         "projected": sources.mixture_source(mixture("diag", 6), pca=projection(6, 192)),
         "mode coupled": sources.mode_coupled_source(mixture("tied", 6), pca=projection(6, 192)),
         "frequency": shaped.frequency_source(colour, masked_share=0.5),
@@ -83,8 +86,10 @@ def every_source():
 
 # All sources
 
+NAMES = ("gaussian", "norm aligned", "mixture", "projected", "mode coupled", "frequency", "pruned")
 
-@pytest.mark.parametrize("name", every_source())
+
+@pytest.mark.parametrize("name", NAMES)
 def test_sources_are_pytrees_that_jit_takes_as_arguments(name):
     source = every_source()[name]
     x1 = jnp.asarray(RNG.normal(size=(7, 192)), jnp.float32)
@@ -181,7 +186,7 @@ def test_moments_of_mixtures_are_those_of_dense_covariances(structure, pca):
 @pytest.mark.parametrize("pca", [None, projection()], ids=["pixels", "pca"])
 def test_mixture_draws_are_standardised(structure, pca):
     source = sources.mixture_source(mixture(structure), pca=pca)
-    assert_standard(source.sample(KEY, 20_000))
+    assert_standard(source.sample(KEY, 8000))
 
 
 def test_projection_maps_back_as_scikit_learn_does():
@@ -255,7 +260,7 @@ def test_mode_coupled_draws_follow_the_responsibilities(pca):
     x1 = point if pca is None else pca.centre + point @ pca.components
     x1 = jnp.tile(jnp.asarray(x1, jnp.float32)[None], (6000, 1))
     x0 = np.asarray(source.couple(KEY, x1), np.float64)
-    draws = x0 * source.source.std + source.source.mean
+    draws = x0 * np.asarray(source.source.std) + np.asarray(source.source.mean)
     draws = draws if pca is None else (draws - pca.centre) @ pca.components.T
     # The draws are of sum_k p(k | x1) N(mu_k, .16 I): its mean and covariance identify p(k | x1).
     errors = 5 * draws.std(axis=0) / np.sqrt(len(draws))
@@ -272,8 +277,8 @@ def test_mode_coupled_draws_are_of_the_component_that_owns_the_point():
     labels = RNG.integers(3, size=300)
     x1 = m.means[labels] + 0.1 * RNG.normal(size=(300, 6))
     source = sources.mode_coupled_source(m)
-    x0 = source.couple(KEY, jnp.asarray(x1, jnp.float32))
-    draws = np.asarray(x0) * source.source.std + source.source.mean
+    x0 = np.asarray(source.couple(KEY, jnp.asarray(x1, jnp.float32)))
+    draws = x0 * np.asarray(source.source.std) + np.asarray(source.source.mean)
     nearest = np.square(draws[:, None] - m.means).sum(axis=2).argmin(axis=1)
     np.testing.assert_array_equal(nearest, labels)
 
@@ -284,7 +289,7 @@ def test_mode_coupled_draws_are_of_the_component_that_owns_the_point():
 def dct_statistics(data, block):
     """By scipy, block by block."""
     colour = shaped.YCRCB if data.shape[3] == 3 else np.eye(1)
-    n, height, width, channels = data.shape
+    height, width = data.shape[1:3]
     down, across = (height, width) if block is None else (block, block)
     padded = np.pad(data, ((0, 0), (0, -height % down), (0, -width % across), (0, 0)), mode="edge")
     found = [
@@ -341,7 +346,7 @@ def test_masked_coefficients_are_zero_before_standardisation():
 )
 def test_frequency_draws_are_standardised(shape, block, share):
     source = shaped.frequency_source(images(30, *shape), masked_share=share, block=block)
-    assert_standard(source.sample(KEY, 20_000))
+    assert_standard(source.sample(KEY, 8000))
     assert np.ptp(np.asarray(source.std)) > 1e-3 * np.asarray(source.std).max()
 
 

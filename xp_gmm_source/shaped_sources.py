@@ -145,7 +145,7 @@ def frequency_source(
     if (masked_share is None) == (thresholds is None):
         raise ValueError("give either masked_share or thresholds")
     mean, variance = frequency_statistics(images, block=block)
-    if not variance.any():
+    if variance.max() <= 1e-12 * np.square(mean).max():
         raise ValueError("the images are constant and all the same: they have no frequencies")
     if thresholds is None:
         if not 0 <= masked_share < 1:
