@@ -56,8 +56,9 @@ def frechet_distance_of_moments(first: Moments, second: Moments) -> float:
         |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)
 
     by two symmetric eigendecompositions in float64. Eigenvalues that rounding has made negative are
-    set to 0, and so is the distance itself: equal moments are at 0 up to rounding of 1e-8 tr S
-    where a covariance is singular, 1e-14 tr S else. Raises ValueError on unequal dimensions.
+    set to 0, and so is the distance itself. Rounding is about 1e-15 tr S times the condition number
+    of the covariances, and no more than about 1e-8 tr S where they are singular. Raises ValueError
+    on unequal dimensions.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"moments of {first.mean.shape} and of {second.mean.shape} features")
@@ -122,6 +123,10 @@ def train_feature_network(
         raise ValueError(
             f"labels must be {len(images)} integers >= 0, got {labels.dtype} {labels.shape}"
         )
+    if test is not None and (check_images(test[0]) != shape or len(test[0]) != len(test[1])):
+        raise ValueError(
+            f"{len(test[1])} test labels of images {test[0].shape}, trained on {shape}"
+        )
     network = default_network(shape, int(labels.max()) + 1) if network is None else network
     parameters, losses = classification.train(
         key,
@@ -137,10 +142,6 @@ def train_feature_network(
     trained = FeatureNetwork(network, parameters, shape, None)
     if test is None:
         return trained
-    if check_images(test[0]) != shape or len(test[0]) != len(test[1]):
-        raise ValueError(
-            f"{len(test[1])} test labels of images {test[0].shape}, trained on {shape}"
-        )
     predicted = outputs(trained, test[0]).predictions
     return trained._replace(accuracy=float(np.mean(predicted == np.asarray(test[1]))))
 
