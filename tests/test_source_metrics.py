@@ -139,7 +139,8 @@ def test_features_are_the_input_of_the_last_layer(network, shape, num_features):
         -1
     ]
     logits = np.asarray(features) @ np.asarray(last["kernel"]) + np.asarray(last["bias"])
-    np.testing.assert_allclose(logits, network.apply(parameters, images), rtol=1e-3, atol=1e-4)
+    expected = jax.jit(network.apply)(parameters, images)
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(predictions, logits.argmax(axis=1))
     whole = metrics.outputs(trained, images.reshape(23, -1), block_size=100)
     np.testing.assert_allclose(whole.features, features, rtol=1e-4, atol=1e-5)
@@ -235,10 +236,10 @@ def test_a_dropped_mode_and_noise_are_seen_above_the_floor(digits, network, refe
     noise = np.asarray(jax.random.normal(KEY, (200, 8, 8, 1)))
     noisy = metrics.judge(noise, reference)
     for name in ("frechet", "mmd2_features", "class_distance"):
-        assert even[name] > 5 * abs(floor[name]), name
-        assert even[name] > 5 * abs(real[name]), name
+        assert even[name] > 3 * abs(floor[name]), name
+        assert even[name] > 3 * abs(real[name]), name
     for name in ("frechet", "mmd2_pixels", "mmd2_features", "sliced_wasserstein"):
-        assert noisy[name] > 5 * abs(floor[name]), name
+        assert noisy[name] > 3 * abs(floor[name]), name
     assert even["class_distance"] == pytest.approx(0.5, abs=0.06)
     assert even["class_entropy_gap"] == pytest.approx(np.log(2), abs=0.1)
     assert list(floor) == list(real)

@@ -76,7 +76,7 @@ def every_source():
     return {
         "gaussian": sources.gaussian(192),
         "norm aligned": sources.norm_aligned(colour),
-        "mixture": sources.mixture_source(mixture("low rank", 192)),
+        "mixture": sources.mixture_source(mixture("spherical", 192)),
         "projected": sources.mixture_source(mixture("diag", 6), pca=projection(6, 192)),
         "mode coupled": sources.mode_coupled_source(mixture("tied", 6), pca=projection(6, 192)),
         "frequency": shaped.frequency_source(colour, masked_share=0.5),
