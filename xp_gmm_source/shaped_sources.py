@@ -275,6 +275,10 @@ def pruned(
         elsewhere `cosine_threshold(cosine_quantile(.048, 3072), d)` refuses as much for each axis.
       scale: such as that of `norm_aligned`; the rule does not depend on it.
 
+    How many axes are data-sparse depends on the data, and each takes its share of the draws: look
+    at `acceptance`. Images that were compressed as JPEG lack high frequencies, so that thousands of
+    axes are sparse and nothing passes; then lower `axis_threshold` or raise `threshold`.
+
     Components in float64 on the host, cosines in float32, blocks of images at a time: O(d^2)
     memory. Raises ValueError for bad images, one of norm 0, and images that are all the same.
     """

@@ -116,7 +116,7 @@ class Projection(NamedTuple):
     centre: Float[AnyArray, " d"]
 
 
-class MixtureSource(NamedTuple):
+class GMMSource(NamedTuple):
     """x0 = (draw - mean) / std of a mixture [K, p]; p = d, or draws are mapped back to pixels."""
 
     mixture: gmm.Mixture
@@ -148,12 +148,12 @@ class MixtureSource(NamedTuple):
 
 
 class ModeCoupledSource(NamedTuple):
-    """As `MixtureSource`, coupled: x0 is of the component responsible for x1 (elsewhere MM-FM).
+    """As `GMMSource`, coupled: x0 is of the component responsible for x1 (elsewhere MM-FM).
 
     Component k is drawn with probability p(k | x1), x0 from N(mu_k, Sigma_k), then standardised.
     """
 
-    source: MixtureSource
+    source: GMMSource
 
     def sample(self, key: Key[Array, ""], num: int) -> Points:
         return self.source.sample(key, num)
@@ -210,7 +210,7 @@ def mixture_source(
     mean: Float[AnyArray, " d"] | None = None,
     std: Float[AnyArray, " d"] | None = None,
     pca: Projection | None = None,
-) -> MixtureSource:
+) -> GMMSource:
     """The source of a fitted mixture, in float32.
 
     Args:
@@ -246,7 +246,7 @@ def mixture_source(
         raise ValueError("mean and std must be finite, std >= 0 and not 0 everywhere")
     std = np.where(std < SMALLEST_DEVIATION * typical, 1.0, std)
     mean, std = (jnp.asarray(part, jnp.float32) for part in (mean, std))
-    return MixtureSource(gmm.cast(mixture, jnp.float32), mean, std, pca)
+    return GMMSource(gmm.cast(mixture, jnp.float32), mean, std, pca)
 
 
 def mode_coupled_source(

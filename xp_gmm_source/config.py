@@ -1,0 +1,195 @@
+"""Settings of mixtures as sources of flow matching."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+EXPERIMENT = "xp_gmm_source"
+"""The folder of results."""
+
+CovarianceType = Literal["full", "tied", "diag", "spherical", "low_rank"]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """One mixture of images, with the flags of the published gmm_fit.py and its defaults."""
+
+    dataset: str = "cifar10"
+    """A data set's name, or the path of a folder or zip of images."""
+    n_components: int = 2
+    """K, the number of Gaussian components."""
+    n_pca: int | None = None
+    """Principal components to fit in. None, or the number of pixels (3072): no PCA."""
+    covariance_type: CovarianceType = "full"
+    """low_rank: rank `rank` + diagonal, written to the .pkl as full."""
+    n_stat_samples: int = 50_000
+    """Draws behind the statistics of the .pt. 0: their exact values."""
+    batch_size: int = 128
+    """Draws at a time."""
+    random_state: int = 0
+    """Seed of the start, the PCA, the flips and the draws."""
+    augmentation: bool = False
+    """Flip each image, at random, once."""
+    engine: Literal["jax", "sklearn"] = "jax"
+    """sklearn: scikit-learn's own GaussianMixture, from its k-means start."""
+    reg_covar: float = 1e-6
+    """Added to every variance, in squared units of [-1, 1]."""
+    tol: float = 1e-3
+    """The fit ends when the mean log-likelihood moves by less, in nats an image."""
+    max_iter: int = 100
+    rank: int = 32
+    """Of low_rank."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of products over images (jax) or of everything (sklearn); ours keeps sums and covariances in
+    float64 either way."""
+
+    def __post_init__(self):
+        for name in ("n_components", "batch_size", "max_iter", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_pca is not None and self.n_pca < 1:
+            raise ValueError(f"n_pca must be at least 1, got {self.n_pca}")
+        if self.n_stat_samples < 0 or self.n_stat_samples == 1:
+            raise ValueError(f"n_stat_samples must be 0 or >= 2, got {self.n_stat_samples}")
+        for name in ("reg_covar", "tol"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
+        if self.engine == "sklearn" and self.covariance_type == "low_rank":
+            raise ValueError("scikit-learn has no low_rank covariances: use --engine jax")
+
+
+SourceName = Literal["gaussian", "norm_aligned", "gmm", "dct"]
+Coupling = Literal["independent", "optimal", "mode"]
+Preset = Literal["quick", "paper", "gpu"]
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """One flow-matching model, trained from one source and judged at several costs of sampling."""
+
+    dataset: str = "mnist"
+    """A data set's name, or the path of a folder or zip of images."""
+    source: SourceName = "gaussian"
+    """gaussian: N(0, I). norm_aligned: N(0, s^2 I), as long as the images on average. gmm: a
+    mixture fitted to the training images, standardised. dct: N(0, I) without the frequencies that
+    the images hardly have."""
+    coupling: Coupling = "optimal"
+    """Of x0 and x1. optimal: exact optimal transport within the minibatch. mode: x0 from the
+    component responsible for x1 (gmm alone)."""
+    n_components: int = 10
+    """Of the mixture, as the next two."""
+    covariance_type: CovarianceType = "full"
+    n_pca: int | None = None
+    em_iterations: int = 30
+    """At most, of fitting the mixture."""
+    masked_share: float = 0.3
+    """Of dct: the share of coefficients that are masked."""
+    prune: bool = False
+    """Sample, beside the source itself, from it without the directions in which there are no
+    images (gaussian and norm_aligned)."""
+    num_train: int | None = None
+    """Training images; None: all."""
+    augment_flip: bool = False
+    width: int = 16
+    """Channels of the U-Net at its finest level, as the next four."""
+    multipliers: tuple[int, ...] = (1, 2, 4)
+    blocks: int = 1
+    attention: tuple[int, ...] = ()
+    patch: int = 2
+    num_steps: int = 1000
+    """Of Adam, after `warm_up` steps at `learning_rate`, which falls to 0 along a cosine."""
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warm_up: int = 100
+    decay: bool = True
+    """False: the rate stays, as published."""
+    ema_decay: float = 0.999
+    num_samples: int = 1000
+    """Judged, against as many test images."""
+    euler: tuple[int, ...] = (5, 10, 20, 40, 100)
+    """Numbers of function evaluations."""
+    heun: tuple[int, ...] = (20,)
+    """Even: two evaluations a step."""
+
+    def __post_init__(self):
+        for name in (
+            "n_components",
+            "width",
+            "blocks",
+            "patch",
+            "num_steps",
+            "batch_size",
+            "num_samples",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.coupling == "mode" and self.source != "gmm":
+            raise ValueError(f"coupling mode is of a mixture, not of source {self.source}")
+        if self.prune and self.source not in ("gaussian", "norm_aligned"):
+            raise ValueError(f"prune is for gaussian and norm_aligned, not {self.source}")
+        if not 0 <= self.masked_share < 1:
+            raise ValueError(f"masked_share must be in [0, 1), got {self.masked_share}")
+        if min((*self.euler, *self.heun), default=1) < 1 or any(num % 2 for num in self.heun):
+            raise ValueError(
+                f"numbers of evaluations are positive, Heun's even: {self.euler}, {self.heun}"
+            )
+        for name in ("learning_rate",):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+def comparison(base: FlowConfig) -> dict[str, FlowConfig]:
+    """The sources that are compared on one data set, at one cost of training."""
+    diagonal = {"covariance_type": "diag"}
+    choices = {
+        "Gaussian": {"coupling": "independent", "prune": True},
+        "Gaussian, OT": {"prune": True},
+        "norm-aligned, OT": {"source": "norm_aligned", "prune": True},
+        "DCT, OT": {"source": "dct"},
+        "GMM-1, OT": {"source": "gmm", "n_components": 1},
+        "GMM-10": {"source": "gmm", "coupling": "independent"},
+        "GMM-10, OT": {"source": "gmm"},
+        "GMM-10, mode-coupled": {"source": "gmm", "coupling": "mode"},
+        "GMM-10 diagonal, mode-coupled": {"source": "gmm", "coupling": "mode", **diagonal},
+    }
+    return {label: replace(base, **choice) for label, choice in choices.items()}
+
+
+QUICK = FlowConfig(
+    dataset="digits",
+    multipliers=(1, 2),
+    patch=1,
+    num_steps=1000,
+    num_samples=350,
+)
+# Lee et al. (2025): U-Net of 128 channels, Adam 2e-4, batches of 512, 200,000 steps, EMA .9999.
+CIFAR10 = FlowConfig(
+    dataset="cifar10",
+    augment_flip=True,
+    width=128,
+    multipliers=(1, 2, 2, 2),
+    blocks=2,
+    attention=(1,),
+    patch=1,
+    num_steps=200_000,
+    batch_size=512,
+    learning_rate=2e-4,
+    warm_up=5000,
+    decay=False,
+    ema_decay=0.9999,
+    num_samples=10_000,
+)
+
+
+def presets(preset: Preset) -> dict[str, dict[str, FlowConfig]]:
+    """Groups of flows by label: one group a data set."""
+    if preset == "quick":
+        labels = ("Gaussian", "Gaussian, OT", "GMM-10, OT", "GMM-10, mode-coupled")
+        flows = comparison(QUICK)
+        return {"digits": {label: flows[label] for label in labels}}
+    if preset == "gpu":
+        return {"cifar10": comparison(CIFAR10)}
+    names = ("mnist", "fashion_mnist")
+    return {name: comparison(FlowConfig(dataset=name)) for name in names}

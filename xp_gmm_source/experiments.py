@@ -1,0 +1,133 @@
+"""Does a mixture help? Sources of flow matching compared at one cost of training.
+
+    python xp_gmm_source/experiments.py --preset quick
+    python xp_gmm_source/experiments.py --preset paper --only mnist --seeds 0 1 2
+    python xp_gmm_source/experiments.py --preset gpu --dataset path/to/cifar10.zip --seeds 0
+
+Groups (data sets) and their flows are in `config.py`. A finished flow is skipped, an interrupted
+one resumes. Mixtures and the classifier whose features judge are fitted once a data set, for all
+seeds.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from matplotlib import pyplot as plt
+
+from lib import plotting, runs
+from xp_gmm_source import plot, tables
+from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
+from xp_gmm_source.flow import fitted_mixture, read, run_flow
+from xp_gmm_source.sources import mixture_source
+
+
+@dataclass(frozen=True)
+class Arguments:
+    preset: Preset = "quick"
+    only: tuple[str, ...] = ()
+    """Groups to run; none: all."""
+    labels: tuple[str, ...] = ()
+    """Flows to run, by their labels; none: all."""
+    dataset: str | None = None
+    """In place of the groups' own: a name, or the path of a folder or zip of images."""
+    num_steps: int | None = None
+    """In place of the preset's number of training steps."""
+    seeds: tuple[int, ...] = (0,)
+    results: Path = Path("results")
+    data_root: Path | None = None
+    """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
+
+
+def chosen(arguments: Arguments) -> dict[str, dict[str, FlowConfig]]:
+    """The groups and flows that the arguments name. Raises ValueError on unknown ones."""
+    groups = presets(arguments.preset)
+    unknown = set(arguments.only) - set(groups)
+    if unknown:
+        raise ValueError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+    changes = {"dataset": arguments.dataset, "num_steps": arguments.num_steps}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    result = {}
+    for group in arguments.only or groups:
+        flows = groups[group]
+        unknown = set(arguments.labels) - set(flows)
+        if unknown:
+            raise ValueError(f"no flow {sorted(unknown)}; there are {', '.join(flows)}")
+        result[group] = {
+            label: replace(flows[label], **changes) for label in arguments.labels or flows
+        }
+    return result
+
+
+def run_group(group: str, flows: dict[str, FlowConfig], arguments: Arguments) -> Path:
+    """Runs the flows of a group and returns its summary: for each source its settings, measures
+    [seeds, samplers] and folders."""
+    done: dict[str, list[runs.Run]] = {label: [] for label in flows}
+    # Seeds outermost: what is there after an interruption compares all sources.
+    for seed in arguments.seeds:
+        for label, config in flows.items():
+            done[label].append(
+                run_flow(
+                    config, seed=seed, results=arguments.results, data_root=arguments.data_root
+                )
+            )
+    rows: list[dict[str, Any]] = []
+    for label, config in flows.items():
+        stored = [run.load_arrays() for run in done[label]]
+        folders = [run.folder.relative_to(arguments.results).as_posix() for run in done[label]]
+        for row in tables.rows_of(label, stored):
+            rows.append(row | {"settings": config, "folders": folders})
+    summary = arguments.results / EXPERIMENT / f"{group}_{arguments.preset}.json"
+    about = {
+        "group": group,
+        "seeds": arguments.seeds,
+        "environment": runs.environment(),
+        "feature_accuracy": float(stored[0]["feature_accuracy"]),
+        "floor": tables.floor_of(stored[0]),
+    }
+    runs.write_json(summary, {**about, "rows": rows})
+    print(tables.markdown(rows, about["floor"]))
+    print(f"numbers: {summary}")
+    for figure in (*plot.figures(summary), *mixture_figures(flows, summary, arguments)):
+        print(f"figure:  {figure}")
+    return summary
+
+
+def mixture_figures(
+    flows: dict[str, FlowConfig], summary: Path, arguments: Arguments
+) -> list[Path]:
+    """Means and draws of every mixture that a flow started from."""
+    saved = {}
+    for config in flows.values():
+        name = f"{config.n_components}_{config.covariance_type}"
+        if config.source != "gmm" or name in saved:
+            continue
+        train = read(config, arguments.data_root).train
+        stored = fitted_mixture(config, train, arguments.results)
+        source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
+        draws = np.asarray(source.sample(jax.random.key(0), 40))
+        kind = f"K = {config.n_components}, {config.covariance_type}"
+        title = f"{train.name}, {kind}: means and their weights, above; draws, below"
+        with plotting.style():
+            figure = plot.mixture(stored, draws, title)
+            path = summary.with_name(f"{summary.stem}_mixture_{name}.png")
+            saved[name] = plotting.save_figure(figure, path)
+            plt.close(figure)
+    return list(saved.values())
+
+
+def main(arguments: Arguments) -> list[Path]:
+    """Runs the groups; returns their summaries."""
+    summaries = []
+    for group, flows in chosen(arguments).items():
+        print(f"{group}, {len(flows)} flows x {len(arguments.seeds)} seeds", flush=True)
+        summaries.append(run_group(group, flows, arguments))
+    return summaries
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))

@@ -1,0 +1,382 @@
+"""One flow-matching model from one source: trained, sampled from, judged.
+
+    python xp_gmm_source/flow.py --dataset mnist --source gmm --n_components 10 --coupling optimal
+    python xp_gmm_source/flow.py --dataset path/to/images.zip --source norm_aligned --prune
+
+The model sees training images alone and is judged against test images, with the running mean of its
+parameters after the last step: nothing is selected. An interrupted run resumes.
+"""
+
+import dataclasses
+import time
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from lib import flow_matching, flow_sampling, runs
+from lib.datasets import Dataset, load
+from lib.velocity import UNet
+from xp_gmm_source import gmm_files, metrics
+from xp_gmm_source.config import EXPERIMENT, FitConfig, FlowConfig
+from xp_gmm_source.gmm_fit import fit_images
+from xp_gmm_source.shaped_sources import (
+    PUBLISHED_AXIS_THRESHOLD,
+    PUBLISHED_THRESHOLD,
+    PrunedSource,
+    acceptance,
+    cosine_quantile,
+    cosine_threshold,
+    frequency_source,
+    pruned,
+)
+from xp_gmm_source.sources import (
+    Source,
+    gaussian,
+    mixture_source,
+    mode_coupled_source,
+    moments_of,
+    norm_aligned,
+)
+
+PUBLISHED_DIMENSION = 3072
+LEAST_ACCEPTANCE = 0.01
+SHOWN = 64
+"""Samples that are kept for figures."""
+PATHS, PATH_STEPS = 500, 40
+"""Paths whose straightness is measured, and their Euler steps."""
+MEASURE_OF = {
+    "value": "straightness",
+    "normalised": "normalised_straightness",
+    "length_ratio": "length_ratio",
+    "transport_cost": "transport_cost",
+}
+MEASURES = tuple(MEASURE_OF.values())
+
+
+class Split(NamedTuple):
+    """Training images and labels, and as many test images as are judged."""
+
+    train: Dataset
+    test: Dataset
+
+
+def to_unit(images: np.ndarray) -> np.ndarray:
+    """uint8 pixels in [-1, 1], float32."""
+    return np.float32(images) / np.float32(127.5) - np.float32(1)
+
+
+def read(config: FlowConfig, data_root: Path | None) -> Split:
+    """Both splits. Raises ValueError where there are fewer test images than samples to judge."""
+    train, test = (
+        load(config.dataset, split=split, data_root=data_root) for split in ("train", "test")
+    )
+    if config.num_train is not None:
+        if config.num_train > len(train.images):
+            raise ValueError(
+                f"num_train is {config.num_train}, {train.name} has {len(train.images)} images"
+            )
+        train = train._replace(
+            images=train.images[: config.num_train], labels=train.labels[: config.num_train]
+        )
+    if config.num_samples > len(test.images):
+        raise ValueError(
+            f"num_samples is {config.num_samples}, but {test.name} has {len(test.images)} test "
+            "images to compare with"
+        )
+    return Split(train, test)
+
+
+# ---- What is fitted once for all seeds
+
+
+def fitted_mixture(
+    config: FlowConfig, train: Dataset, results: Path, *, show_progress: bool = True
+) -> gmm_files.ImageMixture:
+    """The mixture of the training images, fitted or found in its folder."""
+    wanted = FitConfig(
+        dataset=config.dataset,
+        n_components=config.n_components,
+        n_pca=config.n_pca,
+        covariance_type=config.covariance_type,
+        max_iter=config.em_iterations,
+    )
+    name = f"mixture-{train.name}-{config.n_components}-{config.covariance_type}"
+    settings = {**dataclasses.asdict(wanted), "num_train": config.num_train}
+    run = runs.open_run(results, EXPERIMENT, name, settings, seed=0)
+    path = run.folder / "mixture.npz"
+    if path.exists():
+        return gmm_files.load(path)
+    found = fit_images(wanted, train.images, run=run, show_progress=show_progress)
+    mean, std = moments_of(found.mixture, found.projection)
+    stored = gmm_files.ImageMixture(
+        found.mixture, found.projection, mean, std, train.image_shape, found.about
+    )
+    gmm_files.save(path, stored)
+    run.checkpoint.unlink(missing_ok=True)
+    return stored
+
+
+def feature_network(config: FlowConfig, split: Split, results: Path) -> metrics.FeatureNetwork:
+    """The classifier of this data set, trained or found in its folder."""
+    settings = {"dataset": config.dataset, "num_train": config.num_train}
+    run = runs.open_run(results, EXPERIMENT, f"features-{split.train.name}", settings, seed=0)
+    network = metrics.default_network(split.train.image_shape, len(split.train.class_names))
+    if not run.finished:
+        trained = metrics.train_feature_network(
+            jax.random.key(0),
+            to_unit(split.train.images),
+            split.train.labels,
+            test=(to_unit(split.test.images), split.test.labels),
+            network=network,
+        )
+        run.save_checkpoint(trained.parameters, step=0)
+        run.finish(accuracy=np.asarray(trained.accuracy))
+    like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *split.train.image_shape)))
+    parameters, _ = run.load_checkpoint(like)
+    accuracy = float(run.load_arrays()["accuracy"])
+    return metrics.FeatureNetwork(network, parameters, split.train.image_shape, accuracy)
+
+
+def reference(config: FlowConfig, split: Split, results: Path) -> metrics.Reference:
+    """The first test images in an order of their own, the same for every flow of a data set."""
+    order = np.random.default_rng(0).permutation(len(split.test.images))[: config.num_samples]
+    images = to_unit(split.test.images[order])
+    return metrics.reference(jax.random.key(1), images, feature_network(config, split, results))
+
+
+# ---- Sources and networks
+
+
+def source_of(
+    config: FlowConfig, train: Dataset, results: Path, *, show_progress: bool = True
+) -> Source:
+    """The source that the model is trained from."""
+    match config.source:
+        case "gaussian":
+            return gaussian(int(np.prod(train.image_shape)))
+        case "norm_aligned":
+            return norm_aligned(to_unit(train.images))
+        case "dct":
+            return frequency_source(to_unit(train.images), masked_share=config.masked_share)
+    stored = fitted_mixture(config, train, results, show_progress=show_progress)
+    make = mode_coupled_source if config.coupling == "mode" else mixture_source
+    return make(stored.mixture, mean=stored.mean, std=stored.std, pca=stored.projection)
+
+
+def sampling_sources(
+    config: FlowConfig, source: Source, train: Dataset, *, show_progress: bool = True
+) -> dict[str, Source]:
+    """The sources that are sampled from, by name: the model's own, and pruned.
+
+    The published cosines are taken to this dimension, where those of noise are larger by
+    sqrt(3072 / d): .01 of data with an axis by that factor, .048 of draws to the same quantile.
+    Says so, and leaves it out, where pruning accepts less than `LEAST_ACCEPTANCE` of the draws.
+    """
+    found = {"own": source}
+    if not config.prune:
+        return found
+    d = int(np.prod(train.image_shape))
+    source = pruned(
+        to_unit(train.images),
+        axis_threshold=PUBLISHED_AXIS_THRESHOLD * (PUBLISHED_DIMENSION / d) ** 0.5,
+        threshold=cosine_threshold(cosine_quantile(PUBLISHED_THRESHOLD, PUBLISHED_DIMENSION), d),
+        scale=float(source.scale[0]),
+    )
+    accepted = float(acceptance(jax.random.key(2), source, 10_000))
+    if accepted >= LEAST_ACCEPTANCE:
+        return found | {"pruned": source}
+    if show_progress:
+        print(f"no pruning: {len(source.axes)} axes leave {accepted:.1e} of the draws")
+    return found
+
+
+@cache
+def optimizer(
+    learning_rate: float, warm_up: int, num_steps: int, decay: bool
+) -> optax.GradientTransformation:
+    """Adam, its rate linear from 0 over `warm_up` steps, then constant or along a cosine to 0."""
+    warm_up = min(warm_up, num_steps // 2)
+    if decay:
+        rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, num_steps)
+    else:
+        rate = optax.linear_schedule(0.0, learning_rate, warm_up)
+    return optax.adam(rate)
+
+
+def network(config: FlowConfig) -> UNet:
+    return UNet(
+        width=config.width,
+        multipliers=config.multipliers,
+        blocks=config.blocks,
+        attention=config.attention,
+        patch=config.patch,
+        convolution="patches" if jax.default_backend() == "cpu" else "xla",
+    )
+
+
+# ---- One model
+
+
+def run_flow(
+    config: FlowConfig,
+    *,
+    seed: int,
+    results: Path,
+    data_root: Path | None = None,
+    show_progress: bool = True,
+) -> runs.Run:
+    """Trains one model, or finds it done. See `judge_flow` for what its folder holds, beside
+    losses [num_steps] and train_seconds."""
+    name = f"{Path(config.dataset).stem}-{config.source}-{config.coupling}"
+    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
+    if run.finished:
+        return run
+    split = read(config, data_root)
+    judged_by = reference(config, split, results)
+    source = source_of(config, split.train, results, show_progress=show_progress)
+    train_key, judge_key = jax.random.split(jax.random.key(1000 + seed))
+    began = time.perf_counter()
+    trained = flow_matching.fit(
+        train_key,
+        network(config),
+        source,
+        split.train.images,
+        coupling="optimal" if config.coupling == "optimal" else "independent",
+        optimizer=optimizer(config.learning_rate, config.warm_up, config.num_steps, config.decay),
+        num_steps=config.num_steps,
+        batch_size=config.batch_size,
+        ema_decay=config.ema_decay,
+        augment_flip=config.augment_flip,
+        run=run,
+        show_progress=show_progress,
+        description=name,
+    )
+    seconds = time.perf_counter() - began
+    sources = sampling_sources(config, source, split.train, show_progress=show_progress)
+    judged = judge_flow(judge_key, config, trained.ema, sources, judged_by, split.train)
+    run.finish(**judged, losses=trained.losses, train_seconds=np.asarray(seconds))
+    run.checkpoint.unlink(missing_ok=True)
+    return run
+
+
+def judge_flow(
+    key: jax.Array,
+    config: FlowConfig,
+    parameters: Any,
+    sources: dict[str, Source],
+    judged_by: metrics.Reference,
+    train: Dataset,
+) -> dict[str, np.ndarray]:
+    """Samples at every number of evaluations, and what they are worth.
+
+    Of S samplers (methods and evaluations [S]) and V sources (`own`, then `pruned` if asked): every
+    measure of `metrics.judge` [V, S], and of as many training images (floor_*); samples uint8
+    [V, S, 64, H, W, channels] and the starts of the first source; `lib.flow_sampling.straightness`
+    [V], paths [V, steps + 1, 64, 2] on the test images' first two principal components; of pruning
+    the number of axes and the share of draws accepted; accuracy of the feature network; targets
+    [500, 2], test images on those components.
+    """
+    shape, model = train.image_shape, network(config)
+    samplers = [("euler", num) for num in config.euler] + [("heun", num) for num in config.heun]
+    order = np.random.default_rng(1).permutation(len(train.images))[: config.num_samples]
+    floor = metrics.judge(to_unit(train.images[order]), judged_by)
+    found: dict[str, list] = {name: [] for name in (*floor, "samples", "paths", *MEASURES)}
+    basis, starts = _two_components(judged_by.points), None
+    for i, source in enumerate(sources.values()):
+        x0 = _draw(jax.random.fold_in(key, i), source, config.num_samples)
+        starts = x0[:SHOWN] if starts is None else starts
+        rows, kept = [], []
+        for method, num in samplers:
+            x1 = _integrate(parameters, x0, model=model, shape=shape, num=num, method=method)
+            rows.append(metrics.judge(x1, judged_by))
+            kept.append(_pixels(x1[:SHOWN], shape))
+        for name in floor:
+            found[name].append([row[name] for row in rows])
+        found["samples"].append(np.stack(kept))
+        path = _euler_path(parameters, x0[:PATHS], model=model, shape=shape)
+        for name, value in flow_sampling.straightness(path)._asdict().items():
+            found[MEASURE_OF[name]].append(value)
+        found["paths"].append(np.asarray(path[:, :SHOWN]) @ basis)
+    about = {
+        "evaluations": [num for _, num in samplers],
+        "methods": [method for method, _ in samplers],
+        "starts": np.asarray(starts).reshape(-1, *shape),
+        "feature_accuracy": judged_by.feature_network.accuracy,
+        "targets": np.asarray(judged_by.points[:PATHS]) @ basis,
+        **{f"floor_{name}": value for name, value in floor.items()},
+    }
+    for source in sources.values():
+        if isinstance(source, PrunedSource):
+            about["pruned_axes"] = len(source.axes)
+            about["acceptance"] = acceptance(jax.random.fold_in(key, 99), source, 10_000)
+    return {name: np.asarray(value) for name, value in (found | about).items()}
+
+
+@partial(jax.jit, static_argnames="num")
+def _draw(key, source, num):
+    return source.sample(key, num)
+
+
+@partial(jax.jit, static_argnames=("model", "shape", "num", "method"))
+def _integrate(parameters, x0, *, model, shape, num, method):
+    velocity = flow_matching.velocity(model, parameters, shape)
+    return flow_sampling.integrate(velocity, x0, num_evaluations=num, method=method)
+
+
+@partial(jax.jit, static_argnames=("model", "shape"))
+def _euler_path(parameters, x0, *, model, shape):
+    velocity = flow_matching.velocity(model, parameters, shape)
+    return flow_sampling.euler(velocity, x0, PATH_STEPS, keep_path=True)
+
+
+def _pixels(points, shape) -> np.ndarray:
+    """uint8 images of points in [-1, 1]."""
+    values = np.clip(np.asarray(points) * 127.5 + 127.5, 0, 255)
+    return np.rint(values).astype(np.uint8).reshape(-1, *shape)
+
+
+def _two_components(points) -> np.ndarray:
+    centred = np.asarray(points, np.float64)
+    centred = centred - centred.mean(axis=0)
+    return np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1].astype(np.float32)
+
+
+# ---- The command
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(FlowConfig):
+    seed: int = 0
+    results: Path = Path("results")
+    data_root: Path | None = None
+    """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
+
+
+def main(arguments: Arguments) -> Path:
+    """Trains and judges one model, prints what it is worth, returns its folder."""
+    names = [field.name for field in dataclasses.fields(FlowConfig)]
+    config = FlowConfig(**{name: getattr(arguments, name) for name in names})
+    run = run_flow(
+        config, seed=arguments.seed, results=arguments.results, data_root=arguments.data_root
+    )
+    stored = run.load_arrays()
+    shown = ("frechet", "mmd2_pixels", "sliced_wasserstein", "class_distance")
+    for i, variant in enumerate(("own", "pruned")[: len(stored["frechet"])]):
+        print(f"{config.source}, {config.coupling}, sampled from {variant}")
+        for j, (method, num) in enumerate(zip(stored["methods"], stored["evaluations"])):
+            values = ", ".join(f"{name} {stored[name][i, j]:.4g}" for name in shown)
+            print(f"  {method} {num:4d}: {values}")
+    print("as many training images: " + ", ".join(f"{n} {stored[f'floor_{n}']:.4g}" for n in shown))
+    print(f"numbers: {run.arrays}")
+    return run.folder
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(tyro.cli(Arguments))

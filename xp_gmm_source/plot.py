@@ -1,0 +1,141 @@
+"""Figures of this experiment, drawn from stored results alone."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from lib import plotting, runs
+from xp_gmm_source import gmm_files
+from xp_gmm_source.tables import MEASURES
+
+STYLES = ("-", "--", ":")
+SHOWN_IMAGES = 8
+SHOWN_PATHS = 40
+
+
+def curves(rows: list[dict], floor: dict[str, float]) -> Figure:
+    """Every measure against the number of evaluations of Euler's method: mean over seeds, their
+    range shaded; dotted, what as many training images are worth."""
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(3.3 * len(MEASURES), 3.8))
+    for axis, (name, title) in zip(axes, MEASURES.items()):
+        for i, row in enumerate(rows):
+            chosen = [method == "euler" for method in row["methods"]]
+            evaluations = np.asarray(row["evaluations"])[chosen]
+            values = np.asarray(row[name])[:, chosen]
+            colour = plotting.CLASS_COLOURS[i % len(plotting.CLASS_COLOURS)]
+            style = STYLES[i // len(plotting.CLASS_COLOURS)]
+            axis.plot(evaluations, values.mean(0), style, color=colour, label=row["label"])
+            axis.fill_between(evaluations, values.min(0), values.max(0), color=colour, alpha=0.2)
+        if floor[name] > 0:
+            axis.axhline(floor[name], color="0.4", ls=":", label="training images")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(evaluations, [str(num) for num in evaluations], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.set_xlabel("evaluations")
+        axis.set_title(title, fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+    return figure
+
+
+def sample_grid(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure:
+    """Samples of the first seed: a source a line, a number of evaluations a column."""
+    numbers = [j for j, method in enumerate(rows[0]["methods"]) if method == "euler"]
+    size = 1.0 + 1.9 * len(numbers), 1.0 * len(rows) + 0.4
+    figure, axes = plt.subplots(
+        len(rows), len(numbers), figsize=size, squeeze=False, layout="constrained"
+    )
+    for line, row, one in zip(axes, rows, stored):
+        for axis, j in zip(line, numbers):
+            plotting.show_images(axis, one["samples"][row["variant"], j, :SHOWN_IMAGES])
+        line[0].text(
+            -0.05,
+            0.5,
+            "\n".join(textwrap.wrap(row["label"], 16)),
+            transform=line[0].transAxes,
+            ha="right",
+            va="center",
+            fontsize=7,
+        )
+    for axis, j in zip(axes[0], numbers):
+        axis.set_title(f"{rows[0]['evaluations'][j]} evaluations", fontsize=8)
+    return figure
+
+
+def paths(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure:
+    """Paths of the first seed on the test images' first two principal components."""
+    columns = min(5, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(2.3 * columns, 2.4 * lines),
+        squeeze=False,
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+    )
+    for axis in axes.ravel()[len(rows) :]:
+        axis.set_axis_off()
+    for axis, row, one in zip(axes.ravel(), rows, stored):
+        path = one["paths"][row["variant"]][:, :SHOWN_PATHS]
+        axis.scatter(*one["targets"].T, s=2, color="0.8", lw=0, zorder=0)
+        axis.plot(path[..., 0], path[..., 1], color="0.4", lw=0.5)
+        axis.scatter(*path[0].T, s=6, color=plotting.CLASS_COLOURS[0], zorder=3, lw=0)
+        axis.scatter(*path[-1].T, s=6, color=plotting.CLASS_COLOURS[1], zorder=3, lw=0)
+        straight = float(np.mean(row["normalised_straightness"]))
+        axis.set_title(
+            "\n".join(textwrap.wrap(row["label"], 24)) + f"\nstraightness {straight:.3f}",
+            fontsize=7,
+        )
+    return figure
+
+
+def mixture(stored: gmm_files.ImageMixture, draws: np.ndarray, title: str) -> Figure:
+    """The means of the components that weigh most, with their weights, and draws of the mixture as
+    pixels."""
+    order = np.argsort(-stored.mixture.weights)[:20]
+    means = stored.mixture.means[order]
+    if stored.projection is not None:
+        means = means @ stored.projection.components + stored.projection.centre
+    num = len(order)
+    figure = plt.figure(figsize=(max(5.0, 0.8 * num), 3.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.6))
+    for axis, mean, weight in zip(
+        np.ravel(top.subplots(1, num)), means, stored.mixture.weights[order]
+    ):
+        plotting.show_images(axis, _grey_levels(mean[None], stored.image_shape))
+        axis.set_title(f"{weight:.2f}", fontsize=7)
+    axis = bottom.subplots()
+    plotting.show_images(axis, _grey_levels(draws, stored.image_shape))
+    top.suptitle(title, fontsize=9)
+    return figure
+
+
+def _grey_levels(points: np.ndarray, shape) -> np.ndarray:
+    values = np.clip(np.asarray(points, float) * 127.5 + 127.5, 0, 255)
+    return np.rint(values).astype(np.uint8).reshape(-1, *shape)
+
+
+def figures(summary: Path) -> list[Path]:
+    """Draws everything that a summary tells of, beside it."""
+    told = json.loads(summary.read_text())
+    rows, root = told["rows"], summary.parents[1]
+    stored = [runs.Run(root / row["folders"][0]).load_arrays() for row in rows]
+    saved = []
+    with plotting.style():
+        drawn = {
+            "nfe": curves(rows, told["floor"]),
+            "samples": sample_grid(rows, stored),
+            "paths": paths(rows, stored),
+        }
+        for name, figure in drawn.items():
+            path = summary.with_name(f"{summary.stem}_{name}.png")
+            saved.append(plotting.save_figure(figure, path))
+            plt.close(figure)
+    return saved
