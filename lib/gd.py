@@ -62,9 +62,9 @@ class FlowResult(NamedTuple):
 
 
 class DivergedError(FloatingPointError):
-    """A flow met NaN or infinity. `state` is the last good state, `step` the steps it has taken."""
+    """A run met NaN or infinity. `state` is the last good state, `step` the steps it has taken."""
 
-    def __init__(self, state: FlowState, bad_step: int, saved_in: Path | None):
+    def __init__(self, state: Any, bad_step: int, saved_in: Path | None):
         where = f"; the last good state is in {saved_in}" if saved_in else ""
         super().__init__(
             f"NaN or infinity in step {bad_step} (counted from 0): lower the step size{where}"
