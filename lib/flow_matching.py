@@ -15,7 +15,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -97,9 +97,7 @@ def loss(
     return jnp.mean(jnp.square(residuals))
 
 
-def optimal_permutation(
-    x0: Float[Array, "B d"], x1: Float[Array, "B d"]
-) -> Int[Array, " B"]:
+def optimal_permutation(x0: Float[Array, "B d"], x1: Float[Array, "B d"]) -> Int[Array, " B"]:
     """The permutation p that minimises sum_i |x0[p_i] - x1_i|^2, [B]: exact optimal transport.
 
     SciPy's assignment solver on the host, O(B^3), through a callback: it works inside jit and
@@ -354,8 +352,7 @@ def _check_input(images, source, num_steps, batch_size, coupling, ema_decay) -> 
     for name, tree in (("images", images), ("source", source)):
         for leaf in jax.tree.leaves(tree):
             if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
-                raise ValueError(f"{name} hold NaN or infinity" if name == "images" else
-                                 f"{name} holds NaN or infinity")
+                raise ValueError(f"NaN or infinity in the {name}")
     x1 = jax.ShapeDtypeStruct((batch_size, int(np.prod(images.shape[1:]))), jnp.float32)
     x0 = jax.eval_shape(lambda source, x1: source.couple(jax.random.key(0), x1), source, x1)
     if x0.shape != x1.shape:

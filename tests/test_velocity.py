@@ -1,0 +1,197 @@
+"""Convolutions against flax's, the door's round trips, and the U-Net's shapes and gradients."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from lib.velocity import (
+    Convolution,
+    UNet,
+    _Attention,
+    _Norm,
+    depth_to_space,
+    sinusoids,
+    space_to_depth,
+)
+
+SMALL = {"width": 8, "multipliers": (1, 2)}
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+# Convolutions
+
+
+@pytest.mark.parametrize(("channels", "features", "size"), [(3, 5, 3), (5, 3, 3), (4, 4, 5)])
+def test_convolution_and_its_gradients_are_those_of_flax(x64, channels, features, size):
+    x = normal(0, 2, 5, 4, channels, dtype=jnp.float64)
+    target = normal(1, 2, 5, 4, features, dtype=jnp.float64)
+    reference = nn.Conv(features, (size, size), param_dtype=jnp.float64)
+    parameters = reference.init(jax.random.key(2), x)
+    parameters["params"]["bias"] = normal(3, features, dtype=jnp.float64)
+
+    def objective(network):
+        return lambda p, x: jnp.sum((network.apply(p, x) - target) ** 3)
+
+    expected = jax.jit(jax.value_and_grad(objective(reference), (0, 1)))(parameters, x)
+    for method in ("patches", "xla"):
+        network = Convolution(features, size, method)
+        result = jax.jit(jax.value_and_grad(objective(network), (0, 1)))(parameters, x)
+        for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_second_derivatives_of_the_convolution(x64):
+    x, kernel = normal(0, 1, 3, 3, 2, dtype=jnp.float64), normal(1, 3, 3, 2, 2, dtype=jnp.float64)
+    network = Convolution(2)
+
+    def value(x, kernel):
+        bias = jnp.zeros(2)
+        return jnp.sum(jnp.sin(network.apply({"params": {"kernel": kernel, "bias": bias}}, x)))
+
+    check_grads(jax.jit(value), (x, kernel), order=2, modes=("rev",), rtol=1e-5)
+
+
+# Parts
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_space_to_depth_against_a_loop_and_back(factor):
+    images = normal(0, 2, 6, 12, 2)
+    blocks = space_to_depth(images, factor)
+    expected = np.zeros((2, 6 // factor, 12 // factor, factor * factor * 2), np.float32)
+    for i in range(6 // factor):
+        for j in range(12 // factor):
+            rows, columns = slice(i * factor, (i + 1) * factor), slice(j * factor, (j + 1) * factor)
+            expected[:, i, j] = np.asarray(images)[:, rows, columns].reshape(2, -1)
+    np.testing.assert_array_equal(blocks, expected)
+    np.testing.assert_array_equal(depth_to_space(blocks, factor), images)
+
+
+def test_blocks_that_do_not_fit_raise():
+    with pytest.raises(ValueError, match="5 x 4 images do not split into blocks of 2"):
+        space_to_depth(jnp.zeros((1, 5, 4, 1)), 2)
+    with pytest.raises(ValueError, match="6 channels do not hold blocks of 2 x 2"):
+        depth_to_space(jnp.zeros((1, 2, 2, 6)), 2)
+
+
+def test_sinusoids_against_numpy():
+    times = np.array([0.0, 0.3, 1.0], np.float32)
+    frequencies = 1000 / 10000 ** (np.arange(3) / 3)
+    angles = times[:, None].astype(float) * frequencies
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    np.testing.assert_allclose(sinusoids(jnp.asarray(times), 6), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [12, 16])
+def test_norm_is_the_group_norm_of_flax(channels):
+    x = 3 * normal(0, 3, 5, 4, channels) + 1
+    parameters = {"params": {"scale": normal(1, channels), "bias": normal(2, channels)}}
+    groups = {12: 4, 16: 8}[channels]
+    expected = nn.GroupNorm(groups, epsilon=1e-5).apply(parameters, x)
+    np.testing.assert_allclose(_Norm().apply(parameters, x), expected, atol=2e-5)
+    scale, shift = normal(3, 3, channels), normal(4, 3, channels)
+    moved = _Norm().apply(parameters, x, scale, shift)
+    expected = expected * (1 + scale)[:, None, None] + shift[:, None, None]
+    np.testing.assert_allclose(moved, expected, atol=5e-5)
+
+
+def test_attention_against_numpy():
+    x = normal(0, 2, 3, 2, 64)
+    parameters = _Attention().init(jax.random.key(1), x)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, float), parameters["params"])
+    y = np.asarray(_Norm().apply({"params": parameters["params"]["_Norm_0"]}, x), float)
+    qkv = y.reshape(2, 6, 64) @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
+    mixed = np.zeros((2, 6, 64))
+    for head in range(2):
+        q, k, v = (qkv[:, :, 64 * i + 32 * head :][:, :, :32] for i in range(3))
+        logits = np.einsum("bqc,bkc->bqk", q, k) / np.sqrt(32)
+        weights = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+        mixed[:, :, 32 * head : 32 * head + 32] = weights @ v
+    expected = np.asarray(x) + (mixed @ p["Dense_1"]["kernel"]).reshape(x.shape)
+    np.testing.assert_allclose(_Attention().apply(parameters, x), expected, atol=2e-5)
+
+
+# The network
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((8, 8, 1), {}),
+        ((28, 28, 1), {"patch": 2, "multipliers": (1,)}),
+        ((32, 32, 3), {"patch": 2, "attention": (1,)}),
+        ((7, 5, 2), {"patch": 2, "multipliers": (1, 2, 1)}),
+        ((1, 2, 1), {"multipliers": (2,), "blocks": 2, "attention": (0,)}),
+    ],
+)
+def test_shapes_zero_at_the_start_and_gradient_to_every_parameter(shape, settings):
+    network = UNet(**SMALL | settings)
+    images, times = normal(0, 2, *shape), jnp.array([0.2, 0.7])
+    parameters = jax.jit(network.init)(jax.random.key(1), images, times)
+    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(parameters))))
+
+    @jax.jit
+    def value_and_gradient(parameters):
+        def objective(parameters):
+            out = network.apply(parameters, images, times)
+            return jnp.sum((out - images) ** 2), out
+
+        return jax.value_and_grad(objective, has_aux=True)(parameters)
+
+    (_, out), _ = value_and_gradient(parameters)
+    assert out.shape == images.shape
+    np.testing.assert_array_equal(out, np.zeros(images.shape))
+    moved = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), parameters)
+    (_, out), gradient = value_and_gradient(moved)
+    assert np.isfinite(out).all()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 1e-5, jax.tree_util.keystr(path)
+
+
+def test_images_do_not_meet_and_times_count():
+    network = UNet(**SMALL)
+    images, times = normal(0, 3, 8, 8, 1), jnp.array([0.2, 0.7, 0.7])
+    parameters = network.init(jax.random.key(1), images, times)
+    parameters = jax.tree.map(
+        lambda p: p + 0.1 * jnp.sin(jnp.arange(1.0 * p.size).reshape(p.shape)), parameters
+    )
+    apply = jax.jit(network.apply)
+    out = apply(parameters, images, times)
+    for i in range(1, 3):
+        alone = apply(parameters, images[i : i + 1], times[i : i + 1])
+        np.testing.assert_allclose(alone[0], out[i], rtol=1e-4, atol=1e-5)
+    same = apply(parameters, images[:1].repeat(3, axis=0), times)
+    np.testing.assert_allclose(same[1], same[2], rtol=1e-5, atol=1e-6)
+    assert np.abs(same[0] - same[1]).max() > 1e-2
+
+
+def test_parameters_and_values_do_not_depend_on_the_convolution():
+    images, times = normal(0, 2, 8, 8, 1), jnp.array([0.2, 0.7])
+    networks = [UNet(**SMALL, convolution=method) for method in ("patches", "xla")]
+    parameters = jax.jit(networks[0].init)(jax.random.key(1), images, times)
+    parameters = jax.tree.map(lambda p: np.asarray(p) + np.float32(0.1), parameters)
+    one, other = (jax.jit(network.apply)(parameters, images, times) for network in networks)
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert np.abs(one).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"multipliers": ()}, "multipliers must be"),
+        ({"width": 7}, "width must be even"),
+        ({"blocks": 0}, "blocks and patch"),
+        ({"patch": 0}, "blocks and patch"),
+        ({"attention": (2,)}, r"attention \(2,\) names levels other than 0 to 1"),
+    ],
+)
+def test_bad_settings_raise(settings, message):
+    network = UNet(**SMALL | settings)
+    with pytest.raises(ValueError, match=message):
+        network.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1))
