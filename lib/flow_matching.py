@@ -15,7 +15,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -37,6 +37,7 @@ SECONDS_BETWEEN_VISITS = 1.0
 MAX_STEPS_BETWEEN_VISITS = 1024
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where flows start: a pytree of arrays, so that it can be an argument of jitted functions."""
 
@@ -204,7 +205,7 @@ def fit(
     key: Key[Array, ""],
     network: nn.Module,
     source: Source,
-    images: Num[Array, "n height width channels"],
+    images: Array,
     *,
     optimizer: optax.GradientTransformation,
     num_steps: int,
@@ -222,7 +223,7 @@ def fit(
     Args:
       key: key of the run, for the network's start and every step.
       source: draws x0 [B, H W channels]; see `Source`.
-      images: float in [-1, 1], or uint8, which is mapped there batch by batch.
+      images: [n, H, W, channels], float in [-1, 1], or uint8, which is mapped there batch by batch.
       coupling: "independent", or "optimal" within each batch.
       batch_size: images a step, drawn independently.
       ema_decay: of the running mean of the parameters, in [0, 1).

@@ -24,7 +24,7 @@ EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2}
 
 def euler(
     velocity: Velocity, x0: Float[Array, "B d"], num_steps: int, *, keep_path: bool = False
-) -> Float[Array, "B d"] | Float[Array, "steps+1 B d"]:
+) -> Float[Array, "B d"] | Float[Array, "states B d"]:
     """x <- x + h v(x, t) with h = 1 / num_steps, one evaluation a step; order 1.
 
     Returns x(1), or with `keep_path` the states at times 0, h, ..., 1, [num_steps + 1, B, d].
@@ -34,7 +34,7 @@ def euler(
 
 def heun(
     velocity: Velocity, x0: Float[Array, "B d"], num_steps: int, *, keep_path: bool = False
-) -> Float[Array, "B d"] | Float[Array, "steps+1 B d"]:
+) -> Float[Array, "B d"] | Float[Array, "states B d"]:
     """Heun's method, the trapezoid with an Euler step in it: two evaluations a step; order 2.
 
     Returns what `euler` returns.
@@ -166,8 +166,8 @@ class Straightness(NamedTuple):
     transport_cost: Float[Array, ""]
 
 
-def straightness(path: Float[Array, "steps+1 B d"]) -> Straightness:
-    """Of the paths that `euler` or `heun` keep, with no further evaluation.
+def straightness(path: Float[Array, "*shape"]) -> Straightness:
+    """Of the paths [steps + 1, B, d] that `euler` or `heun` keep, with no further evaluation.
 
     value is S = E int_0^1 |(x(1) - x(0)) - x'(t)|^2 dt (Liu et al., 2023, section 2.2), in squared
     units of the data and summed over coordinates, of the piecewise linear path: exactly that of an

@@ -216,11 +216,11 @@ def test_couplings():
         return jax.jit(lambda source, x1: couple(KEY, source, x1, coupling))(source, x1)
 
     independent, optimal = pairs("independent"), pairs("optimal")
-    np.testing.assert_array_equal(independent, source.couple(KEY, x1))
+    np.testing.assert_allclose(independent, source.couple(KEY, x1), atol=1e-6)
     np.testing.assert_array_equal(optimal, independent[optimal_permutation(independent, x1)])
     assert np.square(optimal - x1).sum() < 0.9 * np.square(independent - x1).sum()
     looped = jax.lax.map(lambda _: couple(KEY, source, x1, "optimal"), jnp.arange(2))
-    np.testing.assert_array_equal(looped[1], optimal)
+    np.testing.assert_allclose(looped[1], optimal, atol=1e-6)
 
 
 def test_loss_against_numpy():
@@ -278,10 +278,14 @@ def test_a_gaussian_is_carried_to_a_gaussian():
     factor = np.array([[0.6, 0.0], [0.4, 0.3]])
     x1 = rng.normal(size=(4000, 2)) @ factor.T + [0.5, -1.0]
     result = training(
-        network=TwoLayers(), source=Normal(jnp.zeros(2)), data=jnp.asarray(x1, jnp.float32).reshape(-1, 1, 2, 1),
-        optimizer=optax.adam(optax.cosine_decay_schedule(5e-3, 3000)), num_steps=3000, batch_size=256,
+        network=TwoLayers(),
+        source=Normal(jnp.zeros(2)),
+        data=jnp.asarray(x1, jnp.float32).reshape(-1, 1, 2, 1),
+        optimizer=optax.adam(optax.cosine_decay_schedule(1e-2, 1500)),
+        num_steps=1500,
+        batch_size=128,
         ema_decay=0.99,
-    )  # fmt: skip
+    )
     x0 = Normal(jnp.zeros(2)).sample(jax.random.key(1), 4000)
 
     @jax.jit
@@ -360,7 +364,7 @@ def test_a_signal_without_a_folder_is_a_keyboard_interrupt(monkeypatch):
     ids=lambda changes: next(iter(changes)),
 )
 def test_another_runs_checkpoint_is_refused(changes, saved_run):
-    with pytest.raises(RunFileError, match="belongs to a run with other|other settings"):
+    with pytest.raises(RunFileError, match=r"run with other|other settings"):
         training(run=saved_run, **changes)
 
 
