@@ -64,8 +64,9 @@ def _xla_convolution(x, kernel):
 def _patch_convolution(x, kernel):
     """XLA's convolution, whose kernel gradient is a matrix product with patches.
 
-    Inside a loop XLA's own kernel gradient on CPU makes a training step 10 times slower. Forwards and for the input's gradient XLA's convolution is as fast as products with patches or
-    faster, and needs none of their memory. No forward mode: `jax.jvp` raises.
+    Inside a loop XLA's own kernel gradient on CPU makes a training step 10 times slower. Forwards
+    and for the input's gradient its convolution is as fast as products with patches or faster, and
+    needs none of their memory. No forward mode: `jax.jvp` raises.
     """
     return _xla_convolution(x, kernel)
 
