@@ -16,6 +16,7 @@ from lib.kernels import safe_norm
 
 Method = Literal["euler", "heun"]
 FIRST_STEP = 0.01  # of the adaptive solvers
+NumSteps = int | Int[Array, ""]
 EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2}
 
 
@@ -23,7 +24,7 @@ EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2}
 
 
 def euler(
-    velocity: Velocity, x0: Float[Array, "B d"], num_steps: int, *, keep_path: bool = False
+    velocity: Velocity, x0: Float[Array, "B d"], num_steps: NumSteps, *, keep_path: bool = False
 ) -> Float[Array, "B d"] | Float[Array, "states B d"]:
     """x <- x + h v(x, t) with h = 1 / num_steps, one evaluation a step; order 1.
 
@@ -33,7 +34,7 @@ def euler(
 
 
 def heun(
-    velocity: Velocity, x0: Float[Array, "B d"], num_steps: int, *, keep_path: bool = False
+    velocity: Velocity, x0: Float[Array, "B d"], num_steps: NumSteps, *, keep_path: bool = False
 ) -> Float[Array, "B d"] | Float[Array, "states B d"]:
     """Heun's method, the trapezoid with an Euler step in it: two evaluations a step; order 2.
 
@@ -52,14 +53,16 @@ def _at(velocity, x, t):
 
 
 def _fixed_steps(step, x0, num_steps, keep_path):
-    if num_steps < 1:
+    if isinstance(num_steps, int) and num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    h = 1 / num_steps
+    h = jnp.asarray(1 / num_steps, x0.dtype)
 
     def body(x, i):
-        x = step(x, (i * h).astype(x.dtype), h)
+        x = step(x, i.astype(x.dtype) * h, h)
         return x, x if keep_path else None
 
+    if not isinstance(num_steps, int):
+        return lax.fori_loop(0, num_steps, lambda i, x: body(x, i)[0], x0)
     x1, states = lax.scan(body, x0, jnp.arange(num_steps))
     return jnp.concatenate([x0[None], states]) if keep_path else x1
 
@@ -68,19 +71,20 @@ def integrate(
     velocity: Velocity,
     x0: Float[Array, "n d"],
     *,
-    num_evaluations: int,
+    num_evaluations: NumSteps,
     method: Method = "euler",
     block_size: int = 500,
 ) -> Float[Array, "n d"]:
     """x(1) [n, d] at a cost of `num_evaluations` of the velocity a point, in blocks of points.
 
-    Memory is that of a velocity on `block_size` points. Raises ValueError where the method's steps
-    (Heun's take 2 evaluations) do not add up to `num_evaluations`.
+    Memory is that of a velocity on `block_size` points. A traced `num_evaluations` lets one program
+    serve all numbers, without reverse gradients; it is not checked. Raises ValueError where the
+    method's steps (Heun's take 2 evaluations) do not add up to `num_evaluations`.
     """
     if method not in EVALUATIONS_PER_STEP:
         raise ValueError(f'method is "euler" or "heun", got {method!r}')
     num_steps, left = divmod(num_evaluations, EVALUATIONS_PER_STEP[method])
-    if num_steps < 1 or left:
+    if isinstance(num_steps, int) and (num_steps < 1 or left):
         raise ValueError(f"{num_evaluations} evaluations are no whole number of {method} steps")
     solve = euler if method == "euler" else heun
     blocks = _blocks(x0, block_size)

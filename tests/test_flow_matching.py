@@ -134,9 +134,25 @@ def test_blocks_change_nothing(x64, block_size):
         np.testing.assert_allclose(x1, solve(gaussian_velocity, x0, steps), rtol=1e-12)
 
 
+@pytest.mark.parametrize(("method", "solve"), [("euler", euler), ("heun", heun)])
+def test_one_program_serves_all_numbers_of_evaluations(x64, method, solve):
+    x0, traced = jax.random.normal(jax.random.key(0), (7, 2), jnp.float64), []
+
+    @jax.jit
+    def sampled(num):
+        traced.append(num)
+        return integrate(gaussian_velocity, x0, num_evaluations=num, method=method, block_size=4)
+
+    for num in (2, 6, 10):
+        steps = num if method == "euler" else num // 2
+        np.testing.assert_allclose(
+            sampled(jnp.asarray(num)), solve(gaussian_velocity, x0, steps), rtol=1e-12
+        )
+    assert len(traced) == 1
+
+
 @pytest.mark.parametrize("solver", ["tsit5", "dopri5"])
 def test_adaptive_steps_reach_the_end_and_count_their_evaluations(x64, solver):
-    pytest.importorskip("diffrax")
     calls = []
 
     def note(times):

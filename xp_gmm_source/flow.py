@@ -323,7 +323,7 @@ def _draw(key, source, num):
     return source.sample(key, num)
 
 
-@partial(jax.jit, static_argnames=("model", "shape", "num", "method"))
+@partial(jax.jit, static_argnames=("model", "shape", "method"))
 def _integrate(parameters, x0, *, model, shape, num, method):
     velocity = flow_matching.velocity(model, parameters, shape)
     return flow_sampling.integrate(velocity, x0, num_evaluations=num, method=method)

@@ -52,7 +52,8 @@ def sample_grid(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure
     )
     for line, row, one in zip(axes, rows, stored):
         for axis, j in zip(line, numbers):
-            plotting.show_images(axis, one["samples"][row["variant"], j, :SHOWN_IMAGES])
+            images = one["samples"][row["variant"], j, :SHOWN_IMAGES]
+            plotting.show_images(axis, images.reshape(2, -1, *images.shape[1:]) / 255)
         line[0].text(
             -0.05,
             0.5,
@@ -109,17 +110,17 @@ def mixture(stored: gmm_files.ImageMixture, draws: np.ndarray, title: str) -> Fi
     for axis, mean, weight in zip(
         np.ravel(top.subplots(1, num)), means, stored.mixture.weights[order]
     ):
-        plotting.show_images(axis, _grey_levels(mean[None], stored.image_shape))
+        plotting.show_images(axis, _sheet(mean, stored.image_shape, 1))
         axis.set_title(f"{weight:.2f}", fontsize=7)
     axis = bottom.subplots()
-    plotting.show_images(axis, _grey_levels(draws, stored.image_shape))
+    plotting.show_images(axis, _sheet(draws, stored.image_shape, 2))
     top.suptitle(title, fontsize=9)
     return figure
 
 
-def _grey_levels(points: np.ndarray, shape) -> np.ndarray:
-    values = np.clip(np.asarray(points, float) * 127.5 + 127.5, 0, 255)
-    return np.rint(values).astype(np.uint8).reshape(-1, *shape)
+def _sheet(points: np.ndarray, shape: tuple[int, int, int], lines: int) -> np.ndarray:
+    """Points in [-1, 1] as images [lines, columns, H, W, channels] in [0, 1]."""
+    return (np.asarray(points, float) / 2 + 0.5).reshape(lines, -1, *shape)
 
 
 def figures(summary: Path) -> list[Path]:
