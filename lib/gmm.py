@@ -69,8 +69,12 @@ def prepare(mixture: Mixture, dtype: DTypeLike) -> Prepared:
     """`mixture` for points in `dtype`: once, before a loop over blocks."""
     mixture = jax.tree.map(jnp.asarray, mixture)
     normalisers = log_normalisers(mixture.covariance, mixture.means.shape[1])
-    low = jax.tree.map(lambda leaf: leaf.astype(dtype), mixture)
-    return Prepared(jnp.log(mixture.weights) + normalisers, low.means, low.covariance)
+    covariance = mixture.covariance
+    if isinstance(covariance, Full | Tied):
+        # Densities and moments need the inverse alone; the other factor is as large.
+        covariance = covariance._replace(cholesky=covariance.cholesky[..., :0, :0])
+    low = jax.tree.map(lambda leaf: leaf.astype(dtype), (mixture.means, covariance))
+    return Prepared(jnp.log(mixture.weights) + normalisers, *low)
 
 
 def joint_log_densities(

@@ -230,7 +230,7 @@ def fit(
         origin = _fingerprint(start, data, held_out, settings)
     with jax.enable_x64(True):
         state = _State(
-            cast(start, jnp.float64),
+            jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float64), start),
             np.full(max_iterations, np.nan),
             np.full(max_iterations + 1, np.nan),
             np.full(shape, np.nan),
@@ -253,7 +253,8 @@ def fit(
             if held_out and done == 0:
                 state.held_out[0] = mean_log_likelihood(state.mixture, held_out)
             while done < max_iterations and not converged:
-                mixture, info = _iterate(state.mixture, data, regularisation)
+                keep = held_out is not None  # the better of two mixtures is
+                mixture, info = _iterate(state.mixture, data, regularisation, keep=keep)
                 log_likelihood = _finite(mixture, float(info.log_likelihood), done)
                 state.log_likelihoods[done] = log_likelihood
                 state.counts[done], state.ridges[done] = info.counts, info.ridge
@@ -288,11 +289,16 @@ def fit(
 
 prepare_jit = jax.jit(prepare, static_argnums=1)
 maximise_jit = jax.jit(maximisation)
+maximise_in_place = jax.jit(maximisation, donate_argnums=0)
 
 
-def _iterate(mixture: Mixture, data: Rows, regularisation: float) -> tuple[Mixture, StepInfo]:
+def _iterate(
+    mixture: Mixture, data: Rows, regularisation: float, *, keep: bool = True
+) -> tuple[Mixture, StepInfo]:
+    """`em_step` over rows; unless `keep`, the new mixture takes the memory of the old one."""
     moments = sum_over_rows(block_moments, prepare_jit(mixture, data.dtype), data)
-    mixture, ridge = maximise_jit(mixture, moments, regularisation=regularisation)
+    maximise = maximise_jit if keep else maximise_in_place
+    mixture, ridge = maximise(mixture, moments, regularisation=regularisation)
     return mixture, StepInfo(moments.log_likelihood / moments.weight, moments.counts, ridge)
 
 

@@ -33,8 +33,9 @@ def row_sums(x: Float[Array, "b d"]) -> Float[Array, " b"]:
     return product(x, jnp.ones(x.shape[1], x.dtype))
 
 
-def _panels(dimension: int) -> list[tuple[int, int]]:
+def _panels(dimension: int, most: int | None = None) -> list[tuple[int, int]]:
     count = max(1 if dimension < SPLIT else 2, round(dimension / PANEL))
+    count = count if most is None else min(count, most)
     edges = np.linspace(0, dimension, count + 1).astype(int).tolist()
     return list(itertools.pairwise(edges))
 
@@ -43,16 +44,21 @@ def triangular_product(
     x: Float[Array, "b d"], triangle: Float[Array, "d d"]
 ) -> Float[Array, "b d"]:
     """x T' for a lower triangular T."""
-    parts = [product(x[:, :j], triangle[i:j, :j].T) for i, j in _panels(x.shape[1])]
+    return _triangular_product(x, triangle, _panels(x.shape[1]))
+
+
+def _triangular_product(x, triangle, panels):
+    parts = [product(x[:, :j], triangle[i:j, :j].T) for i, j in panels]
     return jnp.concatenate(parts, axis=1)
 
 
 def congruence(triangle: Float[Array, "d d"], matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """T M T' for a lower triangular T and a symmetric M: the lower half, then mirrored."""
-    half = triangular_product(matrix, triangle)
-    return symmetric(
-        tuple(product(triangle[i:j, :j], half[:j, :j]) for i, j in _panels(len(matrix)))
-    )
+    """The lower half of T M T' for a lower triangular T and a symmetric M; 0 above it, or nearly so
+    near the diagonal. Not mirrored: factors need no more, and every d^2 numbers count."""
+    # Each panel copies its share of the matrix: many of them take many times its memory.
+    panels = _panels(len(matrix), most=4)
+    half = _triangular_product(matrix, triangle, panels)
+    return lower_half(tuple(product(triangle[i:j, :j], half[:j, :j]) for i, j in panels))
 
 
 def weighted_gram(
@@ -86,10 +92,15 @@ def over_responsible(sums: Callable, x: Float[Array, "b d"], weights: Float[Arra
     return lax.switch(index, [*map(sums_of, sizes), lambda: sums(x, weights)])
 
 
+def lower_half(panels: tuple[Float[Array, "..."], ...]) -> Float[Array, "d d"]:
+    """Panels as a matrix that is right on and below the diagonal."""
+    d = panels[-1].shape[1]
+    return jnp.concatenate([jnp.pad(p, ((0, 0), (0, d - p.shape[1]))) for p in panels])
+
+
 def symmetric(panels: tuple[Float[Array, "..."], ...]) -> Float[Array, "d d"]:
     """The matrix that `weighted_gram` left in panels."""
-    d = panels[-1].shape[1]
-    lower = jnp.concatenate([jnp.pad(p, ((0, 0), (0, d - p.shape[1]))) for p in panels])
+    lower = lower_half(panels)
     return jnp.tril(lower) + jnp.tril(lower, -1).T
 
 
@@ -106,7 +117,7 @@ def _first_ridge(diagonal: Float[Array, " d"]) -> Float[Array, ""]:
 def factorise(
     covariance: Float[Array, "d d"],
 ) -> tuple[Float[Array, "d d"], Float[Array, "d d"], Float[Array, ""]]:
-    """(L, L^-1, ridge) with L L' = covariance + ridge I.
+    """(L, L^-1, ridge) with L L' = covariance + ridge I; of the covariance the lower half is read.
 
     The ridge is 0 unless the factorisation fails or a pivot is no larger than its rounding error,
     d eps of the variance; then it rises tenfold from there until neither is so. NaN stays NaN.

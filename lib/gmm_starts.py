@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from lib.gmm import Mixture, cast
 from lib.gmm_covariances import Covariance
-from lib.gmm_em import block_moments, maximise_jit, prepare_jit
+from lib.gmm_em import block_moments, maximise_in_place, prepare_jit
 from lib.gmm_factors import AnyArray, expanded_distances, product, row_sums
 from lib.gmm_rows import Rows, sum_over_rows
 from lib.kernels import uniform_weights
@@ -65,9 +65,11 @@ def _maximised(data, num_components, structure, regularisation, function, parame
         means = jnp.broadcast_to(mean, (num_components, len(mean)))
         weights = jnp.full(num_components, 1 / num_components)
         start = Mixture(weights, means, structure(num_components, variances))
-        prepared = prepare_jit(cast(start, jnp.float64), data.dtype)
+        start = cast(start, jnp.float64)
+        prepared = prepare_jit(start, data.dtype)
         moments = sum_over_rows(function, (prepared, parameters), data, *columns)
-        mixture, _ = maximise_jit(start, moments, regularisation=regularisation)
+        del prepared
+        mixture, _ = maximise_in_place(start, moments, regularisation=regularisation)
         return jax.tree.map(np.asarray, jax.device_get(mixture))
 
 

@@ -137,7 +137,7 @@ def test_panels_of_a_large_triangle(x64):
     np.testing.assert_allclose(whole, expected, rtol=1e-10, atol=1e-10)
     moved = triangle @ expected @ triangle.T
     found = gmm_factors.congruence(jnp.asarray(triangle), whole)
-    np.testing.assert_allclose(found, moved, atol=1e-12 * np.abs(moved).max())
+    np.testing.assert_allclose(np.tril(found), np.tril(moved), atol=1e-12 * np.abs(moved).max())
 
 
 def test_sums_skip_rows_without_weight(x64):

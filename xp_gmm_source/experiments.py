@@ -108,7 +108,7 @@ def mixture_figures(
         train = read(config, arguments.data_root).train
         stored = fitted_mixture(config, train, arguments.results)
         source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
-        draws = np.asarray(source.sample(jax.random.key(0), 40))
+        draws = np.asarray(source.sample(jax.random.key(0), 80))
         kind = f"K = {config.n_components}, {config.covariance_type}"
         title = f"{train.name}, {kind}: means and their weights, above; draws, below"
         with plotting.style():

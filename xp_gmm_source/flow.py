@@ -128,6 +128,7 @@ def feature_network(config: FlowConfig, split: Split, results: Path) -> metrics.
     run = runs.open_run(results, EXPERIMENT, f"features-{split.train.name}", settings, seed=0)
     network = metrics.default_network(split.train.image_shape, len(split.train.class_names))
     if not run.finished:
+        print(f"{split.train.name}: training the classifier whose features judge", flush=True)
         trained = metrics.train_feature_network(
             jax.random.key(0),
             to_unit(split.train.images),

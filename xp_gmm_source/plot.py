@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from lib import plotting, runs
@@ -15,6 +16,8 @@ from xp_gmm_source.tables import MEASURES
 STYLES = ("-", "--", ":")
 SHOWN_IMAGES = 8
 SHOWN_PATHS = 40
+MOST_COMPONENTS = 20
+LOGARITHMIC = ("frechet", "sliced_wasserstein")
 
 
 def curves(rows: list[dict], floor: dict[str, float]) -> Figure:
@@ -30,10 +33,13 @@ def curves(rows: list[dict], floor: dict[str, float]) -> Figure:
             style = STYLES[i // len(plotting.CLASS_COLOURS)]
             axis.plot(evaluations, values.mean(0), style, color=colour, label=row["label"])
             axis.fill_between(evaluations, values.min(0), values.max(0), color=colour, alpha=0.2)
-        if floor[name] > 0:
-            axis.axhline(floor[name], color="0.4", ls=":", label="training images")
+        axis.axhline(floor[name], color="0.4", ls=":", label="training images")
         axis.set_xscale("log")
-        axis.set_yscale("log")
+        if name in LOGARITHMIC:
+            axis.set_yscale("log")
+            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                which(ticker.FormatStrFormatter("%g"))
+            axis.tick_params(axis="y", which="both", labelsize=7)
         axis.set_xticks(evaluations, [str(num) for num in evaluations], minor=False)
         axis.set_xticks([], minor=True)
         axis.set_xlabel("evaluations")
@@ -100,21 +106,24 @@ def paths(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure:
 def mixture(stored: gmm_files.ImageMixture, draws: np.ndarray, title: str) -> Figure:
     """The means of the components that weigh most, with their weights, and draws of the mixture as
     pixels."""
-    order = np.argsort(-stored.mixture.weights)[:20]
+    order = np.argsort(-stored.mixture.weights)[:MOST_COMPONENTS]
     means = stored.mixture.means[order]
     if stored.projection is not None:
         means = means @ stored.projection.components + stored.projection.centre
-    num = len(order)
-    figure = plt.figure(figsize=(max(5.0, 0.8 * num), 3.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.6))
-    for axis, mean, weight in zip(
-        np.ravel(top.subplots(1, num)), means, stored.mixture.weights[order]
-    ):
-        plotting.show_images(axis, _sheet(mean, stored.image_shape, 1))
-        axis.set_title(f"{weight:.2f}", fontsize=7)
-    axis = bottom.subplots()
-    plotting.show_images(axis, _sheet(draws, stored.image_shape, 2))
-    top.suptitle(title, fontsize=9)
+    columns = max(10, len(order))
+    figure, axes = plt.subplots(
+        2, 1, figsize=(0.75 * columns, 4.2), height_ratios=(1, 4), layout="constrained"
+    )
+    height, width, _ = stored.image_shape
+    blank = np.ones((columns - len(order), height * width * stored.image_shape[2]))
+    plotting.show_images(axes[0], _sheet(np.concatenate([means, blank]), stored.image_shape, 1))
+    for i, k in enumerate(order):
+        place = (i + 0.5) * (width + 1), -1
+        weight = f"{stored.mixture.weights[k]:.2f}"
+        axes[0].text(*place, weight, ha="center", va="bottom", fontsize=7)
+    shown = draws[: 4 * columns]
+    plotting.show_images(axes[1], _sheet(shown, stored.image_shape, 4))
+    figure.suptitle(title, fontsize=9)
     return figure
 
 

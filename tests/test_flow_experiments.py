@@ -1,0 +1,210 @@
+"""The comparison of sources: one tiny group through the command, its tables, and its settings."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lib import runs
+from xp_gmm_source import experiments, flow, tables
+from xp_gmm_source.config import FlowConfig, comparison, presets
+
+TINY = FlowConfig(
+    dataset="digits",
+    width=16,
+    multipliers=(1,),
+    patch=2,
+    num_steps=3,
+    batch_size=16,
+    num_samples=60,
+    num_train=300,
+    em_iterations=2,
+    euler=(2, 4),
+    heun=(4,),
+)
+FLOWS = {
+    "Gaussian": dataclasses.replace(TINY, coupling="independent", prune=True),
+    "mixture": dataclasses.replace(
+        TINY, source="gmm", coupling="mode", n_components=2, covariance_type="diag"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory):
+    """The summary of two flows, two seeds of one of them."""
+    results = tmp_path_factory.mktemp("results")
+    arguments = experiments.Arguments(seeds=(0,), results=results)
+    return experiments.run_group("digits", FLOWS, arguments), arguments
+
+
+def test_a_group_leaves_numbers_and_figures(summary, capsys):
+    path, arguments = summary
+    told = json.loads(path.read_text())
+    assert [row["label"] for row in told["rows"]] == ["Gaussian", "Gaussian, pruned", "mixture"]
+    assert 0.5 < told["feature_accuracy"] <= 1
+    for row in told["rows"]:
+        assert row["methods"] == ["euler", "euler", "heun"]
+        assert row["evaluations"] == [2, 4, 4]
+        assert np.isfinite(row["frechet"]).all()
+        assert np.shape(row["frechet"]) == (1, 3)
+        assert row["folders"][0].startswith("xp_gmm_source/digits-")
+    assert 0 < told["rows"][1]["acceptance"][0] < 1
+    assert told["rows"][1]["pruned_axes"] > 0
+    names = {one.name for one in path.parent.glob("*.png")}
+    assert names == {
+        f"digits_quick_{name}.png" for name in ("nfe", "samples", "paths", "mixture_2_diag")
+    }
+    before = {file: file.stat().st_mtime_ns for file in arguments.results.rglob("arrays.npz")}
+    assert len(before) == 3  # two flows and the classifier
+    experiments.run_group("digits", FLOWS, arguments)
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+    assert not list(arguments.results.rglob("checkpoint.npz.tmp"))
+
+
+def test_stored_flows_can_be_followed_again(summary):
+    """Shapes of what is stored; Euler's last sample is where the stored path with as many steps
+    ends; measures are those of the samples."""
+    path, arguments = summary
+    row = json.loads(path.read_text())["rows"][0]
+    stored = runs.Run(arguments.results / row["folders"][0]).load_arrays()
+    assert stored["samples"].shape == (2, 3, 60, 8, 8, 1)
+    assert stored["samples"].dtype == np.uint8
+    assert stored["paths"].shape == (2, flow.PATH_STEPS + 1, 60, 2)
+    assert stored["losses"].shape == (3,)
+    starts = stored["starts"].reshape(60, -1)
+    np.testing.assert_allclose(starts @ stored["basis"], stored["paths"][0, 0], atol=1e-4)
+    np.testing.assert_allclose(stored["basis"].T @ stored["basis"], np.eye(2), atol=1e-5)
+    # A network of three steps hardly moves anything: straight paths, of a length that is their
+    # displacement, at a cost that is the mean square of what they move.
+    moved = (stored["samples"][0, 1] / 127.5 - 1).reshape(60, -1)
+    assert stored["length_ratio"][0] >= 1 - 1e-6
+    assert np.mean((np.clip(starts, -1, 1) - moved) ** 2) < stored["transport_cost"][0] + 0.01
+
+
+def test_a_flow_is_the_same_from_command_line(summary, capsys):
+    path, arguments = summary
+    names = [field.name for field in dataclasses.fields(FlowConfig)]
+    settings = {name: getattr(FLOWS["mixture"], name) for name in names}
+    folder = flow.main(flow.Arguments(**settings, seed=0, results=arguments.results))
+    row = json.loads(path.read_text())["rows"][2]
+    assert folder == arguments.results / row["folders"][0]
+    said = capsys.readouterr().out
+    assert "gmm, mode, sampled from own" in said
+    assert "heun    4: frechet" in said
+    assert "as many training images: frechet" in said
+
+
+def test_pruning_that_leaves_nothing_is_left_out(summary, monkeypatch, capsys):
+    config = FLOWS["Gaussian"]
+    train = flow.read(config, None).train
+    source = flow.source_of(config, train, summary[1].results)
+    assert set(flow.sampling_sources(config, source, train)) == {"own", "pruned"}
+    monkeypatch.setattr(flow, "LEAST_ACCEPTANCE", 1.1)
+    assert set(flow.sampling_sources(config, source, train)) == {"own"}
+    assert "no pruning: " in capsys.readouterr().out
+
+
+def test_sources_start_as_they_are_named(summary):
+    """norm_aligned is as long as the images, dct has variance 1 and fewer frequencies."""
+    results = summary[1].results
+    train = flow.read(TINY, None).train
+    images = flow.to_unit(train.images).reshape(300, -1)
+    aligned = flow.source_of(dataclasses.replace(TINY, source="norm_aligned"), train, results)
+    lengths = np.linalg.norm(aligned.sample(jax.random.key(0), 20_000), axis=1)
+    np.testing.assert_allclose(lengths.mean(), np.linalg.norm(images, axis=1).mean(), rtol=0.01)
+    shaped = flow.source_of(dataclasses.replace(TINY, source="dct"), train, results)
+    draws = np.asarray(shaped.sample(jax.random.key(0), 20_000))
+    np.testing.assert_allclose(draws.var(axis=0), 1, rtol=0.08)
+    assert np.linalg.matrix_rank(draws[:200] * np.asarray(shaped.std).ravel(), tol=1e-2) == 45
+
+
+def test_the_rate_warms_up_and_falls():
+    """Adam's first step, scaled by the schedule: the sign of the gradient times the rate."""
+    state, parameters, rates = None, jnp.zeros(1), []
+    chosen = flow.optimizer(0.1, 4, 20, True)
+    assert chosen is flow.optimizer(0.1, 4, 20, True)
+    state = chosen.init(parameters)
+    for _ in range(20):
+        update, state = chosen.update(jnp.ones(1), state)
+        rates.append(-float(update[0]))
+    expected = [0.025 * i for i in range(4)]
+    expected += [0.05 * (1 + np.cos(np.pi * i / 16)) for i in range(16)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-7)
+    constant = flow.optimizer(0.1, 4, 20, False)
+    state = constant.init(parameters)
+    for _ in range(10):
+        update, state = constant.update(jnp.ones(1), state)
+    np.testing.assert_allclose(-float(update[0]), 0.1, rtol=1e-4)
+
+
+def test_tables_show_mean_and_spread():
+    assert tables.spread(np.array([1.0, 2.0, 3.0])) == "2 ± 1"
+    assert tables.spread(np.array([0.12345])) == "0.123"
+    stored = {
+        "methods": np.array(["euler", "heun"]),
+        "evaluations": np.array([5, 20]),
+        "train_seconds": np.asarray(3.0),
+        **{
+            name: np.array([[1.0, 2.0]])
+            for name in (*tables.MEASURES, "mmd2_pixels", "class_entropy_gap")
+        },
+        **{name: np.array([0.5]) for name in (*tables.PATHS, "straightness")},
+    }
+    second = stored | {"frechet": np.array([[3.0, 2.0]])}
+    rows = tables.rows_of("one", [stored, second])
+    lines = tables.markdown(rows, {"frechet": 0.25}).splitlines()
+    assert lines[0] == "| source | euler 5 | heun 20 | straightness | cost |"
+    assert lines[2] == "| one | 2 ± 1 | 2 ± 0 | 0.5 ± 0 | 0.5 ± 0 |"
+    assert lines[3].startswith("| as many training images | 0.25 |")
+
+
+def test_settings_that_cannot_be(tmp_path):
+    for bad, said in (
+        ({"coupling": "mode"}, "of a mixture, not of source gaussian"),
+        ({"source": "gmm", "prune": True}, "prune is for gaussian and norm_aligned"),
+        ({"heun": (5,)}, "Heun's even"),
+        ({"euler": (0,)}, "positive"),
+        ({"masked_share": 1.0}, "masked_share"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"num_steps": 0}, "num_steps"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            FlowConfig(**bad)
+    with pytest.raises(ValueError, match="num_samples is 400, but digits has 355 test images"):
+        flow.read(dataclasses.replace(TINY, num_samples=400), None)
+    with pytest.raises(ValueError, match="num_train is 1443, digits has 1442 images"):
+        flow.read(dataclasses.replace(TINY, num_train=1443), None)
+    with pytest.raises(ValueError, match="no group svhn; there are digits"):
+        experiments.main(experiments.Arguments(only=("svhn",), results=tmp_path))
+    with pytest.raises(ValueError, match="no flow"):
+        experiments.main(experiments.Arguments(labels=("GMM-0",), results=tmp_path))
+
+
+def test_presets_compare_at_one_cost():
+    """Flows of a group differ in source and coupling alone."""
+    for preset in ("quick", "paper", "gpu"):
+        for flows in presets(preset).values():
+            bases = {
+                dataclasses.replace(
+                    config,
+                    source="gaussian",
+                    coupling="optimal",
+                    prune=False,
+                    n_components=10,
+                    covariance_type="full",
+                )
+                for config in flows.values()
+            }
+            assert len(bases) == 1
+    chosen = experiments.chosen(
+        experiments.Arguments(preset="gpu", dataset="mine.zip", num_steps=7, labels=("GMM-1, OT",))
+    )
+    assert list(chosen) == ["cifar10"]
+    (config,) = chosen["cifar10"].values()
+    assert (config.dataset, config.num_steps, config.n_components) == ("mine.zip", 7, 1)
+    assert len(comparison(TINY)) == 9
