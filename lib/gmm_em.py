@@ -11,6 +11,7 @@ float64, whatever the dtype of the products. Responsibilities are never stored: 
 fit holds O(K d^2 + K block_size d). Starts are in `lib.gmm_starts`.
 """
 
+import gc
 import hashlib
 import time
 import warnings
@@ -238,6 +239,7 @@ def fit(
             origin,
         )
         state, done = _resume(run, state)
+        gc.collect()  # jaxlib lets go of what it borrowed from numpy when garbage is collected
         converged = _converged(state, done, held_out is not None, tolerance)
         saved = time.monotonic()
         with (

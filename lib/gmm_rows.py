@@ -6,6 +6,7 @@ there block by block, and only sums in float64 stay.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from lib.gmm_factors import AnyArray
 from lib.kernels import to_blocks
 
 Transform = Callable[[Array], Array]
+
+LANES = 2
+MOST_BYTES_FOR_LANES = 64 * 2**20
 
 
 def sum_over_blocks(
@@ -85,7 +89,7 @@ def rows(
     transform: Transform | None = None,
     dtype: DTypeLike = np.float32,
     block_size: int = 512,
-    chunk_size: int = 8192,
+    chunk_size: int = 4096,
     devices: Sequence[jax.Device] | None = None,
 ) -> Rows:
     """Rows for fits and starts, read `chunk_size` at a time, worked on `block_size` at a time.
@@ -126,8 +130,9 @@ def rows(
 
 @lru_cache(maxsize=64)
 def _chunk_adder(function, transform, dtype, block_size, devices, num_columns: int):
-    """add(total, parameters, chunk, weights, *columns) -> total, each device adding its rows to a
-    total of its own, [devices, ...], in place; `total` None starts one."""
+    """(zeros, add, mesh): zeros(parameters, chunk, weights, *columns) is a total of nothing, and
+    add(total, parameters, chunk, weights, *columns) one with the chunk, in place, each device
+    adding its rows to a total of its own, [devices, ...]."""
     mesh = Mesh(np.array(devices), ("rows",))
     split, whole = PartitionSpec("rows"), PartitionSpec()
 
@@ -143,7 +148,7 @@ def _chunk_adder(function, transform, dtype, block_size, devices, num_columns: i
         )
         return jax.tree.map(lambda leaf: leaf[None], total)
 
-    first = jax.shard_map(
+    chunk_sum = jax.shard_map(
         local_sum,
         mesh=mesh,
         in_specs=(whole, *(split,) * (2 + num_columns)),
@@ -153,18 +158,26 @@ def _chunk_adder(function, transform, dtype, block_size, devices, num_columns: i
 
     @partial(jax.jit, donate_argnums=0)
     def add(total, parameters, *arrays):
-        return jax.tree.map(jnp.add, total, first(parameters, *arrays))
+        return jax.tree.map(jnp.add, total, chunk_sum(parameters, *arrays))
 
-    return jax.jit(first), add, mesh
+    def zeros(parameters, *arrays):
+        shapes = jax.eval_shape(chunk_sum, parameters, *arrays)
+        sharding = NamedSharding(mesh, split)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=sharding), shapes)
+
+    return zeros, add, mesh
 
 
-def _chunks(data: Rows, columns: tuple, mesh: Mesh) -> Iterator[tuple[Array, ...]]:
-    """Chunks of one length, divided over the devices; rows past the last have weight 0."""
+def _chunks(
+    data: Rows, columns: tuple, mesh: Mesh, start: int = 0, step: int = 1
+) -> Iterator[tuple[Array, ...]]:
+    """Chunks of one length, divided over the devices; rows past the last have weight 0. Of all
+    chunks those from number `start` on, every `step`-th."""
     n, num_devices = data.count, len(data.devices)
     size = -(-n // -(-n // data.chunk_size))
     size = -(-size // num_devices) * num_devices
     sharding = NamedSharding(mesh, PartitionSpec("rows"))
-    for begin in range(0, n, size):
+    for begin in range(start * size, n, step * size):
         arrays = [array[begin : begin + size] for array in (data.x, data.weights, *columns)]
         missing = size - len(arrays[1])
         if missing:
@@ -178,16 +191,47 @@ def _chunks(data: Rows, columns: tuple, mesh: Mesh) -> Iterator[tuple[Array, ...
 
 def sum_over_rows(function, parameters: PyTree, data: Rows, *columns: Any) -> PyTree:
     """The float64 sum over rows of function(parameters, points, weights, *columns), called block by
-    block; it must be a module-level function. `columns` are further arrays with a row a point."""
+    block; it must be a module-level function. `columns` are further arrays with a row a point.
+
+    On a CPU two threads add up every other chunk each, unless the sums are large: XLA's own threads
+    leave half of two cores idle where matrices are small. The result does not depend on how many
+    cores there are.
+    """
     with jax.enable_x64(True):
-        first, add, mesh = _chunk_adder(
+        zeros, add, mesh = _chunk_adder(
             function, data.transform, data.dtype, data.block_size, data.devices, len(columns)
         )
         parameters = jax.device_put(parameters, NamedSharding(mesh, PartitionSpec()))
-        total = None
-        for arrays in _chunks(data, columns, mesh):
-            total = first(parameters, *arrays) if total is None else add(total, parameters, *arrays)
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), total)
+        first = next(_chunks(data, columns, mesh))
+        empty = zeros(parameters, *first)
+        lanes = _num_lanes(data, empty)
+        # The first chunk alone: one thread compiles for both.
+        totals = [add(empty, parameters, *first)]
+        totals += [zeros(parameters, *first) for _ in range(lanes - 1)]
+
+    def add_up(lane):
+        with jax.enable_x64(True):
+            total = totals[lane]
+            for arrays in _chunks(data, columns, mesh, lane or lanes, lanes):
+                total = add(total, parameters, *arrays)
+                if lanes > 1:
+                    jax.block_until_ready(total)
+            return total
+
+    if lanes > 1:
+        with ThreadPoolExecutor(lanes) as pool:
+            totals = list(pool.map(add_up, range(lanes)))
+    else:
+        totals = [add_up(0)]
+    with jax.enable_x64(True):
+        return jax.tree.map(lambda *leaves: sum(jnp.sum(leaf, axis=0) for leaf in leaves), *totals)
+
+
+def _num_lanes(data: Rows, total: PyTree) -> int:
+    if len(data.devices) > 1 or data.devices[0].platform != "cpu":
+        return 1
+    large = sum(leaf.nbytes for leaf in jax.tree.leaves(total)) > MOST_BYTES_FOR_LANES
+    return 1 if large or data.count <= 2 * data.chunk_size else LANES
 
 
 def dimension(data: Rows) -> int:

@@ -1,5 +1,6 @@
 """Where EM starts: from given responsibilities, or from k-means with k-means++ seeds."""
 
+import gc
 from collections.abc import Callable
 
 import jax
@@ -69,6 +70,7 @@ def _maximised(data, num_components, structure, regularisation, function, parame
         prepared = prepare_jit(start, data.dtype)
         moments = sum_over_rows(function, (prepared, parameters), data, *columns)
         del prepared
+        gc.collect()  # jaxlib lets go of what it borrowed from numpy when garbage is collected
         mixture, _ = maximise_in_place(start, moments, regularisation=regularisation)
         return jax.tree.map(np.asarray, jax.device_get(mixture))
 

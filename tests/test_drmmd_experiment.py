@@ -274,6 +274,7 @@ def test_landmarks_among_the_particles_follow_them():
         flows.aim(replace(config, approximation="nystrom", rank=60), target)
 
 
+@pytest.mark.slow
 @x64
 def test_more_features_come_nearer_to_the_exact_flow():
     config = replace(

@@ -70,6 +70,7 @@ def test_moments_of_features_are_sums():
     np.testing.assert_allclose(second, phi.T @ np.diag(w) @ phi, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_random_features_approach_the_exact_flow():
     rng = np.random.default_rng(0)
     x, y = jnp.asarray(rng.normal(size=(200, 2))), jnp.asarray(0.5 + rng.normal(size=(150, 2)))

@@ -288,6 +288,7 @@ def test_low_rank_step_by_its_formulas():
         np.testing.assert_allclose(result.covariance.scales[k] ** 2, variances, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_low_rank_climbs_to_factor_analysis():
     """With one component: scikit-learn's FactorAnalysis; with three no step goes down."""
     rng = np.random.default_rng(8)
@@ -507,7 +508,7 @@ def test_bad_input():
         log_prob(start, jnp.asarray(x[:, :3], jnp.float32))
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", ["full", "low rank"])
 def test_constant_features_are_given_a_ridge(structure):
     """Without regularisation: recorded, and with it not needed."""
     x = clusters(14, n=200)
@@ -551,7 +552,7 @@ def test_duplicated_points():
     assert np.isfinite(result.log_likelihoods).all()
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", ["full", "diag"])
 def test_an_emptied_component_is_kept_at_weight_0(structure):
     x = clusters(15, n=100, num=1)
     start = start_of(x, structure, num=2)

@@ -39,6 +39,7 @@ def final(results):
     return dict(np.load(path))
 
 
+@pytest.mark.slow
 def test_quick_flows_bring_digits_to_the_target(tmp_path):
     done = run(tmp_path, "--preset", "quick")
     assert done.returncode == 0, done.stderr

@@ -73,6 +73,7 @@ def test_rings_notebook_redraws_the_figures(quick_results, monkeypatch):
     assert any("data:image/gif" in page for page in pages)
 
 
+@pytest.mark.slow
 def test_transfer_and_adaptation_notebooks(quick_transfers, monkeypatch):
     monkeypatch.setenv("RESULTS", str(quick_transfers))
     outputs = outputs_of("transfer_learning")
@@ -81,6 +82,7 @@ def test_transfer_and_adaptation_notebooks(quick_transfers, monkeypatch):
     assert count(outputs_of("domain_adaptation"), "image/png") == 1
 
 
+@pytest.mark.slow
 def test_quick_adaptation_ends_right(quick_transfers):
     (summary,) = quick_transfers.rglob("adaptation_*.json")
     (accuracies,) = json.loads(summary.read_text())["accuracies"]
@@ -129,3 +131,18 @@ def test_data_mixing_notebook_draws_quick_results_and_committed_ones(tmp_path, m
     outputs = outputs_of("data_mixing")
     assert count(outputs, "image/png") == len(shown - {"solvers"})
     assert count(outputs, "text/markdown") == len(shown) + ("recovery" in shown)
+
+
+def test_gmm_notebook_fits_and_draws_committed_results(tmp_path, monkeypatch):
+    """A mixture made on the spot; the comparisons from committed summaries, as far as there are."""
+    committed = {path.stem for path in (REPOSITORY / "xp_gmm_source/published").glob("*.json")}
+    shown = [name for name in ("mnist", "fashion_mnist") if f"{name}_paper" in committed]
+    shown += ["digits"] * ("digits_quick" in committed)
+    monkeypatch.setenv("RESULTS", str(tmp_path))
+    outputs = outputs_of("gmm_source")
+    assert count(outputs, "text/markdown") == len(shown)
+    assert count(outputs, "image/png") == 1 + 3 * len(shown)
+    text = "".join(o.get("text", "") for o in outputs)
+    line = next(line for line in text.splitlines() if "by scikit-learn" in line)
+    ours, theirs = (float(word) for word in line.split(": ")[1].split(", "))
+    assert abs(ours - theirs) < 1e-8 * abs(theirs)

@@ -123,6 +123,7 @@ def test_accuracies_along_the_flow_end_with_that_of_its_end(tmp_path):
     assert np.all((end["accuracies"] >= 0) & (end["accuracies"] <= 1))
 
 
+@pytest.mark.slow
 def test_flags_are_the_published_ones(tmp_path):
     command = [sys.executable, "xp_transfer_learning/transfer.py", "--src_dataset", "digits"]
     command += ["--tgt_dataset", INVERTED, "--k_shot", "2", "--method", "mmdsw"]
@@ -150,6 +151,7 @@ def test_flags_are_the_published_ones(tmp_path):
     assert row["training"]["n_epochs"] == 1
 
 
+@pytest.mark.slow
 def test_adaptation_reaches_the_classifiers_classes(tmp_path):
     settings = AdaptationConfig(
         ROTATED,

@@ -90,13 +90,13 @@ class FlowConfig:
     num_train: int | None = None
     """Training images; None: all."""
     augment_flip: bool = False
-    width: int = 16
+    width: int = 32
     """Channels of the U-Net at its finest level, as the next four."""
-    multipliers: tuple[int, ...] = (1, 2, 4)
+    multipliers: tuple[int, ...] = (1, 2)
     blocks: int = 1
     attention: tuple[int, ...] = ()
-    patch: int = 2
-    num_steps: int = 1000
+    patch: int = 4
+    num_steps: int = 2000
     """Of Adam, after `warm_up` steps at `learning_rate`, which falls to 0 along a cosine."""
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -159,7 +159,7 @@ def comparison(base: FlowConfig) -> dict[str, FlowConfig]:
 
 QUICK = FlowConfig(
     dataset="digits",
-    multipliers=(1, 2),
+    width=16,
     patch=1,
     num_steps=500,
     num_samples=350,

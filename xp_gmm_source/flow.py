@@ -247,7 +247,7 @@ def run_flow(
         train_key,
         network(config),
         source,
-        split.train.images,
+        jnp.asarray(split.train.images),
         coupling="optimal" if config.coupling == "optimal" else "independent",
         optimizer=optimizer(config.learning_rate, config.warm_up, config.num_steps, config.decay),
         num_steps=config.num_steps,
@@ -309,6 +309,7 @@ def judge_flow(
         "methods": [method for method, _ in samplers],
         "starts": np.asarray(starts).reshape(-1, *shape),
         "feature_accuracy": judged_by.feature_network.accuracy,
+        "basis": basis,
         "targets": np.asarray(judged_by.points[:PATHS]) @ basis,
         **{f"floor_{name}": value for name, value in floor.items()},
     }
