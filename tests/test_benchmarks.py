@@ -136,6 +136,7 @@ def test_solver_benchmark_runs(tmp_path):
     assert found["bootstrap"]["largest_gap_to_scale"] < 1e-14
 
 
+@pytest.mark.slow
 def test_mixing_stream_benchmark_runs(tmp_path):
     out = tmp_path / "mixing_stream.json"
     command = [sys.executable, ROOT / "benchmarks" / "mixing_stream.py", "--files", "2"]

@@ -637,6 +637,7 @@ def test_command_as_printed(tmp_path, from_root):
     check_document(tmp_path / "results.json", 3)
 
 
+@pytest.mark.slow
 def test_example_script_as_printed():
     done = run("python example_usage.py")
     assert done.returncode == 0, done.stderr

@@ -453,6 +453,7 @@ def test_presets():
         experiments.main(experiments.Arguments(only=("recovery2",)))
 
 
+@pytest.mark.slow
 def test_groups_leave_summaries_tables_and_figures_and_are_skipped_when_done(tmp_path, capsys):
     small = {
         "recovery": RecoveryConfig(TINY, num_targets=2, num_features=(20,)),

@@ -234,6 +234,7 @@ def test_blocks_change_nothing(block_size):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_nystrom_of_full_rank_is_exact_and_of_less_close():
     rng = np.random.default_rng(0)
     x, y = jnp.asarray(rng.normal(size=(60, 2))), jnp.asarray(rng.normal(size=(40, 2)))

@@ -182,6 +182,7 @@ def test_stein_is_the_double_loop():
     np.testing.assert_allclose(step, 0.5 * expected / len(y), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("flow", ["mmd", "drmmd", "kale"])
 def test_flows_of_a_stack_are_single_flows(flow):
@@ -230,6 +231,7 @@ def test_adaptive_rules_step_by_step():
             y = y - velocity[0]
 
 
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("flow", ["mmd", "drmmd"])
 def test_features_of_full_rank_are_the_exact_flow(flow):
@@ -251,6 +253,7 @@ def test_features_of_full_rank_are_the_exact_flow(flow):
     np.testing.assert_allclose(other_velocity, velocity, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @x64
 def test_landmarks_among_the_particles_follow_them():
     """Far from the target, half of the particles as landmarks give their witness; and no more can

@@ -81,6 +81,7 @@ def test_mmd_of_a_mixture(x64):
         np.testing.assert_allclose(value, expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_unbiased_statistics(x64):
     *sets, target = samples(11, (7, 5, 12, 30))
     found = exact_gram_of_means(sets, target, BANDWIDTHS, block_size=8)

@@ -41,6 +41,7 @@ def summary(tmp_path_factory):
     return experiments.run_group("digits", FLOWS, arguments), arguments
 
 
+@pytest.mark.slow
 def test_a_group_leaves_numbers_and_figures(summary, capsys):
     path, arguments = summary
     told = json.loads(path.read_text())
@@ -65,6 +66,7 @@ def test_a_group_leaves_numbers_and_figures(summary, capsys):
     assert not list(arguments.results.rglob("checkpoint.npz.tmp"))
 
 
+@pytest.mark.slow
 def test_stored_flows_can_be_followed_again(summary):
     """Shapes of what is stored; Euler's last sample is where the stored path with as many steps
     ends; measures are those of the samples."""
@@ -85,6 +87,7 @@ def test_stored_flows_can_be_followed_again(summary):
     assert np.mean((np.clip(starts, -1, 1) - moved) ** 2) < stored["transport_cost"][0] + 0.01
 
 
+@pytest.mark.slow
 def test_a_flow_is_the_same_from_command_line(summary, capsys):
     path, arguments = summary
     names = [field.name for field in dataclasses.fields(FlowConfig)]
@@ -98,6 +101,7 @@ def test_a_flow_is_the_same_from_command_line(summary, capsys):
     assert "as many training images: frechet" in said
 
 
+@pytest.mark.slow
 def test_pruning_that_leaves_nothing_is_left_out(summary, monkeypatch, capsys):
     config = FLOWS["Gaussian"]
     train = flow.read(config, None).train
@@ -108,6 +112,7 @@ def test_pruning_that_leaves_nothing_is_left_out(summary, monkeypatch, capsys):
     assert "no pruning: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sources_start_as_they_are_named(summary):
     """norm_aligned is as long as the images, dct has variance 1 and fewer frequencies."""
     results = summary[1].results

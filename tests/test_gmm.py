@@ -212,6 +212,7 @@ def test_start_from_responsibilities(structure):
     np.testing.assert_allclose(start.covariance.matrices(), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_float32_products_beside_float64(structure):
     """Within 1e-4 nats a dimension, with constant features and eigenvalues of 1e-6 of the largest,
@@ -229,6 +230,7 @@ def test_float32_products_beside_float64(structure):
     assert histories[0][-1] > histories[0][0] + 0.1
 
 
+@pytest.mark.slow
 def test_pure_steps_are_the_fits(x64):
     """em_step under jit, expectation of parts added up, and `fit`: one and the same."""
     x, weights = clusters(5, n=120), np.random.default_rng(0).random(120)
@@ -252,6 +254,7 @@ def test_pure_steps_are_the_fits(x64):
     np.testing.assert_allclose(first.covariance.cholesky, one.covariance.cholesky, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_step_without_float64():
     """In plain float32, where x64 is off, a step is still a step."""
     x = jnp.asarray(clusters(6), jnp.float32)
@@ -267,6 +270,7 @@ def test_step_without_float64():
 # Low rank + diagonal
 
 
+@pytest.mark.slow
 def test_low_rank_step_by_its_formulas():
     """The published update in dense matrices: B = W' Sigma^-1, S about the new mean."""
     x = clusters(7, n=150)
@@ -315,6 +319,7 @@ def test_low_rank_climbs_to_factor_analysis():
 # Invariances
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     st.sampled_from(["full", "tied", "diag", "spherical", "low rank"]),
@@ -350,6 +355,7 @@ def test_invariances(structure, seed, block_size, shift):
         np.testing.assert_allclose(dense(other.mixture), dense(plain.mixture), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_images_are_read_as_they_are():
     """uint8 on the host in chunks, scaled on the device, beside floats scaled before."""
     images = np.random.default_rng(0).integers(0, 256, size=(130, 3, 2, 1), dtype=np.uint8)
@@ -540,6 +546,7 @@ def test_a_ridge_rises_until_a_factor_exists(x64):
     assert np.isnan(gmm_factors.factorise(jnp.full((2, 2), jnp.nan))[0]).any()
 
 
+@pytest.mark.slow
 def test_duplicated_points():
     """One point alone has a singular covariance; k-means wants as many points as components."""
     x = np.ones((30, 2))

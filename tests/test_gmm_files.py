@@ -53,7 +53,7 @@ def fitted(kind="full", *, pca=None, num=2, engine="jax", shape=SHAPE):
 def stored():
     """One mixture of each kind, and one behind a PCA."""
     kinds = {kind: fitted(kind, engine="sklearn") for kind in KINDS}
-    return kinds | {"low_rank": fitted("low_rank"), "pca": fitted(pca=5)}
+    return kinds | {"low_rank": fitted("low_rank"), "pca": fitted(pca=5, engine="sklearn")}
 
 
 NAMES = (*KINDS, "low_rank", "pca")
@@ -334,6 +334,7 @@ def test_command_writes_three_files_and_finds_them_again(tmp_path, capsys):
     np.testing.assert_allclose(exact["std"].numpy().ravel(), found.std, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_engines_fit_alike(kind):
     """From k-means starts of their own: well separated clusters have one optimum to find."""
@@ -396,6 +397,7 @@ def test_singular_covariances_are_announced(monkeypatch):
     assert gmm_fit.memory_needed(FitConfig(n_components=100), 3072) > 30 * 2**30
 
 
+@pytest.mark.slow
 def test_constant_and_repeated_images():
     """A pixel that never changes, and images that are there many times."""
     images = np.repeat(images_of(30, (2, 2, 1)), 10, axis=0)

@@ -76,6 +76,7 @@ def image_folder(tmp_path):
     return tmp_path / "mine"
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_flows(tmp_path, image_folder):
     """Ten classes flow to the two of the folder."""
     done = run(tmp_path, "--src_dataset", "digits", "--tgt_dataset", str(image_folder), *SHORT)
@@ -86,6 +87,7 @@ def test_a_folder_of_images_flows(tmp_path, image_folder):
     assert arrays["losses"].shape == (30,)
 
 
+@pytest.mark.slow
 def test_noise_flows_to_the_classes_of_the_target(tmp_path):
     steps = ("--n_epochs", "200", "--lr", "8", "--decay", "True", "--record_every", "50")
     done = run(tmp_path, "--src_dataset", "noise", "--tgt_dataset", "digits", *SHORT[:2], *steps)

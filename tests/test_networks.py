@@ -195,6 +195,7 @@ def test_initial_weights_are_uniform_as_those_of_torch():
         np.testing.assert_allclose(weights.var() * 3 * fan_in, 1, rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [LeNet5(), ConvNet(depth=2, width=4)], ids=["lenet", "convnet"])
 def test_an_ensemble_is_a_vmap(network):
     images, keys = (

@@ -22,6 +22,7 @@ def quick_results(tmp_path_factory):
     return results, done.stdout
 
 
+@pytest.mark.slow
 def test_quick_rings_reach_the_published_losses(quick_results):
     results, printed = quick_results
     rows = json.loads((results / "xp_transfer_learning/rings_quick.json").read_text())["rows"]
@@ -64,6 +65,7 @@ def count(outputs, kind):
     return sum(kind in o.get("data", {}) for o in outputs)
 
 
+@pytest.mark.slow
 def test_rings_notebook_redraws_the_figures(quick_results, monkeypatch):
     results, _ = quick_results
     monkeypatch.setenv("RESULTS", str(results))
@@ -89,6 +91,7 @@ def test_quick_adaptation_ends_right(quick_transfers):
     assert accuracies[-1] > 0.99
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_skipped(quick_results):
     results, _ = quick_results
     command = [sys.executable, "xp_transfer_learning/rings.py", "--results", str(results)]
@@ -101,6 +104,7 @@ def test_a_finished_run_is_skipped(quick_results):
     assert {p: p.stat().st_mtime_ns for p in results.rglob("arrays.npz")} == before
 
 
+@pytest.mark.slow
 def test_drmmd_notebook_draws_quick_flows_and_committed_ones(tmp_path, monkeypatch):
     """Rings of one's own; the other groups from committed summaries, as far as there are any."""
     command = [sys.executable, "xp_drmmd/experiments.py", "--preset", "quick", "--only", "rings"]
@@ -117,6 +121,7 @@ def test_drmmd_notebook_draws_quick_flows_and_committed_ones(tmp_path, monkeypat
     assert count(outputs, "text/markdown") == len(shown - {"images"})
 
 
+@pytest.mark.slow
 def test_data_mixing_notebook_draws_quick_results_and_committed_ones(tmp_path, monkeypatch):
     """A group of one's own; the others from committed summaries, as far as there are any."""
     command = [sys.executable, "xp_data_mixing/experiments.py", "--preset", "quick"]

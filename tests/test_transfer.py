@@ -112,6 +112,7 @@ def test_labels_of_an_arrived_flow_agree_with_the_nearest_target_images(labellin
     assert right == share
 
 
+@pytest.mark.slow
 def test_accuracies_along_the_flow_end_with_that_of_its_end(tmp_path):
     training = TrainingConfig(n_epochs=1, num_trainings=2)
     options = {"seed": 0, "results": tmp_path, "data_root": None}

@@ -143,6 +143,7 @@ def test_velocities_have_the_images_shape(shape, settings):
     assert out.shape == images.shape
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_parameter():
     """Groups of the norms hold two channels: alone, a channel's bias before its norm is lost."""
     network = UNet(width=16, patch=2, attention=(1,))
@@ -158,6 +159,7 @@ def test_gradient_reaches_every_parameter():
         assert np.abs(leaf).max() > 1e-5, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_the_velocity_starts_at_0():
     network, images, times = UNet(width=2, multipliers=(1,)), normal(0, 2, 3, 3, 1), jnp.ones(2)
     out, parameters = network.init_with_output(jax.random.key(1), images, times)
