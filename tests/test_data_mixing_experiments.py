@@ -251,6 +251,7 @@ def test_a_target_too_large_is_named():
         problems.draw_target(KEY, source, np.eye(10)[0], problems.draw_sets(KEY, source, [5] * 10))
 
 
+@pytest.mark.slow
 def test_gradients_are_unit_rows_of_a_network_that_saw_none_of_the_images(monkeypatch):
     seen = []
 
@@ -402,6 +403,7 @@ def test_judging_is_that_of_a_sample_with_the_shares():
         downstream.judge(network, parameters, images[:6], labels[:6], np.eye(3)[2])
 
 
+@pytest.mark.slow
 def test_downstream_compares_mixtures_of_unequal_sets():
     config = DownstreamConfig(TINY, largest=30, smallest=8, num_images=100, num_epochs=2, hidden=8)
     found = downstream.compare(config, 0)

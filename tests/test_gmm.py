@@ -649,6 +649,7 @@ def test_draws_of_one_component_are_grouped(structure):
         assert len(np.unique(draws, axis=0)) == len(components)
 
 
+@pytest.mark.slow
 def test_coupled_samples_come_from_the_responsible_component(x64):
     mixture = example("full")
     mixture = mixture._replace(means=np.arange(3.0)[:, None] + mixture.means)
