@@ -3,17 +3,13 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lib.settings import check_sizes
+
 EXPERIMENT = "xp_data_mixing"
 """The folder of results."""
 
 SIGMAS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0)
 """Bandwidths, sigma over sqrt(median squared distance / 2)."""
-
-
-def _check_sizes(config, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Samples:
     independent draws, which adds their noise."""
 
     def __post_init__(self):
-        _check_sizes(self, "num_per_class", "num_target")
+        check_sizes(self, "num_per_class", "num_target")
 
 
 DIGITS = Samples(dataset="digits", num_per_class=50, num_target=80, target_from="rest")
@@ -49,7 +45,7 @@ class RecoveryConfig:
     num_features: tuple[int, ...] = (100, 1000)
 
     def __post_init__(self):
-        _check_sizes(self, "num_targets")
+        check_sizes(self, "num_targets")
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class CoverageConfig:
     num_features: int = 300
 
     def __post_init__(self):
-        _check_sizes(self, "resamples", "replicates", "num_features")
+        check_sizes(self, "resamples", "replicates", "num_features")
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class DownstreamConfig:
     learning_rate: float = 1e-3
 
     def __post_init__(self):
-        _check_sizes(self, "smallest", "num_images", "num_epochs", "hidden")
+        check_sizes(self, "smallest", "num_images", "num_epochs", "hidden")
         if self.largest < self.smallest:
             raise ValueError(f"largest must be at least smallest: {self.largest}, {self.smallest}")
 
@@ -101,7 +97,7 @@ class AblationConfig:
     num_features: tuple[int, ...] = (30, 100, 300, 1000)
 
     def __post_init__(self):
-        _check_sizes(self, "num_targets")
+        check_sizes(self, "num_targets")
         if list(self.sizes) != sorted(set(self.sizes)) or self.sizes[-1] != (
             self.samples.num_per_class
         ):

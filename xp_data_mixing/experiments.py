@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from lib import runs
+from lib import runs, settings
 from xp_data_mixing import coverage, downstream, plot, recovery, solvers, tables
 from xp_data_mixing.config import EXPERIMENT, Config, Group, Preset, presets
 
@@ -84,11 +84,8 @@ def run_group(name: str, group: Group, arguments: Arguments) -> Path:
 def main(arguments: Arguments) -> list[Path]:
     """Runs the groups; returns their summaries."""
     groups = presets(arguments.preset)
-    unknown = set(arguments.only) - set(groups)
-    if unknown:
-        raise ValueError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
     summaries = []
-    for name in arguments.only or groups:
+    for name in settings.chosen(arguments.only, groups, kind="group"):
         print(f"{name}: {', '.join(groups[name].settings)}", flush=True)
         summaries.append(run_group(name, groups[name], arguments))
     return summaries

@@ -1,8 +1,9 @@
 """Settings of the (de)-regularised MMD flows."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from lib.settings import check_not_negative, check_positive, check_sizes
 
 EXPERIMENT = "xp_drmmd"
 """The folder of results."""
@@ -15,24 +16,6 @@ FlowName = Literal["drmmd", "mmd", "kale", "ula", "svgd"]
 KernelName = Literal["Gaussian", "Laplace", "IMQ"]
 FilterName = Literal["tikhonov", "showalter", "cutoff"]
 OptimizerName = Literal["sgd", "momentum", "adam"]
-
-
-def _check_positive(config, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
-
-
-def _check_not_negative(config, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be at least 0 and finite, got {getattr(config, name)}")
-
-
-def _check_sizes(config, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -80,11 +63,11 @@ class FlowConfig:
     """Principal components of images."""
 
     def __post_init__(self):
-        _check_positive(self, "lmbda", "largest_gamma", "regularity")
+        check_positive(self, "lmbda", "largest_gamma", "regularity")
         if self.gamma is not None:  # run.py: to be made from its step_size
-            _check_positive(self, "gamma")
-        _check_not_negative(self, "bandwidth", "noise")
-        _check_sizes(
+            check_positive(self, "gamma")
+        check_not_negative(self, "bandwidth", "noise")
+        check_sizes(
             self,
             "rank",
             "step_num",
@@ -117,9 +100,9 @@ class StudentConfig:
     records: int = 100
 
     def __post_init__(self):
-        _check_positive(self, "lmbda", "lr")
-        _check_not_negative(self, "noise")
-        _check_sizes(
+        check_positive(self, "lmbda", "lr")
+        check_not_negative(self, "noise")
+        check_sizes(
             self, "halve_every", "n_epochs", "students", "teachers", "batch_size", "records"
         )
         if self.num_inputs % self.batch_size:

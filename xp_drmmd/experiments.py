@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from lib import runs
+from lib import runs, settings
 from xp_drmmd import plot, tables
 from xp_drmmd.config import EXPERIMENT, FlowConfig, Preset, StudentConfig, presets
 from xp_drmmd.run import run_flow
@@ -66,11 +66,8 @@ def run_group(
 def main(arguments: Arguments) -> list[Path]:
     """Runs the groups; returns their summaries."""
     groups = presets(arguments.preset)
-    unknown = set(arguments.only) - set(groups)
-    if unknown:
-        raise ValueError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
     summaries = []
-    for group in arguments.only or groups:
+    for group in settings.chosen(arguments.only, groups, kind="group"):
         print(f"{group}, {len(groups[group])} flows x {len(arguments.seeds)} seeds")
         summaries.append(run_group(group, groups[group], arguments))
     return summaries

@@ -10,7 +10,7 @@ call W2) and the true W2.
 """
 
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -20,6 +20,7 @@ import tyro
 from lib import runs
 from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
 from lib.kernels import median_bandwidth
+from lib.settings import settings_of
 from xp_drmmd import flows, metrics
 from xp_drmmd.config import EXPERIMENT, FlowConfig
 from xp_drmmd.problems import problem
@@ -87,8 +88,7 @@ class Arguments(FlowConfig):
 
 def config_of(arguments: Arguments) -> FlowConfig:
     """The flow that the arguments describe."""
-    names = [field.name for field in fields(FlowConfig)]
-    config = FlowConfig(**{name: getattr(arguments, name) for name in names})
+    config = settings_of(FlowConfig, arguments)
     if config.gamma is None:
         config = replace(config, gamma=arguments.step_size * arguments.lmbda)
     return config

@@ -10,7 +10,7 @@ the spectrum of B x B. The published form shares W between all particles and has
 """
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from lib import runs
 from lib.drmmd_features import feature_witness, prepare_target_features
 from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
+from lib.settings import settings_of
 from xp_drmmd.config import EXPERIMENT, StudentConfig
 
 INPUTS, HIDDEN = 50, 3
@@ -157,8 +158,7 @@ class Arguments(StudentConfig):
 
 def main(arguments: Arguments) -> Path:
     """Trains one student and prints its validation error."""
-    names = [field.name for field in fields(StudentConfig)]
-    config = StudentConfig(**{name: getattr(arguments, name) for name in names})
+    config = settings_of(StudentConfig, arguments)
     run = run_student(config, seed=arguments.seed, results=arguments.results)
     stored = run.load_arrays()
     for i in np.unique(np.linspace(0, len(stored["steps"]) - 1, 11).round().astype(int)):

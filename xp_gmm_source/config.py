@@ -1,8 +1,9 @@
 """Settings of mixtures as sources of flow matching."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from lib.settings import check_not_negative, check_positive, check_sizes
 
 EXPERIMENT = "xp_gmm_source"
 """The folder of results."""
@@ -44,16 +45,12 @@ class FitConfig:
     float64 either way."""
 
     def __post_init__(self):
-        for name in ("n_components", "batch_size", "max_iter", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_sizes(self, "n_components", "batch_size", "max_iter", "rank")
         if self.n_pca is not None and self.n_pca < 1:
             raise ValueError(f"n_pca must be at least 1, got {self.n_pca}")
         if self.n_stat_samples < 0 or self.n_stat_samples == 1:
             raise ValueError(f"n_stat_samples must be 0 or >= 2, got {self.n_stat_samples}")
-        for name in ("reg_covar", "tol"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
+        check_not_negative(self, "reg_covar", "tol")
         if self.engine == "sklearn" and self.covariance_type == "low_rank":
             raise ValueError("scikit-learn has no low_rank covariances: use --engine jax")
 
@@ -112,7 +109,8 @@ class FlowConfig:
     """Even: two evaluations a step."""
 
     def __post_init__(self):
-        for name in (
+        check_sizes(
+            self,
             "n_components",
             "width",
             "blocks",
@@ -120,9 +118,7 @@ class FlowConfig:
             "num_steps",
             "batch_size",
             "num_samples",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        )
         if self.coupling == "mode" and self.source != "gmm":
             raise ValueError(f"coupling mode is of a mixture, not of source {self.source}")
         if self.prune and self.source not in ("gaussian", "norm_aligned"):
@@ -133,9 +129,7 @@ class FlowConfig:
             raise ValueError(
                 f"numbers of evaluations are positive, Heun's even: {self.euler}, {self.heun}"
             )
-        for name in ("learning_rate",):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "learning_rate")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 

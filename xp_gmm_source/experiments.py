@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from matplotlib import pyplot as plt
 
-from lib import plotting, runs
+from lib import plotting, runs, settings
 from xp_gmm_source import plot, tables
 from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
 from xp_gmm_source.flow import fitted_mixture, read, run_flow
@@ -45,20 +45,13 @@ class Arguments:
 def chosen(arguments: Arguments) -> dict[str, dict[str, FlowConfig]]:
     """The groups and flows that the arguments name. Raises ValueError on unknown ones."""
     groups = presets(arguments.preset)
-    unknown = set(arguments.only) - set(groups)
-    if unknown:
-        raise ValueError(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
     changes = {"dataset": arguments.dataset, "num_steps": arguments.num_steps}
     changes = {name: value for name, value in changes.items() if value is not None}
     result = {}
-    for group in arguments.only or groups:
+    for group in settings.chosen(arguments.only, groups, kind="group"):
         flows = groups[group]
-        unknown = set(arguments.labels) - set(flows)
-        if unknown:
-            raise ValueError(f"no flow {sorted(unknown)}; there are {', '.join(flows)}")
-        result[group] = {
-            label: replace(flows[label], **changes) for label in arguments.labels or flows
-        }
+        labels = settings.chosen(arguments.labels, flows, kind="flow")
+        result[group] = {label: replace(flows[label], **changes) for label in labels}
     return result
 
 

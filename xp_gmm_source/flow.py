@@ -21,10 +21,11 @@ import tyro
 
 from lib import flow_matching, flow_sampling, runs
 from lib.datasets import Dataset, load
+from lib.settings import settings_of
 from lib.velocity import UNet
-from xp_gmm_source import gmm_files, metrics
+from xp_gmm_source import gmm_files, gmm_fit, metrics
 from xp_gmm_source.config import EXPERIMENT, FitConfig, FlowConfig
-from xp_gmm_source.gmm_fit import fit_images
+from xp_gmm_source.gmm_fit import fit_images, image_mixture
 from xp_gmm_source.shaped_sources import (
     PUBLISHED_AXIS_THRESHOLD,
     PUBLISHED_THRESHOLD,
@@ -40,7 +41,6 @@ from xp_gmm_source.sources import (
     gaussian,
     mixture_source,
     mode_coupled_source,
-    moments_of,
     norm_aligned,
 )
 
@@ -68,7 +68,7 @@ class Split(NamedTuple):
 
 def to_unit(images: np.ndarray) -> np.ndarray:
     """uint8 pixels in [-1, 1], float32."""
-    return np.float32(images) / np.float32(127.5) - np.float32(1)
+    return gmm_fit.to_unit(np.float32(images))
 
 
 def read(config: FlowConfig, data_root: Path | None) -> Split:
@@ -113,10 +113,7 @@ def fitted_mixture(
     if path.exists():
         return gmm_files.load(path)
     found = fit_images(wanted, train.images, run=run, show_progress=show_progress)
-    mean, std = moments_of(found.mixture, found.projection)
-    stored = gmm_files.ImageMixture(
-        found.mixture, found.projection, mean, std, train.image_shape, found.about
-    )
+    stored = image_mixture(found, train.image_shape)
     gmm_files.save(path, stored)
     run.checkpoint.unlink(missing_ok=True)
     return stored
@@ -362,8 +359,7 @@ class Arguments(FlowConfig):
 
 def main(arguments: Arguments) -> Path:
     """Trains and judges one model, prints what it is worth, returns its folder."""
-    names = [field.name for field in dataclasses.fields(FlowConfig)]
-    config = FlowConfig(**{name: getattr(arguments, name) for name in names})
+    config = settings_of(FlowConfig, arguments)
     run = run_flow(
         config, seed=arguments.seed, results=arguments.results, data_root=arguments.data_root
     )

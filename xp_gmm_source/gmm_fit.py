@@ -27,6 +27,7 @@ from lib.gmm_covariances import diagonal, full, low_rank, spherical, tied
 from lib.gmm_em import fit, mean_log_likelihood
 from lib.gmm_rows import Rows, rows
 from lib.gmm_starts import Structure, kmeans_start
+from lib.settings import settings_of
 from xp_gmm_source import gmm_files
 from xp_gmm_source.config import EXPERIMENT, FitConfig
 from xp_gmm_source.sources import Projection, mixture_source, moments_of
@@ -34,8 +35,8 @@ from xp_gmm_source.sources import Projection, mixture_source, moments_of
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 
-def to_unit(images: jax.Array) -> jax.Array:
-    """Pixels 0..255 in [-1, 1]."""
+def to_unit(images):
+    """Pixels 0..255 in [-1, 1], in numpy or jax; of the images' dtype where that is floating."""
     return images / 127.5 - 1
 
 
@@ -111,7 +112,7 @@ def principal_components(
     [n, num] float32, and the share of the variance that it keeps."""
     from sklearn.decomposition import PCA
 
-    pixels = np.float32(images.reshape(len(images), -1)) / np.float32(127.5) - np.float32(1)
+    pixels = to_unit(np.float32(images.reshape(len(images), -1)))
     pca = PCA(num, random_state=seed, copy=False)
     coordinates = pca.fit_transform(pixels)
     projection = Projection(np.float64(pca.components_), np.float64(pca.mean_))
@@ -167,7 +168,7 @@ def fit_images(
 def _same_coordinates(images: np.ndarray, projection: Projection | None, data: Rows) -> Rows:
     if projection is None:
         return data._replace(x=images, weights=np.ones(len(images)))
-    pixels = images.reshape(len(images), -1) / 127.5 - 1
+    pixels = to_unit(images.reshape(len(images), -1))
     points = (pixels - projection.centre) @ projection.components.T
     return rows(points.astype(data.dtype), dtype=data.dtype)
 
@@ -224,6 +225,13 @@ def _fit_with_sklearn(config, data: Rows, run, show_progress):
     }
 
 
+def image_mixture(fitted: Fitted, image_shape: tuple[int, int, int]) -> gmm_files.ImageMixture:
+    """What is stored of a fit: with the exact mean and std of its draws."""
+    mixture, projection, about = fitted
+    mean, std = moments_of(mixture, projection)
+    return gmm_files.ImageMixture(mixture, projection, mean, std, image_shape, about)
+
+
 # ---- Statistics of draws
 
 
@@ -266,11 +274,6 @@ class Arguments(FitConfig):
     """Where an unfinished fit keeps its checkpoint."""
 
 
-def config_of(arguments: Arguments) -> FitConfig:
-    names = [field.name for field in dataclasses.fields(FitConfig)]
-    return FitConfig(**{name: getattr(arguments, name) for name in names})
-
-
 def _finished(path: Path, settings: dict[str, Any]) -> bool:
     """Whether `path` and its companions come from these settings."""
     others = path.with_suffix(".pkl"), path.with_name(f"{path.stem}_stats.pt")
@@ -281,7 +284,7 @@ def _finished(path: Path, settings: dict[str, Any]) -> bool:
 
 def main(arguments: Arguments) -> Path:
     """Fits, writes the three files, says where they lie; returns the path of the npz."""
-    config = config_of(arguments)
+    config = settings_of(FitConfig, arguments)
     train = load(config.dataset, data_root=arguments.data_root)
     d = int(np.prod(train.image_shape))
     name = f"{train.name}_gmm{config.n_components}_pca{config.n_pca or d}_{config.covariance_type}"
@@ -301,11 +304,11 @@ def main(arguments: Arguments) -> Path:
         f"{config.covariance_type}, {config.engine}"
     )
     fitted = fit_images(config, train.images, test_images=test_images, run=run)
-    mean, std = moments_of(fitted.mixture, fitted.projection)
-    about = fitted.about | {"settings": settings, "environment": runs.environment()}
-    stored = gmm_files.ImageMixture(
-        fitted.mixture, fitted.projection, mean, std, train.image_shape, about
+    fitted = fitted._replace(
+        about=fitted.about | {"settings": settings, "environment": runs.environment()}
     )
+    stored = image_mixture(fitted, train.image_shape)
+    mean, std = stored.mean, stored.std
     if config.n_stat_samples:
         key = jax.random.fold_in(jax.random.key(config.random_state), 2)
         mean, std = sampled_moments(key, stored, config.n_stat_samples, config.batch_size)
@@ -314,7 +317,7 @@ def main(arguments: Arguments) -> Path:
     gmm_files.save_stats(stats, mean, std, train.image_shape)
     gmm_files.save(path, stored)
     run.checkpoint.unlink(missing_ok=True)
-    _say(about, d if fitted.projection is None else len(fitted.projection.components))
+    _say(stored.about, d if fitted.projection is None else len(fitted.projection.components))
     print(f"PyTorch:  {path.with_suffix('.pkl')}, {stats}")
     print(f"JAX:      {path}")
     return path
