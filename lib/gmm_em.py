@@ -238,6 +238,7 @@ def fit(
             np.full(shape, np.nan),
             origin,
         )
+        del start  # at d = 3072 it is a third of what a fit holds, unless the caller keeps it
         state, done = _resume(run, state)
         gc.collect()  # jaxlib lets go of what it borrowed from numpy when garbage is collected
         converged = _converged(state, done, held_out is not None, tolerance)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import ot
 import pytest
+import tyro
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
@@ -360,12 +361,11 @@ def test_settings_out_of_range_are_named(name, value):
         replace(FlowConfig(), **{name: value})
 
 
-def test_bad_lambda_ends_in_one_line(tmp_path):
-    command = [sys.executable, "xp_drmmd/run.py", "--lmbda", "-1", "--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "lmbda" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_lambda_ends_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(Arguments, args=["--lmbda", "-1", "--results", str(tmp_path)])
+    assert "lmbda must be positive and finite, got -1.0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_step_too_long_stops_at_the_step_and_leaves_the_last_good_state(tmp_path):

@@ -288,6 +288,7 @@ def test_fit_is_a_loop_of_steps_and_the_running_mean_a_numpy_loop():
     assert max(jax.tree.leaves(differences)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_gaussian_is_carried_to_a_gaussian():
     """Mean and covariance of what a small network makes of N(0, I)."""
     rng = np.random.default_rng(0)

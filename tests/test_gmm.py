@@ -425,6 +425,7 @@ def test_converges_as_scikit_learn():
     assert len(result.log_likelihoods) == theirs.n_iter_ < 100
 
 
+@pytest.mark.slow
 def test_held_out_data_stop_the_fit():
     """Few points in many dimensions: held-out likelihood falls while training's rises."""
     x = clusters(11, n=200, d=8, num=2)
@@ -559,7 +560,7 @@ def test_duplicated_points():
     assert np.isfinite(result.log_likelihoods).all()
 
 
-@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("structure", [pytest.param("full", marks=pytest.mark.slow), "diag"])
 def test_an_emptied_component_is_kept_at_weight_0(structure):
     x = clusters(15, n=100, num=1)
     start = start_of(x, structure, num=2)
@@ -572,6 +573,7 @@ def test_an_emptied_component_is_kept_at_weight_0(structure):
     assert (np.asarray(sample(jax.random.key(0), result.mixture, 50)[1]) == 0).all()
 
 
+@pytest.mark.slow
 def test_too_few_points_warn():
     x = clusters(16, n=40)
     start = start_of(x[:12], "full")

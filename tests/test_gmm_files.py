@@ -381,6 +381,7 @@ def test_sizes_that_cannot_be(monkeypatch):
         FitConfig(engine="sklearn", covariance_type="low_rank")
 
 
+@pytest.mark.slow
 def test_singular_covariances_are_announced(monkeypatch):
     """As with 100 components on CIFAR-10: a warning with the way out, and no more than that where
     there is memory; where there is not, an error before any work."""

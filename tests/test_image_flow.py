@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from lib import plotting
+from lib.runs import one_line_errors
+from xp_transfer_learning.image_flow import Arguments, main
 
 REPOSITORY = Path(__file__).parents[1]
 SHORT = ["--num_per_class", "10", "--n_epochs", "30", "--record_every", "10"]
@@ -110,11 +113,15 @@ def test_noise_flows_to_the_classes_of_the_target(tmp_path):
         (("--src_dataset", "digits", "--tgt_dataset", "digits", *SHORT, "--n_epochs", "0"), "n_ep"),
     ],
 )
-def test_bad_arguments_end_in_one_clear_line(tmp_path, arguments, words):
-    done = run(tmp_path, *arguments)
-    assert done.returncode != 0
-    assert words in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_bad_arguments_end_in_one_clear_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "no data"))
+    arguments = tyro.cli(Arguments, args=["--results", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        main(arguments)
+    assert stop.value.code == 1
+    errors = capsys.readouterr().err
+    assert words in errors.strip().splitlines()[-1]
+    assert "Traceback" not in errors
     assert not list(tmp_path.rglob("arrays.npz"))
 
 

@@ -138,6 +138,7 @@ def test_data_mixing_notebook_draws_quick_results_and_committed_ones(tmp_path, m
     assert count(outputs, "text/markdown") == len(shown) + ("recovery" in shown)
 
 
+@pytest.mark.slow
 def test_gmm_notebook_fits_and_draws_committed_results(tmp_path, monkeypatch):
     """A mixture made on the spot; the comparisons from committed summaries, as far as there are."""
     committed = {path.stem for path in (REPOSITORY / "xp_gmm_source/published").glob("*.json")}

@@ -336,7 +336,7 @@ def test_distance_is_the_root_of_the_power():
 
 
 @x64
-@pytest.mark.parametrize(("n", "m"), [(5, 6), (1, 6)])
+@pytest.mark.parametrize(("n", "m"), [(5, 6), pytest.param(1, 6, marks=pytest.mark.slow)])
 def test_exact_with_weights(n, m):
     x, y, directions = clouds(n, m)
     for a, b in ((mass(n), mass(m, 1)), (mass(n), None), (None, 7 * mass(m, 1))):

@@ -125,7 +125,7 @@ def test_feature_network_classifies_digits(digits, network):
     ("network", "shape", "num_features"),
     [
         (MLP(4, hidden=(9, 7)), (8, 8, 1), 7),
-        (LeNet5(4), (12, 12, 1), 84),
+        pytest.param(LeNet5(4), (12, 12, 1), 84, marks=pytest.mark.slow),
         (ConvNet(4, depth=2, width=5), (8, 8, 3), 20),
     ],
 )

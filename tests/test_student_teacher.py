@@ -70,6 +70,7 @@ def test_mmd_flow_is_gradient_descent_on_the_loss():
     np.testing.assert_allclose(velocity, len(student) * gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_drmmd_flow_is_that_of_its_kernel(x64):
     """Witness 2 (1 + lambda) (S + lambda)^-1 (m_mu - m_pi) by a dense solve on the inputs."""
     student, train, _ = (jax.tree.map(lambda z: z.astype(float), z) for z in draw())

@@ -88,7 +88,7 @@ def test_sinusoids_against_numpy():
     np.testing.assert_allclose(sinusoids(jnp.asarray(times), 6), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("channels", [12, 16])
+@pytest.mark.parametrize("channels", [pytest.param(12, marks=pytest.mark.slow), 16])
 def test_norm_is_the_group_norm_of_flax(channels):
     x = 3 * normal(0, 3, 5, 4, channels) + 1
     parameters = {"params": {"scale": normal(1, channels), "bias": normal(2, channels)}}

@@ -175,15 +175,19 @@ def _same_coordinates(images: np.ndarray, projection: Projection | None, data: R
 
 def _fit_with_jax(config, data: Rows, run, show_progress) -> tuple[gmm.Mixture, dict[str, Any]]:
     key = jax.random.key(config.random_state)
-    start = kmeans_start(
-        key, data, config.n_components, structure_of(config), regularisation=config.reg_covar
-    )
     with warnings.catch_warnings():
         # `check_sizes` has said it already, in the words of the command.
         warnings.filterwarnings("ignore", message=".*full covariances.*")
         result = fit(
             data,
-            start,
+            # No name for the start: `fit` lets go of it.
+            kmeans_start(
+                key,
+                data,
+                config.n_components,
+                structure_of(config),
+                regularisation=config.reg_covar,
+            ),
             regularisation=config.reg_covar,
             tolerance=config.tol,
             max_iterations=config.max_iter,
