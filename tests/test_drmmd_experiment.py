@@ -362,9 +362,12 @@ def test_settings_out_of_range_are_named(name, value):
 
 
 def test_bad_lambda_ends_in_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         tyro.cli(Arguments, args=["--lmbda", "-1", "--results", str(tmp_path)])
-    assert "lmbda must be positive and finite, got -1.0" in capsys.readouterr().err
+    assert stop.value.code != 0
+    errors = capsys.readouterr().err
+    assert "lmbda must be positive and finite, got -1.0" in errors
+    assert "Traceback" not in errors
     assert not list(tmp_path.iterdir())
 
 

@@ -49,6 +49,15 @@ STRUCTURES = {
     "low rank": gmm_covariances.low_rank(jax.random.key(5), 2),
 }
 SKLEARN = ("full", "tied", "diag", "spherical")
+
+
+def quick(*names):
+    """All structures; the others than these are slow."""
+    return [
+        name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in STRUCTURES
+    ]
+
+
 quiet_fit = partial(fit, show_progress=False)
 
 
@@ -515,7 +524,7 @@ def test_bad_input():
         log_prob(start, jnp.asarray(x[:, :3], jnp.float32))
 
 
-@pytest.mark.parametrize("structure", ["full", "low rank"])
+@pytest.mark.parametrize("structure", quick("full", "low rank"))
 def test_constant_features_are_given_a_ridge(structure):
     """Without regularisation: recorded, and with it not needed."""
     x = clusters(14, n=200)
@@ -560,7 +569,7 @@ def test_duplicated_points():
     assert np.isfinite(result.log_likelihoods).all()
 
 
-@pytest.mark.parametrize("structure", [pytest.param("full", marks=pytest.mark.slow), "diag"])
+@pytest.mark.parametrize("structure", quick("diag"))
 def test_an_emptied_component_is_kept_at_weight_0(structure):
     x = clusters(15, n=100, num=1)
     start = start_of(x, structure, num=2)

@@ -23,6 +23,7 @@ import tyro
 from lib import runs
 from lib.row_files import RowFile, check_distinct, open_rows
 from lib.rows import check_same_width
+from lib.settings import check_sizes
 from xp_data_mixing import report as reports
 from xp_data_mixing.mixing import MixingResult, estimate
 
@@ -84,9 +85,7 @@ class MMDDataMixer:
         sigma = self.sigma_bandwidth
         if sigma != "auto" and not (isinstance(sigma, int | float) and 0 < sigma < math.inf):
             raise ValueError(f"sigma_bandwidth must be positive and finite or auto, got {sigma!r}")
-        for name in ("rff_dimension", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_sizes(self, "rff_dimension", "chunk_size")
         for name in ("ridge_penalty", "prior_strength"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must lie in [0, inf), got {getattr(self, name)}")

@@ -46,8 +46,8 @@ class FitConfig:
 
     def __post_init__(self):
         check_sizes(self, "n_components", "batch_size", "max_iter", "rank")
-        if self.n_pca is not None and self.n_pca < 1:
-            raise ValueError(f"n_pca must be at least 1, got {self.n_pca}")
+        if self.n_pca is not None:
+            check_sizes(self, "n_pca")
         if self.n_stat_samples < 0 or self.n_stat_samples == 1:
             raise ValueError(f"n_stat_samples must be 0 or >= 2, got {self.n_stat_samples}")
         check_not_negative(self, "reg_covar", "tol")
