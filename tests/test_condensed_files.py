@@ -1,0 +1,315 @@
+"""Condensed sets on disk: the round trip, the reader that needs numpy alone, and damaged files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lib import datasets, runs
+from xp_dataset_distillation import condensed_numpy, export, factor
+from xp_dataset_distillation.export import Condensed
+
+FASHION = ("T-shirt/top", "Trouser", "Bag")
+
+
+def condensed(*, num=2, shape=(7, 6, 3), names=("ant", "bee", "cat"), cells=2, seed=0) -> Condensed:
+    channels = shape[2]
+    return Condensed(
+        images=np.random.default_rng(seed).random((len(names), num, *shape), np.float32),
+        class_names=names,
+        factor=cells,
+        mean=np.array([0.1307, 0.5, 0.25][:channels], np.float32),
+        std=np.array([0.3081, 0.2, 0.1][:channels], np.float32),
+        dataset="insects",
+        about={"settings": {"steps": 3, "rates": [0.1, 1.0]}, "commit": "abc"},
+    )
+
+
+def assert_same(one: Condensed, other: Condensed):
+    for name in ("images", "mean", "std"):
+        assert getattr(one, name).dtype == np.float32
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    for name in ("class_names", "factor", "dataset", "about"):
+        assert getattr(one, name) == getattr(other, name)
+
+
+# ---- Round trips
+
+
+@pytest.mark.parametrize("names", [("ant", "bee", "cat"), FASHION, ("only",)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_saved_is_loaded_bit_for_bit_and_is_a_folder_of_images(tmp_path, names, channels):
+    stored = condensed(names=names, shape=(7, 6, channels))
+    export.save(tmp_path / "deep" / "set", stored)
+    for path in (tmp_path / "deep" / "set", tmp_path / "deep" / "set" / "condensed.npz"):
+        assert_same(export.load(path), stored)
+    for path in (tmp_path / "deep" / "set", tmp_path / "deep" / "set" / "images"):
+        folder = datasets.load(path)
+        wanted = np.rint(stored.images.astype(np.float64) * 255).reshape(-1, 7, 6, channels)
+        np.testing.assert_array_equal(folder.images, wanted)
+        np.testing.assert_array_equal(folder.labels, np.repeat(np.arange(len(names)), 2))
+        assert folder.class_names == export.folder_names(names)
+    assert os.listdir(tmp_path / "deep") == ["set"]
+
+
+def test_the_metadata_of_the_archive_are_those_of_the_file_and_say_it_all(tmp_path):
+    export.save(tmp_path / "set", condensed())
+    metadata = json.loads((tmp_path / "set" / "metadata.json").read_text())
+    assert metadata == condensed_numpy.load(tmp_path / "set")[2]
+    assert metadata["mean"] == [0.1307, 0.5, 0.25]
+    assert metadata["std"] == [0.3081, 0.2, 0.1]
+    assert metadata["factor"] == 2
+    assert metadata["class_names"] == ["ant", "bee", "cat"]
+    assert metadata["dataset"] == "insects"
+    assert metadata["image_shape"] == [7, 6, 3]
+    assert metadata["about"]["settings"] == {"steps": 3, "rates": [0.1, 1.0]}
+    assert "align_corners=False" in metadata["decode"]
+
+
+def test_the_commit_is_noted_where_none_is_given(tmp_path):
+    export.save(tmp_path / "set", condensed()._replace(about={}))
+    found = export.load(tmp_path / "set").about
+    assert found["commit"] == runs.environment()["commit"]
+
+
+def test_many_images_keep_their_order_as_files(tmp_path):
+    stored = condensed(num=1002, shape=(2, 2, 1), names=("a",), cells=1)
+    export.save(tmp_path / "set", stored)
+    wanted = np.rint(stored.images[0].astype(np.float64) * 255)
+    np.testing.assert_array_equal(datasets.load(tmp_path / "set").images, wanted)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.text(max_size=6), min_size=1, max_size=12, unique=True))
+def test_sorted_folders_have_the_classes_labels(names):
+    folders = export.folder_names(names)
+    assert list(folders) == sorted(folders)
+    assert len({folder.lower() for folder in folders}) == len(names)
+    for folder in folders:
+        assert folder == folder.strip()
+        assert not set(folder) & set('/\\:*?"<>|\n\0')
+        assert folder[0] != "."
+
+
+def test_class_names_are_kept_as_folders_where_they_can_be():
+    assert export.folder_names(tuple("0123456789")) == tuple("0123456789")
+    assert export.folder_names(FASHION) == ("0_T-shirt-top", "1_Trouser", "2_Bag")
+    assert export.folder_names(("test", "train")) == ("0_test", "1_train")
+    assert export.folder_names(("A", "a")) == ("0_A", "1_a")
+
+
+# ---- Replacing
+
+
+def test_another_export_is_replaced_whole_and_anything_else_is_kept(tmp_path):
+    export.save(tmp_path / "set", condensed(num=3))
+    export.save(tmp_path / "set", condensed(num=1))
+    assert len(list(tmp_path.glob("set/images/ant/*"))) == 1
+    (tmp_path / "set" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="set holds something other than condensed images"):
+        export.save(tmp_path / "set", condensed())
+    assert (tmp_path / "set" / "notes.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file holds something other"):
+        export.save(tmp_path / "file", condensed())
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch, there):
+    if there:
+        export.save(tmp_path / "set", condensed(num=3))
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export.save(tmp_path / "set", condensed(num=1))
+    assert os.listdir(tmp_path) == ["set"] * there
+    if there:
+        assert_same(export.load(tmp_path / "set"), condensed(num=3))
+
+
+def test_a_failed_swap_puts_the_old_export_back(tmp_path, monkeypatch):
+    export.save(tmp_path / "set", condensed(num=3))
+    rename, calls = os.replace, []
+
+    def fail_to_move_in(source, target):
+        if Path(target) == tmp_path / "set" and not calls:
+            calls.append(source)
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_to_move_in)
+    with pytest.raises(OSError, match="no"):
+        export.save(tmp_path / "set", condensed(num=1))
+    assert calls
+    assert os.listdir(tmp_path) == ["set"]
+    assert_same(export.load(tmp_path / "set"), condensed(num=3))
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    (tmp_path / ".set.0123.tmp" / "images").mkdir(parents=True)
+    export.save(tmp_path / "set", condensed())
+    assert os.listdir(tmp_path) == ["set"]
+
+
+# ---- With numpy alone
+
+
+@pytest.mark.parametrize("cells", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(8, 8, 1), (7, 10, 3)])
+def test_decoding_with_numpy_is_that_of_the_runs(tmp_path, shape, cells):
+    stored = condensed(shape=shape, cells=cells)
+    export.save(tmp_path / "set", stored)
+    images, labels, _ = condensed_numpy.load(tmp_path / "set")
+    wanted = factor.decode(jnp.asarray(stored.images), cells)
+    assert images.dtype == np.float32
+    np.testing.assert_allclose(images, wanted.reshape(-1, *shape), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(labels, np.repeat(np.arange(3), 2 * cells**2))
+    assert labels.dtype == np.int32
+
+
+def test_the_reader_needs_numpy_and_nothing_else(tmp_path):
+    export.save(tmp_path / "set", condensed())
+    (tmp_path / "copied.py").write_bytes(Path(condensed_numpy.__file__).read_bytes())
+    program = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top not in sys.stdlib_module_names and top not in ("numpy", "copied"):
+            raise ImportError(f"{name} is imported")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import jax
+except ImportError:
+    import copied
+    images, labels, metadata = copied.load("set")
+    print(images.shape, labels.tolist(), metadata["dataset"])
+"""
+    # Without the site packages' own start-up files, which may import anything.
+    site = str(Path(np.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path.append({site!r}){program}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == f"(24, 7, 6, 3) {[0] * 8 + [1] * 8 + [2] * 8} insects", done
+
+
+# ---- Bad input
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"images": np.full((3, 1, 4, 4, 1), 1.5)}, r"in \[0, 1\], not in \[1.5, 1.5\]"),
+        ({"images": np.full((3, 1, 4, 4, 1), -0.1)}, r"in \[0, 1\], not in \[-0.1, -0.1\]"),
+        ({"images": np.full((3, 1, 4, 4, 1), np.nan)}, "NaN"),
+        ({"images": np.zeros((3, 1, 4, 4, 2))}, "1 or 3 channels, not 2"),
+        ({"images": np.zeros((3, 0, 4, 4, 1))}, r"not float32\[0, 4, 4, 1\]"),
+        ({"images": np.zeros((2, 1, 4, 4, 1))}, r"\[3 classes, n, H, W, channels\], not \[2, 1"),
+        ({"images": np.zeros((3, 4, 4, 1))}, r"not \[3, 4, 4, 1\]"),
+        ({"class_names": ("a", "b", "a")}, "class names are different"),
+        ({"class_names": ("a", "b", "")}, "class names are different"),
+        ({"factor": 5}, "factor 5 leaves no pixels of images of 4 x 4"),
+        ({"factor": 0}, "factor 0 leaves no pixels"),
+        ({"factor": 1.5}, "factor is a int, not 1.5"),
+        ({"mean": [0.1, 0.2]}, "mean has 1 numbers"),
+        ({"std": [0.0]}, "std has 1 positive numbers"),
+        ({"std": [np.nan]}, "std has 1 positive numbers"),
+    ],
+)
+def test_sets_that_cannot_be_are_refused_before_anything_is_written(tmp_path, changed, message):
+    fine = condensed(shape=(4, 4, 1))
+    export.checked(fine)
+    with pytest.raises(ValueError, match=message):
+        export.save(tmp_path / "set", fine._replace(**changed))
+    assert not os.listdir(tmp_path)
+
+
+def test_every_flipped_byte_of_the_data_is_noticed(tmp_path):
+    export.save(tmp_path / "set", condensed())
+    path = tmp_path / "set" / "condensed.npz"
+    content = path.read_bytes()
+    for place in range(200, len(content) - 400, 97):
+        changed = bytearray(content)
+        changed[place] ^= 0x10
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"condensed\.npz"):
+            condensed_numpy.load(path)
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path):
+    path = tmp_path / "condensed.npz"
+    for reader in (condensed_numpy.load, export.load):
+        with pytest.raises(FileNotFoundError):
+            reader(path)
+    export.save(tmp_path / "set", condensed())
+    content = (tmp_path / "set" / "condensed.npz").read_bytes()
+    foreign = {
+        "truncated": content[: len(content) // 2],
+        "text": b"hello",
+        "empty": b"",
+    }
+    for written in foreign.values():
+        path.write_bytes(written)
+        for reader in (condensed_numpy.load, export.load):
+            with pytest.raises(ValueError, match=r"condensed\.npz holds no condensed images"):
+                reader(path)
+
+
+def test_archives_with_other_members_are_refused(tmp_path):
+    path = tmp_path / "other.npz"
+    good = condensed()
+    export.save(tmp_path / "set", good)
+    with np.load(tmp_path / "set" / "condensed.npz") as members:
+        members = dict(members)
+    metadata = json.loads(str(members["metadata"]))
+    cases = [
+        ({"images": members["images"]}, "holds no condensed images"),
+        (members | {"metadata": np.array({"a": 1}, object)}, "allow_pickle"),
+        (members | {"metadata": np.asarray("no json")}, "holds no condensed images"),
+        (members | {"metadata": np.asarray("[1]")}, "not of the format"),
+        (members | {"metadata": np.asarray(json.dumps({"format": "x"}))}, "not of the format"),
+        (members | {"labels": members["labels"][::-1]}, "labels are int32, 0 to 2 in order"),
+        (members | {"labels": members["labels"].astype(float)}, "labels are int32"),
+        (members | {"images": members["images"].astype(float)}, "images are float32"),
+        (members | {"images": members["images"][1:]}, "5 images are no equal number of 3"),
+        (
+            members | {"metadata": np.asarray(json.dumps(metadata | {"class_names": [1, 2, 3]}))},
+            "class names are different texts",
+        ),
+        (
+            members | {"metadata": np.asarray(json.dumps(metadata | {"mean": ["a", 1, 2]}))},
+            "mean has 3 numbers",
+        ),
+    ]
+    for content, message in cases:
+        np.savez(path, **content)
+        with pytest.raises(ValueError, match=rf"other\.npz.*{message}"):
+            condensed_numpy.load(path)
+
+
+def test_a_factor_that_leaves_no_pixels_is_refused_by_the_decoder():
+    with pytest.raises(ValueError, match="factor 3 leaves no pixels of images of 2 x 8"):
+        condensed_numpy.decode(np.zeros((1, 2, 8, 1)), 3)
+
+
+def test_settings_that_json_does_not_know_leave_nothing(tmp_path):
+    with pytest.raises(TypeError, match="no JSON for"):
+        export.save(tmp_path / "set", condensed()._replace(about={"a": object()}))
+    assert not os.listdir(tmp_path)
