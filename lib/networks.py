@@ -1,7 +1,8 @@
 """Networks, as flax.linen modules: `init` and `apply` are pure, so an ensemble is a vmap.
 
 Images are [N, H, W, channels] with values as the caller normalised them; outputs are logits
-[N, classes].
+[N, num_classes], or, where `num_classes` is None, the features [N, f] that go into the last linear
+layer. Parameters of the one serve the other, which has no use for the last layer's.
 """
 
 from typing import ClassVar, Literal
@@ -12,7 +13,8 @@ from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float
 
 Images = Float[Array, "n height width channels"]
-Logits = Float[Array, "n classes"]
+Outputs = Float[Array, "n classes_or_features"]
+Norm = Literal["instance", "layer", "none"]
 
 # torch's default for convolutions and linear layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), whose
 # variance is 1 / (3 fan_in). It scales biases alike; here they start at 0.
@@ -22,15 +24,15 @@ torch_like = variance_scaling(1 / 3, "fan_in", "uniform")
 class MLP(nn.Module):
     """Dense layers of `hidden` units with ReLU between them, on images as rows of pixels."""
 
-    num_classes: int = 10
+    num_classes: int | None = 10
     hidden: tuple[int, ...] = (128,)
 
     @nn.compact
-    def __call__(self, images: Images) -> Logits:
+    def __call__(self, images: Images) -> Outputs:
         x = images.reshape(len(images), -1)
         for units in self.hidden:
             x = nn.relu(nn.Dense(units)(x))
-        return nn.Dense(self.num_classes)(x)
+        return x if self.num_classes is None else nn.Dense(self.num_classes)(x)
 
 
 class LeNet5(nn.Module):
@@ -44,11 +46,11 @@ class LeNet5(nn.Module):
 
     SMALLEST: ClassVar[int] = 12
 
-    num_classes: int = 10
+    num_classes: int | None = 10
     first_kernel: int = 1
 
     @nn.compact
-    def __call__(self, images: Images) -> Logits:
+    def __call__(self, images: Images) -> Outputs:
         self.check(images.shape[1:])
         # The batch comes last until the dense layers: see `_PatchConv`.
         x = jnp.transpose(images, (3, 1, 2, 0))
@@ -57,17 +59,12 @@ class LeNet5(nn.Module):
         x = x.reshape(-1, x.shape[-1]).T
         x = nn.relu(nn.Dense(120)(x))
         x = nn.relu(nn.Dense(84)(x))
-        return nn.Dense(self.num_classes)(x)
+        return x if self.num_classes is None else nn.Dense(self.num_classes)(x)
 
     @classmethod
     def check(cls, image_shape: tuple[int, ...]) -> None:
         """Raises ValueError for images (height, width, channels) that are too small."""
-        height, width = image_shape[:2]
-        if min(height, width) < cls.SMALLEST:
-            raise ValueError(
-                f"LeNet-5 needs images of at least {cls.SMALLEST} x {cls.SMALLEST}, "
-                f"these have {height} x {width}"
-            )
+        _check_side("LeNet-5", image_shape, cls.SMALLEST)
 
 
 class _PatchConv(nn.Module):
@@ -110,22 +107,198 @@ class ConvNet(nn.Module):
     the network of data set condensation (Zhao and Bilen, 2021).
 
     28x28 images are padded to 32x32. With the defaults it has 317,706 parameters at 28x28 grey and
-    320,010 at 32x32 colour. `norm` "instance" is a group norm with as many groups as channels.
+    320,010 at 32x32 colour. `norm` "instance" is a group norm with as many groups as channels,
+    "layer" one over all of an image's pixels and channels, with a scale and a shift for each. The
+    features are the last pool's output, flattened: 2,048 by default. Images smaller than 2^depth a
+    side raise ValueError.
     """
 
-    num_classes: int = 10
+    num_classes: int | None = 10
     depth: int = 3
     width: int = 128
-    norm: Literal["instance", "none"] = "instance"
+    norm: Norm = "instance"
 
     @nn.compact
-    def __call__(self, images: Images) -> Logits:
-        x = images
-        if x.shape[1] == x.shape[2] == 28:
-            x = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    def __call__(self, images: Images) -> Outputs:
+        self.check(images.shape[1:])
+        x = _padded(images)
         for _ in range(self.depth):
             x = nn.Conv(self.width, (3, 3), kernel_init=torch_like)(x)
-            if self.norm == "instance":
-                x = nn.GroupNorm(num_groups=None, group_size=1, epsilon=1e-5)(x)
-            x = nn.avg_pool(nn.relu(x), (2, 2), strides=(2, 2))
-        return nn.Dense(self.num_classes, kernel_init=torch_like)(x.reshape(len(x), -1))
+            x = nn.avg_pool(nn.relu(_normalised(x, self.norm)), (2, 2), strides=(2, 2))
+        return _head(x, self.num_classes)
+
+    def check(self, image_shape: tuple[int, ...]) -> None:
+        """Raises ValueError for images (height, width, channels) that are too small."""
+        _check_side(f"A ConvNet of depth {self.depth}", image_shape, 2**self.depth)
+
+
+class AlexNet(nn.Module):
+    """Five convolutions, three 2x2 max pools and a linear layer: AlexNet (Krizhevsky et al., 2012)
+    for small images, as Zhao and Bilen (2021) test condensed sets with.
+
+    They have no norm in it. 28x28 images are padded to 32x32; at this size it has 1,872,202
+    parameters for colour images, 1,865,802 for grey ones.
+    """
+
+    SMALLEST: ClassVar[int] = 8
+
+    num_classes: int | None = 10
+    widths: tuple[int, int, int, int, int] = (128, 192, 256, 192, 192)
+    norm: Norm = "none"
+
+    @nn.compact
+    def __call__(self, images: Images) -> Outputs:
+        self.check(images.shape[1:])
+        x = _padded(images)
+        for i, (width, size) in enumerate(zip(self.widths, (5, 5, 3, 3, 3))):
+            x = nn.Conv(width, (size, size), kernel_init=torch_like)(x)
+            x = nn.relu(_normalised(x, self.norm))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2)) if i in (0, 1, 4) else x
+        return _head(x, self.num_classes)
+
+    def check(self, image_shape: tuple[int, ...]) -> None:
+        """Raises ValueError for images (height, width, channels) that are too small."""
+        _check_side("AlexNet", image_shape, self.SMALLEST)
+
+
+class VGG11(nn.Module):
+    """Eight 3x3 convolutions with norms, five 2x2 max pools, one linear layer: VGG-11 (Simonyan and
+    Zisserman, 2015) for small images, as Zhao and Bilen (2021) test condensed sets with.
+
+    28x28 images are padded to 32x32. `widths` are those between two pools. 9,231,114 parameters for
+    colour images, 9,229,962 for grey ones.
+    """
+
+    SMALLEST: ClassVar[int] = 32
+
+    num_classes: int | None = 10
+    widths: tuple[tuple[int, ...], ...] = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+    norm: Norm = "instance"
+
+    @nn.compact
+    def __call__(self, images: Images) -> Outputs:
+        self.check(images.shape[1:])
+        x = _padded(images)
+        for stage in self.widths:
+            for width in stage:
+                x = nn.Conv(width, (3, 3), kernel_init=torch_like)(x)
+                x = nn.relu(_normalised(x, self.norm))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        return _head(x, self.num_classes)
+
+    def check(self, image_shape: tuple[int, ...]) -> None:
+        """Raises ValueError for images (height, width, channels) that are too small."""
+        if tuple(image_shape[:2]) != (28, 28):
+            _check_side("VGG-11", image_shape, self.SMALLEST)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al., 2016) for small images, as Zhao and Bilen (2021) test condensed sets
+    with: a 3x3 convolution of stride 1 at the door and no pool after it, then two basic blocks at
+    each width, all but the first width at half the side of the one before, the mean over pixels,
+    and a linear layer.
+
+    11,173,962 parameters for colour images, 11,172,810 for grey ones.
+    """
+
+    SMALLEST: ClassVar[int] = 9  # below, the last norms are over one pixel, and leave nothing of it
+
+    num_classes: int | None = 10
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    norm: Norm = "instance"
+
+    @nn.compact
+    def __call__(self, images: Images) -> Outputs:
+        self.check(images.shape[1:])
+        x = nn.relu(_normalised(_plain_conv(images, self.widths[0], 3, 1), self.norm))
+        for stage, width in enumerate(self.widths):
+            x = self.block(x, width, stride=1 if stage == 0 else 2)
+            x = self.block(x, width, stride=1)
+        return _head(x.mean(axis=(1, 2)), self.num_classes)
+
+    def block(self, x, width: int, stride: int):
+        """Two 3x3 convolutions, and the input added: through a 1x1 one where shapes differ."""
+        y = nn.relu(_normalised(_plain_conv(x, width, 3, stride), self.norm))
+        y = _normalised(_plain_conv(y, width, 3, 1), self.norm)
+        if stride > 1 or x.shape[3] != width:
+            x = _normalised(_plain_conv(x, width, 1, stride), self.norm)
+        return nn.relu(y + x)
+
+    def check(self, image_shape: tuple[int, ...]) -> None:
+        """Raises ValueError for images (height, width, channels) that are too small."""
+        _check_side("ResNet-18", image_shape, self.SMALLEST)
+
+
+# What the networks share
+
+
+def _padded(images):
+    """28x28 images at the size the networks are made for, 32x32."""
+    if images.shape[1:3] != (28, 28):
+        return images
+    return jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+
+
+def _plain_conv(x, width: int, size: int, stride: int):
+    """A convolution without biases, the padding the same at both ends whatever the stride."""
+    padding = [(size // 2,) * 2] * 2
+    conv = nn.Conv(width, (size, size), stride, padding, use_bias=False, kernel_init=torch_like)
+    return conv(x)
+
+
+def _normalised(x, norm):
+    """Moments are an image's own: no running statistics, no difference in training."""
+    if norm == "instance":
+        return nn.GroupNorm(num_groups=None, group_size=1, epsilon=1e-5)(x)
+    if norm == "layer":
+        axes = (1, 2, 3)
+        return nn.LayerNorm(epsilon=1e-5, reduction_axes=axes, feature_axes=axes)(x)
+    if norm == "none":
+        return x
+    raise ValueError(f'norm is "instance", "layer" or "none", got {norm!r}')
+
+
+def _head(x, num_classes: int | None) -> Outputs:
+    x = x.reshape(len(x), -1)
+    return x if num_classes is None else nn.Dense(num_classes, kernel_init=torch_like)(x)
+
+
+def _check_side(network: str, image_shape: tuple[int, ...], smallest: int) -> None:
+    height, width = image_shape[:2]
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"{network} needs images of at least {smallest} x {smallest}, "
+            f"these have {height} x {width}"
+        )
+
+
+# By name
+
+
+def network_by_name(
+    name: str,
+    num_classes: int | None,
+    image_shape: tuple[int, int, int],
+    *,
+    width: int = 128,
+    depth: int = 3,
+) -> nn.Module:
+    """The network that tests of condensed sets know by this name: convnet (of `width` and `depth`,
+    which the others have none of), mlp (two hidden layers of 128), lenet, alexnet, vgg11, resnet18.
+
+    Raises ValueError on other names, and for images (height, width, channels) that are too small.
+    """
+    networks = {
+        "convnet": ConvNet(num_classes, depth=depth, width=width),
+        "mlp": MLP(num_classes, hidden=(128, 128)),
+        "lenet": LeNet5(num_classes, first_kernel=5),
+        "alexnet": AlexNet(num_classes),
+        "vgg11": VGG11(num_classes),
+        "resnet18": ResNet18(num_classes),
+    }
+    if name not in networks:
+        raise ValueError(f"no network {name!r}; there are {', '.join(networks)}")
+    network = networks[name]
+    if not isinstance(network, MLP):
+        network.check(image_shape)
+    return network

@@ -1,5 +1,7 @@
 """Networks against torch's functions, in float64, with the same parameters."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,19 @@ import torch
 import torch.nn.functional as F
 from jax import lax
 
-from lib.networks import MLP, ConvNet, LeNet5, _PatchConv, _pool, torch_like
+from lib.networks import (
+    MLP,
+    VGG11,
+    AlexNet,
+    ConvNet,
+    LeNet5,
+    ResNet18,
+    _normalised,
+    _PatchConv,
+    _pool,
+    network_by_name,
+    torch_like,
+)
 
 x64 = pytest.mark.usefixtures("x64")
 
@@ -64,16 +78,65 @@ def lenet(parameters, x, padding):
     return dense(F.relu(dense(x, parameters["Dense_1"])), parameters["Dense_2"])
 
 
+def instance_norm(x, layer):
+    return F.instance_norm(x, weight=layer["scale"], bias=layer["bias"], eps=1e-5)
+
+
+def padded(x):
+    return F.pad(x, (2, 2, 2, 2)) if x.shape[2:] == (28, 28) else x
+
+
+def flat(x):
+    return x.permute(0, 2, 3, 1).flatten(1)
+
+
 def convnet(parameters, x, depth, norm):
-    if x.shape[2:] == (28, 28):
-        x = F.pad(x, (2, 2, 2, 2))
+    x = padded(x)
     for i in range(depth):
         x = convolution(x, parameters[f"Conv_{i}"], 1)
         if norm == "instance":
-            layer = parameters[f"GroupNorm_{i}"]
-            x = F.instance_norm(x, weight=layer["scale"], bias=layer["bias"], eps=1e-5)
+            x = instance_norm(x, parameters[f"GroupNorm_{i}"])
+        if norm == "layer":
+            layer = parameters[f"LayerNorm_{i}"]
+            scale, shift = (layer[name].permute(2, 0, 1) for name in ("scale", "bias"))
+            x = F.layer_norm(x, x.shape[1:], scale, shift, eps=1e-5)
         x = F.avg_pool2d(F.relu(x), 2)
-    return dense(x.permute(0, 2, 3, 1).flatten(1), parameters["Dense_0"])
+    return dense(flat(x), parameters["Dense_0"])
+
+
+def alexnet(parameters, x):
+    x = padded(x)
+    for i, padding in enumerate((2, 2, 1, 1, 1)):
+        x = F.relu(convolution(x, parameters[f"Conv_{i}"], padding))
+        x = F.max_pool2d(x, 2) if i in (0, 1, 4) else x
+    return dense(flat(x), parameters["Dense_0"])
+
+
+def vgg(parameters, x, stages):
+    x, i = padded(x), 0
+    for layers in stages:
+        for _ in range(layers):
+            x = convolution(x, parameters[f"Conv_{i}"], 1)
+            x, i = F.relu(instance_norm(x, parameters[f"GroupNorm_{i}"])), i + 1
+        x = F.max_pool2d(x, 2)
+    return dense(flat(x), parameters["Dense_0"])
+
+
+def resnet(parameters, x, widths):
+    numbers = iter(range(100))
+
+    def layer(x, stride=1):
+        i = next(numbers)
+        kernel = parameters[f"Conv_{i}"]["kernel"].permute(3, 2, 0, 1)
+        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[2] // 2)
+        return instance_norm(x, parameters[f"GroupNorm_{i}"])
+
+    x = F.relu(layer(x))
+    for i, width in enumerate(widths):
+        for stride in (1 if i == 0 else 2, 1):
+            y = layer(F.relu(layer(x, stride)))
+            x = F.relu(y + (x if x.shape == y.shape else layer(x, stride)))
+    return dense(x.mean(dim=(2, 3)), parameters["Dense_0"])
 
 
 def assert_same(results, expected):
@@ -98,8 +161,52 @@ def assert_same(results, expected):
     ],
 )
 def test_number_of_parameters(network, shape, count):
+    assert number_of_parameters(network, shape) == count
+
+
+def number_of_parameters(network, shape):
     parameters = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == count
+    return sum(leaf.size for leaf in jax.tree.leaves(parameters))
+
+
+def conv_numbers(widths, sizes, *, biases=1, norms=2):
+    """Of a chain of convolutions: kernels, biases, scales and shifts of the norms."""
+    pairs = zip(widths, widths[1:], sizes)
+    return sum(size**2 * before * after + (biases + norms) * after for before, after, size in pairs)
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((32, 32, 3), 3), ((28, 28, 1), 1)])
+def test_number_of_parameters_by_name(shape, channels):
+    """Layer by layer, with what goes into the last one."""
+    chain = conv_numbers((64, 64, 64, 64, 64), (3,) * 4, biases=0)
+    for width in (64, 128, 256):
+        blocks = (width,) + (2 * width,) * 4
+        chain += conv_numbers(blocks, (3,) * 4, biases=0)
+        chain += conv_numbers((width, 2 * width), (1,), biases=0)
+    side, pixels = shape[0], np.prod(shape)
+    lenet = conv_numbers((channels, 6, 16), (5, 5), norms=0)
+    inside = (side // 2 - 4) // 2
+    expected = {
+        "convnet": (conv_numbers((channels, 128, 128, 128), (3,) * 3), 4 * 4 * 128),
+        "mlp": ((pixels + 1) * 128 + 129 * 128, 128),
+        "lenet": (lenet + (inside**2 * 16 + 1) * 120 + 121 * 84, 84),
+        "alexnet": (
+            conv_numbers((channels, 128, 192, 256, 192, 192), (5, 5, 3, 3, 3), norms=0),
+            4 * 4 * 192,
+        ),
+        "vgg11": (
+            conv_numbers((channels, 64, 128, 256, 256, 512, 512, 512, 512), (3,) * 8),
+            512,
+        ),
+        "resnet18": (conv_numbers((channels, 64), (3,), biases=0) + chain, 512),
+    }
+    for name, (inner, features) in expected.items():
+        for classes, last in ((None, 0), (7, (features + 1) * 7)):
+            network = network_by_name(name, classes, shape)
+            assert number_of_parameters(network, shape) == inner + last, name
+        bare = network_by_name(name, None, shape).init_with_output
+        out, _ = jax.eval_shape(bare, jax.random.key(0), jnp.zeros((2, *shape)))
+        assert out.shape == (2, features), name
 
 
 @x64
@@ -178,6 +285,7 @@ def test_mlp_and_its_gradients(hidden):
         ({"depth": 3, "norm": "instance"}, (2, 28, 28, 1)),
         ({"depth": 2, "norm": "instance"}, (3, 11, 14, 3)),
         ({"depth": 2, "norm": "none"}, (1, 12, 9, 3)),
+        ({"depth": 1, "norm": "layer"}, (2, 5, 4, 3)),
     ],
 )
 def test_convnet_and_its_gradients(options, shape):
@@ -186,6 +294,74 @@ def test_convnet_and_its_gradients(options, shape):
     results = value_and_gradients(network, parameters, images, weights)
     expected = by_torch(lambda p, x: convnet(p, x, **options), parameters, images, weights)
     assert_same(results, expected)
+
+
+@x64
+@pytest.mark.parametrize(
+    ("network", "function", "shape"),
+    [
+        (ResNet18(4, widths=(2, 3)), partial(resnet, widths=(2, 3)), (2, 10, 9, 3)),
+        (AlexNet(4, widths=(2, 3, 2, 3, 2)), alexnet, (2, 8, 9, 3)),
+        (VGG11(4, widths=((2,), (3, 2))), partial(vgg, stages=(1, 2)), (1, 28, 28, 1)),
+    ],
+    ids=["resnet", "alexnet", "vgg"],
+)
+def test_deep_networks_and_their_gradients(network, function, shape):
+    images, weights = normal(0, *shape), normal(1, shape[0], 4)
+    parameters = random_parameters(network, images)
+    results = value_and_gradients(network, parameters, images, weights)
+    assert_same(results, by_torch(function, parameters, images, weights))
+
+
+@x64
+@pytest.mark.parametrize(
+    ("network", "last"),
+    [
+        (MLP(3, hidden=(5,)), "Dense_1"),
+        (LeNet5(3), "Dense_2"),
+        (ConvNet(3, depth=1, width=2, norm="none"), "Dense_0"),
+    ],
+    ids=["mlp", "lenet", "convnet"],
+)
+def test_features_are_what_the_last_layer_takes(network, last):
+    images = jnp.asarray(normal(0, 2, 12, 12, 1))
+    parameters = random_parameters(network, images)
+    features, logits = jax.jit(
+        lambda p: (network.clone(num_classes=None).apply(p, images), network.apply(p, images))
+    )(parameters)
+    layer = parameters["params"][last]
+    expected = np.asarray(features) @ layer["kernel"] + layer["bias"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("convnet", (8, 7, 1), "ConvNet of depth 3 needs images of at least 8 x 8.* 8 x 7"),
+        ("lenet", (11, 12, 1), "LeNet-5 needs .* 12 x 12, these have 11 x 12"),
+        ("alexnet", (7, 8, 3), "AlexNet needs .* 8 x 8, these have 7 x 8"),
+        ("vgg11", (31, 32, 3), "VGG-11 needs .* 32 x 32, these have 31 x 32"),
+        ("resnet18", (9, 8, 3), "ResNet-18 needs .* 9 x 9, these have 9 x 8"),
+        ("resnet34", (32, 32, 3), "no network 'resnet34'; there are convnet, mlp"),
+    ],
+)
+def test_images_too_small_and_unknown_names_raise(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        network_by_name(name, 10, shape)
+    if not message.startswith("no"):
+        network = network_by_name(name, 10, (32, 32, shape[2]))
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))
+
+
+def test_width_and_depth_are_those_of_the_convnet():
+    network = network_by_name("convnet", 10, (8, 8, 1), width=4, depth=2)
+    assert number_of_parameters(network, (8, 8, 1)) == 4 * 12 + 4 * 39 + 10 * (2 * 2 * 4 + 1)
+
+
+def test_an_unknown_norm_raises():
+    with pytest.raises(ValueError, match="norm is .* got 'batch'"):
+        _normalised(jnp.zeros((1, 2, 2, 1)), "batch")
 
 
 def test_initial_weights_are_uniform_as_those_of_torch():
