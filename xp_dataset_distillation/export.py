@@ -94,7 +94,7 @@ def _metadata(condensed: Condensed) -> dict[str, Any]:
 def folder_names(class_names: Sequence[str]) -> tuple[str, ...]:
     """A folder's name for every class, such that sorted folders have the classes' labels.
 
-    The class names themselves where all are fit for that, else e.g. "00_T-shirt-top" for all.
+    The class names themselves where all are fit for that, else all like "0_T-shirt-top".
     """
     fit = all(
         _tidy(name) == name == name.strip()
