@@ -1,0 +1,202 @@
+"""Checks of the MMD behind condensation, and of what condensed sets share with the real ones.
+
+    python xp_dataset_distillation/checks.py mmd
+    python xp_dataset_distillation/checks.py moments --dataset fashion_mnist --iterations 1000
+
+`mmd`: samples whose distributions differ in their first, second or third moment alone: how many
+standard errors of equal distributions each loss is above 0. `moments`: condenses a data set with
+each kernel and prints how far the first four moments of its features are from the real ones'.
+"""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Union
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tyro.conf import subcommand
+
+from lib import runs
+from xp_dataset_distillation import condense, losses, moments
+from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig
+from xp_dataset_distillation.factor import decode
+from xp_dataset_distillation.objectives import feature_network
+from xp_dataset_distillation.presets import CPU
+
+KERNELS = ("linear", "polynomial", "gaussian", "energy", "rff")
+
+
+# ---- Known moments
+
+
+def known_samples(key: jax.Array, which: str, num: int, dimension: int) -> jax.Array:
+    """Draws [num, dimension] of independent coordinates. equal: N(0, 1). mean: N(.3, 1). variance:
+    N(0, 1.5). skewness: exponential, moved and scaled to mean 0 and variance 1."""
+    if which == "skewness":
+        return jax.random.exponential(key, (num, dimension)) - 1
+    normal = jax.random.normal(key, (num, dimension))
+    return {"equal": normal, "mean": normal + 0.3, "variance": 1.5**0.5 * normal}[which]
+
+
+MOMENTS = ("order 1", "order 2", "order 3", "order 4", "covariance")
+DIFFERENCES = ("equal", "mean", "variance", "skewness")
+
+
+def mmd_table(
+    *, num: int = 200, dimension: int = 5, repeats: int = 50
+) -> dict[str, dict[str, float]]:
+    """For each kernel and difference, (mean loss - mean loss of equal distributions) / standard
+    deviation of the loss of equal distributions, over `repeats` pairs of samples of `num` points.
+    """
+    table: dict[str, dict[str, float]] = {}
+    for kernel in KERNELS:
+        loss = losses.class_loss(kernel)
+
+        def value(key, which, loss=loss):
+            x_key, y_key, loss_key = jax.random.split(key, 3)
+            x = known_samples(x_key, which, num, dimension)
+            return loss(loss_key, x, known_samples(y_key, "equal", num, dimension))
+
+        keys = jax.random.split(jax.random.key(0), repeats)
+        found = {
+            which: np.asarray(
+                jax.jit(lambda keys, which=which: jax.lax.map(lambda k: value(k, which), keys))(
+                    keys
+                )
+            )
+            for which in DIFFERENCES
+        }
+        null = found["equal"]
+        table[kernel] = {
+            which: float((values.mean() - null.mean()) / null.std(ddof=1))
+            for which, values in found.items()
+        }
+    return table
+
+
+@dataclass(frozen=True)
+class Mmd:
+    """Distributions that differ in one moment alone."""
+
+    num: int = 200
+    """Points a sample."""
+    dimension: int = 5
+    repeats: int = 50
+    results: Path = Path("results")
+
+
+def run_mmd(arguments: Mmd) -> Path:
+    table = mmd_table(num=arguments.num, dimension=arguments.dimension, repeats=arguments.repeats)
+    print(f"| kernel | {' | '.join(DIFFERENCES[1:])} |\n|---|{'---|' * len(DIFFERENCES[1:])}")
+    for kernel, row in table.items():
+        print(f"| {kernel} | {' | '.join(f'{row[name]:.1f}' for name in DIFFERENCES[1:])} |")
+    path = arguments.results / EXPERIMENT / "check_mmd.json"
+    about = {"arguments": arguments, "environment": runs.environment()}
+    runs.write_json(path, {**about, "table": table})
+    print(f"numbers: {path}")
+    return path
+
+
+# ---- Moments of condensed sets
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of the features of condensed and real images."""
+
+    dataset: str = "digits"
+    kernels: tuple[str, ...] = ("linear", "polynomial", "gaussian")
+    images_per_class: int = 10
+    factor: int = 1
+    iterations: int = 1000
+    lr: float | None = None
+    width: int = CPU.width
+    depth: int = CPU.depth
+    real_batch: int = CPU.real_batch
+    augmentation: str = CPU.augmentation
+    num_networks: int = 5
+    """Random networks, others than those that condensed, over which the differences are averaged.
+    """
+    num_real: int = 1000
+    """Real images a class, at most."""
+    seed: int = 0
+    results: Path = Path("results")
+    data_root: Path | None = None
+
+
+def moment_differences(
+    config: CondenseConfig, images: np.ndarray, problem: condense.Problem, *,
+    num_networks: int, num_real: int,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """`moments.moment_differences` of every class and network, [networks, classes] a measure."""
+    network = feature_network(config, problem.setting)
+    decoded = np.asarray(decode(jnp.asarray(images), config.factor))
+
+    @jax.jit
+    def features(parameters, images):
+        return network.apply(parameters, problem.setting.normalised(images))
+
+    found: dict[str, list] = {name: [] for name in MOMENTS}
+    for key in jax.random.split(jax.random.key(12345), num_networks):
+        parameters = network.init(key, jnp.zeros((1, *problem.real.image_shape)))
+        for c, first in enumerate(problem.real.starts):
+            count = min(problem.real.counts[c], num_real)
+            real = problem.real.images[first : first + count] / np.float32(255)
+            pair = [features(parameters, jnp.asarray(images)) for images in (real, decoded[c])]
+            orders, covariance = moments.moment_differences(*pair)
+            for name, value in zip(MOMENTS, (*orders, covariance)):
+                found[name].append(float(value))
+    return {name: np.reshape(values, (num_networks, -1)) for name, values in found.items()}
+
+
+def run_moments(arguments: Moments) -> Path:
+    shared = {field.name for field in dataclasses.fields(CondenseConfig)}
+    settings = {name: value for name, value in vars(arguments).items() if name in shared}
+    start = "real" if arguments.factor == 1 else "mixed"
+    base = CondenseConfig(**settings, start=start)
+    problem = condense.problem(base, arguments.data_root)
+    rows = {}
+    key = jax.random.split(jax.random.key(arguments.seed), 3)[0]
+    sets = {"start": condense.start(key, base, problem.real)}
+    for kernel in arguments.kernels:
+        run = condense.condense(
+            replace(base, kernel=kernel),
+            seed=arguments.seed,
+            results=arguments.results,
+            data_root=arguments.data_root,
+        )
+        sets[kernel] = run.load_arrays()["images"]
+    for label, images in sets.items():
+        rows[label] = moment_differences(
+            base,
+            images,
+            problem,
+            num_networks=arguments.num_networks,
+            num_real=arguments.num_real,
+        )
+    names = list(rows["start"])
+    print(f"| condensed by | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for label, row in rows.items():
+        print(f"| {label} | {' | '.join(f'{row[name].mean():.4g}' for name in names)} |")
+    path = arguments.results / EXPERIMENT / f"check_moments_{Path(arguments.dataset).stem}.json"
+    about = {"arguments": arguments, "environment": runs.environment()}
+    runs.write_json(path, {**about, "rows": rows})
+    print(f"numbers: {path}")
+    return path
+
+
+Check = Union[  # noqa: UP007  tyro's subcommands
+    Annotated[Mmd, subcommand("mmd")], Annotated[Moments, subcommand("moments")]
+]
+
+
+def main(arguments: Mmd | Moments) -> Path:
+    return run_mmd(arguments) if isinstance(arguments, Mmd) else run_moments(arguments)
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors():
+        main(tyro.cli(Check))

@@ -1,0 +1,266 @@
+"""Settings of data set condensation: how images are condensed, and how they are judged."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lib.settings import check_not_negative, check_positive, check_sizes
+
+EXPERIMENT = "xp_dataset_distillation"
+"""The folder of results."""
+
+Method = Literal["echo", "dm", "mmdsw"]
+KernelName = Literal["gaussian", "gaussian_fixed", "linear", "polynomial", "energy", "rff"]
+Start = Literal["real", "mixed", "noise"]
+Dialect = Literal["idc", "dsa"]
+NetworkName = Literal["convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18"]
+Preset = Literal["quick", "paper", "gpu"]
+
+
+@dataclass(frozen=True)
+class CondenseConfig:
+    """A labelled set of images, condensed into `images_per_class` images of every class."""
+
+    dataset: str = "fashion_mnist"
+    """A data set's name, or the path of a folder or zip of images."""
+    images_per_class: int = 10
+    method: Method = "echo"
+    """echo: MMD between the features of a class and of its condensed images. dm: the same with the
+    linear kernel. mmdsw: MMD between all classes at once, by a sliced-Wasserstein kernel."""
+    kernel: KernelName = "gaussian"
+    """Of echo. gaussian: five bandwidths about the mean distance; gaussian_fixed: exp(-gamma D),
+    gamma .1, 1, 5; rff: the first by random features."""
+    bandwidth_scale: float = 1.0
+    """Of gaussian and rff: multiplies their five squared bandwidths."""
+    num_features: int = 500
+    """Frequencies of rff."""
+    space: Literal["features", "pixels"] = "features"
+    """Where the distributions are compared. pixels: without network."""
+    factor: int = 2
+    """A stored image holds factor x factor images of the size of the data."""
+    start: Start = "mixed"
+    """real: images of the class. mixed: a smaller real image in every cell. noise: grey noise."""
+    iterations: int = 10_000
+    iterations_per_network: int = 5
+    num_networks: int = 1
+    """Random networks a step, whose losses are averaged."""
+    real_batch: int = 256
+    """Real images of a class a step."""
+    most_decoded: int = 200
+    """Decoded condensed images of a class a step, at most: more are subsampled at random."""
+    lr: float | None = None
+    """None: images_per_class, the published rule for images of 32 x 32 pixels."""
+    momentum: float = 0.5
+    sequential: bool = True
+    """The published loop: a step for each class in turn, momentum carrying over; joined into one
+    (see `condense.step_of`). False: one step of heavy ball for all classes."""
+    augmentation: str = "color_crop_cutout"
+    dialect: Dialect = "idc"
+    flips: bool | None = None
+    """None: never for digits (the data sets digits, mnist, svhn, usps and kmnist)."""
+    network: NetworkName = "convnet"
+    width: int = 128
+    depth: int = 3
+    num_directions: int = 500
+    """Of mmdsw."""
+    class_chunk: int | None = None
+    """Classes whose features are held at a time; None: all."""
+    size: int | None = None
+    """Side of the images, to which they are resized; None: as they are."""
+    num_per_class: int | None = None
+    """Training images a class, drawn at random; None: all."""
+    held_out: int = 0
+    """Training images a class that are kept away, to choose settings by."""
+    records: int = 5
+    """How many times the images are kept on the way."""
+
+    def __post_init__(self):
+        check_sizes(
+            self, "images_per_class", "factor", "iterations", "iterations_per_network",
+            "num_networks", "real_batch", "most_decoded", "width", "depth", "num_directions",
+            "num_features", "records",
+        )  # fmt: skip
+        check_positive(self, "bandwidth_scale")
+        check_not_negative(self, "held_out")
+        if self.lr is not None:
+            check_positive(self, "lr")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        for name in ("class_chunk", "size", "num_per_class"):
+            if getattr(self, name) is not None:
+                check_sizes(self, name)
+        if self.most_decoded < self.factor**2:
+            raise ValueError(
+                f"most_decoded {self.most_decoded} is less than one image of factor {self.factor}"
+            )
+        if self.method == "mmdsw" and self.class_chunk is not None:
+            raise ValueError("mmdsw compares all classes at once: class_chunk is not for it")
+
+    @property
+    def step_size(self) -> float:
+        return float(self.images_per_class) if self.lr is None else self.lr
+
+
+def dm(base: CondenseConfig) -> CondenseConfig:
+    """Zhao and Bilen (2023): the linear kernel, a new network and a joint step each time, real
+    images to start from, no factor, one operation of augmentation at a time."""
+    return replace(
+        base,
+        method="dm",
+        kernel="linear",
+        factor=1,
+        start="real",
+        iterations_per_network=1,
+        sequential=False,
+        lr=1.0,
+        augmentation="color_crop_cutout_flip_scale_rotate",
+        dialect="dsa",
+    )
+
+
+def mmdsw(base: CondenseConfig) -> CondenseConfig:
+    """Bonet et al. (2025): one network and one augmentation a step for all classes."""
+    return replace(dm(base), method="mmdsw", kernel="gaussian", momentum=0.9, most_decoded=10_000)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """How a classifier is trained from scratch on condensed images; what counts is its accuracy
+    on the test split after the last epoch."""
+
+    num_epochs: int = 1000
+    batch_size: int = 64
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd: with momentum .9 and weight decay 5e-4."""
+    lr: float = 0.01
+    milestones: tuple[float, ...] = ()
+    """Shares of the training after which the rate is multiplied by `decay`."""
+    decay: float = 0.2
+    augmentation: str = ""
+    dialect: Dialect = "dsa"
+    cutmix: float = 0.0
+    """Probability that a batch is mixed."""
+    network: NetworkName = "convnet"
+    width: int = 128
+    depth: int = 3
+
+    def __post_init__(self):
+        check_sizes(self, "num_epochs", "batch_size", "width", "depth")
+        check_positive(self, "lr", "decay")
+        if not 0 <= self.cutmix <= 1:
+            raise ValueError(f"cutmix must be a probability, got {self.cutmix}")
+        if not all(0 < milestone < 1 for milestone in self.milestones):
+            raise ValueError(f"milestones are shares of the training, got {self.milestones}")
+
+
+EVALUATORS = {
+    "dm": Evaluator(
+        batch_size=256,
+        milestones=(0.5,),
+        decay=0.1,
+        augmentation="color_crop_cutout_flip_scale_rotate",
+    ),
+    "idc": Evaluator(
+        milestones=(2 / 3, 5 / 6),
+        augmentation="color_crop_flip_scale_rotate",
+        cutmix=0.5,
+    ),
+    "wow": Evaluator(optimizer="adamw", lr=3e-4),
+}
+"""The three published protocols, but that each of them reports the last epoch."""
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """Training images in place of condensed ones."""
+
+    dataset: str = "fashion_mnist"
+    kind: Literal["random", "herding", "kmeans", "whole"] = "random"
+    """random: drawn. herding: whose mean of features follows the class's (Welling, 2009). kmeans:
+    centres of clusters of pixels. whole: all training images."""
+    images_per_class: int = 10
+    """Not of whole."""
+    feature_epochs: int = 5
+    """Of herding: the training, on all images, of the network whose features count."""
+    feature_width: int = 128
+    feature_depth: int = 3
+    size: int | None = None
+    num_per_class: int | None = None
+    held_out: int = 0
+
+    def __post_init__(self):
+        check_sizes(self, "images_per_class", "feature_epochs", "feature_width", "feature_depth")
+        check_not_negative(self, "held_out")
+        for name in ("size", "num_per_class"):
+            if getattr(self, name) is not None:
+                check_sizes(self, name)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Who judges: an evaluator, and how many classifiers it trains on each set."""
+
+    evaluator: Evaluator
+    num_networks: int = 3
+    whole_epochs: int = 10
+    """Of the whole set, whose epochs are long."""
+
+    def __post_init__(self):
+        check_sizes(self, "num_networks", "whole_epochs")
+
+
+Entry = CondenseConfig | BaselineConfig
+
+
+# ---- Comparisons
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Entries, at several numbers of images a class, under judges."""
+
+    entries: dict[str, Entry]
+    images_per_class: tuple[int, ...]
+    judges: dict[str, Judged]
+    """By the name that the table gives them; architectures are judges too."""
+
+    def at(self, images_per_class: int) -> dict[str, Entry]:
+        """The entries with this number of images a class; the whole set stays what it is."""
+        return {
+            label: entry
+            if isinstance(entry, BaselineConfig) and entry.kind == "whole"
+            else replace(entry, images_per_class=images_per_class)
+            for label, entry in self.entries.items()
+        }
+
+
+def baselines(dataset: str, *kinds: str, **settings) -> dict[str, BaselineConfig]:
+    titles = {
+        "random": "Random",
+        "herding": "Herding",
+        "kmeans": "K-means",
+        "whole": "whole set",
+    }
+    return {titles[kind]: BaselineConfig(dataset, kind=kind, **settings) for kind in kinds}
+
+
+def order(base: CondenseConfig) -> dict[str, CondenseConfig]:
+    """First-order against higher-order alignment, with and without factor."""
+    entries = {}
+    for factor in (1, 2):
+        for kernel in ("linear", "gaussian"):
+            start: Start = "real" if factor == 1 else "mixed"
+            entries[f"{kernel}, factor {factor}"] = replace(
+                base, kernel=kernel, factor=factor, start=start
+            )
+    return entries
+
+
+def kernels(base: CondenseConfig) -> dict[str, CondenseConfig]:
+    """Every kernel, and the Gaussian one at other bandwidths."""
+    names: tuple[KernelName, ...] = (
+        "gaussian", "gaussian_fixed", "linear", "polynomial", "energy", "rff",
+    )  # fmt: skip
+    entries = {name: replace(base, kernel=name) for name in names}
+    for scale in (0.1, 0.3, 3.0, 10.0):
+        entries[f"gaussian, bandwidths x {scale:g}"] = replace(base, bandwidth_scale=scale)
+    return entries

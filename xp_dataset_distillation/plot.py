@@ -1,0 +1,87 @@
+"""Figures of this experiment, drawn from stored results alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from lib import plotting
+from xp_dataset_distillation import tables
+
+MOST_SHOWN = 10
+
+
+def condensed(images: np.ndarray, class_names: tuple[str, ...], title: str = "") -> Figure:
+    """Images [classes, n, H, W, c] in [0, 1], a class a line."""
+    images = images[:, :MOST_SHOWN]
+    classes, n = images.shape[:2]
+    figure, axis = plt.subplots(figsize=(0.62 * n + 1.4, 0.62 * classes + 0.3))
+    plotting.show_images(axis, images)
+    height = images.shape[2] + 1
+    for i, name in enumerate(class_names):
+        axis.text(-2, (i + 0.5) * height, name, ha="right", va="center", fontsize=7)
+    axis.set_title(title, fontsize=9)
+    return figure
+
+
+def along(records: np.ndarray, steps: np.ndarray, losses: np.ndarray) -> Figure:
+    """The first image of every class at each record, a record a line, above the loss."""
+    figure, axes = plt.subplots(
+        2, 1, figsize=(6, 0.55 * len(records) + 2.6), height_ratios=(0.55 * len(records), 2.2)
+    )
+    plotting.show_images(axes[0], records[:, :, 0] / 255)
+    height = records.shape[3] + 1
+    for i, step in enumerate(steps):
+        axes[0].text(-2, (i + 0.5) * height, str(step), ha="right", va="center", fontsize=7)
+    axes[1].plot(losses, lw=0.4, color="0.7")
+    width = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axes[1].plot(np.arange(len(smooth)) + width / 2, smooth)
+    axes[1].set(xlabel="step", ylabel="loss", yscale="log" if (losses > 0).all() else "linear")
+    return figure
+
+
+def accuracies(rows: list[dict]) -> Figure:
+    """A panel a judge: accuracy of every entry, a marker a number of images a class; bars are the
+    sample standard deviation over sets."""
+    judges = list(dict.fromkeys(row["judge"] for row in rows))
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    size = (3.4 * len(judges) + 1.2, 0.32 * len(labels) + 1.2)
+    figure, axes = plt.subplots(1, len(judges), figsize=size, squeeze=False, sharey=True)
+    numbers = sorted({row["images_per_class"] for row in rows if row["images_per_class"]})
+    for axis, judge in zip(axes[0], judges):
+        for row in (row for row in rows if row["judge"] == judge):
+            values = 100 * np.atleast_2d(row["accuracies"])
+            each = values.mean(axis=1) if len(values) > 1 else values[0]
+            error = each.std(ddof=1) if len(each) > 1 else 0
+            n = row["images_per_class"]
+            if n is None:
+                axis.axvline(values.mean(), color="0.6", ls=":")
+                continue
+            colour = plotting.CLASS_COLOURS[numbers.index(n)]
+            place = labels.index(row["label"])
+            axis.errorbar(values.mean(), place, xerr=error, fmt="o", ms=4, color=colour)
+        axis.set(title=judge, xlabel="accuracy, %")
+        axis.grid(axis="x", lw=0.3)
+    shown = [label for label in labels if label != "whole set"]
+    axes[0, 0].set_yticks([labels.index(label) for label in shown], shown)
+    axes[0, 0].invert_yaxis()
+    handles = [
+        plt.Line2D([], [], marker="o", ls="", ms=4, color=plotting.CLASS_COLOURS[i])
+        for i in range(len(numbers))
+    ]
+    names = [f"{n} a class" for n in numbers]
+    if any(row["images_per_class"] is None for row in rows):
+        handles.append(plt.Line2D([], [], color="0.6", ls=":"))
+        names.append("whole set")
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=7)
+    return figure
+
+
+def summary_figure(summary: Path) -> Path:
+    """Draws a summary's accuracies beside it."""
+    rows = tables.relative(json.loads(summary.read_text())["rows"])
+    with plotting.style():
+        return plotting.save_figure(accuracies(rows), summary.with_suffix(".png"))

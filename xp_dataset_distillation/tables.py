@@ -1,0 +1,69 @@
+"""Tables of accuracies, from stored summaries alone."""
+
+from typing import Any
+
+import numpy as np
+
+
+def spread(values: np.ndarray) -> str:
+    """Percent: mean over sets and classifiers ± sample standard deviation over sets of the mean
+    over classifiers; of one set, over classifiers."""
+    values = 100 * np.atleast_2d(np.asarray(values, float))
+    each = values.mean(axis=1) if len(values) > 1 else values[0]
+    if len(each) < 2:
+        return f"{values.mean():.1f}"
+    return f"{values.mean():.1f} ± {each.std(ddof=1):.1f}"
+
+
+def mean(row: dict[str, Any]) -> float:
+    return float(np.mean(row["accuracies"]))
+
+
+def relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `over_random`, the accuracy less that of Random at the same number of images
+    and judge, and `share_of_whole`, the ratio to the whole set's; None where these are not there.
+    """
+    base = {(row["label"], row["images_per_class"], row["judge"]): mean(row) for row in rows}
+    whole = {row["judge"]: mean(row) for row in rows if row["label"] == "whole set"}
+    found = []
+    for row in rows:
+        random = base.get(("Random", row["images_per_class"], row["judge"]))
+        of_whole = whole.get(row["judge"])
+        found.append(
+            row
+            | {
+                "over_random": None if random is None else mean(row) - random,
+                "share_of_whole": None if not of_whole else mean(row) / of_whole,
+            }
+        )
+    return found
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """For each judge one table: a line an entry, accuracies by images a class."""
+    parts = []
+    for judge in dict.fromkeys(row["judge"] for row in rows):
+        these = [row for row in relative(rows) if row["judge"] == judge]
+        numbers = sorted({row["images_per_class"] for row in these if row["images_per_class"]})
+        heads = [f"{number} a class" for number in numbers]
+        lines = [
+            f"| {judge} | {' | '.join(heads)} | over Random | of the whole set |",
+            f"|---|{'---|' * (len(heads) + 2)}",
+        ]
+        for label in dict.fromkeys(row["label"] for row in these):
+            own = {row["images_per_class"]: row for row in these if row["label"] == label}
+            if None in own:
+                cells = [spread(own[None]["accuracies"])] + [""] * (len(numbers) - 1)
+                lines.append(f"| {label} | {' | '.join(cells)} | | 100% |")
+                continue
+            cells = [spread(own[n]["accuracies"]) if n in own else "" for n in numbers]
+            over = _joined(own, numbers, "over_random", "{:+.1f}")
+            share = _joined(own, numbers, "share_of_whole", "{:.0f}%")
+            lines.append(f"| {label} | {' | '.join(cells)} | {over} | {share} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _joined(own, numbers, name, form) -> str:
+    values = [own[n][name] for n in numbers if n in own]
+    return " / ".join("" if value is None else form.format(100 * value) for value in values)
