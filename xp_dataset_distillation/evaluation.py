@@ -77,7 +77,7 @@ def optimizer(evaluator: Evaluator, num_steps: int) -> optax.GradientTransformat
         momentum=0.9,
         weight_decay=5e-4,
         milestones=milestones,
-        decay=evaluator.decay,
+        factor=evaluator.decay,
     )
 
 
@@ -122,7 +122,7 @@ def accuracies(
     augmentation = augment.parse(
         evaluator.augmentation, dialect=evaluator.dialect, flips=about.flips
     )
-    batches = -(-len(training.images) // min(evaluator.batch_size, len(training.images)))
+    batches = classification.steps_per_epoch(len(training.images), evaluator.batch_size)
     parameters, _ = classification.fit_seeds(
         jax.random.split(key, num_networks),
         network,
