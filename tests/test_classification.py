@@ -1,4 +1,8 @@
-"""Training against a plain loop with gradients in numpy, in float64."""
+"""Training against a plain loop with gradients in numpy, in float64; optimisers against torch's;
+resuming."""
+
+import signal
+from contextlib import contextmanager
 
 import flax.linen as nn
 import jax
@@ -6,10 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from scipy.special import log_softmax
 
-from lib.classification import accuracy, adam, predict, train, train_seeds
+from lib import classification, runs
+from lib.classification import (
+    accuracy,
+    adam,
+    adamw,
+    fit_seeds,
+    predict,
+    sgd,
+    steps_per_epoch,
+    train,
+    train_seeds,
+)
+from lib.gd import DivergedError
 from lib.networks import LeNet5
+from lib.runs import Interrupted, RunFileError
 
 
 class Linear(nn.Module):
@@ -41,40 +59,63 @@ def blobs(n, num_classes=3, size=2, separation=1.0, seed=0):
     return means[labels] + rng.normal(size=(n, size, size, 1)), labels
 
 
-def plain_loop(key, images, labels, optimizer, num_epochs, batch_size):
+def mixed(key, images, targets):
+    """Noise, and every image and target mixed with another's; targets no longer sum to 1."""
+    noise_key, partner_key = jax.random.split(key)
+    partners = jax.random.permutation(partner_key, len(images))
+    images = images + 0.1 * jax.random.normal(noise_key, images.shape, images.dtype)
+    return 0.6 * images + 0.4 * images[partners], 0.6 * targets + 0.5 * targets[partners]
+
+
+def plain_loop(key, images, labels, optimizer, num_epochs, batch_size, transform=None):
     """(weights, biases, losses) of a `Linear`, one batch after the other."""
     key_init, key_shuffle = jax.random.split(key)
     start = Linear().init(key_init, images[:1])["params"]["Dense_0"]
     parameters = np.asarray(start["kernel"]), np.asarray(start["bias"])
     state = optimizer.init(parameters)
-    x, one_hot, losses = images.reshape(len(images), -1), np.eye(3)[labels], []
+    one_hot, losses, step = np.eye(3)[labels], [], 0
     for i in range(num_epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key_shuffle, i), len(x)))
-        total = 0.0
-        while len(order):
-            batch, order = order[:batch_size], order[batch_size:]
-            logs = log_softmax(x[batch] @ parameters[0] + parameters[1], axis=1)
-            total -= (one_hot[batch] * logs).sum()
-            residuals = (np.exp(logs) - one_hot[batch]) / len(batch)
-            gradient = x[batch].T @ residuals, residuals.sum(axis=0)
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key_shuffle, i), len(images)))
+        total, left = 0.0, order
+        while len(left):
+            batch, left = left[:batch_size], left[batch_size:]
+            x, targets = images[batch], one_hot[batch]
+            if transform is not None:
+                filled = np.concatenate([batch, order])[: min(batch_size, len(images))]
+                step_key = jax.random.fold_in(jax.random.fold_in(key, 2), step)
+                made = transform(step_key, *map(jnp.asarray, (images[filled], one_hot[filled])))
+                x, targets = (np.asarray(array)[: len(batch)] for array in made)
+            x, step = x.reshape(len(batch), -1), step + 1
+            logs = log_softmax(x @ parameters[0] + parameters[1], axis=1)
+            total -= (targets * logs).sum()
+            residuals = np.exp(logs) * targets.sum(axis=1, keepdims=True) - targets
+            residuals /= len(batch)
+            gradient = x.T @ residuals, residuals.sum(axis=0)
             updates, state = optimizer.update(gradient, state, parameters)
             parameters = tuple(p + np.asarray(u) for p, u in zip(parameters, updates))
-        losses.append(total / len(x))
+        losses.append(total / len(images))
     return *parameters, losses
 
 
 @pytest.mark.parametrize(
-    ("n", "batch_size", "optimizer"),
-    [(6, 3, SGD), (7, 3, SGD), (7, 3, ADAM), (5, 64, ADAM), (4, 1, SGD), (1, 8, SGD)],
-    ids=["whole", "short", "adam", "one", "single", "point"],
+    ("n", "batch_size", "optimizer", "transform"),
+    [
+        (6, 3, SGD, None),
+        (7, 3, SGD, None),
+        (7, 3, ADAM, None),
+        (5, 64, ADAM, None),
+        (4, 1, SGD, None),
+        (1, 8, SGD, None),
+        (7, 4, SGD, mixed),
+    ],
+    ids=["whole", "short", "adam", "one", "single", "point", "mixed"],
 )
-def test_training_is_the_plain_loop(x64, n, batch_size, optimizer):
+def test_training_is_the_plain_loop(x64, n, batch_size, optimizer, transform):
     images, labels = blobs(n)
     key, options = jax.random.key(3), {"num_epochs": 4, "batch_size": batch_size}
-    parameters, losses = train(
-        key, Linear(), jnp.asarray(images), jnp.asarray(labels), optimizer=optimizer, **options
-    )
-    kernel, bias, expected = plain_loop(key, images, labels, optimizer, **options)
+    options |= {"optimizer": optimizer, "transform": transform}
+    parameters, losses = train(key, Linear(), jnp.asarray(images), jnp.asarray(labels), **options)
+    kernel, bias, expected = plain_loop(key, images, labels, **options)
     layer = parameters["params"]["Dense_0"]
     np.testing.assert_allclose(losses, expected, rtol=1e-10)
     np.testing.assert_allclose(layer["kernel"], kernel, rtol=1e-8, atol=1e-12)
@@ -96,6 +137,145 @@ def test_seeds_at_once_are_seeds_one_by_one():
         assert leaf.shape == reference.shape
         np.testing.assert_allclose(leaf, reference, rtol=1e-5, atol=1e-6 * np.abs(reference).max())
     assert np.ptp(losses, axis=0).min() > 0.01
+
+
+# Sets and seeds, visits and interruptions
+
+KEYS = jax.random.split(jax.random.key(5), 2)
+FLAT = sgd(0.05, momentum=0.9, milestones=(2,), steps_per_epoch=3)
+
+
+def two_sets(n=7):
+    images, labels = zip(*(blobs(n, seed=seed) for seed in (0, 1)))
+    labels = [labels[0], labels[1][::-1]]
+    return jnp.asarray(np.stack(images), jnp.float32), jnp.asarray(np.stack(labels), jnp.int32)
+
+
+def fitted(train=fit_seeds, **changes):
+    images, labels = two_sets()
+    options = {"keys": KEYS, "network": Linear(), "images": images, "labels": labels}
+    options |= {"optimizer": FLAT, "num_epochs": 4, "batch_size": 3, "transform": mixed}
+    options |= {"show_progress": False} if train is fit_seeds else {}
+    return train(**options | changes)
+
+
+def assert_same_bits(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_sets_and_seeds_at_once_are_each_alone():
+    parameters, losses = fitted(train_seeds)
+    assert losses.shape == (2, 2, 4)
+    images, labels = two_sets()
+    for i in range(2):
+        for j, key in enumerate(KEYS):
+            options = {"num_epochs": 4, "batch_size": 3, "transform": mixed}
+            alone = train(key, Linear(), images[i], labels[i], optimizer=FLAT, **options)
+            found = jax.tree.map(lambda leaf, at=(i, j): leaf[at], (parameters, losses))
+            for leaf, reference in zip(jax.tree.leaves(found), jax.tree.leaves(alone)):
+                assert leaf.shape == reference.shape
+                np.testing.assert_allclose(leaf, reference, rtol=1e-5, atol=1e-6)
+    spread = np.ptp(np.asarray(losses).reshape(4, 4), axis=0)
+    assert spread.min() > 0.01
+
+
+@pytest.fixture
+def run(tmp_path):
+    return runs.open_run(tmp_path, "xp", "fit", {}, seed=0)
+
+
+def stop_after(monkeypatch, step, number=signal.SIGINT):
+    """Sends the signal when `step` steps are done, and returns the visits' chunks."""
+    chunks = []
+
+    @contextmanager
+    def progress(total, *, initial, **_):
+        def tick(chunk, **_):
+            chunks.append(chunk)
+            if initial + sum(chunks) == step:
+                signal.raise_signal(number)
+
+        yield tick
+
+    monkeypatch.setattr(classification, "SECONDS_BETWEEN_VISITS", 0.0)
+    monkeypatch.setattr(classification, "progress", progress)
+    return chunks
+
+
+def test_visits_and_interruptions_change_no_bit(monkeypatch, run):
+    """4 epochs of 3 steps: stops within epochs and between them."""
+    whole = fitted(train_seeds)
+    assert_same_bits(fitted(), whole)
+    for step, number in ((1, signal.SIGINT), (6, signal.SIGTERM), (11, signal.SIGINT)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step, number)
+            with pytest.raises(Interrupted, match=f"after step {step};"):
+                fitted(run=run)
+    chunks = stop_after(monkeypatch, -1)
+    assert_same_bits(fitted(run=run), whole)
+    assert chunks == [1]
+    assert_same_bits(fitted(run=run), whole)
+    assert chunks == [1]
+    assert_same_bits(fitted(), whole)
+    assert chunks == [1] * 13
+
+
+def test_a_signal_without_a_folder_is_a_keyboard_interrupt(monkeypatch):
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fitted()
+    assert not isinstance(caught.value, Interrupted)
+
+
+def test_another_runs_checkpoint_is_refused(monkeypatch, run):
+    stop_after(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        fitted(run=run)
+    images, labels = two_sets()
+    changes = [
+        {"images": images.at[1, 3].multiply(1.5)},
+        {"labels": labels[::-1]},
+        {"keys": KEYS[::-1]},
+        {"batch_size": 4},
+        {"num_epochs": 5},
+        {"transform": lambda key, images, targets: (images, targets)},
+        {"optimizer": sgd(0.05, momentum=0.9, milestones=(3,), steps_per_epoch=3)},
+    ]
+    for change in changes:
+        with pytest.raises(RunFileError, match="run with other data|other settings"):
+            fitted(run=run, **change)
+
+
+def test_divergence_names_the_step_and_saves_the_last_good_state(monkeypatch, run):
+    """A step size that becomes infinite at step 5 makes parameters that are not finite."""
+    optimizer = optax.sgd(lambda step: jnp.where(step == 5, jnp.inf, 0.01))
+    stop_after(monkeypatch, -1)
+    with pytest.raises(DivergedError, match=r"in step 5 .*last good state is in") as caught:
+        fitted(optimizer=optimizer, run=run)
+    assert caught.value.step == 5
+    saved, step = run.load_checkpoint((caught.value.state, np.zeros(32, np.uint8)))
+    assert step == 5
+    assert_same_bits(saved[0], caught.value.state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved[0].parameters))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": jnp.zeros((2, 7, 2, 2, 1)).at[1, 2, 0, 1, 0].set(jnp.nan)}, "NaN or infinity"),
+        ({"images": jnp.zeros((2, 6, 2, 2, 1))}, r"label each, got \(2, 6, 2, 2, 1\) and \(2, 7\)"),
+        ({"num_epochs": 0}, "num_epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_raises(changes, message):
+    with pytest.raises(ValueError, match=message):
+        fitted(**changes)
+
+
+# A whole problem
 
 
 def test_a_separable_problem_is_learnt():
@@ -151,3 +331,71 @@ def test_adam_is_one_object_a_step_size_and_steps_as_published():
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         x = x - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
     np.testing.assert_allclose(parameters, x, rtol=1e-5)
+
+
+def descents(optimizer, by_torch, x0, num_steps):
+    """Paths [num_steps, d] from x0 on sum x^4 / 4 + x, by optax and by torch."""
+    x, state, path = jnp.asarray(x0), optimizer.init(jnp.asarray(x0)), []
+    point = torch.tensor(x0, requires_grad=True)
+    step, expected = by_torch(point), []
+    for _ in range(num_steps):
+        updates, state = optimizer.update(x**3 + 1, state, x)
+        x = optax.apply_updates(x, updates)
+        point.grad = point.detach() ** 3 + 1
+        step()
+        path.append(np.asarray(x))
+        expected.append(point.detach().numpy().copy())
+    return np.stack(path), np.stack(expected)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "weight_decay", "milestones"),
+    [(0.0, 0.0, ()), (0.9, 0.3, ()), (0.9, 0.05, (2, 3)), (0.0, 0.1, (1,))],
+)
+def test_sgd_is_that_of_torch(x64, momentum, weight_decay, milestones):
+    """5 epochs of 3 steps, torch's schedule stepping once an epoch."""
+    settings = {"momentum": momentum, "weight_decay": weight_decay}
+    optimizer = sgd(0.1, **settings, milestones=milestones, factor=0.2, steps_per_epoch=3)
+
+    def by_torch(point):
+        reference = torch.optim.SGD([point], lr=0.1, **settings)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(reference, milestones, gamma=0.2)
+        done = 0
+
+        def step():
+            nonlocal done
+            reference.step()
+            done += 1
+            if done % 3 == 0:
+                schedule.step()
+
+        return step
+
+    path, expected = descents(optimizer, by_torch, np.array([1.0, -0.5, 0.2]), 15)
+    np.testing.assert_allclose(path, expected, rtol=1e-12)
+
+
+def test_adamw_is_that_of_torch(x64):
+    for options in ({}, {"weight_decay": 0.4}):
+        path, expected = descents(
+            adamw(0.05, **options),
+            lambda point, options=options: torch.optim.AdamW([point], lr=0.05, **options).step,
+            np.array([1.0, -0.5]),
+            8,
+        )
+        np.testing.assert_allclose(path, expected, rtol=1e-12)
+
+
+def test_optimisers_are_one_object_a_setting_and_milestones_increase():
+    assert sgd(0.1, momentum=0.9) is sgd(0.1, momentum=0.9)
+    assert sgd(0.1, momentum=0.9) is not sgd(0.1, momentum=0.8)
+    assert adamw(0.1) is adamw(0.1)
+    assert adamw(0.1) is not adamw(0.1, weight_decay=0.2)
+    for milestones in ((0,), (3, 3), (4, 2)):
+        with pytest.raises(ValueError, match="milestones must be positive and increase"):
+            sgd(0.1, milestones=milestones)
+
+
+def test_steps_per_epoch_counts_a_short_batch():
+    sizes = [(6, 3), (7, 3), (5, 64), (1, 1)]
+    assert [steps_per_epoch(*size) for size in sizes] == [2, 3, 1, 1]
