@@ -51,29 +51,29 @@ def mmd_table(
     """For each kernel and difference, (mean loss - mean loss of equal distributions) / standard
     deviation of the loss of equal distributions, over `repeats` pairs of samples of `num` points.
     """
-    table: dict[str, dict[str, float]] = {}
+    size = {"num": num, "dimension": dimension}
+    keys = jax.random.split(jax.random.key(0), (2, len(DIFFERENCES), repeats))
+    x = jnp.stack(
+        [
+            jnp.stack([known_samples(key, which, **size) for key in row])
+            for which, row in zip(DIFFERENCES, keys[0])
+        ]
+    )
+    y = jnp.stack([known_samples(key, "equal", **size) for key in keys[1].ravel()])
+    pairs = x.reshape(y.shape), y
+    table = {}
     for kernel in KERNELS:
         loss = losses.class_loss(kernel)
 
-        def value(key, which, loss=loss):
-            x_key, y_key, loss_key = jax.random.split(key, 3)
-            x = known_samples(x_key, which, num, dimension)
-            return loss(loss_key, x, known_samples(y_key, "equal", num, dimension))
+        @jax.jit
+        def values(keys, pairs, loss=loss):
+            return jax.lax.map(lambda one: loss(one[0], *one[1]), (keys, pairs))
 
-        keys = jax.random.split(jax.random.key(0), repeats)
-        found = {
-            which: np.asarray(
-                jax.jit(lambda keys, which=which: jax.lax.map(lambda k: value(k, which), keys))(
-                    keys
-                )
-            )
-            for which in DIFFERENCES
-        }
-        null = found["equal"]
-        table[kernel] = {
-            which: float((values.mean() - null.mean()) / null.std(ddof=1))
-            for which, values in found.items()
-        }
+        loss_keys = jax.random.split(jax.random.key(1), len(y))
+        found = np.asarray(values(loss_keys, pairs)).reshape(len(DIFFERENCES), repeats)
+        null = found[DIFFERENCES.index("equal")]
+        sizes = (found.mean(axis=1) - null.mean()) / null.std(ddof=1)
+        table[kernel] = dict(zip(DIFFERENCES, sizes.tolist()))
     return table
 
 
