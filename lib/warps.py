@@ -7,10 +7,11 @@ Measured on 2 CPU cores for one warp of all images, forward / with the gradient,
 [740, 28, 28, 1] and [1000, 32, 32, 3]:
   one dense [HW, HW] matrix               7.7 / 11     48 / 135
   gather of corners, scatter back         1.3 / 2.8    7.3 / 116
-  `rotate`: gathers both ways             0.9 / 2.8    4.8 / 24
+  `rotate`: gathers both ways             0.9 / 2.3    8.8 / 16
   `sample_grid`: two small products       1.2 / 2.0    11 / 20
 A shift by a slice at a random place takes 0.1 / 0.2 and 0.5 / 1.7: little of a step in any case.
-Neither function scatters, so gradients on a GPU are the same bits each time.
+Places of its own for each image cost `rotate` 15 / 128 and 84 / 245. Neither function scatters: on
+a GPU the order in which a scatter adds is not fixed.
 """
 
 from functools import partial
@@ -58,20 +59,24 @@ def _backward(angle, cotangent):
 rotate.defvjp(_forward, _backward)
 
 
-def _by_rows(function, images):
-    """`function(take, height, width)` where take(i, j, weights) are the weighted pixels at whole
-    (i, j), 0 outside: rows of a matrix [height width, N channels], one gather for all images."""
+def _by_rows(taps, images):
+    """Each output is a sum over `taps`, one gather for all images each: rows i, columns j and
+    weights, [taps, height width], of the pixels it takes, 0 outside."""
     n, height, width, channels = images.shape
+    i, j, weights = taps(height, width)
+    inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+    index = jnp.where(inside, i * width + j, 0).astype(jnp.int32)
+    weights = jnp.where(inside, weights, 0.0).astype(images.dtype)
     matrix = images.reshape(n, height * width, channels).swapaxes(0, 1)
     matrix = matrix.reshape(height * width, n * channels)
 
-    def take(i, j, weights):
-        inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
-        index = jnp.where(inside, i * width + j, 0).astype(jnp.int32)
-        return jnp.where(inside, weights, 0.0).astype(images.dtype)[:, None] * matrix[index]
+    # A loop, since XLA otherwise computes weights again for each image and channel.
+    def add(total, tap):
+        index, weights = tap
+        return total + weights[:, None] * matrix[index], None
 
-    matrix = function(take, height, width).reshape(height * width, n, channels)
-    return matrix.swapaxes(0, 1).reshape(images.shape)
+    total, _ = jax.lax.scan(add, jnp.zeros_like(matrix), (index, weights))
+    return total.reshape(height * width, n, channels).swapaxes(0, 1).reshape(images.shape)
 
 
 def _rotated(angle, i, j, height: int, width: int):
@@ -86,25 +91,27 @@ def _pixels(height: int, width: int):
     return i, j
 
 
-def _sample(angle, take, height: int, width: int):
+def _window(row, column, offsets):
+    """Pixels at these offsets from (row, column) along both axes, [taps, height width]."""
+    a, b = jnp.meshgrid(*[jnp.asarray(offsets, row.dtype)] * 2)
+    return row[None] + a.reshape(-1, 1), column[None] + b.reshape(-1, 1)
+
+
+def _sample(angle, height: int, width: int):
     """Every pixel of the output: the four pixels around where it samples, weighted."""
     row, column = _rotated(angle, *_pixels(height, width), height, width)
-    corners = [(jnp.floor(row) + a, jnp.floor(column) + b) for a in (0, 1) for b in (0, 1)]
-    return sum(take(i, j, _hat(row - i) * _hat(column - j)) for i, j in corners)
+    i, j = _window(jnp.floor(row), jnp.floor(column), (0, 1))
+    return i, j, _hat(row[None] - i) * _hat(column[None] - j)
 
 
-def _collect(angle, take, height: int, width: int):
+def _collect(angle, height: int, width: int):
     """Its transpose: for every pixel, the outputs that sample it. They lie within a square of side
     2 around it, turned back: less than sqrt(2) away along either axis, in 3 x 3 pixels."""
-    i, j = _pixels(height, width)
-    row, column = (jnp.round(x) for x in _rotated(-angle, i, j, height, width))
-    total = 0.0
-    for a in (-1, 0, 1):
-        for b in (-1, 0, 1):
-            source_row, source_column = _rotated(angle, row + a, column + b, height, width)
-            weights = _hat(source_row - i) * _hat(source_column - j)
-            total = total + take(row + a, column + b, weights)
-    return total
+    row, column = _pixels(height, width)
+    centres = (jnp.round(x) for x in _rotated(-angle, row, column, height, width))
+    i, j = _window(*centres, (-1, 0, 1))
+    source_row, source_column = _rotated(angle, i, j, height, width)
+    return i, j, _hat(source_row - row[None]) * _hat(source_column - column[None])
 
 
 def _hat(distance: Array) -> Array:

@@ -18,7 +18,7 @@ from lib.warps import rotate, sample_grid
 
 x64 = pytest.mark.usefixtures("x64")
 ALL = "color_crop_cutout_flip_scale_rotate"
-few = hypothesis.settings(max_examples=3, deadline=None)
+few = hypothesis.settings(max_examples=10, deadline=None)
 NEUTRAL = {
     "flip": False,
     "crop_share": 0.0,
@@ -131,6 +131,7 @@ def test_values_and_gradients_are_those_of_torch(shape):
 
 
 @x64
+@pytest.mark.slow
 @few
 @hypothesis.given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**31))
 def test_any_shape(height, width, channels, seed):
@@ -226,11 +227,10 @@ def test_gradients_by_finite_differences():
 
 
 @x64
-@pytest.mark.parametrize("dialect", ["idc", "dsa"])
-def test_one_set_for_all_is_the_same_for_each(dialect):
+def test_one_set_for_all_is_the_same_for_each():
     images, weights = random_images(10, 4, 8, 8, 1), random_images(11, 4, 8, 8, 1)
     for seed in range(8):
-        one = jit_draw(jax.random.key(seed), parse(ALL, dialect=dialect), None)
+        one = jit_draw(jax.random.key(seed), parse(ALL, dialect="idc"), None)
         assert all(leaf.shape == () for leaf in one)
         each = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (4,)), one)
         results = jit_value_and_gradient(one, images, weights)
