@@ -152,3 +152,21 @@ def test_gmm_notebook_fits_and_draws_committed_results(tmp_path, monkeypatch):
     line = next(line for line in text.splitlines() if "by scikit-learn" in line)
     ours, theirs = (float(word) for word in line.split(": ")[1].split(", "))
     assert abs(ours - theirs) < 1e-8 * abs(theirs)
+
+
+@pytest.mark.slow
+def test_distillation_notebook_condenses_and_draws_committed_results(tmp_path, monkeypatch):
+    """Digits condensed on the spot; comparisons from committed summaries, as far as there are."""
+    folder = REPOSITORY / "xp_dataset_distillation/published"
+    committed = [path for path in folder.glob("*.json") if not path.stem.startswith("check")]
+    images = [
+        path
+        for path in folder.glob("*.png")
+        if path.stem.count("_paper_") and "along" not in path.stem
+    ]
+    monkeypatch.setenv("RESULTS", str(tmp_path))
+    outputs = outputs_of("distillation")
+    assert count(outputs, "text/markdown") == 1 + len(committed)
+    assert count(outputs, "image/png") == 1 + len(committed) + len(images)
+    text = "".join(o.get("text", "") for o in outputs)
+    assert "(10, 8, 8, 1) [0 1 2 3 4 5 6 7 8 9] 1" in text
