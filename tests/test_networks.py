@@ -286,13 +286,15 @@ def test_mlp_and_its_gradients(hidden):
         ({"depth": 2, "norm": "instance"}, (3, 11, 14, 3)),
         ({"depth": 2, "norm": "none"}, (1, 12, 9, 3)),
         ({"depth": 1, "norm": "layer"}, (2, 5, 4, 3)),
+        ({"depth": 2, "norm": "instance", "convolution": "patches"}, (2, 9, 8, 1)),
     ],
 )
 def test_convnet_and_its_gradients(options, shape):
     network, images = ConvNet(num_classes=4, width=6, **options), normal(0, *shape)
     weights, parameters = normal(1, shape[0], 4), random_parameters(network, images)
     results = value_and_gradients(network, parameters, images, weights)
-    expected = by_torch(lambda p, x: convnet(p, x, **options), parameters, images, weights)
+    depth, norm = options["depth"], options["norm"]
+    expected = by_torch(lambda p, x: convnet(p, x, depth, norm), parameters, images, weights)
     assert_same(results, expected)
 
 

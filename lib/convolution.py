@@ -1,0 +1,82 @@
+"""A convolution of stride 1 whose gradients are fast on CPU too, as a flax.linen module."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Images = Float[Array, "n height width channels"]
+# How gradients are computed: "xla", XLA's own, is for GPU, and "patches" is faster on CPU.
+Method = Literal["patches", "xla"]
+
+
+def _xla_convolution(x, kernel):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+
+@jax.custom_vjp
+def _patch_convolution(x, kernel):
+    """XLA's convolution, with gradients of our own: the input's is one more convolution, with the
+    kernel reversed, and the kernel's a matrix product with patches.
+
+    Inside a loop XLA's own gradients on CPU make a training step 10 times slower, and a step that
+    moves images 6 to 8 times. Forwards and for the input's gradient its convolution is as fast as
+    products with patches or faster, and needs none of their memory. No forward mode: `jax.jvp`
+    raises.
+    """
+    return _xla_convolution(x, kernel)
+
+
+def _forward(x, kernel):
+    return _patch_convolution(x, kernel), (x, kernel)
+
+
+def _backward(residuals, gradient):
+    x, kernel = residuals
+    reversed_kernel = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+    return _patch_convolution(gradient, reversed_kernel), _kernel_gradient(x, gradient, kernel)
+
+
+_patch_convolution.defvjp(_forward, _backward)
+
+
+def _kernel_gradient(x, gradient, kernel):
+    """sum_p x[p + k] gradient[p] for every offset k: patches of the narrower of the two."""
+    size, _, channels, features = kernel.shape
+    if features > channels:
+        product = _patches(x, size).T @ gradient.reshape(-1, features)
+        return product.reshape(kernel.shape)
+    # In terms of q = p + k the offset moves to the gradient, with its sign changed.
+    product = x.reshape(-1, channels).T @ _patches(gradient, size)
+    product = product.reshape(channels, size, size, features)[:, ::-1, ::-1]
+    return jnp.moveaxis(product, 0, 2)
+
+
+def _patches(x, size):
+    """[n, H, W, c] -> [n H W, size size c]: each pixel's neighbourhood, 0 outside."""
+    _, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
+    offsets = ((i, j) for i in range(size) for j in range(size))
+    views = [x[:, i : i + height, j : j + width] for i, j in offsets]
+    return jnp.concatenate(views, axis=3).reshape(-1, size * size * channels)
+
+
+class Convolution(nn.Module):
+    """A convolution of odd `size`, stride 1, the images' size kept; parameters as `nn.Conv`'s."""
+
+    features: int
+    size: int = 3
+    method: Method = "patches"
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Images) -> Float[Array, "n height width features"]:
+        shape = self.size, self.size, x.shape[3], self.features
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        convolve = _patch_convolution if self.method == "patches" else _xla_convolution
+        return convolve(x, kernel) + bias[None, None, None, :]
