@@ -244,7 +244,7 @@ def test_another_runs_checkpoint_is_refused(monkeypatch, run):
         {"optimizer": sgd(0.05, momentum=0.9, milestones=(3,), steps_per_epoch=3)},
     ]
     for change in changes:
-        with pytest.raises(RunFileError, match="run with other data|other settings"):
+        with pytest.raises(RunFileError, match=r"run with other data|other settings"):
             fitted(run=run, **change)
 
 

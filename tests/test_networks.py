@@ -132,7 +132,7 @@ def resnet(parameters, x, widths):
         return instance_norm(x, parameters[f"GroupNorm_{i}"])
 
     x = F.relu(layer(x))
-    for i, width in enumerate(widths):
+    for i in range(len(widths)):
         for stride in (1 if i == 0 else 2, 1):
             y = layer(F.relu(layer(x, stride)))
             x = F.relu(y + (x if x.shape == y.shape else layer(x, stride)))
@@ -362,7 +362,7 @@ def test_width_and_depth_are_those_of_the_convnet():
 
 
 def test_an_unknown_norm_raises():
-    with pytest.raises(ValueError, match="norm is .* got 'batch'"):
+    with pytest.raises(ValueError, match=r"norm is .* got 'batch'"):
         _normalised(jnp.zeros((1, 2, 2, 1)), "batch")
 
 

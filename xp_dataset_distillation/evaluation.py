@@ -7,7 +7,7 @@ settings by, on those alone: the test split is then not read.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lib import augment, classification, datasets, runs
+from lib import augment, classification, convolution, datasets, runs
 from lib.cutmix import cutmix
 from lib.networks import network_by_name
 from xp_dataset_distillation import baselines, real_data
@@ -118,6 +118,7 @@ def accuracies(
         about.image_shape,
         width=evaluator.width,
         depth=evaluator.depth,
+        convolution=convolution.fastest(),
     )
     augmentation = augment.parse(
         evaluator.augmentation, dialect=evaluator.dialect, flips=about.flips
@@ -179,8 +180,14 @@ def trained_features(
 ) -> baselines.Features:
     """images [n, H, W, c] in [0, 1] -> features [n, f] of a ConvNet trained on all images."""
     size = {"width": entry.feature_width, "depth": entry.feature_depth}
-    whole = network_by_name("convnet", real.num_classes, real.image_shape, **size)
-    headless = network_by_name("convnet", None, real.image_shape, **size)
+    made = partial(
+        network_by_name,
+        "convnet",
+        image_shape=real.image_shape,
+        convolution=convolution.fastest(),
+        **size,
+    )
+    whole, headless = made(num_classes=real.num_classes), made(num_classes=None)
     normalised = setting_of(entry, real).normalised
     parameters, _ = classification.train(
         key,

@@ -18,7 +18,7 @@ import optax
 from jax import lax
 from jaxtyping import Array
 
-from lib import augment
+from lib import augment, convolution
 from lib.gd import StatefulValueAndGrad
 from lib.networks import network_by_name
 from xp_dataset_distillation import losses
@@ -53,7 +53,12 @@ class Setting(NamedTuple):
 def feature_network(config: CondenseConfig, setting: Setting) -> nn.Module:
     """The network without its last layer."""
     return network_by_name(
-        config.network, None, setting.image_shape, width=config.width, depth=config.depth
+        config.network,
+        None,
+        setting.image_shape,
+        width=config.width,
+        depth=config.depth,
+        convolution=convolution.fastest(),
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import tyro
 
-from lib import flow_matching, flow_sampling, runs
+from lib import convolution, flow_matching, flow_sampling, runs
 from lib.datasets import Dataset, load
 from lib.settings import settings_of
 from lib.velocity import UNet
@@ -214,7 +214,7 @@ def network(config: FlowConfig) -> UNet:
         blocks=config.blocks,
         attention=config.attention,
         patch=config.patch,
-        convolution="patches" if jax.default_backend() == "cpu" else "xla",
+        convolution=convolution.fastest(),
     )
 
 
