@@ -115,7 +115,8 @@ class ConvNet(nn.Module):
     side raise ValueError.
 
     `convolution` is how gradients are computed: "xla", XLA's own, on GPU, and "patches" on CPU,
-    where it is 6 times faster in compiled loops; parameters and values are the same.
+    where steps in compiled loops take a seventh of the time with gradients in images, a twentieth
+    with gradients in parameters; parameters and values are the same.
     """
 
     num_classes: int | None = 10
