@@ -156,6 +156,7 @@ def fit_seeds(
     num_epochs: int = 50,
     batch_size: int = 64,
     transform: Transform | None = None,
+    at_once: bool = True,
     run: Run | None = None,
     checkpoint_seconds: float = 60.0,
     show_progress: bool = True,
@@ -167,13 +168,15 @@ def fit_seeds(
     Args:
       images: [n, H, W, channels], or [sets, n, H, W, channels].
       labels: [n], or [sets, n].
+      at_once: False trains the seeds of one set one after the other within each visit, equal to
+        rounding: on CPU, where a convolution with several kernels costs twice as much as one each.
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
       checkpoint_seconds: seconds between saves.
 
     Raises:
       ValueError: before any step, on NaN in the images, labels of another shape, a number of
-        epochs or a batch size below 1.
+        epochs or a batch size below 1, several sets without `at_once`.
       DivergedError: NaN or infinity in any network; the last good state is saved.
       RunFileError: the folder's checkpoint is of other data, settings or keys.
     """
@@ -183,6 +186,8 @@ def fit_seeds(
     # Weak types do not survive a checkpoint; without them a resumed run promotes alike.
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state)
     options |= {"batch_size": batch_size, "transform": transform}
+    if not at_once and images.ndim == 5:
+        raise ValueError("several sets are trained at once: at_once=False is for one")
     total = num_epochs * steps_per_epoch(images.shape[-4], batch_size)
     origin = _fingerprint(keys, state, images, labels, total, **options) if run else np.zeros(0)
     if run and (loaded := run.load_checkpoint((state, origin))):
@@ -194,6 +199,7 @@ def fit_seeds(
             )
         state = jax.tree.map(jnp.asarray, saved)
 
+    advance = _advance if at_once else _advance_in_turn
     done, chunk, saved_at = int(state.step), 1, time.monotonic()
     with (
         interruptible() as stop_requested,
@@ -208,7 +214,7 @@ def fit_seeds(
         while done < total:
             chunk, started = min(chunk, total - done), time.monotonic()
             following, loss, first_bad = jax.block_until_ready(
-                _advance(keys, state, images, labels, chunk, **options)
+                advance(keys, state, images, labels, chunk, **options)
             )
             seconds = time.monotonic() - started
             if (bad := int(np.min(first_bad))) < NEVER:
@@ -319,6 +325,21 @@ def _advance(keys, state, images, labels, num_steps, **options):
     if images.ndim == 5:
         of_seeds = jax.vmap(of_seeds, (None, _ENSEMBLE, 0, 0), (_ENSEMBLE, 0, 0))
     return of_seeds(keys, state, images, labels)
+
+
+@partial(jax.jit, static_argnames=("network", "optimizer", "batch_size", "transform"))
+def _advance_in_turn(keys, state, images, labels, num_steps, **options):
+    """`_advance` of one set, a network after the other."""
+
+    def of_seed(one):
+        key, *own = one
+        following, loss, first_bad = _steps(
+            key, TrainState(*own, state.step), images, labels, num_steps, **options
+        )
+        return following[:3], loss, first_bad
+
+    following, losses, first_bad = lax.map(of_seed, (keys, *state[:3]))
+    return TrainState(*following, state.step + num_steps), losses, first_bad
 
 
 def _check_input(images, labels, num_epochs, batch_size) -> None:

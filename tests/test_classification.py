@@ -222,6 +222,21 @@ def test_visits_and_interruptions_change_no_bit(monkeypatch, run):
     assert chunks == [1] * 13
 
 
+def test_seeds_in_turn_are_those_at_once(monkeypatch, run):
+    images, labels = two_sets()
+    one = {"images": images[0], "labels": labels[0]}
+    whole = fitted(**one, at_once=False)
+    for leaf, reference in zip(jax.tree.leaves(whole), jax.tree.leaves(fitted(**one))):
+        np.testing.assert_allclose(leaf, reference, rtol=1e-5, atol=1e-6)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Interrupted, match="after step 5;"):
+            fitted(**one, at_once=False, run=run)
+    assert_same_bits(fitted(**one, at_once=False, run=run), whole)
+    with pytest.raises(ValueError, match="several sets"):
+        fitted(at_once=False)
+
+
 def test_a_signal_without_a_folder_is_a_keyboard_interrupt(monkeypatch):
     stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt) as caught:

@@ -43,6 +43,9 @@ class CondenseConfig:
     iterations_per_network: int = 5
     num_networks: int = 1
     """Random networks a step, whose losses are averaged."""
+    networks_at_once: bool | None = None
+    """Several networks by one vmapped program, or one after the other. None: at once but on CPU,
+    where that is slower."""
     real_batch: int = 256
     """Real images of a class a step."""
     most_decoded: int = 200

@@ -133,6 +133,7 @@ def accuracies(
         num_epochs=evaluator.num_epochs,
         batch_size=evaluator.batch_size,
         transform=transform(augmentation, about, evaluator.cutmix),
+        at_once=jax.default_backend() != "cpu",
         run=run,
         show_progress=show_progress,
         description=description,

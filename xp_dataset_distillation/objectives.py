@@ -69,6 +69,9 @@ def objective(config: CondenseConfig, setting: Setting) -> StatefulValueAndGrad:
     network = feature_network(config, setting) if config.space == "features" else None
     augmentation = augment.parse(config.augmentation, dialect=config.dialect, flips=setting.flips)
     joint = config.method == "mmdsw"
+    at_once = config.networks_at_once
+    if at_once is None:
+        at_once = jax.default_backend() != "cpu"
     shape, num_classes = setting.image_shape, setting.num_classes
     most_stored = config.most_decoded // config.factor**2
     class_loss = losses.class_loss(
@@ -76,7 +79,7 @@ def objective(config: CondenseConfig, setting: Setting) -> StatefulValueAndGrad:
     )
 
     def features(parameters, images, changes):
-        """[networks, classes, k, f] of images [classes, k, H, W, c]; pixels as one network."""
+        """[classes, k, f] of images [classes, k, H, W, c]."""
         if joint:
             flat = images.reshape(-1, *shape)
             images = augment.apply(changes, flat).reshape(images.shape)
@@ -84,24 +87,20 @@ def objective(config: CondenseConfig, setting: Setting) -> StatefulValueAndGrad:
             images = jax.vmap(augment.apply)(changes, images)
         classes, k = images.shape[:2]
         if network is None:
-            return images.reshape(1, classes, k, -1)
+            return images.reshape(classes, k, -1)
         normalised = setting.normalised(images).reshape(-1, *shape)
-        found = jax.vmap(network.apply, in_axes=(0, None))(parameters, normalised)
-        return found.reshape(config.num_networks, classes, k, -1)
+        return network.apply(parameters, normalised).reshape(classes, k, -1)
 
-    def loss(images, real, parameters, changes, keys):
-        """Over some classes: images [classes, n, H, W, c] stored, real uint8 [classes, m, ...]."""
+    def loss(images, parameters, real, changes, keys):
+        """Over some classes, under one network: images [classes, n, H, W, c] stored, real uint8
+        [classes, m, ...]."""
         decoded = decode(images, config.factor)
         real = real.astype(jnp.float32) / 255
         x = features(parameters, decoded, changes)
         y = lax.stop_gradient(features(parameters, real, changes))
         if joint:
-            each = jax.vmap(
-                lambda x, y: losses.dataset_loss(keys, x, y, num_directions=config.num_directions)
-            )(x, y)
-            return jnp.mean(each)
-        each = jax.vmap(jax.vmap(class_loss), in_axes=(None, 0, 0))(keys, x, y)
-        return jnp.sum(jnp.mean(each, axis=0))
+            return losses.dataset_loss(keys, x, y, num_directions=config.num_directions)
+        return jnp.sum(jax.vmap(class_loss)(keys, x, y))
 
     def value_and_grad(x, target, key, step):
         batch_key, change_key, loss_key, choice_key = jax.random.split(key, 4)
@@ -121,11 +120,11 @@ def objective(config: CondenseConfig, setting: Setting) -> StatefulValueAndGrad:
         def of_classes(chunk):
             images, chosen, real, changes, keys = chunk
 
-            def value(images):
+            def value(images, parameters):
                 taken = images if chosen is None else jax.vmap(lambda i, c: i[c])(images, chosen)
-                return loss(taken, real, parameters, changes, keys)
+                return loss(taken, parameters, real, changes, keys)
 
-            return jax.value_and_grad(value)(images)
+            return mean_over_networks(jax.value_and_grad(value), images, parameters)
 
         chunk = (images, chosen, real, changes, keys)
         if joint:
@@ -133,6 +132,15 @@ def objective(config: CondenseConfig, setting: Setting) -> StatefulValueAndGrad:
         else:
             total, gradient = _in_chunks(of_classes, chunk, config.class_chunk or num_classes)
         return total, gradient.reshape(x.shape), step + 1
+
+    def mean_over_networks(each, images, parameters):
+        if network is None or config.num_networks == 1:
+            return each(images, jax.tree.map(lambda leaf: leaf[0], parameters))
+        if at_once:
+            found = jax.vmap(each, in_axes=(None, 0))(images, parameters)
+        else:
+            found = lax.map(lambda one: each(images, one), parameters)
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), found)
 
     def networks(network_key, step) -> Any:
         if network is None:
