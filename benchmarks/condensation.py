@@ -63,7 +63,7 @@ class Options:
 
 def joint(config: CondenseConfig, problem: condense.Problem, x0):
     target = Target(jax.tree.map(jnp.asarray, problem.real), jax.random.key_data(jax.random.key(1)))
-    heavy_ball = optimizer(*step_of(config, len(x0)))
+    heavy_ball = optimizer(*step_of(config, problem.setting))
     step = jax.jit(flow_step(objective(config, problem.setting), heavy_ball))
     state = flow_init(heavy_ball, x0, jnp.zeros((), jnp.int32))
 
@@ -88,7 +88,7 @@ def class_loop(config: CondenseConfig, problem: condense.Problem, x0):
         real = replace(problem.real, images=jnp.asarray(own), counts=(len(own),))
         targets.append(Target(real, jax.random.key_data(jax.random.key(1))))
     x, step = [jnp.asarray(each[None]) for each in x0], 0
-    lr, _ = step_of(config, len(x0))
+    lr, _ = step_of(config, problem.setting)
 
     def run():
         nonlocal step
@@ -114,7 +114,9 @@ def torch_loop(config: CondenseConfig, problem: condense.Problem, x0):
     ]
     stored = x0.reshape(len(x0), -1, height, width, channels).transpose(0, 1, 4, 2, 3)
     x = torch.tensor(np.ascontiguousarray(stored), requires_grad=True)
-    heavy_ball = torch.optim.SGD([x], lr=config.step_size, momentum=config.momentum)
+    heavy_ball = torch.optim.SGD(
+        [x], lr=config.step_size(problem.setting.image_shape), momentum=config.momentum
+    )
     mean = torch.tensor(problem.setting.mean).reshape(1, -1, 1, 1)
     std = torch.tensor(problem.setting.std).reshape(1, -1, 1, 1)
     generator = torch.Generator().manual_seed(0)

@@ -165,7 +165,8 @@ def test_the_joint_step_is_the_published_loop_over_classes(classes):
     curvature = rng.uniform(0.5, 2, size=(classes, 1))
     lr, m, iterations = 0.05, 0.5, 20
     settings = replace(SMALL, lr=lr, momentum=m, sequential=True)
-    step, momentum = objectives.step_of(settings, classes)
+    about = objectives.Setting(classes, (8, 8, 1), (0.5,), (0.5,), flips=False)
+    step, momentum = objectives.step_of(settings, about)
     x, velocity = start, np.zeros_like(start)
     for _ in range(iterations):
         velocity = curvature * (x - centres) + momentum * velocity

@@ -254,9 +254,12 @@ def test_presets_compare_like_with_like(preset):
 def test_methods_are_the_published_ones():
     base = CondenseConfig()
     assert (base.iterations, base.iterations_per_network, base.real_batch) == (10_000, 5, 256)
-    assert [replace(base, images_per_class=n).step_size for n in (1, 10, 20)] == [1, 10, 20]
+    sizes = [replace(base, images_per_class=n).step_size((32, 32, 3)) for n in (1, 10, 20)]
+    assert sizes == [1, 10, 20]
+    assert base.step_size((8, 8, 1)) == 10 / 16
+    assert replace(base, lr=3.0).step_size((8, 8, 1)) == 3
     assert (dm(base).kernel, dm(base).factor, dm(base).sequential) == ("linear", 1, False)
-    assert (mmdsw(base).momentum, mmdsw(base).step_size) == (0.9, 1.0)
+    assert (mmdsw(base).momentum, mmdsw(base).lr) == (0.9, 1.0)
 
 
 # ---- Tables

@@ -116,7 +116,7 @@ def condense(
         objective(dataclasses.replace(config, real_batch=batch), setting),
         key,
         n_epochs=config.iterations,
-        optimizer=optimizer(*step_of(config, classes)),
+        optimizer=optimizer(*step_of(config, setting)),
         carry=jnp.zeros((), jnp.int32),
         record_every=record_every,
         run=run,

@@ -51,7 +51,8 @@ class CondenseConfig:
     most_decoded: int = 200
     """Decoded condensed images of a class a step, at most: more are subsampled at random."""
     lr: float | None = None
-    """None: images_per_class, the published rule for images of 32 x 32 pixels."""
+    """None: images_per_class, the published rule for images of 32 x 32 pixels, times the share of
+    their pixels that these have."""
     momentum: float = 0.5
     sequential: bool = True
     """The published loop: a step for each class in turn, momentum carrying over; joined into one
@@ -98,9 +99,10 @@ class CondenseConfig:
         if self.method == "mmdsw" and self.class_chunk is not None:
             raise ValueError("mmdsw compares all classes at once: class_chunk is not for it")
 
-    @property
-    def step_size(self) -> float:
-        return float(self.images_per_class) if self.lr is None else self.lr
+    def step_size(self, image_shape: tuple[int, int, int]) -> float:
+        """`lr`, or its rule for these images."""
+        height, width, _ = image_shape
+        return self.images_per_class * height * width / 1024 if self.lr is None else self.lr
 
 
 def dm(base: CondenseConfig) -> CondenseConfig:

@@ -178,7 +178,7 @@ def _in_chunks(function: Callable, arrays: Any, most: int) -> tuple[Array, Array
 # ---- The step
 
 
-def step_of(config: CondenseConfig, num_classes: int) -> tuple[float, float]:
+def step_of(config: CondenseConfig, setting: Setting) -> tuple[float, float]:
     """(step size, momentum) of the joint heavy ball.
 
     The published loop takes a step of v <- g + m v, x <- x - lr v for each class in turn, where g
@@ -186,10 +186,11 @@ def step_of(config: CondenseConfig, num_classes: int) -> tuple[float, float]:
     lr (1 + m + ... + m^(C-1)) v between two of their gradients, and v shrinks to m^C v: exactly
     one joint step of size lr (1 - m^C) / (1 - m) with momentum m^C, but for the clipping.
     """
-    m = config.momentum
+    m, step_size = config.momentum, config.step_size(setting.image_shape)
     if not config.sequential:
-        return config.step_size, m
-    return config.step_size * (1 - m**num_classes) / (1 - m), m**num_classes
+        return step_size, m
+    coasted = m**setting.num_classes
+    return step_size * (1 - coasted) / (1 - m), coasted
 
 
 @cache
