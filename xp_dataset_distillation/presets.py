@@ -23,7 +23,6 @@ QUICK = CondenseConfig(
     start="real",
     iterations=300,
     real_batch=64,
-    lr=0.1,
     augmentation="",
     width=32,
     depth=2,
@@ -31,12 +30,14 @@ QUICK = CondenseConfig(
 QUICK_JUDGE = Judged(
     replace(EVALUATORS["idc"], num_epochs=100, width=32, depth=2, augmentation="", cutmix=0.0),
     num_networks=3,
-    whole_epochs=20,
+    whole_epochs=10,
 )
 
-# For two CPU cores: a ConvNet of 32 channels, 1,000 steps, evaluations of 300 epochs.
-CPU = CondenseConfig(iterations=1000, real_batch=64, width=32)
-CPU_JUDGE = Judged(replace(EVALUATORS["idc"], num_epochs=300, width=32), whole_epochs=10)
+# For two CPU cores: a ConvNet of 32 channels, 500 steps, evaluations of 200 epochs.
+CPU = CondenseConfig(iterations=500, real_batch=64, width=32)
+CPU_JUDGE = Judged(
+    replace(EVALUATORS["idc"], num_epochs=200, width=32), num_networks=2, whole_epochs=5
+)
 
 
 def methods(base: CondenseConfig) -> dict:
@@ -65,7 +66,7 @@ def presets(preset: Preset) -> dict[str, Comparison]:
         return {"digits": Comparison(entries, (1, 10), {"idc, short": QUICK_JUDGE})}
     if preset == "paper":
         names = ("fashion_mnist", "mnist")
-        return _groups(names, CPU, (1, 10), {"idc, 300 epochs": CPU_JUDGE})
+        return _groups(names, CPU, (1, 10), {"idc, 200 epochs": CPU_JUDGE})
     names = ("fashion_mnist", "mnist", "cifar10", "svhn")
     judges = {"idc": Judged(EVALUATORS["idc"], num_networks=4, whole_epochs=200)}
     return _groups(names, CondenseConfig(), (1, 10, 50), judges)
