@@ -248,16 +248,19 @@ def baselines(dataset: str, *kinds: str, **settings) -> dict[str, BaselineConfig
     return {titles[kind]: BaselineConfig(dataset, kind=kind, **settings) for kind in kinds}
 
 
+def with_kernel(base: CondenseConfig, kernel: KernelName) -> CondenseConfig:
+    """The linear kernel, whose gradient does not shrink with the bandwidth, takes DM's step."""
+    return replace(base, kernel=kernel, lr=1.0 if kernel == "linear" else base.lr)
+
+
 def order(base: CondenseConfig) -> dict[str, CondenseConfig]:
     """First-order against higher-order alignment, with and without factor."""
-    entries = {}
-    for factor in (1, 2):
-        for kernel in ("linear", "gaussian"):
-            start: Start = "real" if factor == 1 else "mixed"
-            entries[f"{kernel}, factor {factor}"] = replace(
-                base, kernel=kernel, factor=factor, start=start
-            )
-    return entries
+    starts: dict[int, Start] = {1: "real", 2: "mixed"}
+    return {
+        f"{kernel}, factor {factor}": replace(with_kernel(base, kernel), factor=factor, start=start)
+        for factor, start in starts.items()
+        for kernel in ("linear", "gaussian")
+    }
 
 
 def kernels(base: CondenseConfig) -> dict[str, CondenseConfig]:
@@ -265,7 +268,7 @@ def kernels(base: CondenseConfig) -> dict[str, CondenseConfig]:
     names: tuple[KernelName, ...] = (
         "gaussian", "gaussian_fixed", "linear", "polynomial", "energy", "rff",
     )  # fmt: skip
-    entries = {name: replace(base, kernel=name) for name in names}
+    entries = {name: with_kernel(base, name) for name in names}
     for scale in (0.1, 0.3, 3.0, 10.0):
         entries[f"gaussian, bandwidths x {scale:g}"] = replace(base, bandwidth_scale=scale)
     return entries
