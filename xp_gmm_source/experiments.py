@@ -19,9 +19,10 @@ import tyro
 from matplotlib import pyplot as plt
 
 from lib import plotting, runs, settings
-from xp_gmm_source import plot, tables
+from xp_gmm_source import metrics, plot, tables
 from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
-from xp_gmm_source.flow import fitted_mixture, read, run_flow
+from xp_gmm_source.flow import Split, fitted_mixture, read, reference, run_flow
+from xp_gmm_source.gmm_files import ImageMixture
 from xp_gmm_source.sources import mixture_source
 
 
@@ -80,36 +81,61 @@ def run_group(group: str, flows: dict[str, FlowConfig], arguments: Arguments) ->
         "environment": runs.environment(),
         "feature_accuracy": float(stored[0]["feature_accuracy"]),
         "floor": tables.floor_of(stored[0]),
+        "mixtures": mixtures_alone(flows, arguments),
     }
     runs.write_json(summary, {**about, "rows": rows})
     print(tables.markdown(rows, about["floor"]))
+    for name, measures in about["mixtures"].items():
+        print(f"draws of the mixture {name} itself, without a flow: {measures['frechet']:.3g}")
     print(f"numbers: {summary}")
     for figure in (*plot.figures(summary), *mixture_figures(flows, summary, arguments)):
         print(f"figure:  {figure}")
     return summary
 
 
+def fitted_mixtures(
+    flows: dict[str, FlowConfig], arguments: Arguments
+) -> dict[str, tuple[FlowConfig, Split, ImageMixture]]:
+    """Every mixture that a flow started from, by its number of components and covariance type."""
+    found = {}
+    for config in flows.values():
+        name = f"{config.n_components}_{config.covariance_type}"
+        if config.source == "gmm" and name not in found:
+            split = read(config, arguments.data_root)
+            found[name] = config, split, fitted_mixture(config, split.train, arguments.results)
+    return found
+
+
+def mixtures_alone(
+    flows: dict[str, FlowConfig], arguments: Arguments
+) -> dict[str, dict[str, float]]:
+    """What draws of the mixtures are worth as images, before any flow: the measures of
+    `metrics.judge`."""
+    found = {}
+    for name, (config, split, stored) in fitted_mixtures(flows, arguments).items():
+        source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
+        draws = source.sample(jax.random.key(2), config.num_samples)
+        judged = metrics.judge(draws, reference(config, split, arguments.results))
+        found[name] = {measure: float(value) for measure, value in judged.items()}
+    return found
+
+
 def mixture_figures(
     flows: dict[str, FlowConfig], summary: Path, arguments: Arguments
 ) -> list[Path]:
     """Means and draws of every mixture that a flow started from."""
-    saved = {}
-    for config in flows.values():
-        name = f"{config.n_components}_{config.covariance_type}"
-        if config.source != "gmm" or name in saved:
-            continue
-        train = read(config, arguments.data_root).train
-        stored = fitted_mixture(config, train, arguments.results)
+    saved = []
+    for name, (config, split, stored) in fitted_mixtures(flows, arguments).items():
         source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
         draws = np.asarray(source.sample(jax.random.key(0), 80))
         kind = f"K = {config.n_components}, {config.covariance_type}"
-        title = f"{train.name}, {kind}: means and their weights, above; draws, below"
+        title = f"{split.train.name}, {kind}: means and their weights, above; draws, below"
         with plotting.style():
             figure = plot.mixture(stored, draws, title)
             path = summary.with_name(f"{summary.stem}_mixture_{name}.png")
-            saved[name] = plotting.save_figure(figure, path)
+            saved.append(plotting.save_figure(figure, path))
             plt.close(figure)
-    return list(saved.values())
+    return saved
 
 
 def main(arguments: Arguments) -> list[Path]:

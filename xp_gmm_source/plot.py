@@ -37,6 +37,7 @@ def curves(rows: list[dict], floor: dict[str, float]) -> Figure:
         axis.set_xscale("log")
         if name in LOGARITHMIC:
             axis.set_yscale("log")
+            axis.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
             for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
                 which(ticker.FormatStrFormatter("%g"))
             axis.tick_params(axis="y", which="both", labelsize=7)
