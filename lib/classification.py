@@ -216,7 +216,7 @@ def fit_seeds(
             following, loss, first_bad = jax.block_until_ready(
                 advance(keys, state, images, labels, chunk, **options)
             )
-            seconds = time.monotonic() - started
+            seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may not have moved
             if (bad := int(np.min(first_bad))) < NEVER:
                 if run:
                     run.save_checkpoint((state, origin), step=done)

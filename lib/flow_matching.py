@@ -280,7 +280,7 @@ def fit(
             following, finite, buffer = jax.block_until_ready(
                 _advance(key, state, source, images, chunk, buffer, **settings)
             )
-            seconds = time.monotonic() - started
+            seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may not have moved
             new_losses = np.array(buffer[:chunk])
             bad = np.flatnonzero(~np.isfinite(new_losses))
             if len(bad) or not finite:

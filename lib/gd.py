@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from lib.runs import (
+    DamagedFileError,
     Interrupted,
     Run,
     RunFileError,
@@ -205,7 +206,7 @@ def wasserstein_gradient_descent(
             following, finite, buffers = jax.block_until_ready(
                 advance(rng, state, x_tgt, num_steps, buffers)
             )
-            seconds = time.monotonic() - started
+            seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may not have moved
             new_losses, records = np.array(buffers[0][:num_steps]), buffers[1]
             bad = _first_nonfinite(new_losses, bool(finite)) if stop_at_nonfinite else None
             if bad is not None:
@@ -346,7 +347,7 @@ def _fingerprint(x0: Array, x_tgt: PyTree, rng: Array, lr: Any, optimizer) -> st
 
 def discard_saved_flow(run: Run) -> None:
     """Deletes what a flow saved in order to resume: a finished run's arrays replace it."""
-    run.checkpoint.unlink(missing_ok=True)
+    run.discard_checkpoint()
     _trajectory(run).unlink(missing_ok=True)
 
 
@@ -368,13 +369,31 @@ def _save(run: Run, state: FlowState, losses, particles, steps, origin: str) -> 
     run.save_checkpoint(state, step=done)
 
 
+def _load_trajectory(run: Run, done: int) -> dict[str, Any]:
+    """What `_save` wrote; it reaches `done` steps at least. Raises RunFileError where it does not:
+    the losses on the way are nowhere else."""
+    path = _trajectory(run)
+    again = f"delete {run.folder} to start anew"
+    try:
+        trajectory = load_arrays(path)
+    except (FileNotFoundError, DamagedFileError) as error:
+        raise DamagedFileError(f"{path} is gone or damaged ({error}); {again}") from error
+    if not {"origin", "losses", "particles", "steps"} <= trajectory.keys():
+        raise DamagedFileError(f"{path} holds no trajectory; {again}")
+    if len(trajectory["losses"]) < done:
+        raise RunFileError(
+            f"{path} ends before the checkpoint's step {done}, it is another run's; {again}"
+        )
+    return trajectory
+
+
 def _resume(run: Run, state: FlowState, losses, particles, steps, origin: str) -> FlowState:
     """The saved state, if there is one; fills `losses` and `particles` up to it."""
     loaded = run.load_checkpoint(state)
     if loaded is None:
         return state
     saved, done = loaded
-    trajectory = load_arrays(_trajectory(run))
+    trajectory = _load_trajectory(run, done)
     if str(trajectory["origin"]) != origin:
         raise RunFileError(
             f"{run.checkpoint} belongs to a flow with another start, target, key or step size; "

@@ -9,8 +9,12 @@
 
 Every file but metrics.jsonl is written to a temporary name in its folder, synced, and renamed, so
 a file that exists is complete. metrics.jsonl grows by whole lines; a line that a killed process
-left without its end does not count. One process at a time may hold a run. To read a run that may
-be going on elsewhere, make `Run(folder)` directly: only `open_run` writes.
+left without its end does not count. Beside the checkpoint lies the one before it
+(checkpoint.previous.npz), to resume from should the last one be damaged.
+
+One process at a time may hold an unfinished run: `open_run` locks its folder (`lib.run_locks`),
+and the lock goes with the `Run`. To read a run that may be going on elsewhere, make `Run(folder)`
+directly: only `open_run` writes.
 
 JSON has no NaN and no infinity: they are written as "NaN", "Infinity" and "-Infinity".
 """
@@ -26,6 +30,7 @@ import os
 import platform
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,13 +38,15 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
+
+from lib.run_locks import FolderLock, lock_folder
 
 NOT_HASHED = ("seed", "progress", "results")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -49,6 +56,10 @@ _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "jaxopt", "scikit-learn"
 
 class RunFileError(ValueError):
     """A file is damaged or belongs to other settings. The message names it and the way out."""
+
+
+class DamagedFileError(RunFileError):
+    """A file is damaged: what was written there once cannot be read any more."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -62,18 +73,49 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` when complete, or leaves no trace."""
+def atomic_file(
+    path: str | os.PathLike, *, previous: str | os.PathLike | None = None
+) -> Iterator[BinaryIO]:
+    """A file to write that takes the name `path` when complete, or leaves no trace.
+
+    The file that it replaces takes the name `previous`, if given. Raises OSError that names `path`
+    where it cannot be written: a full disk, a read-only folder.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with _naming(path, temporary):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None:
+                _keep(path, Path(previous))
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Gives the file at `path`, if there is one, the name `previous` too."""
+    if path.exists():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(path, previous)
+        except OSError:  # a file system without links: for a moment there is no `path`
+            os.replace(path, previous)
+
+
+@contextlib.contextmanager
+def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """System errors about no file, or about the temporary one, become errors about `path`."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(path), str(temporary)):
+            raise
+        raise OSError(error.errno, f"{error.strerror}, so it is not written", str(path)) from error
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
@@ -129,6 +171,11 @@ def save_arrays(path: str | os.PathLike, /, **arrays: Any) -> None:
     Bits are kept. Typed PRNG keys and dtypes that npy does not know (bfloat16, float8) are stored
     as unsigned integers, beside a member that says what they were. Raises TypeError on objects.
     """
+    with atomic_file(path) as file:
+        _write_arrays(file, path, arrays)
+
+
+def _write_arrays(file: BinaryIO, path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     members, dtypes = {}, {}
     for name, array in arrays.items():
         if isinstance(array, jax.Array) and jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -143,7 +190,7 @@ def save_arrays(path: str | os.PathLike, /, **arrays: Any) -> None:
         members[name] = array
     if dtypes:
         members[_DTYPES] = np.asarray(json.dumps(dtypes))
-    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with zipfile.ZipFile(file, "w") as archive:
         for name, array in members.items():
             # A ZipInfo carries a constant date: the same arrays make the same file.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
@@ -153,8 +200,8 @@ def save_arrays(path: str | os.PathLike, /, **arrays: Any) -> None:
 def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
     """What `save_arrays` wrote, bit for bit: numpy arrays, and typed PRNG keys as such.
 
-    Raises FileNotFoundError, or RunFileError if the file is damaged (every member's checksum is
-    verified first).
+    Raises FileNotFoundError, or DamagedFileError if the file is damaged: every member's checksum is
+    verified first, and nothing is allocated that the file does not hold.
     """
     with open(path, "rb") as file:
         try:
@@ -162,9 +209,12 @@ def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"wrong checksum in {damaged}")
                 arrays = {}
-                for name in archive.namelist():
-                    with archive.open(name) as member:
-                        arrays[name.removesuffix(".npy")] = np.lib.format.read_array(member)
+                for info in archive.infolist():
+                    name = info.filename.removesuffix(".npy")
+                    with archive.open(info) as member:
+                        _check_promise(member, info)
+                    with archive.open(info) as member:
+                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
             for name, dtype in json.loads(str(arrays.pop(_DTYPES, "{}"))).items():
                 if dtype.startswith("key:"):
                     impl = dtype.removeprefix("key:")
@@ -175,16 +225,39 @@ def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
             raise
         except Exception as error:
             message = f"{path} is damaged ({error}): delete it and run again"
-            raise RunFileError(message) from error
+            raise DamagedFileError(message) from error
     return arrays
 
 
-def save_checkpoint(path: str | os.PathLike, state: PyTree, *, step: int) -> None:
-    """Writes the leaves of `state`, their names and the number of steps done, atomically."""
+def _check_promise(member: zipfile.ZipExtFile, info: zipfile.ZipInfo) -> None:
+    """Raises ValueError unless the member holds, uncompressed, what its npy header promises."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[np.lib.format.read_magic(member)]
+    shape, _, dtype = read_header(member)
+    if member.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise ValueError(f"{info.filename} does not hold the {dtype}{list(shape)} it promises")
+
+
+def save_checkpoint(
+    path: str | os.PathLike,
+    state: PyTree,
+    *,
+    step: int,
+    previous: str | os.PathLike | None = None,
+) -> None:
+    """Writes the leaves of `state`, their names and the number of steps done, atomically.
+
+    The checkpoint that was there is kept as `previous`, if given.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     names = json.dumps([jax.tree_util.keystr(where) for where, _ in leaves])
     members = {f"leaf{i}": leaf for i, (_, leaf) in enumerate(leaves)}
-    save_arrays(path, step=np.int64(step), names=names, **members)
+    with atomic_file(path, previous=previous) as file:
+        _write_arrays(file, path, {"step": np.int64(step), "names": names, **members})
 
 
 def load_checkpoint(path: str | os.PathLike, like: PyTree) -> tuple[PyTree, int]:
@@ -195,7 +268,7 @@ def load_checkpoint(path: str | os.PathLike, like: PyTree) -> tuple[PyTree, int]
     Python numbers are Python numbers); put them on the device yourself. They are strongly typed:
     start from a state without weak types, or a resumed run may promote otherwise.
 
-    Raises FileNotFoundError, or RunFileError if the file is damaged or its leaves' names, shapes or
+    Raises FileNotFoundError, DamagedFileError, or RunFileError if the leaves' names, shapes or
     dtypes are not those of `like`. Leaves are compared by their path in the tree rather than by the
     printed tree, which can hold the addresses of functions.
     """
@@ -203,8 +276,8 @@ def load_checkpoint(path: str | os.PathLike, like: PyTree) -> tuple[PyTree, int]
     try:
         names, step = json.loads(str(stored["names"])), int(stored["step"])
         saved = {name: stored[f"leaf{i}"] for i, name in enumerate(names)}
-    except (KeyError, ValueError) as error:
-        raise RunFileError(f"{path} is not a checkpoint: delete it to start again") from error
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is not a checkpoint: delete it to start again") from error
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     wanted = {jax.tree_util.keystr(where): leaf for where, leaf in leaves}
     for name in [*wanted, *saved]:
@@ -244,13 +317,21 @@ def _hashed(config: Any, exclude: Iterable[str]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run's folder and the paths of its files. Making it touches no file."""
+    """One run's folder and the paths of its files. Making it touches no file.
+
+    `lock` keeps other processes out for as long as the run of `open_run` is around.
+    """
 
     folder: Path
+    lock: FolderLock | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.npz"
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        return self.folder / "checkpoint.previous.npz"
 
     @property
     def arrays(self) -> Path:
@@ -274,15 +355,49 @@ class Run:
         return load_arrays(self.arrays)
 
     def save_checkpoint(self, state: PyTree, *, step: int) -> None:
-        """Replaces the checkpoint; append the metrics of the steps before it first."""
-        save_checkpoint(self.checkpoint, state, step=step)
+        """Writes the checkpoint and keeps the one before it; append the metrics of the steps before
+        it first."""
+        save_checkpoint(self.checkpoint, state, step=step, previous=self.previous_checkpoint)
 
     def load_checkpoint(self, like: PyTree) -> tuple[PyTree, int] | None:
-        """The state and its step, or None where no checkpoint is; see `load_checkpoint`."""
-        return load_checkpoint(self.checkpoint, like) if self.checkpoint.exists() else None
+        """The state and its step, or None where no checkpoint is; see `load_checkpoint`.
+
+        Where the checkpoint is damaged, or a writer was killed as it replaced it, this is the one
+        before it, and a line on stderr says so. Raises DamagedFileError if neither can be read. A
+        checkpoint of other settings raises RunFileError, whatever the one before it is.
+        """
+        damage = None
+        if self.checkpoint.exists():
+            try:
+                return load_checkpoint(self.checkpoint, like)
+            except DamagedFileError as error:
+                damage = error
+        if not self.previous_checkpoint.exists():
+            if damage:
+                raise damage
+            return None
+        try:
+            state, step = load_checkpoint(self.previous_checkpoint, like)
+        except DamagedFileError as error:
+            raise DamagedFileError(
+                f"{damage or f'{self.checkpoint} is gone'}; the one before it cannot be read "
+                f"either: {error}"
+            ) from error
+        if damage:
+            reason = f"{self.checkpoint} is damaged"
+            print(f"{reason}: going on from step {step}, the one before", file=sys.stderr)
+            if self.lock:  # else the next save would keep the damaged one
+                os.replace(self.previous_checkpoint, self.checkpoint)
+        return state, step
+
+    def discard_checkpoint(self) -> None:
+        """Deletes the checkpoint and the one before it: of a run that is done."""
+        self.previous_checkpoint.unlink(missing_ok=True)
+        self.checkpoint.unlink(missing_ok=True)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends one line a row. Raises ValueError if a row has no integer "step".
+        """Appends one line a row, all of them or none. Raises ValueError if a row has no integer
+        "step", OSError that names the file if it cannot be written.
 
         Call `truncate_metrics` once before the first append, with 0 where there is no checkpoint.
         """
@@ -291,10 +406,15 @@ class Run:
             if not isinstance(row.get("step"), int):
                 raise ValueError(f'a row of metrics needs an integer "step": {row}')
             lines.append(json.dumps(row, allow_nan=False) + "\n")
-        with open(self.metrics, "ab") as file:
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with _naming(self.metrics), open(self.metrics, "ab", buffering=0) as file:
+            before, content = file.tell(), memoryview("".join(lines).encode())
+            try:
+                while content:
+                    content = content[file.write(content) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the rows at or after `step`, and a line without its end; keeps the other bytes."""
@@ -318,7 +438,7 @@ class Run:
             try:
                 row = json.loads(line)
                 row["step"] + 0
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 message = f"{self.metrics}, line {number} is no row of metrics: delete the line"
                 raise RunFileError(message) from error
             yield line, row
@@ -332,24 +452,32 @@ def open_run(
     *,
     seed: int,
     exclude: Iterable[str] = NOT_HASHED,
+    wait: bool = False,
 ) -> Run:
     """Makes or reopens `results_root/experiment/name-<hash>/seed<k>`, to be written by one process.
 
-    Writes config.json (the hashed fields and the seed) and env.json where they are missing, and
-    removes what killed writers left. Raises RunFileError if config.json holds something else.
+    Writes config.json (the hashed fields and the seed) and env.json where they are missing. Unless
+    the run is finished, locks the folder for as long as the `Run` is around, and removes what
+    killed writers left; a folder that another process holds is an error or, with `wait` (for
+    by-products that several runs share), waited for. A finished run may be opened by anyone.
+
+    Raises RunFileError if config.json holds something else, FolderBusyError, and OSError where the
+    folder cannot be written.
     """
     exclude = tuple(exclude)
     folder = Path(results_root, experiment, f"{name}-{config_hash(config, exclude=exclude)}")
     folder = folder / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    run = Run(folder)
+    if not run.finished:
+        run = Run(folder, lock_folder(folder, wait=wait))
+        _remove_leftovers(folder)
     path, wanted = folder / "config.json", {**_hashed(config, exclude), "seed": seed}
     if not path.exists():
         write_json(path, wanted)
     try:
         found = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if found != wanted:
         raise RunFileError(
@@ -358,7 +486,16 @@ def open_run(
         )
     if not (folder / "env.json").exists():
         write_json(folder / "env.json", environment())
-    return Run(folder)
+    return run
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes temporary files and folders, which are those of killed writers while we hold it."""
+    for leftover in folder.glob(".*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:
@@ -407,18 +544,32 @@ def _cpu_model() -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """For commands: bad input, a diverged flow or a requested stop end in one line on stderr.
+def one_line_errors(*, lower: str = "") -> Iterator[None]:
+    """For commands: bad input, a diverged flow, a file that cannot be written, memory that does not
+    suffice, or a requested stop end in one line on stderr.
 
-    The exit status is 1, and 130 after a stop. `python -X dev` keeps the traceback.
+    `lower` names the command's options that memory depends on, for the line about memory. The exit
+    status is 1, and 130 after a stop. `python -X dev` keeps the traceback.
     """
     try:
         yield
     except (ValueError, OSError, FloatingPointError, Interrupted) as error:
-        if sys.flags.dev_mode:
+        _end(
+            error, f"{type(error).__name__}: {error}", 130 if isinstance(error, Interrupted) else 1
+        )
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, Interrupted) else 1)
+        advice = f"lower {lower}" if lower else "take a smaller problem"
+        reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
+        _end(error, f"Out of memory: {advice}, or use a machine with more{reason}", 1)
+
+
+def _end(error: BaseException, line: str, status: int) -> NoReturn:
+    if sys.flags.dev_mode:
+        raise error
+    print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 @contextlib.contextmanager

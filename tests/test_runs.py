@@ -118,7 +118,7 @@ def test_open_run_writes_the_configuration_and_the_environment(tmp_path):
 
 def test_reopening_keeps_what_is_there(run, tmp_path):
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.folder.iterdir()}
-    assert set(before) == {"config.json", "env.json"}
+    assert set(before) == {".lock", "config.json", "env.json"}
     assert runs.open_run(tmp_path, "xp", "flow", Config(), seed=0) == run
     after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.folder.iterdir()}
     assert after == before
@@ -212,7 +212,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path):
     assert np.all(state["x"] == 7)
     assert len(list(run.folder.glob(".*.tmp"))) == 1
     runs.open_run(tmp_path, "xp", "flow", Config(), seed=0)
-    assert sorted(os.listdir(run.folder)) == ["checkpoint.npz", "config.json", "env.json"]
+    assert sorted(os.listdir(run.folder)) == [".lock", "checkpoint.npz", "config.json", "env.json"]
 
 
 # Arrays

@@ -357,5 +357,5 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with runs.one_line_errors(lower="--dimension, --hidden or --num_per_class"):
         main(tyro.cli(Arguments))

@@ -256,5 +256,5 @@ def main(arguments: Arguments) -> MixingResult:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with runs.one_line_errors(lower="--chunk_size or --rff_dimension"):
         main(tyro.cli(Arguments, use_underscores=True))

@@ -197,5 +197,5 @@ if __name__ == "__main__":
         "dm": ("distribution matching: means", settings.dm(Arguments())),
         "mmdsw": ("sliced-Wasserstein kernel between classes", settings.mmdsw(Arguments())),
     }
-    with runs.one_line_errors():
+    with runs.one_line_errors(lower="--class_chunk, --real_batch or --most_decoded"):
         main(tyro.extras.overridable_config_cli(bases))

@@ -243,5 +243,5 @@ def evaluate(
             num_images=np.asarray(len(training.images)),
             num_epochs=np.asarray(evaluator.num_epochs),
         )
-        run.checkpoint.unlink(missing_ok=True)
+        run.discard_checkpoint()
     return run.load_arrays()

@@ -144,5 +144,6 @@ def main(arguments: Arguments) -> list[Path]:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    lower = "class_chunk or real_batch in presets.py, or the preset (--preset quick)"
+    with runs.one_line_errors(lower=lower):
         main(tyro.cli(Arguments))

@@ -74,5 +74,5 @@ def main(arguments: Arguments) -> list[Path]:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with runs.one_line_errors(lower="the preset (--preset quick)"):
         main(tyro.cli(Arguments))

@@ -110,5 +110,9 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    lower = (
+        "--source_particle_num, --target_particle_num or --records, or "
+        "approximate the kernel (--approximation nystrom)"
+    )
+    with runs.one_line_errors(lower=lower):
         main(tyro.cli(Arguments))

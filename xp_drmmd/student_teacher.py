@@ -168,5 +168,5 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with runs.one_line_errors(lower="--batch_size, --students or --records"):
         main(tyro.cli(Arguments))

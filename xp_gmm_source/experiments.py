@@ -148,5 +148,6 @@ def main(arguments: Arguments) -> list[Path]:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    lower = "batch_size or width in config.py, or the preset (--preset quick)"
+    with runs.one_line_errors(lower=lower):
         main(tyro.cli(Arguments))

@@ -108,23 +108,24 @@ def fitted_mixture(
     )
     name = f"mixture-{train.name}-{config.n_components}-{config.covariance_type}"
     settings = {**dataclasses.asdict(wanted), "num_train": config.num_train}
-    run = runs.open_run(results, EXPERIMENT, name, settings, seed=0)
+    run = runs.open_run(results, EXPERIMENT, name, settings, seed=0, wait=True)
     path = run.folder / "mixture.npz"
     if path.exists():
         return gmm_files.load(path)
     found = fit_images(wanted, train.images, run=run, show_progress=show_progress)
     stored = image_mixture(found, train.image_shape)
     gmm_files.save(path, stored)
-    run.checkpoint.unlink(missing_ok=True)
+    run.discard_checkpoint()
     return stored
 
 
 def feature_network(config: FlowConfig, split: Split, results: Path) -> metrics.FeatureNetwork:
     """The classifier of this data set, trained or found in its folder."""
     settings = {"dataset": config.dataset, "num_train": config.num_train}
-    run = runs.open_run(results, EXPERIMENT, f"features-{split.train.name}", settings, seed=0)
+    name = f"features-{split.train.name}"
+    run = runs.open_run(results, EXPERIMENT, name, settings, seed=0, wait=True)
     network = metrics.default_network(split.train.image_shape, len(split.train.class_names))
-    if not run.finished:
+    if not (run.finished and run.checkpoint.exists()):
         print(f"{split.train.name}: training the classifier whose features judge", flush=True)
         trained = metrics.train_feature_network(
             jax.random.key(0),
@@ -259,7 +260,7 @@ def run_flow(
     sources = sampling_sources(config, source, split.train, show_progress=show_progress)
     judged = judge_flow(judge_key, config, trained.ema, sources, judged_by, split.train)
     run.finish(**judged, losses=trained.losses, train_seconds=np.asarray(seconds))
-    run.checkpoint.unlink(missing_ok=True)
+    run.discard_checkpoint()
     return run
 
 
@@ -376,5 +377,5 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with runs.one_line_errors(lower="--batch_size, --width or --n_components"):
         main(tyro.cli(Arguments))

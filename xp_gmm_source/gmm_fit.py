@@ -320,7 +320,7 @@ def main(arguments: Arguments) -> Path:
     gmm_files.save_published(path.with_suffix(".pkl"), stored, regularisation=config.reg_covar)
     gmm_files.save_stats(stats, mean, std, train.image_shape)
     gmm_files.save(path, stored)
-    run.checkpoint.unlink(missing_ok=True)
+    run.discard_checkpoint()
     _say(stored.about, d if fitted.projection is None else len(fitted.projection.components))
     print(f"PyTorch:  {path.with_suffix('.pkl')}, {stats}")
     print(f"JAX:      {path}")
@@ -343,5 +343,6 @@ def _say(about: dict[str, Any], dimension: int) -> None:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    lower = "--n_components, --n_pca or --batch_size, or take another --covariance_type"
+    with runs.one_line_errors(lower=lower):
         main(tyro.cli(Arguments))

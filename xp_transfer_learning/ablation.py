@@ -126,5 +126,5 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with runs.one_line_errors(lower="--num_per_class or --size"):
         main(tyro.cli(Arguments))

@@ -145,13 +145,16 @@ class Arguments:
     settings, instead of the preset's. Likewise `tgt_dataset`."""
     tgt_dataset: str | None = None
     num_per_class: int | None = None
-    """This and the next six replace what the preset says."""
+    """This and the next eight replace what the preset says."""
     num_directions: int | None = None
     n_epochs: int | None = None
     lr: float | None = None
     decay: bool | None = None
     m: float | None = None
     record_every: int | None = None
+    block_size: int | None = None
+    """Directions at a time; `n_sample_batch`: target points drawn a step. Both bound memory."""
+    n_sample_batch: int | None = None
     seed: int = 0
     results: Path = Path("results")
     data_root: Path | None = None
@@ -166,7 +169,10 @@ def chosen(arguments: Arguments) -> list[ImageFlowConfig]:
     if arguments.src_dataset or arguments.tgt_dataset:
         named = {"source": arguments.src_dataset, "target": arguments.tgt_dataset}
         configs = [replace(ImageFlowConfig(), **{k: v for k, v in named.items() if v})]
-    fields = ("num_per_class", "num_directions", "n_epochs", "lr", "decay", "m", "record_every")
+    fields = (
+        "num_per_class", "num_directions", "n_epochs", "lr", "decay", "m", "record_every",
+        "block_size", "n_sample_batch",
+    )  # fmt: skip
     replaced = {f: getattr(arguments, f) for f in fields if getattr(arguments, f) is not None}
     return [replace(config, **replaced) for config in configs]
 
@@ -194,5 +200,5 @@ def main(arguments: Arguments) -> list[Path]:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with runs.one_line_errors(lower="--block_size, --n_sample_batch or --num_per_class"):
         main(tyro.cli(Arguments))

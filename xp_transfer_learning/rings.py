@@ -188,5 +188,5 @@ def print_table(rows: list[dict], num_seeds: int) -> None:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with runs.one_line_errors(lower="the preset (--preset quick)"):
         main(tyro.cli(Arguments))

@@ -57,7 +57,7 @@ def flow(config: TransferConfig, *, seed: int, results: Path, data_root: Path | 
     """The flowed images of one try: particles [records, C, n, d] (none for target_only), steps,
     losses, x_tgt, image_shape. Stored, and read back if done before."""
     name = f"transfer_{_setting(config)}"
-    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
+    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed, wait=True)
     if not run.finished:
         x0, x_tgt, image_shape = data(seed, config, data_root)
         stored = {"x_tgt": np.asarray(x_tgt), "image_shape": np.asarray(image_shape)}
@@ -296,5 +296,5 @@ def describe(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with runs.one_line_errors(lower="--num_per_class, --size or --num_trainings"):
         main(tyro.cli(Arguments))
