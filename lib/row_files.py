@@ -125,7 +125,7 @@ def open_rows(path: str | Path, *, key: str | None = None) -> RowFile:
         raise ValueError(f"{label} is empty: shape {array.shape}")
     if array.dtype not in DTYPES:
         raise ValueError(
-            f"{label}: the dtype must be one of {', '.join(DTYPES)}, not {array.dtype}"
+            f"{label}: the dtype must be one of {', '.join(DTYPES)}, not {str(array.dtype)[:80]}"
         )
     return RowFile(path, array.shape, array.dtype, array.locate())
 

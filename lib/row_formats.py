@@ -175,8 +175,13 @@ def _clear_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except _ZIP_ERRORS as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{path} is damaged or truncated: {reason}") from error
+        raise ValueError(f"{path} is damaged or truncated: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The error's message in one line of bounded length: some repeat what they cannot read."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def _check_end(path: Path, end: int, available: int) -> None:
@@ -195,7 +200,10 @@ def _stored_dtype(dtype: str) -> np.dtype:
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     """The archive, of which every member is said to start within the file."""
-    archive = zipfile.ZipFile(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except ValueError as error:  # a place before the file's start
+        raise zipfile.BadZipFile(str(error)) from error
     for member in archive.infolist():
         if not 0 <= member.header_offset < path.stat().st_size:
             archive.close()
@@ -218,11 +226,13 @@ def _data_offset(file: io.IOBase, member: zipfile.ZipInfo) -> int:
 def _npy_header(file: io.IOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, whether column-major, dtype); leaves the file where the values start."""
     version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote, or that are no Python
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
         return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"version {version}")
 
 
 def _npy_array(
@@ -234,7 +244,7 @@ def _npy_array(
     try:
         shape, by_columns, dtype = _npy_header(file)
     except (ValueError, SyntaxError, tokenize.TokenError) as error:
-        raise ValueError(f"{label} has no header of an .npy file: {error}") from error
+        raise ValueError(f"{label} has no header of an .npy file: {_reason(error)}") from error
     header = file.tell()
 
     def locate():
@@ -292,8 +302,9 @@ def _safetensors_arrays(path: Path) -> dict[str, StoredArray]:
             name: _safetensor(path, size, 8 + length, _SAFETENSORS.get(code, code), shape, *span)
             for name, code, shape, span in entries
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} has no header of a .safetensors file: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        message = f"{path} has no header of a .safetensors file: {_reason(error)}"
+        raise ValueError(message) from error
 
 
 def _safetensor(path, size, data, dtype, shape, start, end):
@@ -350,14 +361,14 @@ def _load_without_values(path: Path) -> Any:
             return torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        asked = f" ({found[1].rstrip('.,')})" if found else ""
+        asked = f" ({found[1].rstrip('.,')[:80]})" if found else ""
         raise ValueError(
             f"{path} is refused: its pickle asks for more than tensors{asked}, and to unpickle "
             "that can run code. Save the tensor alone: torch.save(tensor, path)"
         ) from error
     except Exception as error:  # whatever the many parts of torch raise
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise ValueError(f"{path} holds no plain tensor, or is damaged: {reason}") from error
+        message = f"{path} holds no plain tensor, or is damaged: {_reason(error)}"
+        raise ValueError(message) from error
 
 
 def _torch_array(path: Path, sizes: dict[int, int], tensor: Any) -> StoredArray:
