@@ -211,6 +211,8 @@ def _check_idx(path: Path) -> None:
     if len(header) < 1 + rank or header[0] != 0x800 + rank:
         raise ValueError(f"{path} is corrupt: no header of an IDX file of {rank}-d bytes")
     shape = [int(size) for size in header[1:]]
+    if 0 in shape:
+        raise ValueError(f"{path} is corrupt: its header promises {shape}, no image")
     promised, actual = 4 * (1 + rank) + math.prod(shape), path.stat().st_size
     if promised != actual:
         raise ValueError(
