@@ -9,6 +9,7 @@ that the author is trusted.
 
 import io
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,26 +99,31 @@ def load(path: Path) -> ImageMixture:
         kind = header["kind"]
         shape = tuple(int(size) for size in arrays.pop("image_shape"))
         wanted = {"weights", "means", "mean", "std", *_FACTORS[kind]}
-        missing = wanted - set(arrays)
-    except (KeyError, ValueError, TypeError) as error:
+        if "pca_components" in arrays:
+            wanted |= {"pca_components", "pca_centre"}
+        missing, about = wanted - set(arrays), dict(header["about"])
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError("image_shape")
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no mixture of images written by gmm_fit.py") from error
     if missing:
         raise ValueError(f"{path} holds no {', '.join(sorted(missing))}")
     for name, array in arrays.items():
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise ValueError(f"{path}: {name} is not all finite numbers")
-    _check_shapes(path, kind, arrays, int(np.prod(shape)))
+    _check_shapes(path, kind, arrays, math.prod(shape))
     mixture = gmm.Mixture(arrays["weights"], arrays["means"], _structure(kind, arrays))
     projection = None
     if "pca_components" in arrays:
         projection = Projection(arrays["pca_components"], arrays["pca_centre"])
-    return ImageMixture(mixture, projection, arrays["mean"], arrays["std"], shape, header["about"])
+    return ImageMixture(mixture, projection, arrays["mean"], arrays["std"], shape, about)
 
 
 def _check_shapes(path: Path, kind: str, arrays: dict[str, np.ndarray], pixels: int) -> None:
-    num = len(arrays["weights"])
-    d = arrays["pca_components"].shape[0] if "pca_components" in arrays else pixels
-    rank = arrays["loadings"].shape[-1] if "loadings" in arrays else 0
+    # Sizes that others are held against; an array of another rank has none, and is found below.
+    num = arrays["weights"].size
+    d = (*arrays["pca_components"].shape, 0)[0] if "pca_components" in arrays else pixels
+    rank = (0, *arrays["loadings"].shape)[-1] if "loadings" in arrays else 0
     expected = {
         "weights": (num,),
         "means": (num, d),
