@@ -11,6 +11,7 @@ JSON, which also says how stored images become training images (`decode`).
 """
 
 import json
+import math
 import zipfile
 from pathlib import Path
 
@@ -47,16 +48,32 @@ def read(path):
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"wrong checksum in {damaged}")
-        with np.load(path, allow_pickle=False) as members:
-            images, labels, text = (members[name] for name in ("images", "labels", "metadata"))
+            images, labels, text = (_member(archive, n) for n in ("images", "labels", "metadata"))
         metadata = json.loads(str(text))
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # a damaged archive raises whatever its parser meets
-        message = f"{path} holds no condensed images, or is damaged: {error}"
+        reason = " ".join(str(error).split())[:200]
+        message = f"{path} holds no condensed images, or is damaged: {reason}"
         raise ValueError(message) from error
     check(images, labels, metadata, name=str(path))
     return images, labels, metadata
+
+
+def _member(archive, name):
+    """An array without objects; nothing is allocated that the archive does not hold."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, dtype = read_header(file)
+        if file.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+            raise ValueError(f"{name} is not of the shape {shape} that its header promises")
+    with archive.open(info) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def check(images, labels, metadata, *, name="condensed images"):
@@ -83,7 +100,8 @@ def check(images, labels, metadata, *, name="condensed images"):
     for key in ("mean", "std"):
         values = metadata[key]
         numbers = all(type(value) in (int, float) for value in values) and len(values) == channels
-        if not numbers or not np.isfinite(values).all() or (key == "std" and min(values) <= 0):
+        finite = numbers and all(abs(value) < 1e30 for value in values)  # in float32 too
+        if not finite or (key == "std" and min(values) <= 0):
             sign = "positive " if key == "std" else ""
             raise ValueError(f"{name}: {key} has {channels} {sign}numbers, not {values}")
     if not np.isfinite(images).all():
