@@ -224,7 +224,8 @@ def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
         except MemoryError:
             raise
         except Exception as error:
-            message = f"{path} is damaged ({error}): delete it and run again"
+            reason = " ".join(str(error).split())[:200]
+            message = f"{path} is damaged ({reason}): delete it and run again"
             raise DamagedFileError(message) from error
     return arrays
 
