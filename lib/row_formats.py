@@ -179,9 +179,10 @@ def _clear_errors(path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The error's message in one line of bounded length: some repeat what they cannot read."""
-    text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+    """The error in one line of bounded length: some repeat what they cannot read."""
+    named = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError)
+    text = repr(error) if named else str(error) or type(error).__name__
+    return " ".join(text.split())[:200]
 
 
 def _check_end(path: Path, end: int, available: int) -> None:

@@ -8,7 +8,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 LIB = sorted((REPOSITORY / "lib").glob("*.py"))
 EXPERIMENTS = sorted(REPOSITORY.glob("xp_*/*.py"))
-INPUT_OUTPUT = {"runs", "datasets", "image_folders", "row_files", "row_formats", "plotting"}
+INPUT_OUTPUT = {
+    "runs", "run_locks", "datasets", "image_folders", "row_files", "row_formats", "plotting"
+}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

@@ -450,7 +450,13 @@ def files(tmp_path_factory):
 
 def check(files, name, seed):
     path, content, expected = files(name)
-    attempt(name, path, mutation(name, content, seed), expected)
+    changed = mutation(name, content, seed)
+    tracemalloc.start()
+    try:
+        attempt(name, path, changed, expected)
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 FAST = [name for name in FORMATS if not name.startswith("idx")]
