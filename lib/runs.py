@@ -83,7 +83,7 @@ def atomic_file(
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _naming(path, temporary):
+    with named_errors(path, temporary):
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -108,8 +108,13 @@ def _keep(path: Path, previous: Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """System errors about no file, or about the temporary one, become errors about `path`."""
+def named_errors(
+    path: str | os.PathLike, temporary: str | os.PathLike | None = None
+) -> Iterator[None]:
+    """Errors of writing that name no file, or the temporary one, become errors about `path`.
+
+    A full disk names no file where a file is written to, but where it is opened.
+    """
     try:
         yield
     except OSError as error:
@@ -408,7 +413,7 @@ class Run:
             if not isinstance(row.get("step"), int):
                 raise ValueError(f'a row of metrics needs an integer "step": {row}')
             lines.append(json.dumps(row, allow_nan=False) + "\n")
-        with _naming(self.metrics), open(self.metrics, "ab", buffering=0) as file:
+        with named_errors(self.metrics), open(self.metrics, "ab", buffering=0) as file:
             before, content = file.tell(), memoryview("".join(lines).encode())
             try:
                 while content:

@@ -19,8 +19,10 @@ import optax
 import pytest
 import tqdm.std
 
-from lib import classification, gd, rows, runs
+from lib import classification, gd, plotting, rows, runs
 from lib.run_locks import FolderBusyError
+from xp_data_mixing.embedding_files import write_embeddings
+from xp_dataset_distillation import export
 
 LIKE = {"x": np.zeros(50_000)}
 
@@ -171,6 +173,30 @@ def test_a_disk_that_is_really_full(small_disk):
     loaded, step = run.load_checkpoint(small)
     assert step == 1
     np.testing.assert_array_equal(loaded["x"], small["x"])
+
+
+@pytest.mark.parametrize("suffix", ["npy", "pt"])
+def test_embeddings_on_a_full_disk_are_named_and_leave_nothing(small_disk, suffix):
+    """Of a .pt 160 KB fit, but not twice: torch meets the end of the disk, not the rows' file."""
+    path = small_disk / f"a.{suffix}"
+    for num in (2500, 6000) if suffix == "pt" else (6000,):
+        with pytest.raises(OSError, match=rf"No space left.*{path}"):
+            write_embeddings(path, iter([np.ones((num, 16), np.float32)]))
+        assert os.listdir(small_disk) == []
+
+
+def test_figures_and_condensed_sets_on_a_full_disk_are_named(tmp_path, monkeypatch):
+    figure, _ = plotting.plt.subplots()
+    monkeypatch.setattr(type(figure), "savefig", fail(errno.ENOSPC))
+    with pytest.raises(OSError, match=rf"No space left.*{tmp_path / 'a.png'}"):
+        plotting.save_figure(figure, tmp_path / "a.png")
+    condensed = export.Condensed(
+        np.zeros((2, 1, 4, 4, 1), np.float32), ("a", "b"), 1, [0.5], [0.5], "toy", {"commit": ""}
+    )
+    monkeypatch.setattr(export.Image.Image, "save", fail(errno.ENOSPC))
+    with pytest.raises(OSError, match=rf"No space left.*{tmp_path / 'set'}"):
+        export.save(tmp_path / "set", condensed)
+    assert os.listdir(tmp_path) == []
 
 
 def test_metrics_are_appended_whole_or_not_at_all(run, monkeypatch):

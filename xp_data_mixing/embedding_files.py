@@ -50,7 +50,10 @@ def write_embeddings(
         shape = _append_rows(rows, path, batches, dtype)
         rows.flush()
         mapped = np.memmap(rows, _little_endian(dtype), mode="r+", shape=shape)
-        torch.save(torch.from_numpy(mapped), file)
+        try:
+            torch.save(torch.from_numpy(mapped), file)
+        except RuntimeError as error:  # torch's way to end where the disk is full
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     return shape
 
 

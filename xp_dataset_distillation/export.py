@@ -135,8 +135,9 @@ def save(folder: str | os.PathLike, condensed: Condensed) -> None:
         folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp") for _ in range(2)
     )
     try:
-        temporary.mkdir()
-        _write(temporary, condensed)
+        with runs.named_errors(folder):
+            temporary.mkdir()
+            _write(temporary, condensed)
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
