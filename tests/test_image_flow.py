@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from lib import plotting
 from lib.runs import one_line_errors
-from xp_transfer_learning.image_flow import Arguments, main
+from xp_transfer_learning.image_flow import Arguments, chosen, main
 
 REPOSITORY = Path(__file__).parents[1]
 SHORT = ["--num_per_class", "10", "--n_epochs", "30", "--record_every", "10"]
@@ -175,3 +175,9 @@ def test_a_figure_that_fails_leaves_nothing(tmp_path):
         plotting.save_figure(figure, tmp_path / "figure.nonsense")
     assert list(tmp_path.iterdir()) == []
     assert not plt.get_fignums()
+
+
+def test_what_bounds_memory_can_be_given():
+    arguments = Arguments("paper", block_size=7, n_sample_batch=3)
+    for config in chosen(arguments):
+        assert (config.block_size, config.n_sample_batch) == (7, 3)
