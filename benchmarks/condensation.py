@@ -243,7 +243,7 @@ def main(options: Options) -> None:
         if num_networks == 1:
             contenders["PyTorch loop"] = torch_loop(config, problem, x0)
         found = timed(contenders, options)
-        rows[num_networks] = found
+        rows[f"{num_networks} networks"] = found
         for name, each in found.items():
             ratio = each["median"] / found["ours"]["median"]
             print(
