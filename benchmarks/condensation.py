@@ -3,7 +3,7 @@
     DATA_ROOT=... python benchmarks/condensation.py [--width 32] [--num_networks 1 4] [--out FILE]
 
 One data set, one start, in one process, in turn within each round:
-- ours: the joint step of `objectives.py`, as `condense.py` runs it;
+- ours: the joint step of `objectives.py` in a compiled loop, as `condense.py` runs it;
 - JAX loop: the same loss and gradient, class after class and network after network, each one call
   of a jitted function (compiled once, all classes have one shape);
 - PyTorch loop: the published form, eager: class after class, one network, the same sizes, the same
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import tyro
+from jax import lax
 
 from lib.gd import flow_init, flow_step
 from lib.runs import environment, one_line_errors, write_json
@@ -48,9 +49,11 @@ class Options:
     real_batch: int = 64
     num_networks: tuple[int, ...] = (1,)
     """The loops run over these too."""
+    class_chunk: int | None = None
+    """Of ours."""
     augmentation: str = "color_crop_cutout"
     rounds: int = 5
-    steps: int = 2
+    steps: int = 4
     """Timed steps a round."""
     torch_threads: int = 0
     """0: torch's default."""
@@ -58,19 +61,25 @@ class Options:
     out: Path = Path("results/benchmarks/condensation.json")
 
 
-# ---- Contenders: functions without arguments that take one step and wait for it
+# ---- Contenders: functions that take some steps and wait for them
 
 
 def joint(config: CondenseConfig, problem: condense.Problem, x0):
     target = Target(jax.tree.map(jnp.asarray, problem.real), jax.random.key_data(jax.random.key(1)))
     heavy_ball = optimizer(*step_of(config, problem.setting))
-    step = jax.jit(flow_step(objective(config, problem.setting), heavy_ball))
+    step = flow_step(objective(config, problem.setting), heavy_ball)
     state = flow_init(heavy_ball, x0, jnp.zeros((), jnp.int32))
 
-    def run():
+    @jax.jit
+    def advance(state, target, count):
+        def body(_, state):
+            return step(jax.random.key(0), state, target)[0]
+
+        return lax.fori_loop(0, count, body, state)
+
+    def run(count):
         nonlocal state
-        state, _ = step(jax.random.key(0), state, target)
-        jax.block_until_ready(state)
+        state = jax.block_until_ready(advance(state, target, count))
 
     return run
 
@@ -90,7 +99,7 @@ def class_loop(config: CondenseConfig, problem: condense.Problem, x0):
     x, step = [jnp.asarray(each[None]) for each in x0], 0
     lr, _ = step_of(config, problem.setting)
 
-    def run():
+    def one():
         nonlocal step
         for c, target in enumerate(targets):
             total = 0.0
@@ -102,7 +111,7 @@ def class_loop(config: CondenseConfig, problem: condense.Problem, x0):
         jax.block_until_ready(x)
         step += 1
 
-    return run
+    return lambda count: [one() for _ in range(count)]
 
 
 def torch_loop(config: CondenseConfig, problem: condense.Problem, x0):
@@ -172,7 +181,7 @@ def torch_loop(config: CondenseConfig, problem: condense.Problem, x0):
 
     step, net = 0, None
 
-    def run():
+    def one():
         nonlocal step, net
         if step % config.iterations_per_network == 0:
             net = network()
@@ -193,7 +202,7 @@ def torch_loop(config: CondenseConfig, problem: condense.Problem, x0):
             heavy_ball.step()
         step += 1
 
-    return run
+    return lambda count: [one() for _ in range(count)]
 
 
 # ---- Timing
@@ -204,13 +213,12 @@ def timed(contenders: dict, options: Options) -> dict[str, dict]:
     found = {}
     for name, run in contenders.items():
         started = time.perf_counter()
-        run()
+        run(1)
         found[name] = {"first": time.perf_counter() - started, "steps": []}
     for _ in range(options.rounds):
         for name, run in contenders.items():
             started = time.perf_counter()
-            for _ in range(options.steps):
-                run()
+            run(options.steps)
             found[name]["steps"].append((time.perf_counter() - started) / options.steps)
     for each in found.values():
         each["median"] = float(np.median(each["steps"]))
@@ -232,6 +240,7 @@ def main(options: Options) -> None:
             real_batch=options.real_batch,
             augmentation=options.augmentation,
             num_networks=num_networks,
+            class_chunk=options.class_chunk,
         )
         problem = condense.problem(config, options.data_root)
         x0 = condense.start(jax.random.key(0), config, problem.real)
