@@ -39,7 +39,8 @@ def along(records: np.ndarray, steps: np.ndarray, losses: np.ndarray) -> Figure:
     width = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
     axes[1].plot(np.arange(len(smooth)) + width / 2, smooth)
-    axes[1].set(xlabel="step", ylabel="loss", yscale="log" if (losses > 0).all() else "linear")
+    scale = "log" if 0 < 20 * losses.min() < losses.max() else "linear"
+    axes[1].set(xlabel="step", ylabel="loss", yscale=scale)
     return figure
 
 
