@@ -1,4 +1,4 @@
-"""A convolution of stride 1 whose gradients are fast on CPU too, as a flax.linen module."""
+"""A convolution whose gradients are fast on CPU too, as a flax.linen module."""
 
 from typing import Literal
 
@@ -18,9 +18,10 @@ def fastest() -> Method:
     return "patches" if jax.default_backend() == "cpu" else "xla"
 
 
-def _xla_convolution(x, kernel):
+def _xla_convolution(x, kernel, stride=1):
     layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+    padding = [(kernel.shape[0] // 2,) * 2] * 2
+    return lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=layout)
 
 
 @jax.custom_vjp
@@ -71,17 +72,32 @@ def _patches(x, size):
 
 
 class Convolution(nn.Module):
-    """A convolution of odd `size`, stride 1, the images' size kept; parameters as `nn.Conv`'s."""
+    """A convolution of odd `size`, padded by size // 2 at all sides; parameters as `nn.Conv`'s.
+
+    By the method "patches" one of stride s costs s^2 times what it must: every pixel is computed,
+    and all but each s-th left out.
+    """
 
     features: int
     size: int = 3
     method: Method = "patches"
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    stride: int = 1
+    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Images) -> Float[Array, "n height width features"]:
+    def __call__(self, x: Images) -> Float[Array, "n out_height out_width features"]:
         shape = self.size, self.size, x.shape[3], self.features
         kernel = self.param("kernel", self.kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        convolve = _patch_convolution if self.method == "patches" else _xla_convolution
-        return convolve(x, kernel) + bias[None, None, None, :]
+        if self.method == "patches":
+            x = _patch_convolution(x, kernel)[:, :: self.stride, :: self.stride]
+        else:
+            x = _xla_convolution(x, kernel, self.stride)
+        if not self.use_bias:
+            return x
+        return (
+            x
+            + self.param("bias", nn.initializers.zeros_init(), (self.features,))[
+                None, None, None, :
+            ]
+        )

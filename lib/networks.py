@@ -23,6 +23,14 @@ Norm = Literal["instance", "layer", "none"]
 torch_like = variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+class Conv(Convolution):
+    """A convolution that starts as torch's do, but for its biases. Networks take its method, how
+    gradients are computed, as `convolution`: "xla" on GPU, and "patches" on CPU, where it is many
+    times faster in compiled loops; parameters and values are the same."""
+
+    kernel_init: nn.initializers.Initializer = torch_like
+
+
 class MLP(nn.Module):
     """Dense layers of `hidden` units with ReLU between them, on images as rows of pixels."""
 
@@ -129,8 +137,8 @@ class ConvNet(nn.Module):
     def __call__(self, images: Images) -> Outputs:
         self.check(images.shape[1:])
         x = _padded(images)
-        for i in range(self.depth):
-            x = Convolution(self.width, 3, self.convolution, torch_like, name=f"Conv_{i}")(x)
+        for _ in range(self.depth):
+            x = Conv(self.width, 3, self.convolution)(x)
             x = nn.avg_pool(nn.relu(_normalised(x, self.norm)), (2, 2), strides=(2, 2))
         return _head(x, self.num_classes)
 
@@ -152,13 +160,14 @@ class AlexNet(nn.Module):
     num_classes: int | None = 10
     widths: tuple[int, int, int, int, int] = (128, 192, 256, 192, 192)
     norm: Norm = "none"
+    convolution: Method = "xla"
 
     @nn.compact
     def __call__(self, images: Images) -> Outputs:
         self.check(images.shape[1:])
         x = _padded(images)
         for i, (width, size) in enumerate(zip(self.widths, (5, 5, 3, 3, 3))):
-            x = nn.Conv(width, (size, size), kernel_init=torch_like)(x)
+            x = Conv(width, size, self.convolution)(x)
             x = nn.relu(_normalised(x, self.norm))
             x = nn.max_pool(x, (2, 2), strides=(2, 2)) if i in (0, 1, 4) else x
         return _head(x, self.num_classes)
@@ -181,6 +190,7 @@ class VGG11(nn.Module):
     num_classes: int | None = 10
     widths: tuple[tuple[int, ...], ...] = ((64,), (128,), (256, 256), (512, 512), (512, 512))
     norm: Norm = "instance"
+    convolution: Method = "xla"
 
     @nn.compact
     def __call__(self, images: Images) -> Outputs:
@@ -188,7 +198,7 @@ class VGG11(nn.Module):
         x = _padded(images)
         for stage in self.widths:
             for width in stage:
-                x = nn.Conv(width, (3, 3), kernel_init=torch_like)(x)
+                x = Conv(width, 3, self.convolution)(x)
                 x = nn.relu(_normalised(x, self.norm))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         return _head(x, self.num_classes)
@@ -213,22 +223,26 @@ class ResNet18(nn.Module):
     num_classes: int | None = 10
     widths: tuple[int, ...] = (64, 128, 256, 512)
     norm: Norm = "instance"
+    convolution: Method = "xla"
 
     @nn.compact
     def __call__(self, images: Images) -> Outputs:
         self.check(images.shape[1:])
-        x = nn.relu(_normalised(_plain_conv(images, self.widths[0], 3, 1), self.norm))
+        x = nn.relu(_normalised(self.conv(images, self.widths[0], 3, 1), self.norm))
         for stage, width in enumerate(self.widths):
             x = self.block(x, width, stride=1 if stage == 0 else 2)
             x = self.block(x, width, stride=1)
         return _head(x.mean(axis=(1, 2)), self.num_classes)
 
+    def conv(self, x, width: int, size: int, stride: int):
+        return Conv(width, size, self.convolution, stride=stride, use_bias=False)(x)
+
     def block(self, x, width: int, stride: int):
         """Two 3x3 convolutions, and the input added: through a 1x1 one where shapes differ."""
-        y = nn.relu(_normalised(_plain_conv(x, width, 3, stride), self.norm))
-        y = _normalised(_plain_conv(y, width, 3, 1), self.norm)
+        y = nn.relu(_normalised(self.conv(x, width, 3, stride), self.norm))
+        y = _normalised(self.conv(y, width, 3, 1), self.norm)
         if stride > 1 or x.shape[3] != width:
-            x = _normalised(_plain_conv(x, width, 1, stride), self.norm)
+            x = _normalised(self.conv(x, width, 1, stride), self.norm)
         return nn.relu(y + x)
 
     def check(self, image_shape: tuple[int, ...]) -> None:
@@ -244,13 +258,6 @@ def _padded(images):
     if images.shape[1:3] != (28, 28):
         return images
     return jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-
-
-def _plain_conv(x, width: int, size: int, stride: int):
-    """A convolution without biases, the padding the same at both ends whatever the stride."""
-    padding = [(size // 2,) * 2] * 2
-    conv = nn.Conv(width, (size, size), stride, padding, use_bias=False, kernel_init=torch_like)
-    return conv(x)
 
 
 def _normalised(x, norm):
@@ -291,9 +298,9 @@ def network_by_name(
     depth: int = 3,
     convolution: Method = "xla",
 ) -> nn.Module:
-    """The network that tests of condensed sets know by this name: convnet (of `width`, `depth` and
-    `convolution`, which are its own), mlp (two hidden layers of 128), lenet, alexnet, vgg11,
-    resnet18.
+    """The network that tests of condensed sets know by this name: convnet (of `width` and `depth`,
+    which are its own), mlp (two hidden layers of 128), lenet, alexnet, vgg11, resnet18.
+    `convolution` is of convnet and the last three.
 
     Raises ValueError on other names, and for images (height, width, channels) that are too small.
     """
@@ -301,9 +308,9 @@ def network_by_name(
         "convnet": ConvNet(num_classes, depth=depth, width=width, convolution=convolution),
         "mlp": MLP(num_classes, hidden=(128, 128)),
         "lenet": LeNet5(num_classes, first_kernel=5),
-        "alexnet": AlexNet(num_classes),
-        "vgg11": VGG11(num_classes),
-        "resnet18": ResNet18(num_classes),
+        "alexnet": AlexNet(num_classes, convolution=convolution),
+        "vgg11": VGG11(num_classes, convolution=convolution),
+        "resnet18": ResNet18(num_classes, convolution=convolution),
     }
     if name not in networks:
         raise ValueError(f"no network {name!r}; there are {', '.join(networks)}")

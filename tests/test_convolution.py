@@ -14,20 +14,27 @@ def normal(seed, *shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-@pytest.mark.parametrize(("channels", "features", "size"), [(3, 5, 3), (5, 3, 3), (4, 4, 5)])
-def test_convolution_and_its_gradients_are_those_of_flax(x64, channels, features, size):
+@pytest.mark.parametrize(
+    ("channels", "features", "size", "stride"),
+    [(3, 5, 3, 1), (5, 3, 3, 2), (4, 4, 5, 1), (2, 3, 1, 2)],
+)
+def test_convolution_and_its_gradients_are_those_of_flax(x64, channels, features, size, stride):
     x = normal(0, 2, 5, 4, channels, dtype=jnp.float64)
-    target = normal(1, 2, 5, 4, features, dtype=jnp.float64)
-    reference = nn.Conv(features, (size, size), param_dtype=jnp.float64)
+    target = normal(1, 2, -(-5 // stride), -(-4 // stride), features, dtype=jnp.float64)
+    padding, use_bias = [(size // 2,) * 2] * 2, stride == 1
+    reference = nn.Conv(
+        features, (size, size), stride, padding, use_bias=use_bias, param_dtype=jnp.float64
+    )
     parameters = reference.init(jax.random.key(2), x)
-    parameters["params"]["bias"] = normal(3, features, dtype=jnp.float64)
+    if use_bias:
+        parameters["params"]["bias"] = normal(3, features, dtype=jnp.float64)
 
     def objective(network):
         return lambda p, x: jnp.sum((network.apply(p, x) - target) ** 3)
 
     expected = jax.jit(jax.value_and_grad(objective(reference), (0, 1)))(parameters, x)
     for method in ("patches", "xla"):
-        network = Convolution(features, size, method)
+        network = Convolution(features, size, method, stride=stride, use_bias=use_bias)
         result = jax.jit(jax.value_and_grad(objective(network), (0, 1)))(parameters, x)
         for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected)):
             np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)

@@ -296,8 +296,10 @@ def test_tables_by_hand():
 # ---- Checks
 
 
-def test_the_linear_kernel_sees_means_alone():
-    table = checks.mmd_table(num=150, dimension=4, repeats=20)
+def test_the_linear_kernel_sees_means_alone(tmp_path, capsys):
+    arguments = checks.Mmd(num=150, dimension=4, repeats=20, results=tmp_path / "new")
+    table = json.loads(checks.main(arguments).read_text())["table"]
+    assert "| linear |" in capsys.readouterr().out
     for kernel, found in table.items():
         assert found["mean"] > 4, kernel
         assert found["equal"] == 0

@@ -299,6 +299,7 @@ def test_convnet_and_its_gradients(options, shape):
 
 
 @x64
+@pytest.mark.parametrize("convolution", ["xla", "patches"])
 @pytest.mark.parametrize(
     ("network", "function", "shape"),
     [
@@ -308,7 +309,8 @@ def test_convnet_and_its_gradients(options, shape):
     ],
     ids=["resnet", "alexnet", "vgg"],
 )
-def test_deep_networks_and_their_gradients(network, function, shape):
+def test_deep_networks_and_their_gradients(network, function, shape, convolution):
+    network = network.clone(convolution=convolution)
     images, weights = normal(0, *shape), normal(1, shape[0], 4)
     parameters = random_parameters(network, images)
     results = value_and_gradients(network, parameters, images, weights)

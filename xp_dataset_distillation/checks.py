@@ -29,6 +29,16 @@ from xp_dataset_distillation.presets import CPU
 KERNELS = ("linear", "polynomial", "gaussian", "energy", "rff")
 
 
+def written(name: str, found: dict, arguments: "Mmd | Moments") -> Path:
+    """Writes what a check found, and returns the file."""
+    path = arguments.results / EXPERIMENT / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"arguments": arguments, "environment": runs.environment()}
+    runs.write_json(path, {**about, **found})
+    print(f"numbers: {path}")
+    return path
+
+
 # ---- Known moments
 
 
@@ -93,11 +103,7 @@ def run_mmd(arguments: Mmd) -> Path:
     print(f"| kernel | {' | '.join(DIFFERENCES[1:])} |\n|---|{'---|' * len(DIFFERENCES[1:])}")
     for kernel, row in table.items():
         print(f"| {kernel} | {' | '.join(f'{row[name]:.1f}' for name in DIFFERENCES[1:])} |")
-    path = arguments.results / EXPERIMENT / "check_mmd.json"
-    about = {"arguments": arguments, "environment": runs.environment()}
-    runs.write_json(path, {**about, "table": table})
-    print(f"numbers: {path}")
-    return path
+    return written("check_mmd", {"table": table}, arguments)
 
 
 # ---- Moments of condensed sets
@@ -181,11 +187,7 @@ def run_moments(arguments: Moments) -> Path:
     print(f"| condensed by | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for label, row in rows.items():
         print(f"| {label} | {' | '.join(f'{row[name].mean():.4g}' for name in names)} |")
-    path = arguments.results / EXPERIMENT / f"check_moments_{Path(arguments.dataset).stem}.json"
-    about = {"arguments": arguments, "environment": runs.environment()}
-    runs.write_json(path, {**about, "rows": rows})
-    print(f"numbers: {path}")
-    return path
+    return written(f"check_moments_{Path(arguments.dataset).stem}", {"rows": rows}, arguments)
 
 
 Check = Union[  # noqa: UP007  tyro's subcommands
