@@ -216,6 +216,11 @@ class Judged:
 Entry = CondenseConfig | BaselineConfig
 
 
+def is_whole(entry: Entry) -> bool:
+    """Whether it is the whole set, which has no number of images a class."""
+    return isinstance(entry, BaselineConfig) and entry.kind == "whole"
+
+
 # ---- Comparisons
 
 
@@ -231,9 +236,7 @@ class Comparison:
     def at(self, images_per_class: int) -> dict[str, Entry]:
         """The entries with this number of images a class; the whole set stays what it is."""
         return {
-            label: entry
-            if isinstance(entry, BaselineConfig) and entry.kind == "whole"
-            else replace(entry, images_per_class=images_per_class)
+            label: entry if is_whole(entry) else replace(entry, images_per_class=images_per_class)
             for label, entry in self.entries.items()
         }
 

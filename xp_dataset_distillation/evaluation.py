@@ -28,6 +28,7 @@ from xp_dataset_distillation.config import (
     Entry,
     Evaluator,
     Judged,
+    is_whole,
 )
 from xp_dataset_distillation.factor import decode
 from xp_dataset_distillation.objectives import Setting
@@ -217,8 +218,7 @@ def evaluate(
     """Accuracies [num_networks] of the classifiers trained on one set, that of `seed`; stored, and
     read back if done before; interrupted, it resumes."""
     evaluator = judged.evaluator
-    whole = isinstance(entry, BaselineConfig) and entry.kind == "whole"
-    if whole:
+    if is_whole(entry):
         evaluator = replace(evaluator, num_epochs=judged.whole_epochs)
     kind = entry.kind if isinstance(entry, BaselineConfig) else entry.method
     name = f"accuracy-{Path(entry.dataset).stem}-{kind}-ipc{entry.images_per_class}"

@@ -26,6 +26,7 @@ from xp_dataset_distillation.config import (
     CondenseConfig,
     Entry,
     Preset,
+    is_whole,
 )
 from xp_dataset_distillation.evaluation import evaluate
 from xp_dataset_distillation.presets import presets
@@ -109,9 +110,7 @@ def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:
 
 
 def row_of(label: str, entry: Entry, judge: str) -> dict[str, Any]:
-    """The whole set has no number of images a class."""
-    whole = isinstance(entry, BaselineConfig) and entry.kind == "whole"
-    number = None if whole else entry.images_per_class
+    number = None if is_whole(entry) else entry.images_per_class
     return {"label": label, "images_per_class": number, "judge": judge}
 
 

@@ -75,27 +75,29 @@ def run_group(group: str, flows: dict[str, FlowConfig], arguments: Arguments) ->
         for row in tables.rows_of(label, stored):
             rows.append(row | {"settings": config, "folders": folders})
     summary = arguments.results / EXPERIMENT / f"{group}_{arguments.preset}.json"
+    mixtures = fitted_mixtures(flows, arguments)
     about = {
         "group": group,
         "seeds": arguments.seeds,
         "environment": runs.environment(),
         "feature_accuracy": float(stored[0]["feature_accuracy"]),
         "floor": tables.floor_of(stored[0]),
-        "mixtures": mixtures_alone(flows, arguments),
+        "mixtures": mixtures_alone(mixtures, arguments.results),
     }
     runs.write_json(summary, {**about, "rows": rows})
     print(tables.markdown(rows, about["floor"]))
     for name, measures in about["mixtures"].items():
         print(f"draws of the mixture {name} itself, without a flow: {measures['frechet']:.3g}")
     print(f"numbers: {summary}")
-    for figure in (*plot.figures(summary), *mixture_figures(flows, summary, arguments)):
+    for figure in (*plot.figures(summary), *mixture_figures(mixtures, summary)):
         print(f"figure:  {figure}")
     return summary
 
 
-def fitted_mixtures(
-    flows: dict[str, FlowConfig], arguments: Arguments
-) -> dict[str, tuple[FlowConfig, Split, ImageMixture]]:
+Mixtures = dict[str, tuple[FlowConfig, Split, ImageMixture]]
+
+
+def fitted_mixtures(flows: dict[str, FlowConfig], arguments: Arguments) -> Mixtures:
     """Every mixture that a flow started from, by its number of components and covariance type."""
     found = {}
     for config in flows.values():
@@ -106,26 +108,22 @@ def fitted_mixtures(
     return found
 
 
-def mixtures_alone(
-    flows: dict[str, FlowConfig], arguments: Arguments
-) -> dict[str, dict[str, float]]:
+def mixtures_alone(mixtures: Mixtures, results: Path) -> dict[str, dict[str, float]]:
     """What draws of the mixtures are worth as images, before any flow: the measures of
     `metrics.judge`."""
     found = {}
-    for name, (config, split, stored) in fitted_mixtures(flows, arguments).items():
+    for name, (config, split, stored) in mixtures.items():
         source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
         draws = source.sample(jax.random.key(2), config.num_samples)
-        judged = metrics.judge(draws, reference(config, split, arguments.results))
+        judged = metrics.judge(draws, reference(config, split, results))
         found[name] = {measure: float(value) for measure, value in judged.items()}
     return found
 
 
-def mixture_figures(
-    flows: dict[str, FlowConfig], summary: Path, arguments: Arguments
-) -> list[Path]:
+def mixture_figures(mixtures: Mixtures, summary: Path) -> list[Path]:
     """Means and draws of every mixture that a flow started from."""
     saved = []
-    for name, (config, split, stored) in fitted_mixtures(flows, arguments).items():
+    for name, (config, split, stored) in mixtures.items():
         source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
         draws = np.asarray(source.sample(jax.random.key(0), 80))
         kind = f"K = {config.n_components}, {config.covariance_type}"
