@@ -8,7 +8,6 @@ Nothing is selected on the way: what comes back is the network after the last ep
 """
 
 import hashlib
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -19,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from lib import meshes
 from lib.gd import DivergedError
-from lib.runs import Interrupted, Run, RunFileError, interruptible, progress
+from lib.runs import Run, RunFileError
+from lib.visits import advance_in_visits
 
 Parameters = Any
 # transform(key, images [B, H, W, channels], targets [B, classes]) -> (images, targets): augments,
@@ -132,18 +134,21 @@ def train_seeds(
     num_epochs: int = 50,
     batch_size: int = 64,
     transform: Transform | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Parameters, Float[Array, "*sets seeds num_epochs"]]:
     """`train` for every key at once; parameters have a leading axis of seeds.
 
     Images and labels may have a leading axis of sets: each is then trained on from every key, and
-    what comes back has axes [sets, seeds].
+    what comes back has axes [sets, seeds]. The devices of a mesh (`lib.meshes`) share the seeds, or
+    the sets.
     """
     options = {"network": network, "optimizer": optimizer}
     state = _start_all(keys, images, num_epochs=num_epochs, **options)
     options |= {"batch_size": batch_size, "transform": transform}
     num_steps = num_epochs * steps_per_epoch(images.shape[-4], batch_size)
-    state, *_ = _advance(keys, state, images, labels, num_steps, **options)
-    return state.parameters, state.losses / images.shape[-4]
+    keys, state, images, labels = meshes.place((keys, state, images, labels), mesh)
+    state, *_ = _advance(keys, state, images, labels, num_steps, mesh=mesh, **options)
+    return _from_mesh((state.parameters, state.losses / images.shape[-4]), mesh)
 
 
 def fit_seeds(
@@ -161,6 +166,7 @@ def fit_seeds(
     checkpoint_seconds: float = 60.0,
     show_progress: bool = True,
     description: str = "training",
+    mesh: Mesh | None = None,
 ) -> tuple[Parameters, Float[Array, "*sets seeds num_epochs"]]:
     """`train_seeds`, to the bit, with a progress bar and, in a run folder, checkpoints; for the
     other arguments see there.
@@ -173,6 +179,7 @@ def fit_seeds(
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
       checkpoint_seconds: seconds between saves.
+      mesh: devices (`lib.meshes`) that share the seeds, or the sets where there are several.
 
     Raises:
       ValueError: before any step, on NaN in the images, labels of another shape, a number of
@@ -199,41 +206,42 @@ def fit_seeds(
             )
         state = jax.tree.map(jnp.asarray, saved)
 
-    advance = _advance if at_once else _advance_in_turn
-    done, chunk, saved_at = int(state.step), 1, time.monotonic()
-    with (
-        interruptible() as stop_requested,
-        progress(
-            total,
-            initial=done,
-            description=description,
-            enabled=show_progress,
-            line_every=10.0,
-        ) as tick,
-    ):
-        while done < total:
-            chunk, started = min(chunk, total - done), time.monotonic()
-            following, loss, first_bad = jax.block_until_ready(
-                advance(keys, state, images, labels, chunk, **options)
-            )
-            seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may not have moved
-            if (bad := int(np.min(first_bad))) < NEVER:
-                if run:
-                    run.save_checkpoint((state, origin), step=done)
-                raise DivergedError(state, bad, run and run.checkpoint)
-            state, done = following, done + chunk
-            tick(chunk, loss=np.mean(loss))
-            # Doubling at most: the first visit's time is mostly compilation.
-            chunk = max(1, int(chunk * min(2.0, SECONDS_BETWEEN_VISITS / seconds)))
-            stopping, finished = stop_requested(), done == total
-            if run and (stopping or finished or time.monotonic() - saved_at > checkpoint_seconds):
-                run.save_checkpoint((state, origin), step=done)
-                saved_at = time.monotonic()
-            if stopping and not finished:
-                if run:
-                    raise Interrupted(run.checkpoint, done)
-                raise KeyboardInterrupt
-    return state.parameters, state.losses / images.shape[-4]
+    done = int(state.step)
+    keys, state, images, labels = meshes.place((keys, state, images, labels), mesh)
+
+    def save():
+        run.save_checkpoint((meshes.fetch(state), origin), step=done)
+
+    def take(num_steps):
+        nonlocal state, done
+        following, loss, first_bad = jax.block_until_ready(
+            _advance(keys, state, images, labels, num_steps, at_once=at_once, mesh=mesh, **options)
+        )
+        loss, first_bad = meshes.fetch((loss, first_bad))
+        if (bad := int(np.min(first_bad))) < NEVER:
+            if run:
+                save()
+            raise DivergedError(state, bad, run and run.checkpoint)
+        state, done = following, done + num_steps
+        return {"loss": np.mean(loss)}
+
+    advance_in_visits(
+        take,
+        save,
+        done=done,
+        total=total,
+        seconds_between=SECONDS_BETWEEN_VISITS,
+        run=run,
+        checkpoint_seconds=checkpoint_seconds,
+        show_progress=show_progress,
+        description=description,
+    )
+    return _from_mesh((state.parameters, state.losses / images.shape[-4]), mesh)
+
+
+def _from_mesh(found, mesh: Mesh | None):
+    """Arrays of this process, whole: what comes next, an evaluation, knows nothing of the mesh."""
+    return found if mesh is None else jax.tree.map(jnp.asarray, meshes.fetch(found))
 
 
 # The compiled loop
@@ -313,32 +321,35 @@ def _start_all(keys, images, *, network, optimizer, num_epochs) -> TrainState:
     return of_seeds(keys, images)
 
 
-@partial(jax.jit, static_argnames=("network", "optimizer", "batch_size", "transform"))
-def _advance(keys, state, images, labels, num_steps, **options):
+@partial(
+    jax.jit,
+    static_argnames=("network", "optimizer", "batch_size", "transform", "at_once", "mesh"),
+)
+def _advance(
+    keys, state, images, labels, num_steps, *, at_once=True, mesh=None, **options
+) -> tuple[TrainState, Array, Array]:
     """`_steps` of every network. `num_steps` is not static: visits at any distance, and none, share
     one program, and so their bits."""
 
-    def steps(key, state, images, labels):
-        return _steps(key, state, images, labels, num_steps, **options)
-
-    of_seeds = jax.vmap(steps, (0, _ENSEMBLE, None, None), (_ENSEMBLE, 0, 0))
-    if images.ndim == 5:
-        of_seeds = jax.vmap(of_seeds, (None, _ENSEMBLE, 0, 0), (_ENSEMBLE, 0, 0))
-    return of_seeds(keys, state, images, labels)
-
-
-@partial(jax.jit, static_argnames=("network", "optimizer", "batch_size", "transform"))
-def _advance_in_turn(keys, state, images, labels, num_steps, **options):
-    """`_advance` of one set, a network after the other."""
-
-    def of_seed(one):
-        key, *own = one
-        following, loss, first_bad = _steps(
-            key, TrainState(*own, state.step), images, labels, num_steps, **options
-        )
+    def of_one(key, own, images, labels):
+        """Of one network; `own` is its state but for the step, which is that of all."""
+        start = TrainState(*own, state.step)
+        following, loss, first_bad = _steps(key, start, images, labels, num_steps, **options)
         return following[:3], loss, first_bad
 
-    following, losses, first_bad = lax.map(of_seed, (keys, *state[:3]))
+    def of_seeds(images, labels, keys, own):
+        if at_once:
+            return jax.vmap(of_one, (0, 0, None, None))(keys, own, images, labels)
+        return lax.map(lambda one: of_one(*one, images, labels), (keys, own))
+
+    def of_sets(keys, images, labels, own):
+        return jax.vmap(of_seeds, (0, 0, None, 0))(images, labels, keys, own)
+
+    if images.ndim == 5:
+        found = meshes.over_devices(of_sets, mesh, whole=1)(keys, images, labels, state[:3])
+    else:
+        found = meshes.over_devices(of_seeds, mesh, whole=2)(images, labels, keys, state[:3])
+    following, losses, first_bad = found
     return TrainState(*following, state.step + num_steps), losses, first_bad
 
 

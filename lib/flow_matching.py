@@ -12,7 +12,6 @@ in the same bits as one that was never interrupted.
 """
 
 import hashlib
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -23,12 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Num, PyTree
 from scipy.optimize import linear_sum_assignment
 
+from lib import meshes
 from lib.gd import DivergedError
 from lib.kernels import squared_distances
-from lib.runs import Interrupted, Run, RunFileError, interruptible, progress
+from lib.runs import Run, RunFileError
+from lib.visits import advance_in_visits
 
 Coupling = Literal["independent", "optimal"]
 Velocity = Callable[[Float[Array, "B d"], Float[Array, " B"]], Float[Array, "B d"]]
@@ -69,14 +71,21 @@ class FitResult(NamedTuple):
 # Objective
 
 
-def velocity(network: nn.Module, parameters: PyTree, image_shape: tuple[int, ...]) -> Velocity:
-    """`network` on flat rows: v(x [B, d], t [B]) -> [B, d]."""
+def velocity(
+    network: nn.Module,
+    parameters: PyTree,
+    image_shape: tuple[int, ...],
+    *,
+    mesh: Mesh | None = None,
+) -> Velocity:
+    """`network` on flat rows: v(x [B, d], t [B]) -> [B, d]; the devices of a mesh (`lib.meshes`)
+    share the rows."""
 
-    def evaluate(x, times):
+    def evaluate(parameters, x, times):
         images = x.reshape(-1, *image_shape)
         return network.apply(parameters, images, times).reshape(x.shape)
 
-    return evaluate
+    return partial(meshes.over_devices(evaluate, mesh, whole=1), parameters)
 
 
 def interpolate(
@@ -176,6 +185,7 @@ def train_step(
     coupling: Coupling = "independent",
     ema_decay: float = 0.999,
     augment_flip: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Float[Array, ""]]:
     """(state after the step, loss before it). `key` is that of the whole run.
 
@@ -184,11 +194,13 @@ def train_step(
     """
     batch_key, source_key, time_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
     x1 = draw_batch(batch_key, images, batch_size, augment_flip=augment_flip)
+    if mesh is not None:  # an assignment on the host needs the whole batch in one place
+        x1 = lax.with_sharding_constraint(x1, NamedSharding(mesh, PartitionSpec()))
     x0 = couple(source_key, source, x1, coupling)
     times = jax.random.uniform(time_key, (batch_size,), x1.dtype)
 
     def objective(parameters):
-        return loss(velocity(network, parameters, images.shape[1:]), x0, x1, times)
+        return loss(velocity(network, parameters, images.shape[1:], mesh=mesh), x0, x1, times)
 
     value, gradient = jax.value_and_grad(objective)(state.parameters)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.parameters)
@@ -217,6 +229,7 @@ def fit(
     checkpoint_seconds: float = 60.0,
     show_progress: bool = True,
     description: str = "flow matching",
+    mesh: Mesh | None = None,
 ) -> FitResult:
     """Trains `network` (called as network(images [B, H, W, c], times [B])) for `num_steps` steps.
 
@@ -231,6 +244,7 @@ def fit(
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
       checkpoint_seconds: seconds between saves.
+      mesh: devices (`lib.meshes`) that share each batch.
 
     Raises:
       ValueError: before any step, on images or a source of wrong shape or dtype, NaN, a batch
@@ -262,46 +276,44 @@ def fit(
             )
         state, losses = jax.tree.map(jnp.asarray, saved), np.array(losses)
 
-    buffer = jnp.zeros(MAX_STEPS_BETWEEN_VISITS, jnp.float32)
-    done, chunk, saved_at = int(state.step), 1, time.monotonic()
-    with (
-        interruptible() as stop_requested,
-        progress(
-            num_steps,
-            initial=done,
-            description=description,
-            enabled=show_progress,
-            line_every=10.0,
-        ) as tick,
-    ):
-        while done < num_steps:
-            chunk = min(chunk, num_steps - done, MAX_STEPS_BETWEEN_VISITS)
-            started = time.monotonic()
-            following, finite, buffer = jax.block_until_ready(
-                _advance(key, state, source, images, chunk, buffer, **settings)
-            )
-            seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may not have moved
-            new_losses = np.array(buffer[:chunk])
-            bad = np.flatnonzero(~np.isfinite(new_losses))
-            if len(bad) or not finite:
-                if run:
-                    run.save_checkpoint((state, losses, origin), step=done)
-                # Non-finite parameters after finite losses: the last step made them.
-                first = int(bad[0]) if len(bad) else chunk - 1
-                raise DivergedError(state, done + first, run and run.checkpoint)
-            losses[done : done + chunk] = new_losses
-            state, done = following, done + chunk
-            tick(chunk, loss=new_losses.mean())
-            # Doubling at most: the first visit's time is mostly compilation.
-            chunk = max(1, int(chunk * min(2.0, SECONDS_BETWEEN_VISITS / seconds)))
-            stopping, finished = stop_requested(), done == num_steps
-            if run and (stopping or finished or time.monotonic() - saved_at > checkpoint_seconds):
-                run.save_checkpoint((state, losses, origin), step=done)
-                saved_at = time.monotonic()
-            if stopping and not finished:
-                if run:
-                    raise Interrupted(run.checkpoint, done)
-                raise KeyboardInterrupt
+    done, buffer = int(state.step), np.zeros(MAX_STEPS_BETWEEN_VISITS, np.float32)
+    key, state, source, images, buffer = meshes.place((key, state, source, images, buffer), mesh)
+
+    def save():
+        run.save_checkpoint((meshes.fetch(state), losses, origin), step=done)
+
+    def take(chunk):
+        nonlocal state, done, buffer
+        following, finite, buffer = jax.block_until_ready(
+            _advance(key, state, source, images, chunk, buffer, mesh=mesh, **settings)
+        )
+        new_losses, finite = meshes.fetch((buffer, finite))
+        new_losses = np.array(new_losses[:chunk])
+        bad = np.flatnonzero(~np.isfinite(new_losses))
+        if len(bad) or not finite:
+            if run:
+                save()
+            # Non-finite parameters after finite losses: the last step made them.
+            first = int(bad[0]) if len(bad) else chunk - 1
+            raise DivergedError(state, done + first, run and run.checkpoint)
+        losses[done : done + chunk] = new_losses
+        state, done = following, done + chunk
+        return {"loss": new_losses.mean()}
+
+    advance_in_visits(
+        take,
+        save,
+        done=done,
+        total=num_steps,
+        seconds_between=SECONDS_BETWEEN_VISITS,
+        most=MAX_STEPS_BETWEEN_VISITS,
+        run=run,
+        checkpoint_seconds=checkpoint_seconds,
+        show_progress=show_progress,
+        description=description,
+    )
+    if mesh is not None:
+        state = jax.tree.map(jnp.asarray, meshes.fetch(state))
     return FitResult(state.parameters, state.ema, losses)
 
 
@@ -314,6 +326,7 @@ def fit(
         "coupling",
         "ema_decay",
         "augment_flip",
+        "mesh",
     ),
     donate_argnames="buffer",
 )

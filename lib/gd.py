@@ -12,7 +12,6 @@ The leading axes are the caller's: a function vmapped over seeds or bandwidths r
 
 import hashlib
 import math
-import time
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,18 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from lib.runs import (
-    DamagedFileError,
-    Interrupted,
-    Run,
-    RunFileError,
-    interruptible,
-    load_arrays,
-    progress,
-    save_arrays,
-)
+from lib import meshes
+from lib.runs import DamagedFileError, Run, RunFileError, load_arrays, save_arrays
+from lib.visits import advance_in_visits
 
 TargetValueAndGrad = Callable[[Array, PyTree, Array], tuple[Array, Array]]
 StatefulValueAndGrad = Callable[[Array, PyTree, Array, PyTree], tuple[Array, Array, PyTree]]
@@ -129,6 +122,7 @@ def wasserstein_gradient_descent(
     show_progress: bool = True,
     description: str = "flow",
     stop_at_nonfinite: bool = True,
+    mesh: Mesh | None = None,
 ) -> FlowResult:
     """`n_epochs` steps x <- x - lr v, v <- grad + m v (heavy ball), from x0.
 
@@ -148,6 +142,10 @@ def wasserstein_gradient_descent(
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
       checkpoint_seconds: seconds between saves.
       stop_at_nonfinite: False lets a flow run on, for several flows at once of which some may fail.
+      mesh: devices (`lib.meshes`) over which particles, records and the optimiser's state are
+        divided, along points or classes, whichever they share equally, points first. How a step
+        divides its work is up to `target_value_and_grad`. Results are those of one device, to
+        rounding; a checkpoint can be resumed on another number of devices.
 
     Returns:
       (losses, particles), NumPy arrays: losses[t] is the value before step t, [n_epochs, ...];
@@ -182,55 +180,55 @@ def wasserstein_gradient_descent(
     if run:
         state = _resume(run, state, losses, particles, steps, origin)
 
+    divided = meshes.divided(x0.shape, (-2, -3), mesh)
+    state = _on_mesh(state, x0.shape, mesh, divided)
+    x_tgt, rng = meshes.place((x_tgt, rng), mesh)
+    sharding = None if mesh is None else NamedSharding(mesh, divided)
     max_steps = _max_steps(x0.nbytes, record_every)
-    advance = _advance(target_value_and_grad, optimizer, record_every)
+    advance = _advance(target_value_and_grad, optimizer, record_every, sharding)
     slots = -(-max_steps // record_every) + 1
     buffers = (
-        jnp.zeros((max_steps, *value.shape), value.dtype),
-        jnp.zeros((slots, *x0.shape), x0.dtype),
+        meshes.place(np.zeros((max_steps, *value.shape), value.dtype), mesh),
+        meshes.place(np.zeros((slots, *x0.shape), x0.dtype), mesh, PartitionSpec(None, *divided)),
     )
-    done, num_steps, saved = int(state.step), 1, time.monotonic()
-    with (
-        interruptible() as stop_requested,
-        progress(
-            n_epochs,
-            initial=done,
-            description=description,
-            enabled=show_progress,
-            line_every=10.0,
-        ) as tick,
-    ):
-        while done < n_epochs:
-            num_steps = min(num_steps, n_epochs - done)
-            started = time.monotonic()
-            following, finite, buffers = jax.block_until_ready(
-                advance(rng, state, x_tgt, num_steps, buffers)
-            )
-            seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may not have moved
-            new_losses, records = np.array(buffers[0][:num_steps]), buffers[1]
-            bad = _first_nonfinite(new_losses, bool(finite)) if stop_at_nonfinite else None
-            if bad is not None:
-                if run:
-                    _save(run, state, losses, particles, steps, origin)
-                raise DivergedError(state, done + bad, run and run.checkpoint)
-            losses[done : done + num_steps] = new_losses
-            due = np.flatnonzero((steps > done) & (steps <= done + num_steps))
-            for i in due:
-                particles[i] = records[(steps[i] - 1) // record_every - done // record_every]
-            state, done = following, done + num_steps
-            tick(num_steps, loss=float(np.ravel(new_losses[-1])[0]))
-            # Doubling at most: the first visit's time is mostly compilation.
-            num_steps = max(1, int(num_steps * min(2.0, SECONDS_BETWEEN_VISITS / seconds)))
-            num_steps = min(num_steps, max_steps)
-            stopping = stop_requested()
-            finished = done == n_epochs
-            if run and (stopping or finished or time.monotonic() - saved > checkpoint_seconds):
-                _save(run, state, losses, particles, steps, origin)
-                saved = time.monotonic()
-            if stopping and not finished:
-                if run:
-                    raise Interrupted(run.checkpoint, done)
-                raise KeyboardInterrupt
+    done = int(state.step)
+
+    def save():
+        _save(run, meshes.fetch(state), losses, particles, steps, origin)
+
+    def take(num_steps):
+        nonlocal state, done, buffers
+        following, finite, buffers = jax.block_until_ready(
+            advance(rng, state, x_tgt, num_steps, buffers)
+        )
+        losses_kept, records = buffers
+        new_losses = meshes.fetch(losses_kept)[:num_steps]
+        bad = (
+            _first_nonfinite(new_losses, bool(meshes.fetch(finite))) if stop_at_nonfinite else None
+        )
+        if bad is not None:
+            if run:
+                save()
+            raise DivergedError(state, done + bad, run and run.checkpoint)
+        losses[done : done + num_steps] = new_losses
+        for i in np.flatnonzero((steps > done) & (steps <= done + num_steps)):
+            slot = (steps[i] - 1) // record_every - done // record_every
+            particles[i] = meshes.fetch(records[slot])
+        state, done = following, done + num_steps
+        return {"loss": float(np.ravel(new_losses[-1])[0])}
+
+    advance_in_visits(
+        take,
+        save,
+        done=done,
+        total=n_epochs,
+        seconds_between=SECONDS_BETWEEN_VISITS,
+        most=max_steps,
+        run=run,
+        checkpoint_seconds=checkpoint_seconds,
+        show_progress=show_progress,
+        description=description,
+    )
     return FlowResult(losses, particles)
 
 
@@ -248,11 +246,21 @@ def _max_steps(particle_bytes: int, record_every: int) -> int:
     return min(MAX_STEPS_BETWEEN_VISITS, slots * record_every)
 
 
+def _on_mesh(state: FlowState, shape: tuple, mesh: Mesh | None, divided) -> FlowState:
+    """What is of the particles' shape lies as they do, the rest on every device."""
+    if mesh is None:
+        return state
+    return jax.tree.map(
+        lambda leaf: meshes.place(leaf, mesh, divided if leaf.shape == shape else PartitionSpec()),
+        state,
+    )
+
+
 @lru_cache(maxsize=32)
-def _advance(target_value_and_grad, optimizer, record_every: int):
+def _advance(target_value_and_grad, optimizer, record_every: int, sharding=None):
     """advance(rng, state, x_tgt, num_steps, buffers) -> (state, particles finite?, buffers), the
     buffers (losses, records) written in place; cached, so that a second flow with the same
-    functions and shapes compiles nothing."""
+    functions and shapes compiles nothing. `sharding` is that of the particles."""
     step = flow_step(target_value_and_grad, optimizer)
 
     @partial(jax.jit, donate_argnums=4)
@@ -264,6 +272,9 @@ def _advance(target_value_and_grad, optimizer, record_every: int):
             # A slot is overwritten until the step that completes its interval: no branch needed.
             slot = state.step // record_every - start // record_every
             state, value = step(rng, state, x_tgt)
+            if sharding is not None:
+                particles = lax.with_sharding_constraint(state.particles, sharding)
+                state = state._replace(particles=particles)
             return state, losses.at[i].set(value), records.at[slot].set(state.particles)
 
         state, *buffers = lax.fori_loop(0, num_steps, body, (state, *buffers))
@@ -348,7 +359,9 @@ def _fingerprint(x0: Array, x_tgt: PyTree, rng: Array, lr: Any, optimizer) -> st
 def discard_saved_flow(run: Run) -> None:
     """Deletes what a flow saved in order to resume: a finished run's arrays replace it."""
     run.discard_checkpoint()
-    _trajectory(run).unlink(missing_ok=True)
+    with meshes.first_alone(f"discarding {_trajectory(run)}") as first:
+        if first:
+            _trajectory(run).unlink(missing_ok=True)
 
 
 def _trajectory(run: Run) -> Path:

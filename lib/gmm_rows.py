@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, Shaped
 
+from lib import meshes
 from lib.gmm_factors import AnyArray
 from lib.kernels import to_blocks
 
@@ -100,7 +101,8 @@ def rows(
       transform: such as `lambda images: images / 127.5 - 1`, traced into the programs that read the
         rows: hand the same function object to avoid compiling again. Points are flattened after it.
       dtype: float32 or float64, that of the products; sums and covariances are float64.
-      devices: over which each chunk is divided; one by default.
+      devices: over which each chunk is divided; one by default. Where they are those of several
+        processes, each hands over, and so reads of a memory map, its own rows alone.
 
     Raises ValueError on no rows, NaN or infinity, and bad weights, naming the row.
     """
@@ -176,7 +178,6 @@ def _chunks(
     n, num_devices = data.count, len(data.devices)
     size = -(-n // -(-n // data.chunk_size))
     size = -(-size // num_devices) * num_devices
-    sharding = NamedSharding(mesh, PartitionSpec("rows"))
     for begin in range(start * size, n, step * size):
         arrays = [array[begin : begin + size] for array in (data.x, data.weights, *columns)]
         missing = size - len(arrays[1])
@@ -186,7 +187,7 @@ def _chunks(
                 np.concatenate([a, np.repeat(a[-1:] * (i != 1), missing, axis=0)])
                 for i, a in enumerate(arrays)
             ]
-        yield tuple(jax.device_put(array, sharding) for array in arrays)
+        yield tuple(meshes.place(array, mesh, PartitionSpec("rows")) for array in arrays)
 
 
 def sum_over_rows(function, parameters: PyTree, data: Rows, *columns: Any) -> PyTree:
@@ -201,7 +202,7 @@ def sum_over_rows(function, parameters: PyTree, data: Rows, *columns: Any) -> Py
         zeros, add, mesh = _chunk_adder(
             function, data.transform, data.dtype, data.block_size, data.devices, len(columns)
         )
-        parameters = jax.device_put(parameters, NamedSharding(mesh, PartitionSpec()))
+        parameters = meshes.place(parameters, mesh)
         first = next(_chunks(data, columns, mesh))
         empty = zeros(parameters, *first)
         lanes = _num_lanes(data, empty)
@@ -224,7 +225,8 @@ def sum_over_rows(function, parameters: PyTree, data: Rows, *columns: Any) -> Py
     else:
         totals = [add_up(0)]
     with jax.enable_x64(True):
-        return jax.tree.map(lambda *leaves: sum(jnp.sum(leaf, axis=0) for leaf in leaves), *totals)
+        total = jax.tree.map(lambda *leaves: sum(jnp.sum(leaf, axis=0) for leaf in leaves), *totals)
+        return jax.tree.map(jnp.asarray, meshes.fetch(total)) if mesh.is_multi_process else total
 
 
 def _num_lanes(data: Rows, total: PyTree) -> int:

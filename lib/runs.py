@@ -14,7 +14,8 @@ left without its end does not count. Beside the checkpoint lies the one before i
 
 One process at a time may hold an unfinished run: `open_run` locks its folder (`lib.run_locks`),
 and the lock goes with the `Run`. To read a run that may be going on elsewhere, make `Run(folder)`
-directly: only `open_run` writes.
+directly: only `open_run` writes. Of several processes that work on one command (`lib.meshes`) the
+first one writes, and the others wait for it.
 
 JSON has no NaN and no infinity: they are written as "NaN", "Infinity" and "-Infinity".
 """
@@ -24,6 +25,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -46,6 +48,7 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
+from lib import meshes
 from lib.run_locks import FolderLock, lock_folder
 
 NOT_HASHED = ("seed", "progress", "results")
@@ -83,7 +86,10 @@ def atomic_file(
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with named_errors(path, temporary):
+    with meshes.first_alone(f"writing {path}") as first, named_errors(path, temporary):
+        if not first:
+            yield io.BytesIO()
+            return
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -393,14 +399,17 @@ class Run:
         if damage:
             reason = f"{self.checkpoint} is damaged"
             print(f"{reason}: going on from step {step}, the one before", file=sys.stderr)
-            if self.lock:  # else the next save would keep the damaged one
-                os.replace(self.previous_checkpoint, self.checkpoint)
+            with meshes.first_alone(f"putting {self.checkpoint} right"):
+                if self.lock:  # else the next save would keep the damaged one
+                    os.replace(self.previous_checkpoint, self.checkpoint)
         return state, step
 
     def discard_checkpoint(self) -> None:
         """Deletes the checkpoint and the one before it: of a run that is done."""
-        self.previous_checkpoint.unlink(missing_ok=True)
-        self.checkpoint.unlink(missing_ok=True)
+        with meshes.first_alone(f"discarding {self.checkpoint}") as first:
+            if first:
+                self.previous_checkpoint.unlink(missing_ok=True)
+                self.checkpoint.unlink(missing_ok=True)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends one line a row, all of them or none. Raises ValueError if a row has no integer
@@ -413,8 +422,13 @@ class Run:
             if not isinstance(row.get("step"), int):
                 raise ValueError(f'a row of metrics needs an integer "step": {row}')
             lines.append(json.dumps(row, allow_nan=False) + "\n")
+        with meshes.first_alone(f"appending to {self.metrics}") as first:
+            if first:
+                self._append("".join(lines).encode())
+
+    def _append(self, content: bytes) -> None:
         with named_errors(self.metrics), open(self.metrics, "ab", buffering=0) as file:
-            before, content = file.tell(), memoryview("".join(lines).encode())
+            before, content = file.tell(), memoryview(content)
             try:
                 while content:
                     content = content[file.write(content) :]
@@ -474,11 +488,13 @@ def open_run(
     exclude = tuple(exclude)
     folder = Path(results_root, experiment, f"{name}-{config_hash(config, exclude=exclude)}")
     folder = folder / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder)
-    if not run.finished:
-        run = Run(folder, lock_folder(folder, wait=wait))
-        _remove_leftovers(folder)
+    with meshes.first_alone(f"opening {folder}") as first:
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not run.finished:
+                run = Run(folder, lock_folder(folder, wait=wait))
+                _remove_leftovers(folder)
     path, wanted = folder / "config.json", {**_hashed(config, exclude), "seed": seed}
     if not path.exists():
         write_json(path, wanted)
@@ -637,11 +653,13 @@ def progress(
     enabled: bool = True,
     line_every: float | None = None,
 ) -> Iterator[Callable[..., None]]:
-    """Yields `advance(steps, **shown)`, which moves a tqdm bar on stderr and shows the values.
+    """Yields `advance(steps, **shown)`, which moves a tqdm bar on stderr and shows the values; of
+    several processes the first shows them.
 
     Where stderr is no terminal nothing is shown, or, with `line_every`, a line that many seconds
     apart and at both ends. Values are converted to floats only when something is shown.
     """
+    enabled = enabled and meshes.is_first()
     if sys.stderr.isatty():
         style = {"dynamic_ncols": True}
     elif line_every is not None:

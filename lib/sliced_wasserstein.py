@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Key, UInt32
 
+from lib import meshes
 from lib.kernels import safe_sqrt
 from lib.sorting import sort_columns, sort_with_permutation
 
@@ -234,15 +236,25 @@ def project(points: Float[Array, "*C n d"], directions: Float[Array, "L d"]) -> 
     return jnp.matmul(points, directions.T, precision=lax.Precision.HIGHEST)
 
 
-def sum_over_directions(term, directions: Float[Array, "L d"], block_size: int | None):
-    """Sum of `term(directions[block])`, any pytree, over blocks of `block_size` directions.
+def sum_over_directions(
+    term,
+    directions: Float[Array, "L d"],
+    block_size: int | None,
+    *,
+    shared: tuple[Array, ...] = (),
+    mesh: Mesh | None = None,
+):
+    """Sum of `term(*shared, directions[block])`, any pytree, by blocks of `block_size` directions.
 
     Holds one block's intermediates at a time, in reverse mode too, where each block is computed
-    again. `None` takes all directions at once.
+    again. `None` takes all directions at once. With a mesh (`lib.meshes`) its devices take equal
+    shares of the directions; a share filled up with directions 0 must add nothing.
     """
+    if mesh is not None and mesh.size > 1:
+        return _sum_over_devices(term, directions, block_size, shared, mesh)
     count = directions.shape[0]
     if block_size is None or block_size >= count:
-        return term(directions)
+        return term(*shared, directions)
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     whole = count // block_size * block_size
@@ -250,11 +262,30 @@ def sum_over_directions(term, directions: Float[Array, "L d"], block_size: int |
     term = jax.checkpoint(term)
 
     def add(total, block):
-        return jax.tree.map(jnp.add, total, term(block)), None
+        return jax.tree.map(jnp.add, total, term(*shared, block)), None
 
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(term, blocks[0]))
+    zero = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(term, *shared, blocks[0])
+    )
     total, _ = lax.scan(add, zero, blocks)
-    return total if whole == count else jax.tree.map(jnp.add, total, term(directions[whole:]))
+    if whole == count:
+        return total
+    return jax.tree.map(jnp.add, total, term(*shared, directions[whole:]))
+
+
+def _sum_over_devices(term, directions, block_size, shared, mesh):
+    missing = -len(directions) % mesh.size
+    directions = jnp.pad(directions, ((0, missing), (0, 0)))
+
+    def of_one(directions, *shared):
+        total = sum_over_directions(term, directions, block_size, shared=shared)
+        return jax.tree.map(lambda leaf: leaf[None], total)
+
+    specs = (PartitionSpec(meshes.AXIS), *(PartitionSpec(),) * len(shared))
+    divided = jax.shard_map(
+        of_one, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(meshes.AXIS), check_vma=False
+    )
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), divided(directions, *shared))
 
 
 def check_order(p: int) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, ScalarLike
 
 from lib.sliced_wasserstein import (
@@ -89,6 +90,7 @@ def mmd_squared_measures(
     y_weights: Float[Array, " D"] | None = None,
     coupling: Callable[[int, int], Coupling] = exact_coupling,
     block_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
     """MMD^2(P, Q) between P = sum_i a_i delta_{x_i} and Q = sum_j b_j delta_{y_j}:
 
@@ -108,14 +110,18 @@ def mmd_squared_measures(
       coupling: `exact_coupling`, or `percentile_coupling(levels)` for the published approximation.
       block_size: directions at a time; None takes all. Blocks are computed twice when
         differentiated.
+      mesh: devices (`lib.meshes`) that take equal shares of the directions, and so of work and
+        memory; for `exact_coupling` alone.
     """
     _check_measures(x, y, directions, x_weights, y_weights)
+    if mesh is not None and coupling is not exact_coupling:
+        raise ValueError("devices share the directions of exact_coupling alone")
     (num_x, n), (num_y, m) = x.shape[:2], y.shape[:2]
     a = jnp.full(num_x, 1 / num_x, x.dtype) if x_weights is None else x_weights
     b = jnp.full(num_y, 1 / num_y, y.dtype) if y_weights is None else y_weights
     couple = {pair: coupling(*pair) for pair in ((n, n), (n, m), (m, m))}
 
-    def costs(block):
+    def costs(x, y, block):
         xs, ys = sort_columns(project(x, block)), sort_columns(project(y, block))
         xx, xy, yy = couple[n, n], couple[n, m], couple[m, m]
         mass = [c.mass.astype(x.dtype) for c in (xx, xy, yy)]
@@ -125,7 +131,7 @@ def mmd_squared_measures(
             self_pairwise_cost(yy.source(ys), mass[2], kernel.p),
         )
 
-    total = sum_over_directions(costs, directions, block_size)
+    total = sum_over_directions(costs, directions, block_size, shared=(x, y), mesh=mesh)
     k_xx, k_xy, k_yy = (kernel.profile(cost / directions.shape[0]) for cost in total)
     return a @ k_xx @ a - 2 * (a @ k_xy @ b) + b @ k_yy @ b
 
@@ -155,6 +161,7 @@ def wow_value_and_grad(
     y_weights: Float[Array, " D"] | None = None,
     coupling: Callable[[int, int], Coupling] = exact_coupling,
     block_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
     """F = MMD^2 / 2 and its Wasserstein-over-Wasserstein gradient at every particle, [C, n, d].
 
@@ -173,6 +180,7 @@ def wow_value_and_grad(
             y_weights=y_weights,
             coupling=coupling,
             block_size=block_size,
+            mesh=mesh,
         )
 
     value, gradient = jax.value_and_grad(objective)(x)
@@ -198,7 +206,7 @@ def subsample_classes(
 
 def _target_value_and_grad(
     kernel, x, y, rng, x_weights, n_projs, n_sample_batch, y_weights, draw_directions, num_levels,
-    block_size,
+    block_size, mesh,
 ):  # fmt: skip
     key_directions, key_batch, key_levels = jax.random.split(rng, 3)
     if n_sample_batch is not None:
@@ -217,6 +225,7 @@ def _target_value_and_grad(
         y_weights=y_weights,
         coupling=coupling,
         block_size=block_size,
+        mesh=mesh,
     )
 
 
@@ -233,6 +242,7 @@ def target_value_and_grad_gaussian(
     draw_directions: Callable[..., Array] = random_directions,
     num_levels: int | None = None,
     block_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
     """F and its WoW gradient with K = exp(-SW_2^2 / (2 h)), and fresh directions drawn by `rng`.
 
@@ -246,10 +256,11 @@ def target_value_and_grad_gaussian(
       draw_directions: `random_directions`, `orthogonal_directions` or any function like them.
       num_levels: None for the exact distance; 100 is the published percentile approximation.
       block_size: directions at a time, to bound memory.
+      mesh: devices that share the directions; not with `num_levels`.
     """
     return _target_value_and_grad(
         sliced_gaussian(h), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
-        draw_directions, num_levels, block_size,
+        draw_directions, num_levels, block_size, mesh,
     )  # fmt: skip
 
 
@@ -266,11 +277,12 @@ def target_value_and_grad_laplace(
     draw_directions: Callable[..., Array] = random_directions,
     num_levels: int | None = None,
     block_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
     """F and its WoW gradient with K = exp(-SW_1 / h); arguments as the Gaussian one."""
     return _target_value_and_grad(
         sliced_laplace(h), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
-        draw_directions, num_levels, block_size,
+        draw_directions, num_levels, block_size, mesh,
     )  # fmt: skip
 
 
@@ -287,11 +299,12 @@ def target_value_and_grad_imq(
     draw_directions: Callable[..., Array] = random_directions,
     num_levels: int | None = None,
     block_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
     """F and its WoW gradient with K = (h + SW_2^2)^(-1/2); arguments as the Gaussian one."""
     return _target_value_and_grad(
         sliced_imq(h), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
-        draw_directions, num_levels, block_size,
+        draw_directions, num_levels, block_size, mesh,
     )  # fmt: skip
 
 
@@ -308,9 +321,10 @@ def target_value_and_grad_riesz(
     draw_directions: Callable[..., Array] = random_directions,
     num_levels: int | None = None,
     block_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
     """F and its WoW gradient with K = -SW_2^r, 0 < r < 2; arguments as the Gaussian one."""
     return _target_value_and_grad(
         sliced_riesz(r), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
-        draw_directions, num_levels, block_size,
+        draw_directions, num_levels, block_size, mesh,
     )  # fmt: skip

@@ -200,7 +200,7 @@ def stop_after(monkeypatch, step, number=signal.SIGINT):
         yield tick
 
     monkeypatch.setattr(classification, "SECONDS_BETWEEN_VISITS", 0.0)
-    monkeypatch.setattr(classification, "progress", progress)
+    monkeypatch.setattr("lib.visits.progress", progress)
     return chunks
 
 

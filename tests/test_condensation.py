@@ -213,7 +213,7 @@ def test_a_run_condenses_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, 
             return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(gd, "interruptible", Stop)
+        patch.setattr("lib.visits.interruptible", Stop)
         patch.setattr(gd, "MAX_STEPS_BETWEEN_VISITS", 2)
         with pytest.raises(Interrupted):
             condense.condense(settings, seed=0, results=tmp_path / "b", show_progress=False)
@@ -226,7 +226,7 @@ def test_a_run_condenses_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, 
 
 
 def test_a_loss_of_nan_stops_the_run(tmp_path, monkeypatch):
-    def broken(settings, about):
+    def broken(settings, about, mesh=None):
         def value_and_grad(x, target, key, step):
             return jnp.sum(x) * jnp.nan, x, step + 1
 

@@ -419,7 +419,7 @@ def test_clocks_that_go_back_or_stand_still_change_nothing(run, monkeypatch, who
     monkeypatch.setattr(time, "time", clock.time)
     monkeypatch.setattr(tqdm.std, "time", clock.time)
     fake = types.SimpleNamespace(monotonic=clock.monotonic)
-    monkeypatch.setattr(gd, "time", fake)
+    monkeypatch.setattr("lib.visits.time", fake)
     assert_same_bits(flow(run), whole)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -430,7 +430,7 @@ def test_clocks_that_go_back_or_stand_still_change_nothing(run, monkeypatch, who
 
 
 def test_a_standing_clock_does_not_stop_training(monkeypatch):
-    monkeypatch.setattr(classification, "time", types.SimpleNamespace(monotonic=lambda: 1.0))
+    monkeypatch.setattr("lib.visits.time", types.SimpleNamespace(monotonic=lambda: 1.0))
     images = jnp.zeros((4, 2, 2, 1))
 
     import flax.linen as nn

@@ -338,7 +338,7 @@ def stop_after(monkeypatch, step, number=signal.SIGINT):
         yield tick
 
     monkeypatch.setattr(flow_matching, "SECONDS_BETWEEN_VISITS", 0.0)
-    monkeypatch.setattr(flow_matching, "progress", progress)
+    monkeypatch.setattr("lib.visits.progress", progress)
     return chunks
 
 

@@ -273,7 +273,7 @@ def record_visits(monkeypatch, after=lambda done: None):
 
         yield tick
 
-    monkeypatch.setattr(gd, "progress", progress)
+    monkeypatch.setattr("lib.visits.progress", progress)
     return visits
 
 

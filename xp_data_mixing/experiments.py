@@ -15,6 +15,8 @@ import numpy as np
 import tyro
 
 from lib import runs, settings
+from lib.commands import run_command
+from lib.meshes import DeviceOptions
 from xp_data_mixing import coverage, downstream, plot, recovery, solvers, tables
 from xp_data_mixing.config import EXPERIMENT, Config, Group, Preset, presets
 
@@ -28,7 +30,7 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DeviceOptions):
     preset: Preset = "quick"
     only: tuple[str, ...] = ()
     """Groups to run; none: all."""
@@ -92,5 +94,4 @@ def main(arguments: Arguments) -> list[Path]:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="the preset (--preset quick)"):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower="the preset (--preset quick)")

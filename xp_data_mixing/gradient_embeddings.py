@@ -45,6 +45,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float32, Int, Key, PyTree, ScalarLike
 
 from lib import classification, datasets, runs
+from lib.commands import run_command
+from lib.meshes import DeviceOptions
 from lib.networks import MLP
 from xp_data_mixing.embedding_files import write_embeddings
 
@@ -226,7 +228,7 @@ BATCH_SIZE = 100  # examples; their gradients are held at once
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DeviceOptions):
     out_dir: Path
     """Where the files go: train_CLASS for every class, target, and embeddings.json."""
     dataset: str = "fashion_mnist"
@@ -357,5 +359,4 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="--dimension, --hidden or --num_per_class"):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower="--dimension, --hidden or --num_per_class")

@@ -21,6 +21,8 @@ import numpy as np
 import tyro
 
 from lib import runs
+from lib.commands import run_command
+from lib.meshes import DeviceOptions
 from lib.row_files import RowFile, check_distinct, open_rows
 from lib.rows import check_same_width
 from lib.settings import check_sizes
@@ -209,7 +211,7 @@ def _one_or_each(name, values, sizes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(MMDDataMixer):
+class Arguments(MMDDataMixer, DeviceOptions):
     """Mixing weights of training files for validation files, by MMD."""
 
     train_paths: tuple[Path, ...]
@@ -256,5 +258,8 @@ def main(arguments: Arguments) -> MixingResult:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="--chunk_size or --rff_dimension"):
-        main(tyro.cli(Arguments, use_underscores=True))
+    run_command(
+        main,
+        lambda: tyro.cli(Arguments, use_underscores=True),
+        lower="--chunk_size or --rff_dimension",
+    )

@@ -20,6 +20,7 @@ import tyro
 from tyro.conf import subcommand
 
 from lib import runs
+from lib.commands import run_command
 from xp_dataset_distillation import condense, losses, moments
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig
 from xp_dataset_distillation.factor import decode
@@ -200,5 +201,4 @@ def main(arguments: Mmd | Moments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
-        main(tyro.cli(Check))
+    run_command(main, lambda: tyro.cli(Check))

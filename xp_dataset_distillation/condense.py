@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import plotting, runs
+from lib import meshes, plotting, runs
+from lib.commands import run_command
 from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
+from lib.meshes import DeviceOptions
 from lib.settings import chosen, settings_of
 from xp_dataset_distillation import config as settings
 from xp_dataset_distillation import export, real_data
@@ -113,7 +115,7 @@ def condense(
     losses, particles = wasserstein_gradient_descent(
         jnp.asarray(x0).reshape(classes, n, -1),
         target,
-        objective(dataclasses.replace(config, real_batch=batch), setting),
+        objective(dataclasses.replace(config, real_batch=batch), setting, meshes.current()),
         key,
         n_epochs=config.iterations,
         optimizer=optimizer(*step_of(config, setting)),
@@ -122,6 +124,7 @@ def condense(
         run=run,
         show_progress=show_progress,
         description=name,
+        mesh=meshes.current(),
     )
     seconds = time.perf_counter() - began
     records = particles.reshape(-1, classes, n, *shape)
@@ -156,7 +159,7 @@ def condensed_set(
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(CondenseConfig):
+class Arguments(CondenseConfig, DeviceOptions):
     seed: int = 0
     evaluate: tuple[str, ...] = ()
     """Evaluators to judge by, of dm, idc and wow, in full: hours without a GPU."""
@@ -197,5 +200,8 @@ if __name__ == "__main__":
         "dm": ("distribution matching: means", settings.dm(Arguments())),
         "mmdsw": ("sliced-Wasserstein kernel between classes", settings.mmdsw(Arguments())),
     }
-    with runs.one_line_errors(lower="--class_chunk, --real_batch or --most_decoded"):
-        main(tyro.extras.overridable_config_cli(bases))
+    run_command(
+        main,
+        lambda: tyro.extras.overridable_config_cli(bases),
+        lower="--class_chunk, --real_batch or --most_decoded",
+    )

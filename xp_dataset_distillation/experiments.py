@@ -17,6 +17,8 @@ import numpy as np
 import tyro
 
 from lib import plotting, runs, settings
+from lib.commands import run_command
+from lib.meshes import DeviceOptions
 from xp_dataset_distillation import export, plot, tables
 from xp_dataset_distillation.condense import condense
 from xp_dataset_distillation.config import (
@@ -33,7 +35,7 @@ from xp_dataset_distillation.presets import presets
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DeviceOptions):
     preset: Preset = "quick"
     only: tuple[str, ...] = ()
     """Groups to run; none: all."""
@@ -144,5 +146,4 @@ def main(arguments: Arguments) -> list[Path]:
 
 if __name__ == "__main__":
     lower = "class_chunk or real_batch in presets.py, or the preset (--preset quick)"
-    with runs.one_line_errors(lower=lower):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower=lower)

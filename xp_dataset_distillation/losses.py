@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from lib import kernels, mmd, rff
@@ -109,12 +110,13 @@ def dataset_loss(
     y: Float[Array, "classes m features"],
     *,
     num_directions: int,
+    mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
     """MMD^2 / 2 between the two sets of classes, with the kernel -SW_2 on classes.
 
     Multiplied by classes x n, so that its gradient in x is the Wasserstein-over-Wasserstein
-    gradient (`lib.wow`).
+    gradient (`lib.wow`). The devices of a mesh share the directions.
     """
     directions = random_directions(key, num_directions, x.shape[2], dtype=x.dtype)
-    value = mmd.mmd_squared_measures(mmd.sliced_riesz(1.0), x, y, directions)
+    value = mmd.mmd_squared_measures(mmd.sliced_riesz(1.0), x, y, directions, mesh=mesh)
     return 0.5 * x.shape[0] * x.shape[1] * value

@@ -8,7 +8,7 @@ number of the step, from which the networks are drawn: they stay for `iterations
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from lib import augment, convolution
+from lib import augment, convolution, meshes
 from lib.gd import StatefulValueAndGrad
 from lib.networks import network_by_name
 from xp_dataset_distillation import losses
@@ -63,9 +64,15 @@ def feature_network(config: CondenseConfig, setting: Setting) -> nn.Module:
 
 
 @cache
-def objective(config: CondenseConfig, setting: Setting) -> StatefulValueAndGrad:
+def objective(
+    config: CondenseConfig, setting: Setting, mesh: Mesh | None = None
+) -> StatefulValueAndGrad:
     """(x, target, key, step) -> (loss, gradient like x, step + 1): the sum of the class losses, or
-    `losses.dataset_loss`. One object for each setting, so that a second run compiles nothing."""
+    `losses.dataset_loss`. One object for each setting, so that a second run compiles nothing.
+
+    The devices of a mesh share classes and networks; with mmdsw, which compares all classes, the
+    classes' features and then the directions.
+    """
     network = feature_network(config, setting) if config.space == "features" else None
     augmentation = augment.parse(config.augmentation, dialect=config.dialect, flips=setting.flips)
     joint = config.method == "mmdsw"
@@ -96,11 +103,19 @@ def objective(config: CondenseConfig, setting: Setting) -> StatefulValueAndGrad:
         [classes, m, ...]."""
         decoded = decode(images, config.factor)
         real = real.astype(jnp.float32) / 255
+        if joint:
+            of_classes = meshes.over_devices(
+                lambda parameters, changes, images: features(parameters, images, changes),
+                mesh,
+                whole=2,
+            )
+            x = of_classes(parameters, changes, decoded)
+            y = lax.stop_gradient(of_classes(parameters, changes, real))
+            options = {"num_directions": config.num_directions, "mesh": mesh}
+            return losses.dataset_loss(keys, x, y, **options)[None]
         x = features(parameters, decoded, changes)
         y = lax.stop_gradient(features(parameters, real, changes))
-        if joint:
-            return losses.dataset_loss(keys, x, y, num_directions=config.num_directions)
-        return jnp.sum(jax.vmap(class_loss)(keys, x, y))
+        return jax.vmap(class_loss)(keys, x, y)
 
     def value_and_grad(x, target, key, step):
         batch_key, change_key, loss_key, choice_key = jax.random.split(key, 4)
@@ -117,24 +132,33 @@ def objective(config: CondenseConfig, setting: Setting) -> StatefulValueAndGrad:
             keys = jax.random.split(loss_key, num_classes)
         chosen = _choose(choice_key, images, most_stored)
 
-        def of_classes(chunk):
+        def of_classes(parameters, chunk):
             images, chosen, real, changes, keys = chunk
 
             def value(images, parameters):
                 taken = images if chosen is None else jax.vmap(lambda i, c: i[c])(images, chosen)
-                return loss(taken, parameters, real, changes, keys)
+                values = loss(taken, parameters, real, changes, keys)
+                return jnp.sum(values), values
 
-            return mean_over_networks(jax.value_and_grad(value), images, parameters)
+            def each(images, parameters):
+                (_, values), gradient = jax.value_and_grad(value, has_aux=True)(images, parameters)
+                return values, gradient
+
+            return mean_over_networks(each, images, parameters)
+
+        def in_chunks(parameters, chunk):
+            most = config.class_chunk or num_classes
+            return _in_chunks(partial(of_classes, parameters), chunk, most)
 
         chunk = (images, chosen, real, changes, keys)
-        if joint:
-            total, gradient = of_classes(chunk)
-        else:
-            total, gradient = _in_chunks(of_classes, chunk, config.class_chunk or num_classes)
-        return total, gradient.reshape(x.shape), step + 1
+        advance = of_classes if joint else _over_devices(in_chunks, mesh, config, num_classes)
+        values, gradient = advance(parameters, chunk)
+        return jnp.sum(values), gradient.reshape(x.shape), step + 1
 
     def mean_over_networks(each, images, parameters):
-        if network is None or config.num_networks == 1:
+        if network is None:
+            return each(images, None)
+        if len(jax.tree.leaves(parameters)[0]) == 1:
             return each(images, jax.tree.map(lambda leaf: leaf[0], parameters))
         if at_once:
             found = jax.vmap(each, in_axes=(None, 0))(images, parameters)
@@ -163,8 +187,23 @@ def _choose(key, images, most: int):
     return jax.vmap(lambda key: jax.random.permutation(key, n)[:most])(keys)
 
 
+def _over_devices(of_classes: Callable, mesh, config: CondenseConfig, num_classes: int) -> Callable:
+    """`of_classes(parameters of networks, arrays of classes)` with both divided over devices."""
+    if mesh is None:
+        return of_classes
+    networks = config.num_networks if config.space == "features" else 1
+    rectangle = meshes.grid(mesh, num_classes, networks, ("classes", "networks"))
+
+    def of_one(parameters, chunk):
+        return lax.pmean(of_classes(parameters, chunk), "networks")
+
+    return meshes.over_devices(
+        of_one, rectangle, whole=1, axis="classes", specs=(PartitionSpec("networks"),)
+    )
+
+
 def _in_chunks(function: Callable, arrays: Any, most: int) -> tuple[Array, Array]:
-    """(sum of values, gradients) of `function` over chunks of classes, the first axis, the largest
+    """(values, gradients) of `function` over chunks of classes, the first axis, the largest
     divisor of their number up to `most` at a time."""
     classes = jax.tree.leaves(arrays)[0].shape[0]
     size = max(size for size in range(1, classes + 1) if classes % size == 0 and size <= most)
@@ -172,7 +211,7 @@ def _in_chunks(function: Callable, arrays: Any, most: int) -> tuple[Array, Array
         return function(arrays)
     split = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), arrays)
     values, gradients = lax.map(function, split)
-    return jnp.sum(values), gradients.reshape(-1, *gradients.shape[2:])
+    return values.reshape(-1), gradients.reshape(-1, *gradients.shape[2:])
 
 
 # ---- The step

@@ -14,6 +14,8 @@ import numpy as np
 import tyro
 
 from lib import runs, settings
+from lib.commands import run_command
+from lib.meshes import DeviceOptions
 from xp_drmmd import plot, tables
 from xp_drmmd.config import EXPERIMENT, FlowConfig, Preset, StudentConfig, presets
 from xp_drmmd.run import run_flow
@@ -21,7 +23,7 @@ from xp_drmmd.student_teacher import run_student
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DeviceOptions):
     preset: Preset = "quick"
     only: tuple[str, ...] = ()
     """Groups to run; none: all."""
@@ -74,5 +76,4 @@ def main(arguments: Arguments) -> list[Path]:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="the preset (--preset quick)"):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower="the preset (--preset quick)")

@@ -17,9 +17,11 @@ import jax
 import numpy as np
 import tyro
 
-from lib import runs
+from lib import meshes, runs
+from lib.commands import run_command
 from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
 from lib.kernels import median_bandwidth
+from lib.meshes import DeviceOptions
 from lib.settings import settings_of
 from xp_drmmd import flows, metrics
 from xp_drmmd.config import EXPERIMENT, FlowConfig
@@ -56,6 +58,7 @@ def run_flow(
             record_every=every,
             run=run,
             description=name,
+            mesh=meshes.current(),
         )
         seconds = time.perf_counter() - began
         judged = [metrics.judge(x, posed.target, bandwidth, posed.weights) for x in particles[:, 0]]
@@ -76,7 +79,7 @@ def run_flow(
 
 
 @dataclass(frozen=True)
-class Arguments(FlowConfig):
+class Arguments(FlowConfig, DeviceOptions):
     gamma: float | None = None
     """Step size; None: step_size times lmbda."""
     step_size: float = 0.1
@@ -114,5 +117,4 @@ if __name__ == "__main__":
         "--source_particle_num, --target_particle_num or --records, or "
         "approximate the kernel (--approximation nystrom)"
     )
-    with runs.one_line_errors(lower=lower):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower=lower)

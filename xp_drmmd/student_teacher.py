@@ -22,9 +22,11 @@ import optax
 import tyro
 from jaxtyping import Array, Float
 
-from lib import runs
+from lib import meshes, runs
+from lib.commands import run_command
 from lib.drmmd_features import feature_witness, prepare_target_features
 from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
+from lib.meshes import DeviceOptions
 from lib.settings import settings_of
 from xp_drmmd.config import EXPERIMENT, StudentConfig
 
@@ -134,6 +136,7 @@ def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
         record_every=every,
         run=run,
         description=f"student, {config.flow}",
+        mesh=meshes.current(),
     )
     seconds = time.perf_counter() - began
     judge = jax.jit(lambda x: jnp.stack([loss(x, train), loss(x, validation)]))
@@ -151,7 +154,7 @@ def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
 
 
 @dataclass(frozen=True)
-class Arguments(StudentConfig):
+class Arguments(StudentConfig, DeviceOptions):
     seed: int = 0
     results: Path = Path("results")
 
@@ -168,5 +171,4 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="--batch_size, --students or --records"):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower="--batch_size, --students or --records")

@@ -19,6 +19,8 @@ import tyro
 from matplotlib import pyplot as plt
 
 from lib import plotting, runs, settings
+from lib.commands import run_command
+from lib.meshes import DeviceOptions
 from xp_gmm_source import metrics, plot, tables
 from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
 from xp_gmm_source.flow import Split, fitted_mixture, read, reference, run_flow
@@ -27,7 +29,7 @@ from xp_gmm_source.sources import mixture_source
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DeviceOptions):
     preset: Preset = "quick"
     only: tuple[str, ...] = ()
     """Groups to run; none: all."""
@@ -147,5 +149,4 @@ def main(arguments: Arguments) -> list[Path]:
 
 if __name__ == "__main__":
     lower = "batch_size or width in config.py, or the preset (--preset quick)"
-    with runs.one_line_errors(lower=lower):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower=lower)

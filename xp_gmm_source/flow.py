@@ -19,8 +19,10 @@ import numpy as np
 import optax
 import tyro
 
-from lib import convolution, flow_matching, flow_sampling, runs
+from lib import convolution, flow_matching, flow_sampling, meshes, runs
+from lib.commands import run_command
 from lib.datasets import Dataset, load
+from lib.meshes import DeviceOptions
 from lib.settings import settings_of
 from lib.velocity import UNet
 from xp_gmm_source import gmm_files, gmm_fit, metrics
@@ -255,6 +257,7 @@ def run_flow(
         run=run,
         show_progress=show_progress,
         description=name,
+        mesh=meshes.current(),
     )
     seconds = time.perf_counter() - began
     sources = sampling_sources(config, source, split.train, show_progress=show_progress)
@@ -351,7 +354,7 @@ def _two_components(points) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(FlowConfig):
+class Arguments(FlowConfig, DeviceOptions):
     seed: int = 0
     results: Path = Path("results")
     data_root: Path | None = None
@@ -377,5 +380,4 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="--batch_size, --width or --n_components"):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower="--batch_size, --width or --n_components")

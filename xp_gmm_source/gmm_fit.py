@@ -21,12 +21,14 @@ import jax
 import numpy as np
 import tyro
 
-from lib import gmm, runs
+from lib import gmm, meshes, runs
+from lib.commands import run_command
 from lib.datasets import load
 from lib.gmm_covariances import diagonal, full, low_rank, spherical, tied
 from lib.gmm_em import fit, mean_log_likelihood
 from lib.gmm_rows import Rows, rows
 from lib.gmm_starts import Structure, kmeans_start
+from lib.meshes import DeviceOptions
 from lib.settings import settings_of
 from xp_gmm_source import gmm_files
 from xp_gmm_source.config import EXPERIMENT, FitConfig
@@ -148,13 +150,13 @@ def fit_images(
     if config.augmentation:
         images = flipped(images, config.random_state)
     began = time.perf_counter()
-    projection, dtype = None, np.dtype(config.dtype)
+    projection, dtype, devices = None, np.dtype(config.dtype), meshes.current_devices()
     if num_pca:
         projection, points, kept = principal_components(images, num_pca, config.random_state)
         about["variance_kept"] = kept
-        data = rows(points.astype(dtype, copy=False), dtype=dtype)
+        data = rows(points.astype(dtype, copy=False), dtype=dtype, devices=devices)
     else:
-        data = rows(images, transform=to_unit, dtype=dtype, chunk_size=4096)
+        data = rows(images, transform=to_unit, dtype=dtype, chunk_size=4096, devices=devices)
     fitting = _fit_with_sklearn if config.engine == "sklearn" else _fit_with_jax
     mixture, history = fitting(config, data, run, show_progress)
     about |= history | {"seconds": time.perf_counter() - began}
@@ -170,7 +172,7 @@ def _same_coordinates(images: np.ndarray, projection: Projection | None, data: R
         return data._replace(x=images, weights=np.ones(len(images)))
     pixels = to_unit(images.reshape(len(images), -1))
     points = (pixels - projection.centre) @ projection.components.T
-    return rows(points.astype(data.dtype), dtype=data.dtype)
+    return rows(points.astype(data.dtype), dtype=data.dtype, devices=data.devices)
 
 
 def _fit_with_jax(config, data: Rows, run, show_progress) -> tuple[gmm.Mixture, dict[str, Any]]:
@@ -269,7 +271,7 @@ def sampled_moments(
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(FitConfig):
+class Arguments(FitConfig, DeviceOptions):
     output_dir: Path = DATA
     """Where the files go. Default: the folder data beside this one."""
     data_root: Path | None = None
@@ -344,5 +346,4 @@ def _say(about: dict[str, Any], dimension: int) -> None:
 
 if __name__ == "__main__":
     lower = "--n_components, --n_pca or --batch_size, or take another --covariance_type"
-    with runs.one_line_errors(lower=lower):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower=lower)

@@ -20,14 +20,16 @@ import numpy as np
 import tyro
 
 from lib import runs
+from lib.commands import run_command
 from lib.gd import DivergedError, flow_init, flow_step
+from lib.meshes import DeviceOptions
 from xp_transfer_learning import domain_adaptation, methods, tables
 from xp_transfer_learning.config import ABLATION, EXPERIMENT, AdaptationConfig
 from xp_transfer_learning.data import pair_name
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DeviceOptions):
     src_dataset: str = "fashion_mnist"
     """A data set's name, or the path of a folder or zip of images; likewise `tgt_dataset`."""
     tgt_dataset: str = "mnist"
@@ -126,5 +128,4 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="--num_per_class or --size"):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower="--num_per_class or --size")

@@ -19,7 +19,9 @@ import numpy as np
 import tyro
 
 from lib import classification, datasets, runs
+from lib.commands import run_command
 from lib.gd import discard_saved_flow
+from lib.meshes import DeviceOptions
 from lib.networks import LeNet5
 from xp_transfer_learning import methods, plot
 from xp_transfer_learning.config import (
@@ -122,7 +124,7 @@ def run_try(
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DeviceOptions):
     preset: Preset = "quick"
     src_dataset: str | None = None
     """A data set's name, or the path of a folder or zip of images: this flow instead of the
@@ -194,5 +196,4 @@ def main(arguments: Arguments) -> list[Path]:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="--num_per_class or --size"):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower="--num_per_class or --size")

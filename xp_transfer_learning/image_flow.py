@@ -16,8 +16,10 @@ import jax
 import numpy as np
 import tyro
 
-from lib import datasets, mmd, runs
+from lib import datasets, meshes, mmd, runs
+from lib.commands import run_command
 from lib.gd import recorded_steps, wasserstein_gradient_descent
+from lib.meshes import DeviceOptions
 from xp_transfer_learning import plot
 from xp_transfer_learning.config import (
     EXPERIMENT,
@@ -66,6 +68,7 @@ def run_flow(
             n_projs=config.num_directions,
             n_sample_batch=config.n_sample_batch,
             block_size=config.block_size,
+            mesh=meshes.current(),
         )
 
     print(f"{config.source} -> {config.target}: {config.n_epochs} steps of {tuple(x0.shape)}")
@@ -80,6 +83,7 @@ def run_flow(
         record_every=config.record_every,
         run=run,
         description=name,
+        mesh=meshes.current(),
     )
     run.finish(
         losses=losses,
@@ -138,7 +142,7 @@ def with_data(data_root: Path | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DeviceOptions):
     preset: Preset = "quick"
     src_dataset: str | None = None
     """A data set's name, or the path of a folder or zip of images: this flow, in the paper's
@@ -200,5 +204,6 @@ def main(arguments: Arguments) -> list[Path]:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="--block_size, --n_sample_batch or --num_per_class"):
-        main(tyro.cli(Arguments))
+    run_command(
+        main, lambda: tyro.cli(Arguments), lower="--block_size, --n_sample_batch or --num_per_class"
+    )

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lib import mmd
+from lib import meshes, mmd
 from lib.gd import TargetValueAndGrad, recorded_steps, wasserstein_gradient_descent
 from lib.runs import Run
 from lib.sliced_wasserstein import orthogonal_directions, random_directions
@@ -48,6 +49,7 @@ def flow(
         record_every=every,
         run=run,
         description=f"{description}, try {seed}",
+        mesh=moved.mesh,
     )
     images = np.asarray(moved.points(particles))
     return Flowed(losses, recorded_steps(settings.n_epochs, every), images)
@@ -55,29 +57,31 @@ def flow(
 
 class Problem(NamedTuple):
     """`start` and `target` are what `lib.gd` moves and aims at; `points` takes such particles
-    [..., n, d'] to images [..., n, d]."""
+    [..., n, d'] to images [..., n, d]; the devices of `mesh` share what can be shared."""
 
     start: Array
     target: Array
     value_and_grad: TargetValueAndGrad
     points: Callable[[Array], Array]
+    mesh: Mesh | None = None
 
 
 def problem(settings: FlowSettings, x0: Array, x_tgt: Array) -> Problem:
     """The flow of x0 [C, n, d] to x_tgt [D, k, d] by `settings.method`."""
-    value_and_grad = _value_and_grad(settings)
+    mesh = meshes.current() if settings.method == "mmdsw" else None
+    value_and_grad = _value_and_grad(settings, mesh)
     if settings.method == "mmd_product":
         return Problem(*with_moments(x0, x_tgt), value_and_grad, lambda x: x[..., :-MOMENTS])
-    return Problem(x0, x_tgt, value_and_grad, lambda x: x)
+    return Problem(x0, x_tgt, value_and_grad, lambda x: x, mesh)
 
 
 @cache
-def _value_and_grad(settings: FlowSettings) -> TargetValueAndGrad:
+def _value_and_grad(settings: FlowSettings, mesh: Mesh | None) -> TargetValueAndGrad:
     # Cached, so that flows of the same settings and shapes share one compiled loop.
     if settings.method == "mmdsw":
         function = getattr(mmd, f"target_value_and_grad_{settings.kernel}")
         draw = {"random": random_directions, "orthogonal": orthogonal_directions}
-        options = {"n_projs": settings.num_directions}
+        options = {"n_projs": settings.num_directions, "mesh": mesh}
         return partial(function, **options, draw_directions=draw[settings.directions])
     if settings.method == "otdd":
         # Here, since importing ott takes seconds.

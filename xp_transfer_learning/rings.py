@@ -16,8 +16,10 @@ import numpy as np
 import optax
 import tyro
 
-from lib import datasets, mmd, runs
+from lib import datasets, meshes, mmd, runs
+from lib.commands import run_command
 from lib.gd import recorded_steps, wasserstein_gradient_descent
+from lib.meshes import DeviceOptions
 from xp_transfer_learning import plot
 from xp_transfer_learning.config import EXPERIMENT, RINGS, Preset, RingsConfig
 
@@ -45,7 +47,8 @@ class Sweep(NamedTuple):
 
 def sweeps(config: RingsConfig) -> list[Sweep]:
     """The sweeps of Figure 1 and appendix D.2, and a decaying step."""
-    shared = {"n_projs": config.num_directions, "num_levels": config.num_levels}
+    mesh = None if config.num_levels else meshes.current()
+    shared = {"n_projs": config.num_directions, "num_levels": config.num_levels, "mesh": mesh}
 
     def over(target, values):
         def value_and_grad(x, x_tgt, key):
@@ -133,7 +136,7 @@ def run_sweep(sweep: Sweep, config: RingsConfig, *, seed: int, results: Path) ->
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DeviceOptions):
     preset: Preset = "quick"
     seeds: tuple[int, ...] | None = None
     """Data and directions. None: (0,) for quick, (0, 1, 2, 3, 4) for paper."""
@@ -188,5 +191,4 @@ def print_table(rows: list[dict], num_seeds: int) -> None:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="the preset (--preset quick)"):
-        main(tyro.cli(Arguments))
+    run_command(main, lambda: tyro.cli(Arguments), lower="the preset (--preset quick)")

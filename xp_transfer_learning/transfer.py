@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import classification, datasets, runs
+from lib import classification, datasets, meshes, runs
+from lib.commands import run_command
 from lib.gd import discard_saved_flow
+from lib.meshes import DeviceOptions
 from lib.networks import LeNet5
 from xp_transfer_learning import methods, plot
 from xp_transfer_learning.config import (
@@ -105,6 +107,7 @@ def accuracies(
         optimizer=classification.adam(config.lr),
         num_epochs=config.n_epochs,
         batch_size=config.batch_size,
+        mesh=meshes.current(),
     )
     test_images, test_labels = jnp.asarray(test_images), jnp.asarray(test_labels)
     return np.asarray(
@@ -151,7 +154,7 @@ def run_try(
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(DeviceOptions):
     preset: Preset | None = None
     """quick: embedded digits, in a minute. paper: all of Table 2. None: what the rest says."""
     src_dataset: str = "mnist"
@@ -296,5 +299,6 @@ def describe(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors(lower="--num_per_class, --size or --num_trainings"):
-        main(tyro.cli(Arguments))
+    run_command(
+        main, lambda: tyro.cli(Arguments), lower="--num_per_class, --size or --num_trainings"
+    )
