@@ -29,6 +29,7 @@ class FolderLock:
     """A lock held: it is let go of with the last reference to it, and with the process."""
 
     def __init__(self, descriptor: int):
+        self.descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
 
 

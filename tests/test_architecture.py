@@ -9,7 +9,8 @@ REPOSITORY = Path(__file__).parents[1]
 LIB = sorted((REPOSITORY / "lib").glob("*.py"))
 EXPERIMENTS = sorted(REPOSITORY.glob("xp_*/*.py"))
 INPUT_OUTPUT = {
-    "runs", "run_locks", "datasets", "image_folders", "row_files", "row_formats", "plotting"
+    "runs", "run_locks", "sweeps", "datasets", "image_folders", "row_files", "row_formats",
+    "plotting",
 }  # fmt: skip
 
 
@@ -30,6 +31,7 @@ def test_lib_imports_no_experiment_and_torch_only_where_files_are_read(path):
     assert not {top for top in tops if top.startswith("xp_")}
     assert path.stem in {"datasets", "row_formats"} or not tops & {"torch", "torchvision"}
     assert path.stem in {"plotting"} or "matplotlib" not in tops
+    assert path.stem == "sweeps" or "submitit" not in tops
     assert path.stem == "simplex_qp" or not tops & {"jaxopt", "cvxpy"}
     assert path.stem in INPUT_OUTPUT | {"gd"} or not tops & {"pathlib", "os", "io", "shutil"}
 

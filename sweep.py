@@ -1,0 +1,91 @@
+"""A grid of commands, run by submitit here or on Slurm; those that are finished are skipped.
+
+    python sweep.py --grid seed=0,1,2 lr=1,5 -- xp_dataset_distillation/condense.py echo \\
+        --dataset digits --seed {seed} --lr {lr}
+    python sweep.py --grid ... --workers 2 -- ...
+    python sweep.py --grid ... --slurm time=120 gpus=1 partition=long --detach -- ...
+    python sweep.py --grid ... --dry_run -- ...
+
+The same sweep again runs what is missing. What it keeps of a command is in `lib/sweeps.py`.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from lib import runs, sweeps
+
+AT_ONCE_ON_SLURM = 256
+
+
+@dataclass(frozen=True)
+class Arguments:
+    grid: tuple[str, ...] = ()
+    """NAME=VALUE,VALUE,...: {NAME} in the command becomes each value."""
+    workers: int | None = None
+    """How many run at once. None: 1 here, which has the machine to itself; 256 on Slurm."""
+    slurm: tuple[str, ...] | None = None
+    """NAME=VALUE of sbatch's long options, time (in minutes) among them: run on Slurm."""
+    detach: bool = False
+    """With --slurm: submit and leave."""
+    dry_run: bool = False
+    """Print the commands and which are finished."""
+    results: Path = Path("results")
+    """The folder of the commands' states, from the repository's root as in the commands."""
+
+
+def main(arguments: Arguments, template: list[str]) -> int:
+    """Runs the sweep; returns the exit status, 1 unless all is finished, 130 after a stop."""
+    if template[:1] == ["python"]:
+        template = template[1:]
+    if not template:
+        raise ValueError("give the command after --: --grid seed=0,1 -- FILE --seed {seed}")
+    slurm = None if arguments.slurm is None else sweeps.slurm_options(arguments.slurm)
+    if arguments.detach and slurm is None:
+        raise ValueError("--detach is for --slurm")
+    workers = arguments.workers
+    if workers is None:
+        workers = AT_ONCE_ON_SLURM if slurm else 1
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    folder = (sweeps.ROOT / arguments.results / "sweeps").resolve()
+    entries = [
+        sweeps.Entry(command, folder / runs.config_hash({"command": command}))
+        for command in sweeps.expand(template, arguments.grid)
+    ]
+    missing = [entry for entry in entries if not entry.done.exists()]
+    print(f"{len(entries) - len(missing)} of {len(entries)} finished already", flush=True)
+    if arguments.dry_run:
+        for entry in entries:
+            print(f"{'to run  ' if entry in missing else 'finished'}  {entry}")
+        return 0
+    if arguments.detach:
+        jobs = sweeps.submit(missing, slurm, workers=workers) if missing else []
+        for entry, job in zip(missing, jobs):
+            print(f"submitted: {entry}  (job {job.job_id}, {entry.log})")
+        return 0
+    with runs.interruptible() as stop_requested:
+        found = sweeps.run(missing, slurm, workers=workers, stop_requested=stop_requested)
+        missing = [entry for entry in missing if found.get(entry) != "finished"]
+        print(f"{len(entries) - len(missing)} of {len(entries)} finished")
+        for entry in missing:
+            print(f"  {entry}\n    {found.get(entry, 'not started')}")
+            if entry in found:
+                print(f"    {entry.log}: {sweeps.last_line(entry.log)}")
+        if missing:
+            print("the same sweep again runs what is missing")
+        if stop_requested():
+            sys.exit(130)  # here, where the request is answered
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    try:
+        with runs.one_line_errors():
+            sys.exit(main(tyro.cli(Arguments, args=sys.argv[1:at]), sys.argv[at + 1 :]))
+    except KeyboardInterrupt:  # the second of them
+        print("left at once: what was started saves and ends on its own", file=sys.stderr)
+        sys.exit(130)
