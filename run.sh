@@ -13,7 +13,7 @@ help() {
   cat <<EOF
 bash run.sh                    set up, then run the quick preset of every experiment (no download)
 bash run.sh NAME [PRESET]      one experiment; PRESET is quick (default) or paper
-bash run.sh sweep ARGS...      a grid of commands, here or on Slurm; ARGS go to sweep.py (--help: what they are)
+bash run.sh sweep ARGS...      a grid of commands, here or on Slurm; ARGS go to sweep.py (try --help)
 bash run.sh test [ARGS...]     set up, then run the tests; ARGS go to pytest (-m slow: the slow ones)
 bash run.sh setup              set up only
 bash run.sh --help             this text

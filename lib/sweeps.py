@@ -170,7 +170,7 @@ def submit(
 ) -> list[submitit.Job]:
     """Starts a worker for each entry: on Slurm as one array, `workers` at once; else here, all.
 
-    Raises ValueError where there is no Slurm, OSError where it refuses the job.
+    Raises OSError where there is no Slurm or it refuses the job.
     """
     sweeps = entries[0].folder.parent
     sweeps.mkdir(parents=True, exist_ok=True)
@@ -193,10 +193,8 @@ def submit(
             additional_parameters={"job_name": "sweep", **slurm},
         )
         return executor.map_array(Worker(None), entries)
-    except submitit.core.utils.UncompletedJobError as error:
-        raise OSError(f"Slurm refused the job: {error}") from error
     except RuntimeError as error:
-        raise ValueError(f"no Slurm here: {error}") from error
+        raise OSError(f"no job for Slurm: {' '.join(str(error).split())}") from error
 
 
 def _outcome(entry: Entry, job: submitit.Job) -> str:
@@ -216,7 +214,7 @@ def _outcome(entry: Entry, job: submitit.Job) -> str:
     elif isinstance(status, str):
         words = status
     elif status < 0:
-        words = f"killed by {signal.Signals(-status).name}"
+        words = f"killed by signal {-status} ({signal.strsignal(-status)})"
     else:
         words = f"exit status {status}"
     if local:
@@ -255,7 +253,8 @@ def run(
             waiting = waiting[len(batch) :]
             for entry, job in zip(batch, submit(batch, slurm, workers=workers)):
                 running[job] = entry, time.monotonic()
-                print(f"started: {entry}  (job {job.job_id}, {entry.log})", flush=True)
+                verb = "submitted" if slurm else "started"
+                print(f"{verb}: {entry}  (job {job.job_id}, {entry.log})", flush=True)
         for job, (entry, began) in list(running.items()):
             if job.done():
                 outcomes[entry] = _outcome(entry, job)
