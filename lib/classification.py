@@ -350,7 +350,8 @@ def _advance(
     else:
         found = meshes.over_devices(of_seeds, mesh, whole=2)(images, labels, keys, state[:3])
     following, losses, first_bad = found
-    return TrainState(*following, state.step + num_steps), losses, first_bad
+    following = meshes.constrain(TrainState(*following, state.step + num_steps), mesh)
+    return following, losses, first_bad
 
 
 def _check_input(images, labels, num_epochs, batch_size) -> None:

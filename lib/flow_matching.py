@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, Num, PyTree
 from scipy.optimize import linear_sum_assignment
 
@@ -194,9 +194,8 @@ def train_step(
     """
     batch_key, source_key, time_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
     x1 = draw_batch(batch_key, images, batch_size, augment_flip=augment_flip)
-    if mesh is not None:  # an assignment on the host needs the whole batch in one place
-        x1 = lax.with_sharding_constraint(x1, NamedSharding(mesh, PartitionSpec()))
-    x0 = couple(source_key, source, x1, coupling)
+    x1 = meshes.constrain(x1, mesh)  # the host's assignment needs the whole batch in one place
+    x0 = meshes.constrain(couple(source_key, source, x1, coupling), mesh)
     times = jax.random.uniform(time_key, (batch_size,), x1.dtype)
 
     def objective(parameters):
@@ -339,11 +338,12 @@ def _advance(key, state, source, images, chunk, buffer, **settings):
     def body(i, carry):
         state, losses = carry
         state, value = train_step(key, state, source, images, **settings)
+        state = meshes.constrain(state, settings["mesh"])
         return state, losses.at[i].set(value.astype(losses.dtype))
 
     state, buffer = lax.fori_loop(0, chunk, body, (state, buffer))
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state.parameters, state.ema))]
-    return state, jnp.stack(finite).all(), buffer
+    return state, jnp.stack(finite).all(), meshes.constrain(buffer, settings["mesh"])
 
 
 # The door

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from lib import meshes
@@ -180,16 +180,15 @@ def wasserstein_gradient_descent(
     if run:
         state = _resume(run, state, losses, particles, steps, origin)
 
-    divided = meshes.divided(x0.shape, (-2, -3), mesh)
-    state = _on_mesh(state, x0.shape, mesh, divided)
+    state = jax.tree.map(lambda leaf: meshes.place(leaf, mesh, _where(leaf, x0.shape, mesh)), state)
     x_tgt, rng = meshes.place((x_tgt, rng), mesh)
-    sharding = None if mesh is None else NamedSharding(mesh, divided)
     max_steps = _max_steps(x0.nbytes, record_every)
-    advance = _advance(target_value_and_grad, optimizer, record_every, sharding)
+    advance = _advance(target_value_and_grad, optimizer, record_every, mesh)
     slots = -(-max_steps // record_every) + 1
-    buffers = (
-        meshes.place(np.zeros((max_steps, *value.shape), value.dtype), mesh),
-        meshes.place(np.zeros((slots, *x0.shape), x0.dtype), mesh, PartitionSpec(None, *divided)),
+    whole_and_divided = PartitionSpec(), PartitionSpec(None, *_where(x0, x0.shape, mesh))
+    shapes = ((max_steps, *value.shape), value.dtype), ((slots, *x0.shape), x0.dtype)
+    buffers = tuple(
+        meshes.place(np.zeros(*shape), mesh, spec) for shape, spec in zip(shapes, whole_and_divided)
     )
     done = int(state.step)
 
@@ -246,22 +245,23 @@ def _max_steps(particle_bytes: int, record_every: int) -> int:
     return min(MAX_STEPS_BETWEEN_VISITS, slots * record_every)
 
 
-def _on_mesh(state: FlowState, shape: tuple, mesh: Mesh | None, divided) -> FlowState:
-    """What is of the particles' shape lies as they do, the rest on every device."""
-    if mesh is None:
-        return state
-    return jax.tree.map(
-        lambda leaf: meshes.place(leaf, mesh, divided if leaf.shape == shape else PartitionSpec()),
-        state,
-    )
+def _where(leaf: Array, shape: tuple[int, ...], mesh: Mesh | None) -> PartitionSpec:
+    """What is of the particles' shape is divided as they are, the rest is on every device."""
+    return meshes.divided(shape, (-2, -3), mesh) if leaf.shape == shape else PartitionSpec()
 
 
 @lru_cache(maxsize=32)
-def _advance(target_value_and_grad, optimizer, record_every: int, sharding=None):
+def _advance(target_value_and_grad, optimizer, record_every: int, mesh: Mesh | None = None):
     """advance(rng, state, x_tgt, num_steps, buffers) -> (state, particles finite?, buffers), the
     buffers (losses, records) written in place; cached, so that a second flow with the same
-    functions and shapes compiles nothing. `sharding` is that of the particles."""
+    functions and shapes compiles nothing."""
     step = flow_step(target_value_and_grad, optimizer)
+
+    def like_the_start(state):
+        shape = state.particles.shape
+        return jax.tree.map(
+            lambda leaf: meshes.constrain(leaf, mesh, _where(leaf, shape, mesh)), state
+        )
 
     @partial(jax.jit, donate_argnums=4)
     def advance(rng, state, x_tgt, num_steps, buffers):
@@ -272,13 +272,16 @@ def _advance(target_value_and_grad, optimizer, record_every: int, sharding=None)
             # A slot is overwritten until the step that completes its interval: no branch needed.
             slot = state.step // record_every - start // record_every
             state, value = step(rng, state, x_tgt)
-            if sharding is not None:
-                particles = lax.with_sharding_constraint(state.particles, sharding)
-                state = state._replace(particles=particles)
+            state = like_the_start(state)
             return state, losses.at[i].set(value), records.at[slot].set(state.particles)
 
-        state, *buffers = lax.fori_loop(0, num_steps, body, (state, *buffers))
-        return state, jnp.isfinite(state.particles).all(), tuple(buffers)
+        state, losses, records = lax.fori_loop(0, num_steps, body, (state, *buffers))
+        divided = _where(state.particles, state.particles.shape, mesh)
+        buffers = (
+            meshes.constrain(losses, mesh),
+            meshes.constrain(records, mesh, PartitionSpec(None, *divided)),
+        )
+        return state, jnp.isfinite(state.particles).all(), buffers
 
     return advance
 

@@ -69,6 +69,14 @@ def place(tree: PyTree, mesh: Mesh | None, spec: Spec = Spec()) -> PyTree:  # no
     return jax.tree.map(put, tree)
 
 
+def constrain(tree: PyTree, mesh: Mesh | None, spec: Spec = Spec()) -> PyTree:  # noqa: B008
+    """Inside jit: the arrays as `place` would put them. A loop whose results lie as its arguments
+    did is compiled once."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+
+
 def divided(shape: Sequence[int], axes: Sequence[int], mesh: Mesh | None) -> Spec:
     """The spec that divides the first of `axes` that all devices can share equally; none, none."""
     for axis in axes if mesh is not None else ():
@@ -162,12 +170,23 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+_ALONE: list[str] = []
+
+
 @contextlib.contextmanager
 def first_alone(what: str) -> Iterator[bool]:
     """Yields whether this process is the first, between two moments at which all have come here:
-    what the first one does inside is done for those who go on after it."""
+    what the first one does inside is done for those who go on after it. Inside another such block
+    it is that block's moments that count."""
+    if _ALONE:
+        yield is_first()
+        return
     wait_for_all(f"before {what}")
-    yield is_first()
+    _ALONE.append(what)
+    try:
+        yield is_first()
+    finally:
+        _ALONE.pop()
     wait_for_all(f"after {what}")
 
 
