@@ -13,6 +13,7 @@ help() {
   cat <<EOF
 bash run.sh                    set up, then run the quick preset of every experiment (no download)
 bash run.sh NAME [PRESET]      one experiment; PRESET is quick (default) or paper
+                               both end in one page of all that lies in the results: index.html
 bash run.sh sweep ARGS...      a grid of commands, here or on Slurm; ARGS go to sweep.py (try --help)
 bash run.sh test [ARGS...]     set up, then run the tests; ARGS go to pytest (-m slow: the slow ones)
 bash run.sh setup              set up only
@@ -72,6 +73,8 @@ run_experiment() {
     echo "run.sh: no experiment $1; there are: $(experiments | tr '\n' ' ')" >&2
     exit 2
   fi
+  # Also where an experiment fails or is interrupted: the page says how to go on.
+  trap 'status=$?; python -m lib.pages "${RESULTS:-results}"; exit $status' EXIT
   echo "=== $1, $2"
   bash "$1/run.sh" "$2"
 }
@@ -92,8 +95,7 @@ case "${1:-all}" in
   all)
     setup requirements.txt
     for name in $(experiments); do run_experiment "$name" quick; done
-    echo "=== done: figures and numbers lie in ${RESULTS:-results}/"
-    find "${RESULTS:-results}" -name '*.png' -o -name '*.gif' | sort | sed 's/^/  /'
+    echo "=== done: figures and numbers lie in ${RESULTS:-results}/, and all on one page"
     ;;
   *)
     preset=${2:-quick}

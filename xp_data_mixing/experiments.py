@@ -77,6 +77,7 @@ def run_group(name: str, group: Group, arguments: Arguments) -> Path:
     summary = arguments.results / EXPERIMENT / f"{name}_{arguments.preset}.json"
     about = {"group": name, "seeds": seeds, "environment": runs.environment()}
     runs.write_json(summary, {**about, "rows": rows})
+    runs.write_bytes(summary.with_suffix(".md"), tables.page(summary).encode())
     print(f"numbers: {summary}")
     for figure in plot.figures(summary):
         print(f"figure:  {figure}")

@@ -1,6 +1,5 @@
 """A mixing result as the JSON document that is written, and that document as text, figure, page."""
 
-import base64
 import json
 import math
 import tempfile
@@ -8,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from lib import plotting, runs
+from lib import pages, plotting, runs
 from lib.row_files import RowFile
 from xp_data_mixing.mixing import MixingResult
 
@@ -187,17 +185,13 @@ def page(document: dict[str, Any]) -> str:
     """One self-contained HTML page."""
     with tempfile.TemporaryDirectory() as folder:
         image = plotting.save_figure(figure(document), Path(folder, "figure.png")).read_bytes()
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text())
-    return template.render(
-        document,
-        figure=base64.b64encode(image).decode(),
-        manifest_text=json.dumps(document["manifest"], indent=2, default=str),
-        mixtures=MIXTURES,
-        intervals=document["summary"]["confidence"] is not None,
-    )
+    shown = {
+        "figure": pages.data_uri(image, "PNG"),
+        "manifest_text": json.dumps(document["manifest"], indent=2, default=str),
+        "mixtures": MIXTURES,
+        "intervals": document["summary"]["confidence"] is not None,
+    }
+    return pages.render(TEMPLATE, document | shown)
 
 
 def write(document: dict[str, Any], path: Path) -> None:

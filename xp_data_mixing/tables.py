@@ -162,6 +162,38 @@ def solver_table(summary: Path) -> str:
     )
 
 
+# What a page of the results shows
+
+
+def page(summary: Path) -> str:
+    """Markdown: all tables of a summary, and what stands in them."""
+    about = json.loads(Path(summary).read_text())
+    seeds = f"{len(about['seeds'])} seed{'s' * (len(about['seeds']) > 1)}"
+    over, targets = f"mean ± std over {seeds}", f"mean ± std over the targets of {seeds}"
+    if about["group"] == "recovery":
+        parts = [
+            f"Total variation to the truth, {targets}.",
+            recovery_table(summary),
+        ]
+        for row in about["rows"]:
+            if kernel_columns(row):
+                words = f"{row['label']}: the same by bandwidth and estimator."
+                parts += [words, bandwidth_table(summary, row["label"])]
+    elif about["group"] == "coverage":
+        confidence = about["rows"][0]["settings"]["confidence"]
+        words = f"How many of the {confidence:.0%} intervals hold the truth, and their mean width"
+        parts = [f"{words}, over the draws of {seeds}.", coverage_table(summary)]
+    elif about["group"] == "downstream":
+        words = "A classifier trained on each mixture and judged on the target"
+        parts = [f"{words}, {over}.", downstream_table(summary)]
+    elif about["group"] == "ablation":
+        words = "Total variation to the truth at the best bandwidth, by the number of features"
+        parts = [f"{words}, {targets}.", ablation_table(summary)]
+    else:
+        parts = ["Solvers of one problem, of the first seed.", solver_table(summary)]
+    return "\n\n".join(parts) + "\n"
+
+
 # What is printed while running
 
 

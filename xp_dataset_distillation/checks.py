@@ -30,12 +30,24 @@ from xp_dataset_distillation.presets import CPU
 KERNELS = ("linear", "polynomial", "gaussian", "energy", "rff")
 
 
-def written(name: str, found: dict, arguments: "Mmd | Moments") -> Path:
-    """Writes what a check found, and returns the file."""
+def written(
+    name: str, found: dict, arguments: "Mmd | Moments", *, says: str, heads: list[str], form: str
+) -> Path:
+    """Prints what a check found as a table under `heads`, writes both, and returns the file.
+
+    `says` is what stands in the table; its numbers are means, in the format `form`."""
+    (rows,) = found.values()
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for label, row in rows.items():
+        cells = [format(np.mean(row[head]), form) for head in heads[1:]]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    print(table)
     path = arguments.results / EXPERIMENT / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"arguments": arguments, "environment": runs.environment()}
     runs.write_json(path, {**about, **found})
+    runs.write_bytes(path.with_suffix(".md"), f"{says}\n\n{table}\n".encode())
     print(f"numbers: {path}")
     return path
 
@@ -101,10 +113,12 @@ class Mmd:
 
 def run_mmd(arguments: Mmd) -> Path:
     table = mmd_table(num=arguments.num, dimension=arguments.dimension, repeats=arguments.repeats)
-    print(f"| kernel | {' | '.join(DIFFERENCES[1:])} |\n|---|{'---|' * len(DIFFERENCES[1:])}")
-    for kernel, row in table.items():
-        print(f"| {kernel} | {' | '.join(f'{row[name]:.1f}' for name in DIFFERENCES[1:])} |")
-    return written("check_mmd", {"table": table}, arguments)
+    says = (
+        "How far the mean loss of distributions that differ in one moment lies above that of equal "
+        "ones, in standard deviations of the latter."
+    )
+    heads = ["kernel", *DIFFERENCES[1:]]
+    return written("check_mmd", {"table": table}, arguments, says=says, heads=heads, form=".1f")
 
 
 # ---- Moments of condensed sets
@@ -184,11 +198,10 @@ def run_moments(arguments: Moments) -> Path:
             num_networks=arguments.num_networks,
             num_real=arguments.num_real,
         )
-    names = list(rows["start"])
-    print(f"| condensed by | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
-    for label, row in rows.items():
-        print(f"| {label} | {' | '.join(f'{row[name].mean():.4g}' for name in names)} |")
-    return written(f"check_moments_{Path(arguments.dataset).stem}", {"rows": rows}, arguments)
+    says = "How far moments of the condensed images' features are from those of the real ones."
+    heads = ["condensed by", *MOMENTS]
+    name = f"check_moments_{Path(arguments.dataset).stem}"
+    return written(name, {"rows": rows}, arguments, says=says, heads=heads, form=".4g")
 
 
 Check = Union[  # noqa: UP007  tyro's subcommands

@@ -103,6 +103,8 @@ def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:
     about = {"group": name, "seeds": arguments.seeds, "environment": runs.environment()}
     about["judged_on"] = "held-out training images" if arguments.held_out else "the test split"
     runs.write_json(summary, {**about, "rows": listed})
+    page = tables.page({**about, "rows": listed})
+    runs.write_bytes(summary.with_suffix(".md"), page.encode())
     print(tables.markdown(listed))
     print(f"numbers: {summary}")
     print(f"figure:  {plot.summary_figure(summary)}")

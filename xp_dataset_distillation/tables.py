@@ -39,6 +39,13 @@ def relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def page(document: dict[str, Any]) -> str:
+    """Markdown: the tables of a summary's content and what stands in them."""
+    of = "sets" if len(document["seeds"]) > 1 else "classifiers"
+    words = f"Accuracy in percent on {document['judged_on']}, mean ± std over {of}."
+    return f"{words}\n\n{markdown(document['rows'])}\n"
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """For each judge one table: a line an entry, accuracies by images a class."""
     parts = []

@@ -59,6 +59,7 @@ def run_group(
     summary = arguments.results / EXPERIMENT / f"{group}_{arguments.preset}.json"
     about = {"group": group, "seeds": arguments.seeds, "environment": runs.environment()}
     runs.write_json(summary, {**about, "rows": rows})
+    runs.write_bytes(summary.with_suffix(".md"), tables.page(summary).encode())
     print(f"numbers: {summary}")
     for figure in plot.figures(summary):
         print(f"figure:  {figure}")

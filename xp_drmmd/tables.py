@@ -31,6 +31,13 @@ def first_below(row: dict, name: str, level: float) -> int | None:
     return int(row["steps"][reached[0]]) if len(reached) else None
 
 
+def page(summary: Path) -> str:
+    """Markdown: the table of a summary and what stands in it."""
+    seeds = len(json.loads(Path(summary).read_text())["seeds"])
+    spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ""
+    return f"Where each flow ends{spread}.\n\n{table(summary)}\n"
+
+
 def table(summary: Path, *, names: tuple[str, ...] = tuple(NAMES), w1: float | None = None) -> str:
     """Markdown: a line a flow, those of the distances `names` that it has at its end, mean ± std
     over seeds; with `w1` also the first recorded step at which the mean W1 is at most that."""

@@ -87,6 +87,8 @@ def run_group(group: str, flows: dict[str, FlowConfig], arguments: Arguments) ->
         "mixtures": mixtures_alone(mixtures, arguments.results),
     }
     runs.write_json(summary, {**about, "rows": rows})
+    page = tables.page({**about, "rows": rows})
+    runs.write_bytes(summary.with_suffix(".md"), page.encode())
     print(tables.markdown(rows, about["floor"]))
     for name, measures in about["mixtures"].items():
         print(f"draws of the mixture {name} itself, without a flow: {measures['frechet']:.3g}")

@@ -117,6 +117,7 @@ def fitted_mixture(
     found = fit_images(wanted, train.images, run=run, show_progress=show_progress)
     stored = image_mixture(found, train.image_shape)
     gmm_files.save(path, stored)
+    run.finish(log_likelihoods=np.asarray(stored.about["log_likelihoods"]))
     run.discard_checkpoint()
     return stored
 

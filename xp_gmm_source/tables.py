@@ -49,6 +49,21 @@ def spread(values: np.ndarray, digits: int = 3) -> str:
     return mean if len(values) < 2 else f"{mean} ± {values.std(ddof=1):.1g}"
 
 
+def page(document: dict[str, Any]) -> str:
+    """Markdown: the tables of a summary's content and what stands in them."""
+    words = f"{MEASURES['frechet']} after so many evaluations, straightness and cost of the paths"
+    spread = f", mean ± std over {len(document['seeds'])} seeds" * (len(document["seeds"]) > 1)
+    parts = [f"{words}{spread}.", markdown(document["rows"], document["floor"])]
+    if document["mixtures"]:
+        lines = [
+            f"| {name} | " + " | ".join(f"{measures[one]:.3g}" for one in MEASURES) + " |"
+            for name, measures in document["mixtures"].items()
+        ]
+        heads = f"| mixture | {' | '.join(MEASURES.values())} |\n|---|{'---|' * len(MEASURES)}"
+        parts += ["Draws of the mixtures themselves, without a flow.", "\n".join([heads, *lines])]
+    return "\n\n".join(parts) + "\n"
+
+
 def markdown(rows: list[dict[str, Any]], floor: dict[str, float], measure: str = "frechet") -> str:
     """One line a source: the measure at every sampler, then how straight its paths are."""
     first = rows[0]

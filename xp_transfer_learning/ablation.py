@@ -123,6 +123,7 @@ def main(arguments: Arguments) -> Path:
     summary = arguments.results / EXPERIMENT / f"{kind}_{pair}.json"
     about = {"arguments": arguments, "environment": runs.environment()}
     runs.write_json(summary, {**about, "rows": rows})
+    runs.write_bytes(summary.with_suffix(".md"), tables.ablation_page(summary).encode())
     print(f"numbers: {summary}")
     return summary
 

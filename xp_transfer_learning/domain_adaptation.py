@@ -23,7 +23,7 @@ from lib.commands import run_command
 from lib.gd import discard_saved_flow
 from lib.meshes import DeviceOptions
 from lib.networks import LeNet5
-from xp_transfer_learning import methods, plot
+from xp_transfer_learning import methods, plot, tables
 from xp_transfer_learning.config import (
     ADAPTATION,
     EXPERIMENT,
@@ -184,11 +184,10 @@ def main(arguments: Arguments) -> list[Path]:
                 "classifier_accuracy": stored[0]["classifier_accuracy"],
             },
         )
-        print(
-            f"{config.source} -> {config.target}, accuracy in percent, mean ± std of {tries} draws"
-        )
-        for step, column in zip(stored[0]["steps"], 100 * accuracies.T):
-            print(f"  step {int(step):6d}: {column.mean():5.1f} ± {column.std():.1f}")
+        pair = f"{config.source} → {config.target}"
+        page = tables.adaptation_page(pair, stored[0]["steps"], accuracies)
+        runs.write_bytes(summary.with_suffix(".md"), page.encode())
+        print(page)
         figures = plot.adaptation(summary, stored[0])
         print(f"numbers: {summary}", *(f"figure:  {path}" for path in figures), sep="\n")
         summaries.append(summary)

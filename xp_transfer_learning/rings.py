@@ -20,7 +20,7 @@ from lib import datasets, meshes, mmd, runs
 from lib.commands import run_command
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.meshes import DeviceOptions
-from xp_transfer_learning import plot
+from xp_transfer_learning import plot, tables
 from xp_transfer_learning.config import EXPERIMENT, RINGS, Preset, RingsConfig
 
 # Last losses of Bonet et al. (2025), one run each, seed and draw unknown.
@@ -173,21 +173,12 @@ def main(arguments: Arguments) -> Path:
     summary = arguments.results / EXPERIMENT / f"rings_{arguments.preset}.json"
     about = {"preset": arguments.preset, "seeds": seeds, "environment": runs.environment()}
     runs.write_json(summary, {**about, "rows": rows})
-    print_table(rows, len(seeds))
+    page = tables.rings_page(rows, len(seeds))
+    runs.write_bytes(summary.with_suffix(".md"), page.encode())
+    print(f"\n{page}")
     figures = plot.rings(summary)
     print(f"numbers: {summary}", *(f"figure:  {path}" for path in figures), sep="\n")
     return summary
-
-
-def print_table(rows: list[dict], num_seeds: int) -> None:
-    spread = f"mean ± std over {num_seeds} seeds (data and directions)"
-    print(f"\nlast loss F = MMD²/2, {spread if num_seeds > 1 else 'one seed'}; published: one run")
-    for row in rows:
-        last = np.asarray(row["last_losses"])
-        shown = f"{last.mean():9.2e}" + (f" ± {last.std(ddof=1):.1e}" if num_seeds > 1 else "")
-        published = "" if row["published"] is None else f"{row['published']:.3f}"
-        label = f"{row['kernel']:9s} {row['parameter']} = {row['value']:<6g}"
-        print(f"  {label} {row['estimator']:16s} {shown:22s} {published}")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,46 @@ def published_transfer(source: str, target: str, k: int, method: str) -> tuple[f
     return cell[PUBLISHED_METHODS.index(method)] if cell else None
 
 
+def rings_page(rows: list[dict], num_seeds: int) -> str:
+    """Markdown: the last losses of `rings.py` beside the published ones, and what stands there."""
+    over = f"mean ± std over {num_seeds} seeds (data and directions)"
+    lines = [
+        f"Last loss F = MMD²/2, {over if num_seeds > 1 else 'one seed'}; published: one run.\n",
+        "| kernel | parameter | estimator | last loss | published |\n|---|---|---|---|---|",
+    ]
+    for row in rows:
+        last = np.asarray(row["last_losses"])
+        shown = f"{last.mean():.2e}" + (f" ± {last.std(ddof=1):.1e}" if num_seeds > 1 else "")
+        published = "" if row["published"] is None else f"{row['published']:.3f}"
+        parameter = f"{row['parameter']} = {row['value']:g}"
+        lines.append(
+            f"| {row['kernel']} | {parameter} | {row['estimator']} | {shown} | {published} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def transfer_page(summary: Path) -> str:
+    """Markdown: the table of `transfer.py` and what stands in it."""
+    words = "Accuracy in percent at the end of the flow, mean ± std over tries and trainings."
+    return f"{words}\n\n{transfer_table([summary])}\n"
+
+
+def adaptation_page(pair: str, steps: np.ndarray, accuracies: np.ndarray) -> str:
+    """Markdown: the accuracies [tries, T] of `domain_adaptation.py` in percent along the flow."""
+    tries = len(accuracies)
+    spread = f", mean ± std of {tries} draws" if tries > 1 else ""
+    lines = [f"{pair}, accuracy in percent{spread}.\n", "| step | accuracy |\n|---|---|"]
+    for step, column in zip(steps, 100 * accuracies.T):
+        shown = f"{column.mean():.1f}" + (f" ± {column.std():.1f}" if tries > 1 else "")
+        lines.append(f"| {int(step):,} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def ablation_page(summary: Path) -> str:
+    """Markdown: the table of `ablation.py` and what stands in it."""
+    return f"Options of the flow, mean ± std over tries.\n\n{ablation_table(summary)}\n"
+
+
 def transfer_table(summaries: Iterable[Path]) -> str:
     """Markdown: a line for each target, k, method and way of training, in that order.
 

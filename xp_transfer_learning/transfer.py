@@ -24,7 +24,7 @@ from lib.commands import run_command
 from lib.gd import discard_saved_flow
 from lib.meshes import DeviceOptions
 from lib.networks import LeNet5
-from xp_transfer_learning import methods, plot
+from xp_transfer_learning import methods, plot, tables
 from xp_transfer_learning.config import (
     EXPERIMENT,
     METHODS,
@@ -259,6 +259,7 @@ def run_table(arguments: Arguments) -> Path:
     summary = arguments.results / EXPERIMENT / f"{stem}.json"
     about = {"seeds": list(seeds), "n_epochs_nn": arguments.n_epochs_nn}
     runs.write_json(summary, {**about, "environment": runs.environment(), "rows": rows})
+    runs.write_bytes(summary.with_suffix(".md"), tables.transfer_page(summary).encode())
     print(f"numbers: {summary}")
     if arguments.along:
         print(f"figure:  {plot.transfer_along(summary)}")
