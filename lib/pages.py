@@ -121,7 +121,9 @@ class _Reader:
         return {
             "results": self.results.resolve().as_posix(),
             "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "experiments": [one for one in experiments if one["sections"] or one["runs"]],
+            "experiments": [
+                one for one in experiments if one["sections"] or one["runs"] or one["problems"]
+            ],
             "environments": Table(
                 ["", *ENVIRONMENT],
                 [[str(number), *row] for row, number in self.environments.items()],
@@ -402,7 +404,8 @@ def markdown_blocks(text: str) -> list[str | Table]:
         lines = [line.strip() for line in paragraph.splitlines()]
         if len(lines) > 1 and re.fullmatch(r"[|: -]+", lines[1]):
             heads, _, *rows = (
-                [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+                [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
+                for line in lines
             )
             blocks.append(Table(heads, rows))
         else:
@@ -424,7 +427,7 @@ def summary_blocks(document: dict[str, Any]) -> list[str | Table]:
         if not any(isinstance(value, dict) for value in values)
     }
     if columns:
-        heads = [name + _over(values, seeds) for name, values in columns.items()]
+        heads = [_head(name, values, seeds) for name, values in columns.items()]
         cells = [list(map(_cell, values)) for values in columns.values()]
         blocks.append(Table(heads, [list(row) for row in zip(*cells)]))
     rest = {
@@ -433,7 +436,7 @@ def summary_blocks(document: dict[str, Any]) -> list[str | Table]:
         if name not in SETTINGS and not (name == "rows" and columns)
     }
     if rest:
-        named = [[name + _over([value], seeds), _cell(value)] for name, value in flat(rest).items()]
+        named = [[_head(name, [value], seeds), _cell(value)] for name, value in flat(rest).items()]
         blocks.append(Table(["", "value"], named))
     return blocks
 
@@ -445,19 +448,22 @@ def _floats(value: Any) -> list[float]:
         number = isinstance(item, int | float) and not isinstance(item, bool)
         if not number and item not in ("NaN", "Infinity", "-Infinity"):
             return []
-        with contextlib.suppress(OverflowError):
+        try:
             found.append(float(item))
+        except OverflowError:  # an integer of hundreds of digits
+            return []
     return found
 
 
-def _over(values: list[Any], seeds: Any) -> str:
-    """What a column of lists is the mean of."""
+def _head(name: str, values: list[Any], seeds: Any) -> str:
+    """A column's name, and what its cells are means of."""
+    name = name.replace("_", " ")
     counts = {len(_floats(value)) for value in values} - {0}
     if not counts or max(counts) < 2:
-        return ""
+        return name
     ours = isinstance(seeds, list) and counts == {len(seeds)}
     count = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return f", mean ± std over {count} {'seeds' if ours else 'values'}"
+    return f"{name}, mean ± std over {count} {'seeds' if ours else 'values'}"
 
 
 def _cell(value: Any) -> str:
@@ -471,7 +477,8 @@ def _cell(value: Any) -> str:
     if numbers := _floats(value):
         if len(numbers) == 1:
             return f"{numbers[0]:.4g}"
-        return f"{np.mean(numbers):.4g} ± {np.std(numbers, ddof=1):.2g}"
+        with np.errstate(all="ignore"):  # infinities are shown as such
+            return f"{np.mean(numbers):.4g} ± {np.std(numbers, ddof=1):.2g}"
     if value and isinstance(value[0], list | dict):
         shape = []
         while isinstance(value, list) and value:

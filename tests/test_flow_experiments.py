@@ -60,7 +60,7 @@ def test_a_group_leaves_numbers_and_figures(summary, capsys):
         f"digits_quick_{name}.png" for name in ("nfe", "samples", "paths", "mixture_2_diag")
     }
     before = {file: file.stat().st_mtime_ns for file in arguments.results.rglob("arrays.npz")}
-    assert len(before) == 3  # two flows and the classifier
+    assert len(before) == 4  # two flows, the mixture and the classifier
     experiments.run_group("digits", FLOWS, arguments)
     assert before == {file: file.stat().st_mtime_ns for file in before}
     assert not list(arguments.results.rglob("checkpoint.npz.tmp"))

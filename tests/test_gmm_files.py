@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib import gmm
+from lib import gmm, runs
 from xp_gmm_source import convert, gmm_files, gmm_fit
 from xp_gmm_source.config import FitConfig
 from xp_gmm_source.sources import moments_of
@@ -318,6 +318,8 @@ def test_command_writes_three_files_and_finds_them_again(tmp_path, capsys):
         "digits_gmm2_pca8_full.pkl",
         "digits_gmm2_pca8_full_stats.pt",
     }
+    (config,) = arguments.results.rglob("config.json")
+    assert runs.Run(config.parent).finished
     assert "not converged: raise --max_iter" in said
     assert "test images:" in said
     found = gmm_files.load(path)

@@ -88,7 +88,7 @@ def results(tmp_path) -> Path:
         finished(tmp_path / "results", seed=seed)
     rows = [
         {"label": "ours", "loss": [0.5, 0.25, 1.5], "steps": 1000, "settings": {"lr": 0.1}},
-        {"label": "theirs", "loss": [1, 2, "NaN"], "rate": 0.123456},
+        {"label": "theirs", "loss": [1, 2, "-Infinity"], "rate": 0.123456},
     ]
     runs.write_json(folder / "plain.json", {"seeds": [0, 1, 2], "rows": rows, "about": {"n": 7}})
     told = {"environment": runs.environment(), "rows": rows}
@@ -135,7 +135,7 @@ def test_a_summary_without_tables_is_shown_by_its_rows(results):
     losses = [0.5, 0.25, 1.5]
     spread = f"{statistics.mean(losses):.4g} ± {statistics.stdev(losses):.2g}"
     assert table[1] == ["ours", spread, "1,000", "–"]
-    assert table[2] == ["theirs", "nan ± nan", "–", "0.1235"]
+    assert table[2] == ["theirs", "-inf ± nan", "–", "0.1235"]
 
 
 def test_other_values_are_listed_by_name():
@@ -226,6 +226,12 @@ def test_damaged_files_are_named_and_the_rest_is_shown(results):
     assert found == {f"xp_one/{name}" for name in names}
     assert parsed.table("flow")
     assert len(parsed.all("img", "src")) == 2
+
+
+def test_a_folder_of_nothing_but_damage_is_named_too(tmp_path):
+    (tmp_path / "xp_one").mkdir()
+    (tmp_path / "xp_one" / "cut.png").write_bytes(b"")
+    assert "xp_one/cut.png: " in Parsed(pages.write_page(tmp_path)).text
 
 
 def test_names_and_values_are_escaped(results):

@@ -113,12 +113,14 @@ def fitted_mixture(
     run = runs.open_run(results, EXPERIMENT, name, settings, seed=0, wait=True)
     path = run.folder / "mixture.npz"
     if path.exists():
-        return gmm_files.load(path)
-    found = fit_images(wanted, train.images, run=run, show_progress=show_progress)
-    stored = image_mixture(found, train.image_shape)
-    gmm_files.save(path, stored)
-    run.finish(log_likelihoods=np.asarray(stored.about["log_likelihoods"]))
-    run.discard_checkpoint()
+        stored = gmm_files.load(path)
+    else:
+        found = fit_images(wanted, train.images, run=run, show_progress=show_progress)
+        stored = image_mixture(found, train.image_shape)
+        gmm_files.save(path, stored)
+    if not run.finished:
+        run.finish(log_likelihoods=np.asarray(stored.about["log_likelihoods"]))
+        run.discard_checkpoint()
     return stored
 
 
