@@ -63,13 +63,11 @@ _BAD_IMAGE = (
 _BAD_ARRAYS = (
     OSError, ValueError, TypeError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error
 )  # fmt: skip
-
-
 _NUMBER = re.compile(r"[-+−]?[\d.,]+(e[-+]?\d+)?(?!\w)|[-–]?$")
 
 
 class Table(NamedTuple):
-    """Cells as text; rows may be shorter than the heads."""
+    """Cells as text; rows may be shorter or longer than the heads."""
 
     heads: list[str]
     rows: list[list[str]]
@@ -77,7 +75,8 @@ class Table(NamedTuple):
     @property
     def numeric(self) -> list[bool]:
         """For each column whether everything in it is a number, or blank."""
-        columns = ([row[i] for row in self.rows if i < len(row)] for i in range(len(self.heads)))
+        width = max(map(len, [self.heads, *self.rows]))
+        columns = ([row[i] for row in self.rows if i < len(row)] for i in range(width))
         return [all(_NUMBER.match(cell) for cell in column) for column in columns]
 
 

@@ -129,6 +129,13 @@ def test_tables_are_those_written_beside_the_summary(results):
     assert "Losses of all." in parsed.text
 
 
+def test_a_table_with_too_many_cells_is_shown_as_it_is(results):
+    text = "| name | n |\n|---|---|\n| a | b | 1 |\n| 2 |\n"
+    (results / "xp_one" / "told.md").write_text(text)
+    table = Parsed(pages.write_page(results)).table("name")
+    assert table == [["name", "n"], ["a", "b", "1"], ["2"]]
+
+
 def test_a_summary_without_tables_is_shown_by_its_rows(results):
     table = Parsed(pages.write_page(results)).table("label")
     assert table[0] == ["label", "loss, mean ± std over 3 seeds", "steps", "rate"]
@@ -180,7 +187,7 @@ def test_an_interrupted_run_says_how_to_go_on(results):
     for path in results.glob("xp_one/*/*/env.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"command": command}))
     parsed = Parsed(pages.write_page(results))
-    assert f"{stopped.folder.parent.name}, seed 3: 1,200 steps are saved" in parsed.text
+    assert f"{stopped.folder.parent.name}, seed 3: saved after step 1,200" in parsed.text
     assert "seed 0: nothing saved yet" in parsed.text
     assert command in parsed.text.split("goes on where a run stopped")[1]
     head, row = parsed.table("experiment")
