@@ -74,7 +74,7 @@ run_experiment() {
     exit 2
   fi
   # Also where an experiment fails or is interrupted: the page says how to go on.
-  trap 'status=$?; python -m lib.pages "${RESULTS:-results}"; exit $status' EXIT
+  trap 'status=$?; python -m lib.results_page "${RESULTS:-results}"; exit $status' EXIT
   echo "=== $1, $2"
   bash "$1/run.sh" "$2"
 }

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import pages, runs
+from lib import pages, results_page, runs
 from xp_data_mixing import tables as mixing_tables
 from xp_dataset_distillation import tables as distillation_tables
 from xp_drmmd import tables as drmmd_tables
@@ -100,7 +100,7 @@ def results(tmp_path) -> Path:
 
 
 def test_the_page_holds_all_and_needs_nothing_else(results):
-    page = pages.write_page(results)
+    page = results_page.write_page(results)
     assert page == results / "index.html"
     parsed = Parsed(page)
     assert {tag for tag, _ in parsed.tags}.isdisjoint(
@@ -124,7 +124,7 @@ def test_the_page_holds_all_and_needs_nothing_else(results):
 
 
 def test_tables_are_those_written_beside_the_summary(results):
-    parsed = Parsed(pages.write_page(results))
+    parsed = Parsed(results_page.write_page(results))
     assert parsed.table("flow") == [["flow", "loss"], ["a b", ".5"]]
     assert "Losses of all." in parsed.text
 
@@ -132,12 +132,12 @@ def test_tables_are_those_written_beside_the_summary(results):
 def test_a_table_with_too_many_cells_is_shown_as_it_is(results):
     text = "| name | n |\n|---|---|\n| a | b | 1 |\n| 2 |\n"
     (results / "xp_one" / "told.md").write_text(text)
-    table = Parsed(pages.write_page(results)).table("name")
+    table = Parsed(results_page.write_page(results)).table("name")
     assert table == [["name", "n"], ["a", "b", "1"], ["2"]]
 
 
 def test_a_summary_without_tables_is_shown_by_its_rows(results):
-    table = Parsed(pages.write_page(results)).table("label")
+    table = Parsed(results_page.write_page(results)).table("label")
     assert table[0] == ["label", "loss, mean ± std over 3 seeds", "steps", "rate"]
     losses = [0.5, 0.25, 1.5]
     spread = f"{statistics.mean(losses):.4g} ± {statistics.stdev(losses):.2g}"
@@ -165,9 +165,9 @@ def test_other_values_are_listed_by_name():
 def test_runs_are_listed_with_seed_steps_time_and_configuration(results):
     run = finished(results, "timed", steps=())  # nothing recorded
     began = json.loads((run.folder / "env.json").read_text())["time"]
-    ended = pages.datetime.datetime.fromisoformat(began).timestamp() + 125
+    ended = results_page.datetime.datetime.fromisoformat(began).timestamp() + 125
     os.utime(run.arrays, (ended, ended))
-    parsed = Parsed(pages.write_page(results))
+    parsed = Parsed(results_page.write_page(results))
     _, *rows = parsed.table("run")
     assert [row[1:4] for row in rows[:2]] == [["2", "finished", "300"], ["10", "finished", "300"]]
     assert rows[2][2:5] == ["finished", "–", "2 min 5 s"]
@@ -186,7 +186,7 @@ def test_an_interrupted_run_says_how_to_go_on(results):
     command = "python xp_one/flow.py --name 'a b'"
     for path in results.glob("xp_one/*/*/env.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"command": command}))
-    parsed = Parsed(pages.write_page(results))
+    parsed = Parsed(results_page.write_page(results))
     assert f"{stopped.folder.parent.name}, seed 3: saved after step 1,200" in parsed.text
     assert "seed 0: nothing saved yet" in parsed.text
     assert command in parsed.text.split("goes on where a run stopped")[1]
@@ -227,7 +227,7 @@ def damage(results: Path) -> set[str]:
 
 def test_damaged_files_are_named_and_the_rest_is_shown(results):
     names = damage(results)
-    parsed = Parsed(pages.write_page(results))
+    parsed = Parsed(results_page.write_page(results))
     listed = parsed.text.split("Cannot be read, and left out:")[1].split("Interrupted")[0]
     found = {line.strip().split(": ")[0] for line in listed.strip().splitlines()}
     assert found == {f"xp_one/{name}" for name in names}
@@ -238,7 +238,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(results):
 def test_a_folder_of_nothing_but_damage_is_named_too(tmp_path):
     (tmp_path / "xp_one").mkdir()
     (tmp_path / "xp_one" / "cut.png").write_bytes(b"")
-    assert "xp_one/cut.png: " in Parsed(pages.write_page(tmp_path)).text
+    assert "xp_one/cut.png: " in Parsed(results_page.write_page(tmp_path)).text
 
 
 def test_names_and_values_are_escaped(results):
@@ -255,7 +255,7 @@ def test_names_and_values_are_escaped(results):
     (results / "xp_one" / f"broken{name}.json").write_text("\ud800", errors="surrogatepass")
     run = runs.open_run(results, folder.name, name, {evil: evil, "half": "\ud800"}, seed=0)
     (run.folder / "env.json").write_text(json.dumps({"command": evil, "time": evil}))
-    page = pages.write_page(results)
+    page = results_page.write_page(results)
     parsed = Parsed(page)
     assert "<script" not in page.read_text().lower()
     assert evil in parsed.text
@@ -276,17 +276,17 @@ def test_names_and_values_are_escaped(results):
 def test_an_empty_folder_says_so(tmp_path, made):
     if made:
         (tmp_path / "results" / "xp_one").mkdir(parents=True)
-    parsed = Parsed(pages.write_page(tmp_path / "results"))
+    parsed = Parsed(results_page.write_page(tmp_path / "results"))
     assert "No results yet: bash run.sh" in parsed.text
     assert parsed.tables == []
 
 
 def test_large_figures_are_scaled_down_and_large_animations_linked(results, monkeypatch):
-    monkeypatch.setattr(pages, "LARGEST_PNG", 4000)
-    monkeypatch.setattr(pages, "LARGEST_GIF", 100)
+    monkeypatch.setattr(results_page, "LARGEST_PNG", 4000)
+    monkeypatch.setattr(results_page, "LARGEST_GIF", 100)
     large = image(results / "xp_one/large.png", size=(120, 90))
     assert len(large) > 4 * 4000  # noise does not compress: half the sides is not enough
-    parsed = Parsed(pages.write_page(results))
+    parsed = Parsed(results_page.write_page(results))
     shown = dict(zip(parsed.all("img", "alt"), parsed.all("img", "src")))
     assert set(shown) == {"told_losses.png", "large.png"}
     content = base64.b64decode(shown["large.png"].split(",")[1])
@@ -300,7 +300,7 @@ def test_large_figures_are_scaled_down_and_large_animations_linked(results, monk
 
 
 def test_a_full_disk_leaves_the_page_of_before(results, monkeypatch):
-    before = pages.write_page(results).read_bytes()
+    before = results_page.write_page(results).read_bytes()
     (results / "xp_one/told.json").unlink()
 
     def full(source, target):
@@ -309,10 +309,10 @@ def test_a_full_disk_leaves_the_page_of_before(results, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(runs.os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
-            pages.write_page(results)
+            results_page.write_page(results)
     assert {path.name for path in results.iterdir()} == {"index.html", "xp_one"}
     assert (results / "index.html").read_bytes() == before
-    assert pages.write_page(results).read_bytes() != before
+    assert results_page.write_page(results).read_bytes() != before
 
 
 def test_time_is_counted_once_where_runs_overlap():
@@ -321,8 +321,8 @@ def test_time_is_counted_once_where_runs_overlap():
         starts = generator.integers(0, 50, 6)
         spans = [(float(a), float(a + b)) for a, b in zip(starts, generator.integers(0, 15, 6))]
         seconds = {second for low, high in spans for second in range(int(low), int(high))}
-        assert pages.covered(spans) == len(seconds)
-    assert pages.covered([]) == 0
+        assert results_page.covered(spans) == len(seconds)
+    assert results_page.covered([]) == 0
 
 
 @pytest.mark.parametrize(
@@ -417,11 +417,11 @@ def test_run_sh_ends_with_the_page_also_after_a_failure(tmp_path, status):
         assert [line for line in lines if line.endswith(" runs")] == [
             f"{name} runs" for name in (ran[:1] if status else ran)
         ]
-        assert lines[-1] == "python -m lib.pages my results"
+        assert lines[-1] == "python -m lib.results_page my results"
 
 
 def test_the_command_prints_where_the_page_is(results, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pages", str(results)])
-    pages.main()
+    monkeypatch.setattr(sys, "argv", ["results_page", str(results)])
+    results_page.main()
     assert capsys.readouterr().out == f"page:    {results / 'index.html'}\n"
     assert html.escape(results.as_posix()) in (results / "index.html").read_text()
