@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from lib import meshes, runs
-from lib.meshes import DeviceOptions
+from lib import hosts, runs
+from lib.hosts import DeviceOptions
 from lib.settings import settings_of
 
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: str = "") -> None:
-    """`main(parse())` on the devices that the arguments, which extend `lib.meshes.DeviceOptions`,
+    """`main(parse())` on the devices that the arguments, which extend `lib.hosts.DeviceOptions`,
     ask for; errors as `lib.runs.one_line_errors` has them, `lower` what memory depends on."""
     with runs.one_line_errors(lower=lower):
         arguments = parse()
-        with meshes.started(settings_of(DeviceOptions, arguments)):
+        with hosts.started(settings_of(DeviceOptions, arguments)):
             main(arguments)

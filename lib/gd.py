@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from lib import meshes
+from lib import hosts, meshes
 from lib.runs import DamagedFileError, Run, RunFileError, load_arrays, save_arrays
 from lib.visits import advance_in_visits
 
@@ -362,7 +362,7 @@ def _fingerprint(x0: Array, x_tgt: PyTree, rng: Array, lr: Any, optimizer) -> st
 def discard_saved_flow(run: Run) -> None:
     """Deletes what a flow saved in order to resume: a finished run's arrays replace it."""
     run.discard_checkpoint()
-    with meshes.first_alone(f"discarding {_trajectory(run)}") as first:
+    with hosts.first_alone(f"discarding {_trajectory(run)}") as first:
         if first:
             _trajectory(run).unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib import meshes
+from lib import hosts
 from lib.runs import named_errors
 
 # Okabe and Ito's palette: told apart by colour-blind readers.
@@ -47,7 +47,7 @@ def _into_place(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
     """Calls `write` with a temporary name in the same folder, then renames it to `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    with meshes.first_alone(f"drawing {path}") as first, named_errors(path, temporary):
+    with hosts.first_alone(f"drawing {path}") as first, named_errors(path, temporary):
         if not first:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ left without its end does not count. Beside the checkpoint lies the one before i
 
 One process at a time may hold an unfinished run: `open_run` locks its folder (`lib.run_locks`),
 and the lock goes with the `Run`. To read a run that may be going on elsewhere, make `Run(folder)`
-directly: only `open_run` writes. Of several processes that work on one command (`lib.meshes`) the
+directly: only `open_run` writes. Of several processes that work on one command (`lib.hosts`) the
 first one writes, and the others wait for it.
 
 JSON has no NaN and no infinity: they are written as "NaN", "Infinity" and "-Infinity".
@@ -48,7 +48,7 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from lib import meshes
+from lib import hosts
 from lib.run_locks import FolderLock, lock_folder
 
 NOT_HASHED = ("seed", "progress", "results")
@@ -86,7 +86,7 @@ def atomic_file(
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with meshes.first_alone(f"writing {path}") as first, named_errors(path, temporary):
+    with hosts.first_alone(f"writing {path}") as first, named_errors(path, temporary):
         if not first:
             yield io.BytesIO()
             return
@@ -399,14 +399,14 @@ class Run:
         if damage:
             reason = f"{self.checkpoint} is damaged"
             print(f"{reason}: going on from step {step}, the one before", file=sys.stderr)
-            with meshes.first_alone(f"putting {self.checkpoint} right"):
+            with hosts.first_alone(f"putting {self.checkpoint} right"):
                 if self.lock:  # else the next save would keep the damaged one
                     os.replace(self.previous_checkpoint, self.checkpoint)
         return state, step
 
     def discard_checkpoint(self) -> None:
         """Deletes the checkpoint and the one before it: of a run that is done."""
-        with meshes.first_alone(f"discarding {self.checkpoint}") as first:
+        with hosts.first_alone(f"discarding {self.checkpoint}") as first:
             if first:
                 self.previous_checkpoint.unlink(missing_ok=True)
                 self.checkpoint.unlink(missing_ok=True)
@@ -422,7 +422,7 @@ class Run:
             if not isinstance(row.get("step"), int):
                 raise ValueError(f'a row of metrics needs an integer "step": {row}')
             lines.append(json.dumps(row, allow_nan=False) + "\n")
-        with meshes.first_alone(f"appending to {self.metrics}") as first:
+        with hosts.first_alone(f"appending to {self.metrics}") as first:
             if first:
                 self._append("".join(lines).encode())
 
@@ -489,7 +489,7 @@ def open_run(
     folder = Path(results_root, experiment, f"{name}-{config_hash(config, exclude=exclude)}")
     folder = folder / f"seed{seed}"
     run = Run(folder)
-    with meshes.first_alone(f"opening {folder}") as first:
+    with hosts.first_alone(f"opening {folder}") as first:
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             if not run.finished:
@@ -659,7 +659,7 @@ def progress(
     Where stderr is no terminal nothing is shown, or, with `line_every`, a line that many seconds
     apart and at both ends. Values are converted to floats only when something is shown.
     """
-    enabled = enabled and meshes.is_first()
+    enabled = enabled and hosts.is_first()
     if sys.stderr.isatty():
         style = {"dynamic_ncols": True}
     elif line_every is not None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lib import meshes
+from lib import hosts
 from lib.runs import Interrupted, Run, interruptible, progress
 
 
@@ -36,7 +36,7 @@ def advance_in_visits(
       most: steps between two visits, at most.
 
     SIGINT and SIGTERM save and raise `Interrupted`, or KeyboardInterrupt without a run. Several
-    processes (`lib.meshes`) all take the same steps between the same visits.
+    processes (`lib.hosts`) all take the same steps between the same visits.
     """
     num_steps, saved = 1, time.monotonic()
     with (
@@ -60,8 +60,8 @@ def advance_in_visits(
             num_steps = max(1, int(num_steps * min(2.0, seconds_between / seconds)))
             num_steps = min(num_steps, most or num_steps)
             due = time.monotonic() - saved > checkpoint_seconds
-            num_steps, stopping, due = meshes.agreed(
-                meshes.NextVisit(num_steps, stop_requested(), due)
+            num_steps, stopping, due = hosts.agreed(
+                hosts.NextVisit(num_steps, stop_requested(), due)
             )
             finished = done == total
             if run and (stopping or finished or due):

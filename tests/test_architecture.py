@@ -10,7 +10,7 @@ LIB = sorted((REPOSITORY / "lib").glob("*.py"))
 EXPERIMENTS = sorted(REPOSITORY.glob("xp_*/*.py"))
 INPUT_OUTPUT = {
     "runs", "run_locks", "sweeps", "datasets", "image_folders", "row_files", "row_formats",
-    "plotting", "pages", "results_page",
+    "plotting", "pages", "results_page", "hosts",
 }  # fmt: skip
 
 

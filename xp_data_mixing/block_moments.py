@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lib import meshes
+from lib import hosts
 from lib.exact_means import exact_gram_of_means
 from lib.rows import Rows, joined
 from lib.streamed_means import ROW_MULTIPLE, stream_mean_embeddings
@@ -127,7 +127,7 @@ def feature_moments(
     if max(rows.shape[0] for rows in groups) <= 16 * chunk_size:
         chunk_size = min(chunk_size, ROW_MULTIPLE)  # one shape: compiling takes longer than these
     found = []
-    for rows in (groups[i] for i in meshes.own_share(len(groups))):
+    for rows in (groups[i] for i in hosts.own_share(len(groups))):
         chunks = getattr(rows, "stored_chunks", rows.chunks)(chunk_size)
         streamed = stream_mean_embeddings(
             chunks if on_rows is None else _counted(chunks, on_rows),
@@ -140,7 +140,7 @@ def feature_moments(
             name=rows.name,
         )
         found.append((streamed.block_sizes, streamed.block_sums[:, 0]))
-    sizes, sums = (meshes.gathered(part, len(groups)) for part in zip(*found))
+    sizes, sums = (hosts.gathered(part, len(groups)) for part in zip(*found))
     return BlockMoments(sizes, sums * np.sqrt(len(frequencies)), None)
 
 

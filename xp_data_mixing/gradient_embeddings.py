@@ -46,7 +46,7 @@ from jaxtyping import Array, Float32, Int, Key, PyTree, ScalarLike
 
 from lib import classification, datasets, runs
 from lib.commands import run_command
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from lib.networks import MLP
 from xp_data_mixing.embedding_files import write_embeddings
 

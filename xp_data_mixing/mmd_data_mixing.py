@@ -22,7 +22,7 @@ import tyro
 
 from lib import runs
 from lib.commands import run_command
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from lib.row_files import RowFile, check_distinct, open_rows
 from lib.rows import check_same_width
 from lib.settings import check_sizes

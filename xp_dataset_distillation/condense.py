@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import meshes, plotting, runs
+from lib import hosts, plotting, runs
 from lib.commands import run_command
 from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from lib.settings import chosen, settings_of
 from xp_dataset_distillation import config as settings
 from xp_dataset_distillation import export, real_data
@@ -115,7 +115,7 @@ def condense(
     losses, particles = wasserstein_gradient_descent(
         jnp.asarray(x0).reshape(classes, n, -1),
         target,
-        objective(dataclasses.replace(config, real_batch=batch), setting, meshes.current()),
+        objective(dataclasses.replace(config, real_batch=batch), setting, hosts.current()),
         key,
         n_epochs=config.iterations,
         optimizer=optimizer(*step_of(config, setting)),
@@ -124,7 +124,7 @@ def condense(
         run=run,
         show_progress=show_progress,
         description=name,
-        mesh=meshes.current(),
+        mesh=hosts.current(),
     )
     seconds = time.perf_counter() - began
     records = particles.reshape(-1, classes, n, *shape)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lib import augment, classification, convolution, datasets, meshes, runs
+from lib import augment, classification, convolution, datasets, hosts, runs
 from lib.cutmix import cutmix
 from lib.networks import network_by_name
 from xp_dataset_distillation import baselines, real_data
@@ -138,7 +138,7 @@ def accuracies(
         run=run,
         show_progress=show_progress,
         description=description,
-        mesh=meshes.current(),
+        mesh=hosts.current(),
     )
     images = about.normalised(jnp.asarray(judged_on.images, jnp.float32) / 255)
     labels = jnp.asarray(judged_on.labels)

@@ -18,7 +18,7 @@ import tyro
 
 from lib import plotting, runs, settings
 from lib.commands import run_command
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from xp_dataset_distillation import export, plot, tables
 from xp_dataset_distillation.condense import condense
 from xp_dataset_distillation.config import (

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from lib import meshes, runs
+from lib import hosts, runs
 from lib.image_folders import SPLITS
 from xp_dataset_distillation import condensed_numpy
 
@@ -128,7 +128,7 @@ def save(folder: str | os.PathLike, condensed: Condensed) -> None:
         condensed = condensed._replace(about={**condensed.about, **commit})
     if folder.exists() and not (folder.is_dir() and _may_be_replaced(folder)):
         raise ValueError(f"{folder} holds something other than condensed images: name another")
-    with meshes.first_alone(f"writing {folder}") as first:
+    with hosts.first_alone(f"writing {folder}") as first:
         if first:
             _replace(folder, condensed)
 

@@ -15,7 +15,7 @@ import tyro
 
 from lib import runs, settings
 from lib.commands import run_command
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from xp_drmmd import plot, tables
 from xp_drmmd.config import EXPERIMENT, FlowConfig, Preset, StudentConfig, presets
 from xp_drmmd.run import run_flow

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 import tyro
 
-from lib import meshes, runs
+from lib import hosts, runs
 from lib.commands import run_command
 from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
+from lib.hosts import DeviceOptions
 from lib.kernels import median_bandwidth
-from lib.meshes import DeviceOptions
 from lib.settings import settings_of
 from xp_drmmd import flows, metrics
 from xp_drmmd.config import EXPERIMENT, FlowConfig
@@ -58,7 +58,7 @@ def run_flow(
             record_every=every,
             run=run,
             description=name,
-            mesh=meshes.current(),
+            mesh=hosts.current(),
         )
         seconds = time.perf_counter() - began
         judged = [metrics.judge(x, posed.target, bandwidth, posed.weights) for x in particles[:, 0]]

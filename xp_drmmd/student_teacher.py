@@ -22,11 +22,11 @@ import optax
 import tyro
 from jaxtyping import Array, Float
 
-from lib import meshes, runs
+from lib import hosts, runs
 from lib.commands import run_command
 from lib.drmmd_features import feature_witness, prepare_target_features
 from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from lib.settings import settings_of
 from xp_drmmd.config import EXPERIMENT, StudentConfig
 
@@ -136,7 +136,7 @@ def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
         record_every=every,
         run=run,
         description=f"student, {config.flow}",
-        mesh=meshes.current(),
+        mesh=hosts.current(),
     )
     seconds = time.perf_counter() - began
     judge = jax.jit(lambda x: jnp.stack([loss(x, train), loss(x, validation)]))

@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 
 from lib import plotting, runs, settings
 from lib.commands import run_command
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from xp_gmm_source import metrics, plot, tables
 from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
 from xp_gmm_source.flow import Split, fitted_mixture, read, reference, run_flow

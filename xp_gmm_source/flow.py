@@ -19,10 +19,10 @@ import numpy as np
 import optax
 import tyro
 
-from lib import convolution, flow_matching, flow_sampling, meshes, runs
+from lib import convolution, flow_matching, flow_sampling, hosts, runs
 from lib.commands import run_command
 from lib.datasets import Dataset, load
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from lib.settings import settings_of
 from lib.velocity import UNet
 from xp_gmm_source import gmm_files, gmm_fit, metrics
@@ -260,7 +260,7 @@ def run_flow(
         run=run,
         show_progress=show_progress,
         description=name,
-        mesh=meshes.current(),
+        mesh=hosts.current(),
     )
     seconds = time.perf_counter() - began
     sources = sampling_sources(config, source, split.train, show_progress=show_progress)

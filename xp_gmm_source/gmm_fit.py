@@ -21,14 +21,14 @@ import jax
 import numpy as np
 import tyro
 
-from lib import gmm, meshes, runs
+from lib import gmm, hosts, runs
 from lib.commands import run_command
 from lib.datasets import load
 from lib.gmm_covariances import diagonal, full, low_rank, spherical, tied
 from lib.gmm_em import fit, mean_log_likelihood
 from lib.gmm_rows import Rows, rows
 from lib.gmm_starts import Structure, kmeans_start
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from lib.settings import settings_of
 from xp_gmm_source import gmm_files
 from xp_gmm_source.config import EXPERIMENT, FitConfig
@@ -150,7 +150,7 @@ def fit_images(
     if config.augmentation:
         images = flipped(images, config.random_state)
     began = time.perf_counter()
-    projection, dtype, devices = None, np.dtype(config.dtype), meshes.current_devices()
+    projection, dtype, devices = None, np.dtype(config.dtype), hosts.current_devices()
     if num_pca:
         projection, points, kept = principal_components(images, num_pca, config.random_state)
         about["variance_kept"] = kept

@@ -22,7 +22,7 @@ import tyro
 from lib import runs
 from lib.commands import run_command
 from lib.gd import DivergedError, flow_init, flow_step
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from xp_transfer_learning import domain_adaptation, methods, tables
 from xp_transfer_learning.config import ABLATION, EXPERIMENT, AdaptationConfig
 from xp_transfer_learning.data import pair_name

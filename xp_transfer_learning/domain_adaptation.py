@@ -21,7 +21,7 @@ import tyro
 from lib import classification, datasets, runs
 from lib.commands import run_command
 from lib.gd import discard_saved_flow
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from lib.networks import LeNet5
 from xp_transfer_learning import methods, plot, tables
 from xp_transfer_learning.config import (

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import tyro
 
-from lib import datasets, meshes, mmd, runs
+from lib import datasets, hosts, mmd, runs
 from lib.commands import run_command
 from lib.gd import recorded_steps, wasserstein_gradient_descent
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from xp_transfer_learning import plot
 from xp_transfer_learning.config import (
     EXPERIMENT,
@@ -68,7 +68,7 @@ def run_flow(
             n_projs=config.num_directions,
             n_sample_batch=config.n_sample_batch,
             block_size=config.block_size,
-            mesh=meshes.current(),
+            mesh=hosts.current(),
         )
 
     print(f"{config.source} -> {config.target}: {config.n_epochs} steps of {tuple(x0.shape)}")
@@ -83,7 +83,7 @@ def run_flow(
         record_every=config.record_every,
         run=run,
         description=name,
-        mesh=meshes.current(),
+        mesh=hosts.current(),
     )
     run.finish(
         losses=losses,

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lib import meshes, mmd
+from lib import hosts, mmd
 from lib.gd import TargetValueAndGrad, recorded_steps, wasserstein_gradient_descent
 from lib.runs import Run
 from lib.sliced_wasserstein import orthogonal_directions, random_directions
@@ -68,7 +68,7 @@ class Problem(NamedTuple):
 
 def problem(settings: FlowSettings, x0: Array, x_tgt: Array) -> Problem:
     """The flow of x0 [C, n, d] to x_tgt [D, k, d] by `settings.method`."""
-    mesh = meshes.current() if settings.method == "mmdsw" else None
+    mesh = hosts.current() if settings.method == "mmdsw" else None
     value_and_grad = _value_and_grad(settings, mesh)
     if settings.method == "mmd_product":
         return Problem(*with_moments(x0, x_tgt), value_and_grad, lambda x: x[..., :-MOMENTS])

@@ -16,10 +16,10 @@ import numpy as np
 import optax
 import tyro
 
-from lib import datasets, meshes, mmd, runs
+from lib import datasets, hosts, mmd, runs
 from lib.commands import run_command
 from lib.gd import recorded_steps, wasserstein_gradient_descent
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from xp_transfer_learning import plot, tables
 from xp_transfer_learning.config import EXPERIMENT, RINGS, Preset, RingsConfig
 
@@ -47,7 +47,7 @@ class Sweep(NamedTuple):
 
 def sweeps(config: RingsConfig) -> list[Sweep]:
     """The sweeps of Figure 1 and appendix D.2, and a decaying step."""
-    mesh = None if config.num_levels else meshes.current()
+    mesh = None if config.num_levels else hosts.current()
     shared = {"n_projs": config.num_directions, "num_levels": config.num_levels, "mesh": mesh}
 
     def over(target, values):

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import classification, datasets, meshes, runs
+from lib import classification, datasets, hosts, runs
 from lib.commands import run_command
 from lib.gd import discard_saved_flow
-from lib.meshes import DeviceOptions
+from lib.hosts import DeviceOptions
 from lib.networks import LeNet5
 from xp_transfer_learning import methods, plot, tables
 from xp_transfer_learning.config import (
@@ -107,7 +107,7 @@ def accuracies(
         optimizer=classification.adam(config.lr),
         num_epochs=config.n_epochs,
         batch_size=config.batch_size,
-        mesh=meshes.current(),
+        mesh=hosts.current(),
     )
     test_images, test_labels = jnp.asarray(test_images), jnp.asarray(test_labels)
     return np.asarray(
