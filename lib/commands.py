@@ -1,7 +1,11 @@
 """What every command does around its `main`: devices, and errors in one line."""
 
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from lib import hosts, runs
 from lib.hosts import DeviceOptions
@@ -10,8 +14,36 @@ from lib.settings import settings_of
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: str = "") -> None:
     """`main(parse())` on the devices that the arguments, which extend `lib.hosts.DeviceOptions`,
-    ask for; errors as `lib.runs.one_line_errors` has them, `lower` what memory depends on."""
-    with runs.one_line_errors(lower=lower):
+    ask for; errors as `lib.runs.one_line_errors` has them, `lower` what memory depends on.
+
+    Where several processes work together, one that fails ends at once, and so do those that wait
+    for it: what they have saved is in the runs' folders.
+    """
+    with runs.one_line_errors():
         arguments = parse()
         with hosts.started(settings_of(DeviceOptions, arguments)):
-            main(arguments)
+            try:
+                with runs.one_line_errors(lower=lower):
+                    main(arguments)
+            except BaseException as error:
+                if hosts.several_processes() and not _all_stop(error):
+                    _end_alone(error)
+                raise
+
+
+def _all_stop(error: BaseException) -> bool:
+    """Whether it is the stop that all processes have agreed on."""
+    return isinstance(error, SystemExit) and error.code == runs.STATUS_OF_A_STOP
+
+
+def _end_alone(error: BaseException) -> None:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        print(
+            "A process of this command has died or cannot be reached "
+            f"({str(error).splitlines()[0][:200]}): run it again on all hosts, it goes on from "
+            "what was saved last",
+            file=sys.stderr,
+        )
+    elif not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    hosts.leave(error.code if isinstance(error, SystemExit) else 1)

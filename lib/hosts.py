@@ -12,7 +12,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -30,6 +30,13 @@ def several_processes() -> bool:
 def is_first() -> bool:
     """Whether this process is the one that writes files and prints."""
     return not several_processes() or jax.process_index() == 0
+
+
+def leave(status: Any) -> NoReturn:
+    """Ends this process at once, without waiting for the others as a tidy end does."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)
 
 
 def wait_for_all(what: str) -> None:

@@ -51,6 +51,7 @@ from tqdm import tqdm
 from lib import hosts
 from lib.run_locks import FolderLock, lock_folder
 
+STATUS_OF_A_STOP = 130
 NOT_HASHED = ("seed", "progress", "results")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _DTYPES = "__dtypes__"  # the npz member that names the dtypes npy has no word for
@@ -578,7 +579,9 @@ def one_line_errors(*, lower: str = "") -> Iterator[None]:
         yield
     except (ValueError, OSError, FloatingPointError, Interrupted) as error:
         _end(
-            error, f"{type(error).__name__}: {error}", 130 if isinstance(error, Interrupted) else 1
+            error,
+            f"{type(error).__name__}: {error}",
+            STATUS_OF_A_STOP if isinstance(error, Interrupted) else 1,
         )
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):

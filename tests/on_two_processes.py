@@ -4,6 +4,7 @@ Writes what it finds with one process or two to RESULTS/found-PROCESS.npz, and r
 folder that is stopped at step 5 by a signal to the last process alone, and resumed.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,38 +14,39 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lib import classification, gd, hosts, mmd, runs
+from lib import classification, gd, hosts, mmd, runs, visits
 from lib.gmm import Mixture, from_matrices
 from lib.gmm_em import fit
 from lib.gmm_rows import rows
 from lib.networks import MLP
 
 
-def flow(results: Path, name: str, *, stop: bool):
-    mesh = hosts.current()
-    objective = partial(mmd.target_value_and_grad_riesz, n_projs=10, mesh=mesh)
-    run = runs.open_run(results, "test", name, {}, seed=0)
-    last = jax.process_index() == jax.process_count() - 1
+@contextlib.contextmanager
+def progress_until_told(*args, initial, **options):
+    """In place of `runs.progress`: after five steps the last process gets a signal."""
+    done = initial
 
-    def told(x, x_tgt, key, step):
-        if stop and last:
-            jax.debug.callback(signal_at_five, step)
-        return *objective(x, x_tgt, key), step + 1
-
-    def signal_at_five(step):
-        if step == 5:
+    def tick(steps, **shown):
+        nonlocal done
+        done += steps
+        if done == 5 and jax.process_index() == jax.process_count() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    yield tick
+
+
+def flow(results: Path, name: str):
+    mesh = hosts.current()
     normal = partial(jax.random.normal, shape=(2, 6, 3))
+    run = runs.open_run(results, "test", name, {}, seed=0)
     return run, gd.wasserstein_gradient_descent(
         normal(jax.random.key(0)),
         normal(jax.random.key(1)),
-        told,
+        partial(mmd.target_value_and_grad_riesz, n_projs=10, mesh=mesh),
         jax.random.key(2),
         n_epochs=40,
         lr=0.1,
         m=0.5,
-        carry=jax.numpy.zeros((), int),
         run=run,
         show_progress=False,
         mesh=mesh,
@@ -54,13 +56,15 @@ def flow(results: Path, name: str, *, stop: bool):
 def main(results: Path) -> None:
     found = {}
     gd.SECONDS_BETWEEN_VISITS = 0.0  # a visit a step
-    run, (found["losses"], found["particles"]) = flow(results, "whole", stop=False)
+    run, (found["losses"], found["particles"]) = flow(results, "whole")
     run.finish(losses=found["losses"])
+    visits.progress = progress_until_told
     try:
-        flow(results, "stopped", stop=True)
+        flow(results, "stopped")
     except runs.Interrupted as stopped:
         print("stopped", stopped)
-    _, (_, found["resumed"]) = flow(results, "stopped", stop=False)
+    visits.progress = runs.progress
+    run, (_, found["resumed"]) = flow(results, "stopped")
     run.append_metrics([{"step": 1, "loss": 0.5}])
 
     x = np.random.default_rng(0).normal(size=(101, 4)) + np.arange(101)[:, None] % 3

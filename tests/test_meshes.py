@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from lib import meshes
 
@@ -110,13 +111,11 @@ def test_keys_and_numbers_come_back_from_a_mesh():
 
 
 def test_the_first_axis_that_fits_is_divided():
-    class Eight:
-        size = 8
-
-    spec = meshes.divided((3, 16, 24), (-2, -3), Eight())
+    eight = create_autospec(Mesh, instance=True, size=8)
+    spec = meshes.divided((3, 16, 24), (-2, -3), eight)
     assert spec == PartitionSpec(None, meshes.AXIS, None)
-    assert meshes.divided((8, 5, 24), (-2, -3), Eight()) == PartitionSpec(meshes.AXIS, None, None)
-    assert meshes.divided((3, 5, 24), (-2, -3), Eight()) == PartitionSpec()
+    assert meshes.divided((8, 5, 24), (-2, -3), eight) == PartitionSpec(meshes.AXIS, None, None)
+    assert meshes.divided((3, 5, 24), (-2, -3), eight) == PartitionSpec()
 
 
 def test_too_many_devices_are_refused():
