@@ -46,6 +46,14 @@ def _normalised(points, weights):
     return uniform_weights(points) if weights is None else weights / jnp.sum(weights)
 
 
+def _num_weighted(points, weights):
+    """Points of positive weight; all of them where weights are traced."""
+    if weights is None or isinstance(weights, jax.core.Tracer):
+        return len(points)
+    with jax.ensure_compile_time_eval():
+        return int(jnp.count_nonzero(weights))
+
+
 def mmd_squared(
     kernel: Kernel,
     x: Float[Array, "n d"],
@@ -84,11 +92,12 @@ def mmd_squared_unbiased(
     The U-statistic: as `mmd_squared`, with sum_{i != j} w_i w_j k(x_i, x_j) / (1 - sum_i w_i^2)
     within each sample, w normalised, which for w = 1/n is Gretton et al. (2012), eq. 3. Unbiased
     for independent draws and weights that do not depend on them. Raises as `mmd_squared` does, and
-    where a sample has a single point.
+    where a sample has a single point, or weight on a single point.
     """
     _check_samples(x, y, x_weights, y_weights)
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"two points of each sample are needed, got {len(x)} and {len(y)}")
+    sizes = _num_weighted(x, x_weights), _num_weighted(y, y_weights)
+    if min(sizes) < 2:
+        raise ValueError(f"two points of each sample are needed, got {sizes[0]} and {sizes[1]}")
     w, v = _normalised(x, x_weights), _normalised(y, y_weights)
 
     def within(points, weights):
