@@ -65,7 +65,8 @@ def sliced_imq(h) -> SlicedKernel:
 def sliced_riesz(r=1.0) -> SlicedKernel:
     """-SW_2^r, r in (0, 2): conditionally positive definite, so its MMD is a distance.
 
-    Its slope in SW_2^2, infinite at 0, is set to 0 there: equal measures do not push each other.
+    Its slope in SW_2^2, infinite at 0, is set to 0 there: equal measures do not push each other,
+    unless their projections are rounded differently, as those of points in another order may be.
     """
     if not isinstance(r, jax.core.Tracer) and not np.all((np.asarray(r) > 0) & (np.asarray(r) < 2)):
         raise ValueError(f"r must lie in (0, 2), got {r}")
