@@ -448,8 +448,10 @@ def adaptive_lambda(
 
     The rule of section 5.2 with regularity r of the density ratio, its constant chosen so that the
     flow starts at `first_lambda`. The published code has r = 1 and no bound (`largest` = inf).
+    Values that rounding made negative count as 0, of which lambda is 0.
     """
-    share = jnp.maximum(value, 0) / first_value
+    # A flow that starts at the target has a first value of 0.
+    share = jnp.maximum(value, 0) / jnp.maximum(first_value, 1e-30)
     return jnp.minimum(largest, first_lambda * share ** (1 / (regularity + 1)))
 
 
@@ -466,9 +468,9 @@ def largest_step(
         (zeta - 1) / (2 zeta (1 + lambda)) sqrt(lambda / (chi^2 K)),  K = (d^2 + 2 d) / bandwidth^4,
 
     1 < zeta < 2, with chi^2 replaced by its lower bound DrMMD / (1 + lambda) = `value` / (1 +
-    lambda). It grows as the flow nears the target.
+    lambda). It grows as the flow nears the target, where it is infinite.
     """
-    chi_squared = value / (1 + lmbda)
+    chi_squared = jnp.maximum(value, 0) / (1 + lmbda)
     curvature = (dimension**2 + 2 * dimension) / bandwidth**4
     factor = (zeta - 1) / (2 * zeta * (1 + lmbda))
     return factor * jnp.sqrt(lmbda / (chi_squared * curvature))
