@@ -1,0 +1,165 @@
+"""What the property tests draw, and the bounds on rounding error that they hold results to.
+
+Shapes come from a short list, so that compiled programs serve again; everything else is drawn:
+dtype, scale, seed, repeated points, weights. The numbers drawn are exact in the drawn dtype, so an
+oracle in float64 sees the very same input.
+"""
+
+from typing import NamedTuple
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# n, m, d: one point, one dimension, and distances in both of their ways (d <= 8 and above).
+SHAPES = ((1, 1, 1), (1, 4, 2), (6, 5, 1), (5, 7, 9))
+SEEDS = st.integers(0, 2**32 - 1)
+DTYPES = st.sampled_from([np.float32, np.float64])
+# Powers of ten.
+EXPONENTS = st.floats(-6, 6)
+
+
+class Clouds(NamedTuple):
+    """Two weighted samples in `dtype`, a bandwidth, and the seed of whatever else a test draws."""
+
+    x: np.ndarray
+    y: np.ndarray
+    x_weights: np.ndarray
+    y_weights: np.ndarray
+    bandwidth: float
+    seed: int
+
+    @property
+    def eps(self) -> float:
+        return float(np.finfo(self.x.dtype).eps)
+
+    @property
+    def tiny(self) -> float:
+        return float(np.finfo(self.x.dtype).tiny)
+
+    def on_device(self):
+        return tuple(jnp.asarray(array) for array in self[:4])
+
+    def in_float64(self):
+        return tuple(array.astype(np.float64) for array in self[:4])
+
+
+def draw_points(rng, kind, shape, other):
+    """Rows of order 1; `other` is the sample drawn before, if any."""
+    n = shape[0]
+    if kind == "identical" and other is not None:
+        return np.resize(other, shape)
+    points = rng.normal(size=shape)
+    if kind == "repeated":
+        points = points[rng.integers(min(n, 2), size=n)]
+        if other is not None:
+            points[0] = other[-1]
+    elif kind == "one point":
+        points = np.tile(points[:1] if other is None else other[:1], (n, 1))
+    elif kind == "far":
+        points += 100.0
+    elif kind == "near" and other is not None:
+        points = np.resize(other, shape) + 1e-4 * points
+    return points
+
+
+def draw_weights(rng, kind, n):
+    """Not negative, sum not 0 and not 1."""
+    weights = rng.uniform(0.1, 1.0, size=n)
+    if kind == "equal":
+        weights[:] = 0.25
+    elif kind == "zeros":
+        weights[rng.permutation(n)[: n // 2]] = 0
+    elif kind == "one":
+        weights[:] = 0
+        weights[rng.integers(n)] = 3.0
+    elif kind == "uneven":
+        weights *= 10.0 ** rng.uniform(-5, 2, size=n)
+    return weights
+
+
+POINTS = st.sampled_from(["normal", "normal", "identical", "repeated", "one point", "far", "near"])
+WEIGHTS = st.sampled_from(["equal", "random", "zeros", "one", "uneven"])
+
+
+@st.composite
+def clouds(draw, *, shapes=SHAPES, dtypes=DTYPES, points=POINTS, weights=WEIGHTS):
+    """`Clouds` of scale 1e-6 to 1e6; the bandwidth is near the scale, or anything in that range."""
+    n, m, d = draw(st.sampled_from(shapes))
+    dtype, seed, scale = draw(dtypes), draw(SEEDS), 10.0 ** draw(EXPONENTS)
+    rng, kind = np.random.default_rng(seed), draw(points)
+    x = draw_points(rng, kind, (n, d), None)
+    y = draw_points(rng, kind, (m, d), x)
+    x_weights, y_weights = (draw_weights(rng, draw(weights), size) for size in (n, m))
+    relative = draw(st.booleans())
+    bandwidth = scale * 10.0 ** rng.uniform(-2, 2) if relative else 10.0 ** draw(EXPONENTS)
+    return Clouds(
+        *((scale * sample).astype(dtype) for sample in (x, y)),
+        *(w.astype(dtype) for w in (x_weights, y_weights)),
+        float(dtype(bandwidth)),
+        seed,
+    )
+
+
+def assert_within(found, expected, bound, dtype=None):
+    """Asserts that `found` is finite, of the shape of `expected`, of `dtype` if given, and off by
+    at most `bound`, entry by entry."""
+    assert dtype is None or found.dtype == dtype
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    assert np.isfinite(found).all()
+    error = np.abs(found - expected)
+    assert (error <= bound).all(), f"off by {error}, allowed {bound}: {found}, not {expected}"
+
+
+def assert_finite(tree, dtype):
+    """Asserts that all floating point leaves are finite and of `dtype`."""
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert leaf.dtype == dtype
+            assert np.isfinite(np.asarray(leaf)).all()
+
+
+# Clouds on the line
+
+
+def walk(u, v, a, b, p):
+    """W_p^p on the line of masses a, b, and its slope in every u, by plain loops."""
+    u_order, v_order = np.argsort(u), np.argsort(v)
+    cost, slope, i, j = 0.0, np.zeros(len(u)), 0, 0
+    left, right = a[u_order[0]], b[v_order[0]]
+    while True:
+        mass, difference = min(left, right), u[u_order[i]] - v[v_order[j]]
+        cost += mass * abs(difference) ** p
+        slope[u_order[i]] += mass * p * abs(difference) ** (p - 1) * np.sign(difference)
+        left, right = left - mass, right - mass
+        if left <= right:
+            i += 1
+            if i == len(u):
+                return cost, slope
+            left = a[u_order[i]]
+        else:
+            j += 1
+            if j == len(v):
+                return cost, slope
+            right = b[v_order[j]]
+
+
+def equal(n):
+    return np.full(n, 1 / n)
+
+
+def projection_rounding(x, y, directions, p, eps, pairs):
+    """The bound of `test_properties_sliced` for equal weights, and D^p."""
+    u, v = x @ directions.T, y @ directions.T
+    largest = np.abs(u[:, None] - v[None]).max()
+    longest = max(np.linalg.norm(z, axis=1).max() for z in (x, y))
+    delta = 2 * (x.shape[1] + 2) * eps * longest
+    bound = p * largest ** (p - 1) * delta + delta**p
+    return bound + (pairs + len(directions) + 6) * eps * largest**p, largest**p
+
+
+def draw_directions(seed, num, d, dtype):
+    normal = np.random.default_rng(seed).normal(size=(num, d))
+    return (normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(dtype)
