@@ -161,8 +161,10 @@ def polynomial(degree: int, *, offset: ScalarLike = 1.0, scale: ScalarLike = 1.0
     """k(x, y) = (scale x . y + offset)^degree, with degree >= 1, scale > 0 and offset >= 0."""
     if degree < 1:
         raise ValueError(f"degree must be at least 1, got {degree}")
-    if isinstance(offset, numbers.Real) and not 0 <= offset < math.inf:
-        raise ValueError(f"offset must lie in [0, inf), got {offset}")
+    if isinstance(offset, numbers.Real):
+        if not 0 <= offset < math.inf:
+            raise ValueError(f"offset must lie in [0, inf), got {offset}")
+        offset = float(offset)
     scale = _check_number("scale", scale, 0, math.inf)
     return lambda x, y: (scale * _inner_products(x, y) + offset) ** degree
 
