@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # n, m, d: one point, one dimension, and distances in both of their ways (d <= 8 and above).
-SHAPES = ((1, 1, 1), (1, 4, 2), (6, 5, 1), (5, 7, 9))
+SHAPES = ((1, 4, 1), (6, 5, 2), (5, 7, 9))
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([np.float32, np.float64])
 # Powers of ten.

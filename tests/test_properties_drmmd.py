@@ -76,7 +76,7 @@ def witnesses(x, y, v, w, bandwidth, lmbda, block_size):
     for name, spectral_filter in FILTERS.items():
         found[name] = drmmd_witness(target, statistics, lmbda, spectral_filter=spectral_filter)
     at = partial(witness_function, kernel, target=target, particles=x, points=x, weights=v)
-    pulled = {name: (*pull(witness), at(witness)) for name, witness in found.items()}
+    pulled = {name: (*pull(found[name]), at(found[name])) for name in ("mmd", "tikhonov")}
     ratio = density_ratio(found["tikhonov"], lmbda)
     low_rank = prepare_target_nystrom(jax.random.key(0), kernel, y, len(y), w, block_size=2)
     return target, statistics, found, pulled, ratio, low_rank
@@ -141,6 +141,8 @@ def test_witnesses(flow):
         value = (v @ values - w @ np.asarray(witness.at_target, np.float64)) / 2
         bound = total * rounding + (m + 4) * eps * np.abs(witness.at_target).max()
         assert_within(witness.value, value, 2 * bound)
+        if name not in pulled:
+            continue
         for h in (pulled[name][0], pulled[name][2]):
             assert_within(h, values, total * rounding)
         # grad k = -k (y - z) / sigma^2, with y and z about a common centre.
@@ -200,7 +202,7 @@ def kale(x, y, v, w, bandwidth, lmbda, log_ratio):
 
 
 @many
-@given(flows(largest=2), st.booleans())
+@given(flows([(4, 5, 2)], largest=2), st.booleans())
 def test_kale_is_between_its_dual_and_its_primal(flow, cold):
     case, lmbda = flow
     _, _, k_xx, k_xy, k_yy, v, w, rounding = grams(case)

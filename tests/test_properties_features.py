@@ -73,7 +73,7 @@ def draw_frequencies(key, d, orthogonal):
 
 
 @few
-@given(SEEDS, st.sampled_from([(1, True), (2, True), (2, False)]))
+@given(SEEDS, st.sampled_from([(2, True), (1, False)]))
 def test_frequencies(seed, kind):
     d, orthogonal = kind
     drawn, phases = draw_frequencies(jax.random.key(seed), d, orthogonal)
@@ -81,7 +81,7 @@ def test_frequencies(seed, kind):
         assert frequencies.shape == (NUM, d)
         # In float32 whatever is switched on: they depend on key and shape alone.
         assert_finite(frequencies, np.float32)
-        if orthogonal and d == 2:
+        if orthogonal:
             pairs = np.asarray(frequencies, np.float64)[:4].reshape(2, 2, 2)
             sizes = np.linalg.norm(pairs, axis=2).prod(axis=1)
             inner = (pairs[:, 0] * pairs[:, 1]).sum(axis=1)

@@ -29,6 +29,7 @@ from strategies import (
 from lib.sliced_wasserstein import random_directions
 from lib.synthetic import gaussian_mixture, gaussians, rings, rings_even
 from lib.wow import (
+    SlicedKernel,
     mmd_squared_measures,
     sliced_gaussian,
     sliced_imq,
@@ -69,21 +70,22 @@ def profiles(name, h, c):
 
 
 KERNELS = {
-    "gaussian": lambda h: sliced_gaussian(h),
-    "laplace": lambda h: sliced_laplace(jnp.sqrt(h)),
-    "imq": lambda h: sliced_imq(h),
+    "gaussian": sliced_gaussian,
+    "imq": sliced_imq,
     "riesz": lambda h: sliced_riesz(0.6),
+    "laplace": lambda h: sliced_laplace(jnp.sqrt(h)),
 }
 
 
-@partial(jax.jit, static_argnames="block_size")
-def measures(x, y, directions, a, b, h, block_size):
+@partial(jax.jit, static_argnames=("p", "block_size"))
+def measures(x, y, directions, a, b, h, kind, p, block_size):
+    """One program for all kernels of an order p: which of them is a number, `kind`."""
+    kernels = [make(h) for make in KERNELS.values()]
+    profiles = [kernel.profile for kernel in kernels if kernel.p == p]
+    kernel = SlicedKernel(lambda cost: jax.lax.switch(kind, profiles, cost), p)
     options = {"x_weights": a, "y_weights": b, "block_size": block_size}
-    found = {
-        name: wow_value_and_grad(make(h), x, y, directions, **options)
-        for name, make in KERNELS.items()
-    }
-    return mmd_squared_measures(sliced_gaussian(h), x, y, directions, **options), found
+    squared = mmd_squared_measures(kernel, x, y, directions, **options) if p == 1 else None
+    return wow_value_and_grad(kernel, x, y, directions, **options), squared
 
 
 def gap(values):
@@ -138,8 +140,8 @@ MEASURES = st.sampled_from([(1, 2, 1, 3, 1), (3, 2, 3, 3, 2)])
 
 
 @many
-@given(SEEDS, DTYPES, EXPONENTS, MEASURES, st.booleans(), st.booleans())
-def test_mmd_of_measures(seed, dtype, exponent, shape, relative, shared):
+@given(SEEDS, DTYPES, EXPONENTS, MEASURES, st.sampled_from(list(KERNELS)), st.booleans())
+def test_mmd_of_measures(seed, dtype, exponent, shape, name, shared):
     c, e, n, m, d = shape
     rng, info, scale = np.random.default_rng(seed), np.finfo(dtype), 10.0**exponent
     x, y = ((scale * rng.normal(size=s)).astype(dtype) for s in ((c, n, d), (e, m, d)))
@@ -148,40 +150,45 @@ def test_mmd_of_measures(seed, dtype, exponent, shape, relative, shared):
         y[0] = x[0, rng.permutation(m) % n]
     a, b = (draw_weights(rng, kind, k) for kind, k in (("zeros", c), ("random", e)))
     a, b = ((weights / weights.sum()).astype(dtype) for weights in (a, b))
-    h = float(dtype(scale**2 * 10 ** rng.uniform(-2, 2) if relative else 10 ** rng.uniform(-6, 6)))
+    relative = scale**2 * 10 ** rng.uniform(-2, 2)
+    h = float(dtype(relative if rng.random() < 0.5 else 10 ** rng.uniform(-6, 6)))
     directions = draw_directions(seed, 3, d, dtype)
-    squared, found = measures(x, y, directions, a, b, h, 2 if c == 1 else None)
+    kind, p = (0, 1) if name == "laplace" else (list(KERNELS).index(name), 2)
+    found = measures(x, y, directions, a, b, h, kind, p, 2 if c == 1 else None)
+    (value, gradient), squared = found
+    assert_finite(found, dtype)
     x, y, a, b, directions = (z.astype(np.float64) for z in (x, y, a, b, directions))
-    for name, (value, gradient) in found.items():
-        arguments = name, x, y, directions, a, b, h, float(info.eps), float(info.tiny)
-        expected, error, slope, slope_error = measures_by_loops(*arguments)
-        assert_within(value, expected / 2, error / 2, dtype)
-        if name == "gaussian":
-            assert_within(squared, expected, error, dtype)
-        held = (a > 0)[:, None, None]
-        slope_error = np.where(held, n / 2 * slope_error[:, None, None], 0)
-        assert_within(gradient, np.where(held, n / 2 * slope, 0), slope_error, dtype)
+    arguments = name, x, y, directions, a, b, h, float(info.eps), float(info.tiny)
+    expected, error, slope, slope_error = measures_by_loops(*arguments)
+    assert_within(value, expected / 2, error / 2, dtype)
+    if squared is not None:
+        assert_within(squared, expected, error, dtype)
+    held = (a > 0)[:, None, None]
+    slope_error = np.where(held, n / 2 * slope_error[:, None, None], 0)
+    assert_within(gradient, np.where(held, n / 2 * slope, 0), slope_error, dtype)
 
 
 TARGETS = {
     "gaussian": target_value_and_grad_gaussian,
-    "laplace": target_value_and_grad_laplace,
+    "riesz": lambda *arguments, h, **options: target_value_and_grad_riesz(
+        *arguments, r=0.6, **options
+    ),
     "imq": target_value_and_grad_imq,
+    "laplace": lambda *arguments, h, **options: target_value_and_grad_laplace(
+        *arguments, h=jnp.sqrt(h), **options
+    ),
 }
+# Two are compiled for each dtype.
+COMPILED = {np.float32: ("gaussian", "riesz"), np.float64: ("imq", "laplace")}
 
 
 @jax.jit
 def targets(x, y, key, h):
     options = {"n_projs": 2, "n_sample_batch": 2}
-    bandwidths = {"gaussian": h, "laplace": jnp.sqrt(h), "imq": h}
-    found = {
-        name: target(x, y, key, h=bandwidths[name], **options) for name, target in TARGETS.items()
-    }
-    found["riesz"] = target_value_and_grad_riesz(x, y, key, r=0.6, **options)
-    percentiles = target_value_and_grad_gaussian(x, y, key, h=h, num_levels=3, **options)
+    found = {name: TARGETS[name](x, y, key, h=h, **options) for name in COMPILED[x.dtype.type]}
     key_directions, key_batch, _ = jax.random.split(key, 3)
     directions = random_directions(key_directions, 2, x.shape[-1], dtype=x.dtype)
-    return found, percentiles, directions, subsample_classes(key_batch, y, 2)
+    return found, directions, subsample_classes(key_batch, y, 2)
 
 
 @few
@@ -190,8 +197,8 @@ def test_published_targets(seed, dtype, exponent):
     rng, info, scale = np.random.default_rng(seed), np.finfo(dtype), 10.0**exponent
     x, y = ((scale * rng.normal(size=s)).astype(dtype) for s in ((2, 3, 2), (3, 4, 2)))
     h = float(dtype(scale**2))
-    found, percentiles, directions, batch = targets(x, y, jax.random.key(seed), h)
-    assert_finite((found, percentiles), dtype)
+    found, directions, batch = targets(x, y, jax.random.key(seed), h)
+    assert_finite(found, dtype)
     for some, rows in zip(np.asarray(batch), y):
         chosen = {tuple(row) for row in some}
         assert len(chosen) == 2
@@ -205,7 +212,29 @@ def test_published_targets(seed, dtype, exponent):
         assert gradient.shape == x.shape
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_published_targets_keep_the_dtype(dtype):
+    x, y = jnp.zeros((2, 3, 2), dtype), jnp.zeros((3, 4, 2), dtype)
+    for target in TARGETS.values():
+        for levels in (None, 3):
+            call = partial(target, h=2, n_projs=2, num_levels=levels)
+            value, gradient = jax.eval_shape(call, x, y, jax.random.key(0))
+            assert value.dtype == gradient.dtype == dtype
+
+
 # Made-up sets
+
+
+@partial(jax.jit, static_argnames="num")
+def made_up(key, centres, scale, weights, num):
+    covariances = scale**2 * jnp.tile(jnp.eye(2), (2, 1, 1))
+    spread = (
+        gaussians(key, centres, num, scale=scale),
+        gaussians(key, centres, num, covariances=covariances),
+    )
+    unit = gaussians(key, jnp.zeros((2, 2)), num, scale=1.0)
+    drawn = gaussian_mixture(key, weights, scale * jnp.eye(3), jnp.zeros(3), num)
+    return unit, spread, drawn
 
 
 @few
@@ -214,10 +243,10 @@ def test_made_up_sets_lie_where_they_are_said_to(seed, exponent, num):
     rng, eps, key = np.random.default_rng(seed), np.finfo(float).eps, jax.random.key(seed)
     scale = 10.0**exponent
     centres = scale * rng.normal(size=(2, 2))
-    for points in (
-        rings(key, num, centres=centres, radius=scale),
-        rings_even(num, centres=centres, radius=scale),
-    ):
+    weights = draw_weights(rng, "zeros", 3)
+    unit, spread, drawn = made_up(key, centres, scale, weights, num)
+    options = {"centres": centres, "radius": scale}
+    for points in (rings(key, num, **options), rings_even(num, **options)):
         radii = np.linalg.norm(np.asarray(points) - centres[:, None], axis=-1)
         assert points.shape == (2, num, 2)
         assert_within(radii, np.full((2, num), scale), 8 * eps * (scale + np.abs(centres).max()))
@@ -226,14 +255,10 @@ def test_made_up_sets_lie_where_they_are_said_to(seed, exponent, num):
     # An angle is off by what its point is, in units of the radius.
     bound = 32 * eps * (1 + np.abs(centres).max() / scale)
     assert_within(spacing, np.full((2, num - 1), 2 * np.pi / num), bound)
-    unit = gaussians(key, 0 * centres, num, scale=1.0)
-    for spread in ({"scale": scale}, {"covariances": scale**2 * np.tile(np.eye(2), (2, 1, 1))}):
-        points = gaussians(key, centres, num, **spread)
+    for points in spread:
         expected = centres[:, None] + scale * np.asarray(unit)
         size = np.abs(centres).max() + scale * np.abs(unit).max()
         assert_within(points, expected, 8 * eps * size, np.float64)
-    weights = draw_weights(rng, "zeros", 3)
-    drawn = gaussian_mixture(key, weights, scale * np.eye(3), np.zeros(3), num)
     component = np.argmax(drawn, axis=1)
     np.testing.assert_array_equal(drawn, (scale * np.eye(3))[component])
     assert (weights[component] > 0).all()

@@ -69,7 +69,7 @@ def sort_and_transpose(x, cotangent):
 
 
 @many
-@given(SEEDS, DTYPES, st.sampled_from([(1, 1), (2, 9, 3), (13, 2)]))
+@given(SEEDS, DTYPES, st.sampled_from([(1, 1), (2, 9, 3)]))
 def test_columns_are_sorted_whatever_is_in_them(seed, dtype, shape):
     rng = np.random.default_rng(seed)
     x = rng.choice([-1.0, 1.0], size=shape) * 10.0 ** rng.uniform(-30, 30, size=shape)
@@ -100,20 +100,26 @@ def powers(x, y, w, v, directions, key, p, block_size):
     options = {"p": p, "block_size": block_size}
     plain = partial(sliced_wasserstein_power, **options)
     root = partial(sliced_wasserstein, **options, x_weights=w, y_weights=v)
-    return {
+    found = {
         "equal": jax.value_and_grad(plain)(x, y, directions),
-        "root": jax.value_and_grad(root)(x, y, directions),
-        "percentile": percentile_sliced_wasserstein_power(key, x, y, directions, p=p, num_levels=3),
+        # For p = 1 this is the power itself.
+        "root": jax.value_and_grad(root)(x, y, directions) if p == 2 else root(x, y, directions),
     }
+    if block_size is None:
+        options = {"p": p, "num_levels": 3}
+        percentile = percentile_sliced_wasserstein_power(key, x, y, directions, **options)
+        found["percentile"] = percentile
+    return found
 
 
 @many
 @given(clouds(shapes=[(1, 4, 1), (5, 5, 3)]), st.sampled_from([1, 2]))
 def test_sliced_wasserstein(case, p):
+    p = 2 if len(case.x) == 1 else p  # a program less for each dtype
     x, y, w, v = case.in_float64()
     (n, d), m, eps, dtype = x.shape, len(y), case.eps, case.x.dtype
-    directions = draw_directions(case.seed, 3, d, dtype)
-    key, block_size = jax.random.key(case.seed), 2 if n == 1 else None
+    num, block_size = (4, 2) if n == 1 else (3, None)
+    directions, key = draw_directions(case.seed, num, d, dtype), jax.random.key(case.seed)
     found = powers(*case.on_device(), jnp.asarray(directions), key, p, block_size)
     directions = directions.astype(np.float64)
     lines = [(x @ direction, y @ direction) for direction in directions]
@@ -125,13 +131,16 @@ def test_sliced_wasserstein(case, p):
     bound += 4 * (n + m) ** 2 * eps * largest + case.tiny
     ends = [max(expected + sign * bound, 0) ** (1 / p) for sign in (-1, 1)]
     spread = max(abs(end - expected ** (1 / p)) for end in ends)
-    assert_within(found["root"][0], expected ** (1 / p), spread + 4 * eps * ends[1], dtype)
+    root = found["root"][0] if p == 2 else found["root"]
+    assert_within(root, expected ** (1 / p), spread + 4 * eps * ends[1], dtype)
     # The points as a whole do not move: the slopes of a translation, p D^(p-1) at most.
     gradient = np.asarray(found["equal"][1], np.float64)
     if p == 2:
         mean = 2 * np.mean([u.mean() - v.mean() for u, v in lines] * directions.T, axis=1)
         size = 2 * (math.sqrt(largest) + np.abs(x).max() + np.abs(y).max())
         assert_within(gradient.sum(axis=0), mean, (2 * d + n + m + 16) * eps * size + case.tiny)
+    if "percentile" not in found:
+        return
     levels = np.asarray(jax.random.uniform(key, (3, 3), dtype), np.float64)
     expected, width = 0.0, max(np.ptp(line) for pair in lines for line in pair)
     for (u, v), at in zip(lines, levels):
@@ -145,7 +154,7 @@ def test_sliced_wasserstein(case, p):
 
 
 @few
-@given(st.integers(1, 12), st.integers(1, 12))
+@given(*[st.sampled_from([1, 2, 4, 6])] * 2)
 def test_couplings_keep_the_masses(n, m):
     pair = exact_coupling(n, m)
     assert len(pair.mass) == n + m - math.gcd(n, m)
@@ -212,6 +221,12 @@ def test_pairwise_costs(seed, dtype, exponent, p, identical):
     assert_within(projected, x @ y[0, :2].T, 6 * eps * size, dtype)
 
 
+@partial(jax.jit, static_argnames="dtype")
+def draw_both(key, dtype):
+    line = random_directions(key, 5, 1, dtype=dtype)
+    return line, orthogonal_directions(key, 5, 3, dtype=dtype)
+
+
 @partial(jax.jit, static_argnames="block_size")
 def block_sums(directions, block_size):
     def term(block):
@@ -221,16 +236,15 @@ def block_sums(directions, block_size):
 
 
 @few
-@given(SEEDS, DTYPES, st.sampled_from([None, 1, 2, 5, 9]))
+@given(SEEDS, DTYPES, st.sampled_from([None, 2]))
 def test_directions_and_sums_over_them(seed, dtype, block_size):
     key, eps = jax.random.key(seed), np.finfo(dtype).eps
-    for draw in (random_directions, orthogonal_directions):
-        for count, d in ((5, 1), (5, 3)):
-            directions = np.asarray(draw(key, count, d, dtype=dtype))
-            assert directions.dtype == dtype
-            assert directions.shape == (count, d)
-            # Of d products or Householder reflections.
-            assert_within(np.linalg.norm(directions, axis=1), np.ones(count), 8 * (d + 2) * eps)
+    for directions in draw_both(key, dtype):
+        count, d = directions.shape
+        directions = np.asarray(directions)
+        assert directions.dtype == dtype
+        # Of d products or Householder reflections.
+        assert_within(np.linalg.norm(directions, axis=1), np.ones(count), 8 * (d + 2) * eps)
     gram = directions[:3].astype(float) @ directions[:3].T
     assert_within(gram, np.eye(3), 64 * eps)
     found = block_sums(jnp.asarray(directions), block_size)
