@@ -14,11 +14,14 @@ REPOSITORY = Path(__file__).parents[1]
 PENDING = {
     "augment", "classification", "convolution", "cutmix", "datasets", "exact_means",
     "flow_matching", "flow_sampling", "gd", "gd_images", "gmm", "gmm_covariances", "gmm_em",
-    "gmm_factors", "gmm_rows", "gmm_starts", "networks", "row_files", "row_formats", "rows",
-    "streamed_means", "velocity", "warps",
+    "gmm_factors", "gmm_rows", "gmm_starts", "meshes", "networks", "row_files", "row_formats",
+    "rows", "streamed_means", "velocity", "visits", "warps",
 }  # fmt: skip
-# Files, figures and command lines: their tests are of faults, not of numbers.
-OUTSIDE = {"__init__", "image_folders", "plotting", "run_locks", "runs", "settings"}
+# Files, figures, processes and command lines: their tests are of faults, not of numbers.
+OUTSIDE = {
+    "__init__", "commands", "hosts", "image_folders", "pages", "plotting", "results_page",
+    "run_locks", "runs", "settings", "sweeps",
+}  # fmt: skip
 
 
 def parse(path):

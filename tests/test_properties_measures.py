@@ -133,6 +133,9 @@ def measures_by_loops(name, x, y, directions, a, b, h, eps, tiny):
             unclear |= p == 1 and any(np.abs(u[:, None] - v).min() < 2 * delta for u, v in lines)
             error = np.inf if unclear else slope_error * (size + moved) + abs(slope) * moved
             gradient_error[c] += 2 * abs(masses[e]) * error
+            # Of factors that underflow before they meet 1 / h^(3/2) at most, and n / a_c.
+            flushed = 16 * tiny * (1 + h**-1.5) * (1 + size)
+            gradient_error[c] += flushed / a[c] if a[c] > 0 else 0
     return value, value_error, gradient, gradient_error + tiny
 
 

@@ -248,7 +248,7 @@ def fill(x, slope, lower, upper):
     return math.fsum(slope * (x - v))
 
 
-@many
+@settings(max_examples=300, deadline=None)
 @given(SEEDS, SIZES, EXPONENTS, st.booleans())
 def test_linear_gaps_and_projections(seed, n, exponent, bounded):
     rng = np.random.default_rng(seed)
