@@ -5,6 +5,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -72,7 +73,8 @@ def _patches(x, size):
 
 
 class Convolution(nn.Module):
-    """A convolution of odd `size`, padded by size // 2 at all sides; parameters as `nn.Conv`'s.
+    """A convolution of odd `size`, padded by size // 2 at all sides; parameters as `nn.Conv`'s, in
+    float32 whether float64 is on or not.
 
     By the method "patches" one of stride s costs s^2 times what it must: every pixel is computed,
     and all but each s-th left out.
@@ -88,16 +90,13 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x: Images) -> Float[Array, "n out_height out_width features"]:
         shape = self.size, self.size, x.shape[3], self.features
-        kernel = self.param("kernel", self.kernel_init, shape)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        x, kernel = promote_dtype(x, kernel)  # XLA's convolution takes no two dtypes
         if self.method == "patches":
             x = _patch_convolution(x, kernel)[:, :: self.stride, :: self.stride]
         else:
             x = _xla_convolution(x, kernel, self.stride)
         if not self.use_bias:
             return x
-        return (
-            x
-            + self.param("bias", nn.initializers.zeros_init(), (self.features,))[
-                None, None, None, :
-            ]
-        )
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        return x + bias[None, None, None, :]

@@ -93,9 +93,9 @@ class _PatchConv(nn.Module):
     def __call__(self, x):
         channels, size, features = x.shape[0], self.kernel_size, self.features
         kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (size, size, channels, features)
+            "kernel", nn.initializers.lecun_normal(), (size, size, channels, features), jnp.float32
         )
-        bias = self.param("bias", nn.initializers.zeros_init(), (features,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (features,), jnp.float32)
         x = jnp.pad(x, ((0, 0), (self.padding,) * 2, (self.padding,) * 2, (0, 0)))
         height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
         patches = jnp.stack(

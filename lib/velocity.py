@@ -147,8 +147,10 @@ class _Norm(nn.Module):
         means, squares = jnp.moveaxis(moments.reshape(n, 2, groups, -1).mean(axis=3), 1, 0)
         inverse = lax.rsqrt(jnp.maximum(squares - means**2, 0) + 1e-5)
         means, inverse = (jnp.repeat(a, channels // groups, axis=1) for a in (means, inverse))
-        gain = inverse * self.param("scale", nn.initializers.ones_init(), (channels,))[None]
-        offset = self.param("bias", nn.initializers.zeros_init(), (channels,))[None] - means * gain
+        scales = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
+        shifts = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
+        gain = inverse * scales[None]
+        offset = shifts[None] - means * gain
         if scale is not None:
             gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
         return x * gain[:, None, None, :] + offset[:, None, None, :]
