@@ -136,13 +136,16 @@ def integrate_adaptive(
     method = diffrax.Tsit5() if solver == "tsit5" else diffrax.Dopri5()
     term = diffrax.ODETerm(lambda t, x, _: _at(velocity, x, t))
 
+    # As Python numbers they would be float64 where that is on, and make the points so.
+    t0, t1, dt0 = (jnp.asarray(time, x0.dtype) for time in (0, 1, FIRST_STEP))
+
     def solve(block):
         solution = diffrax.diffeqsolve(
             term,
             method,
-            t0=0.0,
-            t1=1.0,
-            dt0=FIRST_STEP,
+            t0=t0,
+            t1=t1,
+            dt0=dt0,
             y0=block,
             stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
             max_steps=max_steps,
@@ -162,7 +165,7 @@ def integrate_adaptive(
 
 class Straightness(NamedTuple):
     """How straight generated paths are; all but `transport_cost` are least for straight lines at
-    constant speed: 0, 0 and 1."""
+    constant speed: 0, 0 and 1. The two ratios are NaN where no point moves."""
 
     value: Float[Array, ""]
     normalised: Float[Array, ""]
