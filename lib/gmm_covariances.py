@@ -390,12 +390,15 @@ def low_rank(key: Key[Array, ""], rank: int):
 def from_matrices(matrices: Float[AnyArray, "*K d d"]) -> Full | Tied:
     """`Full` of covariances [K, d, d], `Tied` of one [d, d], in float64 on the host.
 
-    Raises ValueError where one is not symmetric positive definite.
+    Raises ValueError where one is not positive definite, or not symmetric to 1e-6 of the standard
+    deviations' products: what is 0 but for rounding may differ from its mirror image.
     """
     matrices = np.asarray(matrices, np.float64)
     if matrices.ndim not in (2, 3) or matrices.shape[-1] != matrices.shape[-2]:
         raise ValueError(f"covariances are [K, d, d] or [d, d], got shape {matrices.shape}")
-    if not np.allclose(matrices, np.swapaxes(matrices, -1, -2), rtol=1e-6, atol=0):
+    scales = np.sqrt(np.abs(np.diagonal(matrices, axis1=-2, axis2=-1)))
+    largest = 1e-6 * scales[..., :, None] * scales[..., None, :]
+    if not np.all(np.abs(matrices - np.swapaxes(matrices, -1, -2)) <= largest):
         raise ValueError("a covariance is not symmetric")
     try:
         cholesky = np.linalg.cholesky(matrices)
