@@ -100,7 +100,8 @@ def rows(
       weights: of the rows, >= 0; 1 by default.
       transform: such as `lambda images: images / 127.5 - 1`, traced into the programs that read the
         rows: hand the same function object to avoid compiling again. Points are flattened after it.
-      dtype: float32 or float64, that of the products; sums and covariances are float64.
+      dtype: float32 or float64, that of the products, in which the data must be finite; sums and
+        covariances are float64.
       devices: over which each chunk is divided; one by default. Where they are those of several
         processes, each hands over, and so reads of a memory map, its own rows alone.
 
@@ -123,7 +124,9 @@ def rows(
         raise ValueError(f"data must be numbers, got {x.dtype}")
     for begin in range(0, n, chunk_size) if kind not in "iub" else ():
         chunk = np.asarray(x[begin : begin + chunk_size])
-        bad = ~np.isfinite(chunk.reshape(len(chunk), -1).astype(np.float32, copy=False)).all(axis=1)
+        with np.errstate(over="ignore"):
+            chunk = chunk.reshape(len(chunk), -1).astype(dtype, copy=False)
+        bad = ~np.isfinite(chunk).all(axis=1)
         if bad.any():
             raise ValueError(f"row {begin + int(np.argmax(bad))} of the data is not finite")
     devices = tuple(devices) if devices else (jax.devices()[0],)
