@@ -162,12 +162,14 @@ def kmeans_plus_plus(
     """K of the points, each drawn with probability w_i D_i^2, D_i the distance to those before.
 
     Arthur and Vassilvitskii, k-means++: the advantages of careful seeding (SODA 2007). O(n K d).
-    With fewer than K distinct points the last ones repeat.
+    With fewer than K distinct points some repeat; none of weight 0 is drawn.
     """
     weights = uniform_weights(points) if weights is None else weights
 
     def draw(distances, key):
-        index = jax.random.categorical(key, jnp.log(weights * distances))
+        shares = weights * distances
+        shares = jnp.where(jnp.any(shares > 0), shares, weights)
+        index = jax.random.categorical(key, jnp.log(shares))
         squared = row_sums(jnp.square(points - points[index][None, :]))
         return jnp.minimum(distances, squared), points[index]
 
