@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
 AnyArray = Array | np.ndarray
 
@@ -147,7 +147,7 @@ def factorise(
 
 
 def floor_variances(
-    variances: Float[Array, "K d"], regularisation: Array
+    variances: Float[Array, "K d"], regularisation: ScalarLike
 ) -> tuple[Float[Array, "K d"], Float[Array, " K"]]:
     """Variances + regularisation, and + a ridge [K] where one of a component's is still 0."""
     variances = jnp.maximum(variances, 0) + regularisation
@@ -184,7 +184,8 @@ def draw_by_component(
     """`draw(component, *rows of noise)` for every row, in groups that share a component.
 
     Rows are sorted by component and each component's padded to whole groups: O(B) rows of work, and
-    one component's factor at a time instead of B of them.
+    one component's factor at a time instead of B of them. Noise is handed out in the sorted order:
+    row i of it goes to the i-th of the sorted rows, which changes nothing for independent rows.
     """
     size = len(components)
     group = min(GROUP, -(-size // num))
