@@ -11,7 +11,7 @@ Settings = TypeVar("Settings")
 def check_sizes(config: Any, *names: str) -> None:
     """Raises ValueError unless each of these fields is at least 1."""
     for name in names:
-        if getattr(config, name) < 1:
+        if not getattr(config, name) >= 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
