@@ -74,14 +74,14 @@ def weighted_moments(x, shares):
 
 @jax.jit
 def steps(mixture, x, weights, given_):
-    """The M-step from given responsibilities, a step of EM with the moments that it stands on, and
-    the log-likelihood after it."""
+    """The M-step from given responsibilities, and a step of EM."""
     moments = gmm_em.block_moments(gmm_em.prepare(mixture, x.dtype), x, weights, given_)
     maximised = gmm_em.maximisation(mixture, moments, regularisation=0.0)
-    before = gmm_em.expectation(mixture, x, weights, block_size=8)
-    moved, info = gmm_em.em_step(mixture, x, weights, regularisation=0.0, block_size=8)
-    after = gmm_em.expectation(moved, x, weights, block_size=8)
-    return maximised, before, (moved, info), after.log_likelihood / after.weight
+    moved = gmm_em.em_step(mixture, x, weights, regularisation=0.0, block_size=8)
+    return maximised, moved
+
+
+expectation = jax.jit(partial(gmm_em.expectation, block_size=8))
 
 
 @few(14)
@@ -109,7 +109,16 @@ def test_steps(case, exponent, seed):
         start = gmm.cast(start, dtype)
         inputs = (x, weights, given_), (x, split, given_), (x[order], split[order], given_[order])
         found = [steps(start, *(jnp.asarray(a, dtype) for a in one)) for one in inputs]
-        found = [jax.tree.map(np.asarray, one) for one in found]
+        again = steps(found[0][1][0], *(jnp.asarray(a, dtype) for a in inputs[0]))[1][1]
+        found, again = jax.tree.map(np.asarray, (found, again))
+        if name == "diagonal":
+            arrays = jnp.asarray(x), jnp.asarray(weights, dtype)
+            before = jax.tree.map(np.asarray, expectation(start, *arrays))
+            assert isinstance(before, gmm_em.Moments)
+            info = found[0][1][1]
+            np.testing.assert_allclose(before.counts, info.counts, rtol=m * eps)
+            np.testing.assert_allclose(before.weight, weights.sum(), rtol=m * eps)
+            assert before.first.dtype == before.second.dtype == dtype
     for leaf in jax.tree.leaves(found):
         assert leaf.dtype == dtype
         assert np.isfinite(leaf).all()
@@ -119,8 +128,7 @@ def test_steps(case, exponent, seed):
     centres = np.asarray(start.means, float)
     sizes = np.abs(wide - centres.mean(axis=0)) + np.abs(centres - centres.mean(axis=0)).max(axis=0)
     size = sizes.max() + np.abs(centres).max()
-    for (mixture, ridge), before, (moved, info), after in found:
-        assert isinstance(before, gmm_em.Moments)
+    for (mixture, ridge), (moved, info) in found:
         assert isinstance(info, gmm_em.StepInfo)
         np.testing.assert_allclose(mixture.weights, counts / counts.sum(), rtol=m * eps)
         np.testing.assert_allclose(mixture.means, means, rtol=0, atol=m * eps * size)
@@ -137,11 +145,9 @@ def test_steps(case, exponent, seed):
             np.testing.assert_allclose(matrices, expected, rtol=0, atol=m * eps * size**2)
         # Log-densities are off by 3 d + 8 roundings of the squares and logarithms in them.
         densities = np.square(sizes).sum(axis=1).max() / scale**2 + 2 * d * abs(np.log(scale)) + 5
-        assert after >= info.log_likelihood - 40 * m * eps * densities
-        assert abs(info.log_likelihood - found[0][2][1].log_likelihood) <= m * eps * densities
+        assert again.log_likelihood >= info.log_likelihood - 40 * m * eps * densities
+        assert abs(info.log_likelihood - found[0][1][1].log_likelihood) <= m * eps * densities
         np.testing.assert_allclose(info.counts.sum(), weights.sum(), rtol=m * eps)
-        np.testing.assert_array_equal(before.counts, info.counts)
-        np.testing.assert_allclose(before.weight, weights.sum(), rtol=m * eps)
 
 
 # Starts
@@ -150,7 +156,7 @@ jit_seeds = jax.jit(gmm_starts.kmeans_plus_plus, static_argnums=2)
 
 
 @few(20)
-@given(st.sampled_from([(1, 1, 1), (9, 2, 4), (12, 1, 7)]), DTYPES, EXPONENTS, SEEDS)
+@given(st.sampled_from([(1, 1, 1), (12, 1, 7)]), DTYPES, EXPONENTS, SEEDS)
 def test_seeds_are_points_of_positive_weight(shape, dtype, exponent, seed):
     """And distinct as long as there are distinct points left. They do not know the unit: a power
     of two changes no bit."""
@@ -176,18 +182,18 @@ def halves(images):
 
 
 @few(6)
-@given(st.sampled_from([(np.float32, 5, 7), (np.float64, 64, 64)]), EXPONENTS, SEEDS)
-def test_starts_and_fits(layout, exponent, seed):
+@given(EXPONENTS, SEEDS)
+def test_starts_and_fits(exponent, seed):
     """Of a diagonal mixture: starts from one-hot responsibilities are moments of the clusters, as
     those from k-means are; two steps of EM and log-likelihoods are NumPy's. Rows come in blocks and
     chunks, through a transform, some of weight 0."""
-    (dtype, block_size, chunk_size), rng = layout, np.random.default_rng(seed)
+    dtype, rng = np.float32, np.random.default_rng(seed)
     n, d, num, eps, scale = 20, 2, 3, np.finfo(dtype).eps, 10.0**exponent
     x = scale * (4 * rng.permutation(np.arange(n) % num)[:, None] + rng.normal(size=(n, d)))
     x = x.astype(dtype)
     x[-1], weights = x[0], rng.uniform(0.2, 1, n)
     weights[3] = 0
-    options = {"dtype": dtype, "block_size": block_size, "chunk_size": chunk_size}
+    options = {"dtype": dtype, "block_size": 5, "chunk_size": 7}
     data = gmm_rows.rows(2 * x, weights=weights, transform=halves, **options)
     assert isinstance(data, gmm_rows.Rows)
     assert (data.count, gmm_rows.dimension(data)) == (n, d)
@@ -252,15 +258,14 @@ def power_sums(power, points, weights, labels):
 
 @few(12)
 @given(
-    st.sampled_from([(1, 1), (6, 2), (15, 3)]),
+    st.sampled_from([(1, 1, 3), (15, 3, 100), (15, 3, 6)]),
     st.sampled_from([np.float32, np.float64, np.uint8]),
-    st.integers(1, 17),
-    st.sampled_from([3, 100]),
+    st.sampled_from([4, 17]),
     SEEDS,
 )
-def test_sums_over_rows(shape, dtype, block_size, chunk_size, seed):
+def test_sums_over_rows(layout, dtype, block_size, seed):
     """Of any blocks and chunks; products in the rows' dtype, sums over blocks in float64."""
-    (n, d), rng = shape, np.random.default_rng(seed)
+    (n, d, chunk_size), rng = layout, np.random.default_rng(seed)
     x = rng.integers(0, 256, (n, d)).astype(dtype)
     weights, labels = rng.integers(0, 5, n).astype(float), rng.normal(size=(n, 2))
     weights[0] = 1

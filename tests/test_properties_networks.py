@@ -118,16 +118,15 @@ def test_convolutions(case, dtype, exponent, conv, seed):
 
 
 @partial(jax.jit, static_argnums=0)
-def started(network, images, *rest):
-    """The network's parameters, its outputs, and a gradient in the images."""
-    parameters = network.init(KEY, images, *rest)
+def applied(network, parameters, images, *rest):
+    """Outputs, and a gradient in the images."""
 
     def total(images):
         outputs = network.apply(parameters, images, *rest)
         return jnp.sum(jnp.sin(outputs)), outputs
 
     gradient, outputs = jax.grad(total, has_aux=True)(images)
-    return parameters, outputs, gradient
+    return outputs, gradient
 
 
 def inputs(network, images):
@@ -138,8 +137,8 @@ def inputs(network, images):
 @few(12)
 @given(st.sampled_from(NETWORKS[:RUN]), EXPONENTS, st.booleans(), SEEDS)
 def test_networks_of_float32(case, exponent, constant, seed):
-    """Under float64 float32 stays: parameters, outputs, gradients; all finite, also of images that
-    are one colour. Images do not see each other: equal ones have equal outputs, to rounding."""
+    """Under float64 float32 stays, and all is finite, also of images that are one colour. Images do
+    not see each other: equal ones have equal outputs, to rounding."""
     (network, shape), rng = case, np.random.default_rng(seed)
     images = 10.0**exponent * rng.normal(size=(3, *shape))
     images[1:] = images[:1]
@@ -148,11 +147,16 @@ def test_networks_of_float32(case, exponent, constant, seed):
         arguments = inputs(network, images)
         if len(arguments) > 1:
             arguments = images, np.zeros(3, np.float32)
-        found = jax.tree.map(np.asarray, started(network, *map(jnp.asarray, arguments)))
-    for leaf in jax.tree.leaves(found):
+        shapes = jax.eval_shape(network.init, KEY, *arguments)
+        parameters = jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes
+        )
+        found = applied(network, parameters, *map(jnp.asarray, arguments))
+        found = jax.tree.map(np.asarray, found)
+    for leaf in found:
         assert leaf.dtype == np.float32
         assert np.isfinite(leaf).all()
-    outputs, gradient = found[1:]
+    outputs, gradient = found
     assert gradient.shape == images.shape
     assert len(outputs) == 3
     scale = np.abs(outputs).max() + np.finfo(np.float32).tiny
@@ -164,9 +168,9 @@ def test_networks_compute_in_the_dtype_of_images():
     with jax.enable_x64(True):
         for (network, shape), dtype in product(NETWORKS, (np.float32, np.float64)):
             arguments = inputs(network, np.zeros((2, *shape), dtype))
-            parameters, outputs, gradient = jax.eval_shape(partial(started, network), *arguments)
+            parameters = jax.eval_shape(network.init, KEY, *arguments)
             assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {np.dtype(np.float32)}
-            assert outputs.dtype == gradient.dtype == dtype
+            assert jax.eval_shape(network.apply, parameters, *arguments).dtype == dtype
         for name in ("convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18"):
             network = networks.network_by_name(name, 7, (28, 28, 1), width=8)
             images = jax.ShapeDtypeStruct((2, 28, 28, 1), np.float32)
@@ -275,17 +279,22 @@ def test_training_and_predictions(exponent, seed):
         data = jnp.asarray(images, dtype), jnp.asarray(labels)
         parameters, losses = classification.train_seeds(keys, network, *data, **options)
         fitted = classification.fit_seeds(keys, network, *data, show_progress=False, **options)
-        alone = classification.train(keys[1], network, *data, **options)
+        alone = jax.eval_shape(
+            partial(classification.train, network=network, **options),
+            KEY,
+            images=data[0],
+            labels=data[1],
+        )
         second = jax.tree.map(lambda leaf: leaf[1], parameters)
         logits = np.asarray(network.apply(second, data[0]))
         found = [classification.predict(network, second, data[0], block_size=b) for b in (2, 9)]
         moved = classification.predict(network, second, data[0][order], block_size=9)
         share = classification.accuracy(network, second, *data)
         jax.tree.map(np.testing.assert_array_equal, fitted, (parameters, losses))
-        parameters, alone, losses = jax.tree.map(np.asarray, (parameters, alone, losses))
+        parameters, losses = jax.tree.map(np.asarray, (parameters, losses))
     assert losses.dtype == alone[1].dtype == logits.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {np.dtype(np.float32)}
-    for leaf in jax.tree.leaves((parameters, losses, alone)):
+    for leaf in jax.tree.leaves((parameters, losses)):
         assert np.isfinite(leaf).all()
     predicted = logits.argmax(axis=1)
     for one in found:
