@@ -148,45 +148,35 @@ def test_batches_are_of_the_images(shape, flip, uint8, seed):
     assert {tuple(row.tolist()) for row in batch} <= known
 
 
-@few(6)
-@given(
-    st.sampled_from([(np.float32, "optimal"), (np.float64, "independent")]),
-    EXPONENTS,
-)
-def test_training_keeps_its_dtypes(dtype_and_coupling, exponent):
-    """Parameters and losses are float32, from images of any dtype and scale, with float64 on;
-    `fit` begins as `train_step` does."""
-    dtype, coupling = dtype_and_coupling
+@few(5)
+@given(EXPONENTS)
+def test_training_keeps_its_dtypes(exponent):
+    """Parameters and losses are float32, from images of any dtype and scale, with float64 on."""
     rng, network, optimizer = np.random.default_rng(0), Linear(), optax.adam(1e-2)
-    eps = np.finfo(np.float32).eps
-    images = (10.0**exponent * rng.normal(size=(4, 2, 1, 1))).astype(dtype)
-    options = {"optimizer": optimizer, "batch_size": 3, "coupling": coupling}
+    data = 10.0**exponent * rng.normal(size=(4, 2, 1, 1))
+    options = {"optimizer": optimizer, "batch_size": 3, "coupling": "optimal"}
     with jax.enable_x64(True):
-        images, source = jnp.asarray(images), Normal(jnp.ones(2, dtype))
+        images, source = jnp.asarray(data, np.float32), Normal(jnp.ones(2, np.float32))
         found = flow_matching.fit(
             KEY, network, source, images, num_steps=3, show_progress=False, **options
         )
-        assert isinstance(found, flow_matching.FitResult)
-        init_key, key = jax.random.split(KEY)
-        state = flow_matching.init(init_key, network, optimizer, images.shape[1:])
-        assert isinstance(state, flow_matching.TrainState)
-        step = jax.jit(partial(flow_matching.train_step, network=network, **options))
-        losses = []
-        for _ in range(3):
-            state, value = step(key, state, source, images)
+        step = partial(flow_matching.train_step, KEY, network=network, **options)
+        for dtype in (np.float32, np.float64):
+            images, source = jnp.asarray(data, dtype), Normal(jnp.ones(2, dtype))
+            state = flow_matching.init(KEY, network, optimizer, images.shape[1:])
+            following, value = jax.eval_shape(step, state, source, images)
+            assert isinstance(following, flow_matching.TrainState)
             assert value.dtype == dtype
-            losses.append(float(value))
-        assert [leaf.dtype for leaf in jax.tree.leaves(state)].count(np.float64) == 0
-        evaluate = flow_matching.velocity(network, state.parameters, images.shape[1:])
-        flat = evaluate(images.reshape(4, 2), jnp.zeros(4, dtype))
-        whole = network.apply(state.parameters, images, jnp.zeros(4, dtype))
-        np.testing.assert_array_equal(np.asarray(flat), np.asarray(whole).reshape(4, 2))
+            kinds = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (state, following))
+            assert kinds[0] == kinds[1]
+            evaluate = flow_matching.velocity(network, state.parameters, images.shape[1:])
+            flat = evaluate(images.reshape(4, 2), jnp.zeros(4, dtype))
+            whole = network.apply(state.parameters, images, jnp.zeros(4, dtype))
+            np.testing.assert_array_equal(np.asarray(flat), np.asarray(whole).reshape(4, 2))
+    assert isinstance(found, flow_matching.FitResult)
     for leaf in jax.tree.leaves(found):
         assert leaf.dtype == np.float32
         assert np.isfinite(leaf).all()
-    if coupling == "independent":  # of equal images in a batch either may be paired
-        terms = 100  # a row's residuals are no smaller than a tenth of their ten terms
-        np.testing.assert_allclose(found.losses[0], losses[0], rtol=terms * eps)
 
 
 # Solvers
