@@ -181,6 +181,7 @@ def halves(images):
     return images / 2
 
 
+@pytest.mark.slow
 @few(6)
 @given(EXPONENTS, SEEDS)
 def test_starts_and_fits(exponent, seed):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import lib.settings
@@ -132,10 +132,15 @@ def batches(key, images, num, flip):
 
 
 @few(12)
-@given(st.sampled_from([(1, 1, 1, 1), (5, 2, 3, 2)]), st.booleans(), st.booleans(), SEEDS)
-def test_batches_are_of_the_images(shape, flip, uint8, seed):
+@given(
+    st.sampled_from([((1, 1, 1, 1), False, True), ((5, 2, 3, 2), True, False)]),
+    st.booleans(),
+    SEEDS,
+)
+def test_batches_are_of_the_images(case, uint8, seed):
     """Each row is an image or its mirror image; uint8 are mapped to [-1, 1], in float32."""
-    rng = np.random.default_rng(seed)
+    (shape, *flips), rng = case, np.random.default_rng(seed)
+    flip = flips[uint8]
     images = rng.integers(0, 256, shape).astype(np.uint8 if uint8 else np.float64)
     with jax.enable_x64(True):
         batch = batches(jax.random.key(seed), jnp.asarray(images), 4, flip)
@@ -148,18 +153,37 @@ def test_batches_are_of_the_images(shape, flip, uint8, seed):
     assert {tuple(row.tolist()) for row in batch} <= known
 
 
+@pytest.mark.slow
+@few(5)
+@given(EXPONENTS)
+def test_fits_are_finite_at_any_scale_in_float32_with_float64_on(exponent):
+    images = 10.0**exponent * np.random.default_rng(0).normal(size=(4, 2, 1, 1))
+    with jax.enable_x64(True):
+        found = flow_matching.fit(
+            KEY,
+            Linear(),
+            Normal(jnp.ones(2, np.float32)),
+            jnp.asarray(images, np.float32),
+            optimizer=optax.adam(1e-2),
+            num_steps=3,
+            coupling="optimal",
+            batch_size=3,
+            show_progress=False,
+        )
+    assert isinstance(found, flow_matching.FitResult)
+    for leaf in jax.tree.leaves(found):
+        assert leaf.dtype == np.float32
+        assert np.isfinite(leaf).all()
+
+
 @few(5)
 @given(EXPONENTS)
 def test_training_keeps_its_dtypes(exponent):
-    """Parameters and losses are float32, from images of any dtype and scale, with float64 on."""
+    """With float64 on parameters stay float32, whatever the images are, and losses are as these."""
     rng, network, optimizer = np.random.default_rng(0), Linear(), optax.adam(1e-2)
     data = 10.0**exponent * rng.normal(size=(4, 2, 1, 1))
     options = {"optimizer": optimizer, "batch_size": 3, "coupling": "optimal"}
     with jax.enable_x64(True):
-        images, source = jnp.asarray(data, np.float32), Normal(jnp.ones(2, np.float32))
-        found = flow_matching.fit(
-            KEY, network, source, images, num_steps=3, show_progress=False, **options
-        )
         step = partial(flow_matching.train_step, KEY, network=network, **options)
         for dtype in (np.float32, np.float64):
             images, source = jnp.asarray(data, dtype), Normal(jnp.ones(2, dtype))
@@ -173,10 +197,6 @@ def test_training_keeps_its_dtypes(exponent):
             flat = evaluate(images.reshape(4, 2), jnp.zeros(4, dtype))
             whole = network.apply(state.parameters, images, jnp.zeros(4, dtype))
             np.testing.assert_array_equal(np.asarray(flat), np.asarray(whole).reshape(4, 2))
-    assert isinstance(found, flow_matching.FitResult)
-    for leaf in jax.tree.leaves(found):
-        assert leaf.dtype == np.float32
-        assert np.isfinite(leaf).all()
 
 
 # Solvers
@@ -274,10 +294,11 @@ def test_recorded_steps_are_multiples_and_the_last(n_epochs, every):
 
 
 @few(8)
-@given(DTYPES, EXPONENTS, st.sampled_from([1, 3]), st.booleans(), SEEDS)
-def test_descent_is_a_loop(dtype, exponent, every, schedule, seed):
+@given(st.sampled_from([(np.float32, 1, True), (np.float64, 3, False)]), EXPONENTS, SEEDS)
+def test_descent_is_a_loop(case, exponent, seed):
     """Heavy ball in NumPy, off by 4 roundings a step; a schedule does not widen float32. Records
     are those of every step; the engine of long flows keeps a hundred."""
+    dtype, every, schedule = case
     rng, eps, steps = np.random.default_rng(seed), np.finfo(dtype).eps, 7
     x0, target = (sample(rng, 6, 2, exponent, dtype).reshape(2, 3, 2) for _ in range(2))
     rate = falling if schedule else 0.2
@@ -304,8 +325,6 @@ def test_descent_is_a_loop(dtype, exponent, every, schedule, seed):
         moving = 2 * (x - target) + 0.5 * moving
         x = x - (falling(t) if schedule else rate) * moving
     states.append(x)
-    # A schedule of int32 steps is float32, whatever the particles are.
-    eps = max(eps, np.finfo(np.float32).eps) if schedule else eps
     # Each step's rounding is carried on by factors below 1 in norm, but for a transient of 4.
     bound = 16 * (steps + 1) * eps * (np.abs(x0).max() + np.abs(target).max())
     assert found.losses.dtype == found.particles.dtype == last.dtype == dtype
@@ -389,6 +408,7 @@ class Numbers:
 
 @few(60)
 @given(st.floats(), st.floats(), st.lists(st.sampled_from("abcd"), max_size=3))
+@example(1.0, math.nan, [])
 def test_settings(size, rate, wanted):
     """Each check passes just the numbers that it names; NaN passes none."""
     numbers = Numbers(size, rate)
