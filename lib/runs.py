@@ -550,6 +550,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def provenance(summary: str | os.PathLike) -> str:
+    """Where the numbers of a stored summary come from, as a line of Markdown: file, commit, device,
+    day, seeds where it names them, command. Reads what `environment` wrote."""
+    told = json.loads(Path(summary).read_text())
+    written = told["environment"]
+    commit = f"commit `{written['commit'][:7]}`" if written["commit"] else "no commit"
+    device, cpu = written["device"], written["cpu"]
+    where = f"{device['count']} x {device['kind']}"
+    if device["platform"] == "cpu":
+        where = f"{cpu['model']}, {cpu['cores']} cores"
+    parts = [commit + (" and changes" if written["dirty"] else ""), where, written["time"][:10]]
+    if "seeds" in told:
+        seeds = ", ".join(map(str, told["seeds"]))
+        parts.insert(2, f"seed{'s' if len(told['seeds']) > 1 else ''} {seeds}")
+    return f"`{Path(summary).name}`: {'; '.join(parts)}; `{written['command']}`"
+
+
 def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,33 @@ def test_open_run_writes_the_configuration_and_the_environment(tmp_path):
     environment = json.loads((run.folder / "env.json").read_text())
     assert environment["versions"]["jax"] == jax.__version__
     assert environment["device"]["platform"] == jax.devices()[0].platform
+
+
+def test_provenance_says_commit_device_seeds_and_command(tmp_path):
+    cpu = {"model": "AMD EPYC", "cores": 2}
+    environment = {
+        "time": "2025-01-02T03:04:05+00:00",
+        "command": "python run.py --seeds 0 1",
+        "commit": "0123456789abcdef",
+        "dirty": True,
+        "device": {"platform": "cpu", "kind": "cpu", "count": 1},
+        "cpu": cpu,
+    }
+    path = tmp_path / "rings_paper.json"
+    runs.write_json(path, {"seeds": [0, 1], "environment": environment})
+    assert runs.provenance(path) == (
+        "`rings_paper.json`: commit `0123456` and changes; AMD EPYC, 2 cores; seeds 0, 1; "
+        "2025-01-02; `python run.py --seeds 0 1`"
+    )
+    gpu = {"platform": "gpu", "kind": "NVIDIA H100", "count": 4}
+    elsewhere = environment | {"commit": None, "dirty": None, "device": gpu}
+    runs.write_json(path, {"environment": elsewhere})
+    assert ": no commit; 4 x NVIDIA H100; 2025-01-02; `python" in runs.provenance(path)
+
+
+def test_every_committed_summary_says_where_it_comes_from():
+    for path in Path(__file__).parents[1].glob("xp_*/published/*.json"):
+        assert re.match(rf"`{path.name}`: commit `\w{{7}}`", runs.provenance(path)), path
 
 
 def test_reopening_keeps_what_is_there(run, tmp_path):
