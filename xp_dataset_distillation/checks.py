@@ -69,7 +69,11 @@ DIFFERENCES = ("equal", "mean", "variance", "skewness")
 
 
 def mmd_table(
-    *, num: int = 200, dimension: int = 5, repeats: int = 50
+    *,
+    num: int = 200,
+    dimension: int = 5,
+    repeats: int = 50,
+    kernels: tuple[str, ...] = KERNELS,
 ) -> dict[str, dict[str, float]]:
     """For each kernel and difference, (mean loss - mean loss of equal distributions) / standard
     deviation of the loss of equal distributions, over `repeats` pairs of samples of `num` points.
@@ -85,7 +89,7 @@ def mmd_table(
     y = jnp.stack([known_samples(key, "equal", **size) for key in keys[1].ravel()])
     pairs = x.reshape(y.shape), y
     table = {}
-    for kernel in KERNELS:
+    for kernel in kernels:
         loss = losses.class_loss(kernel)
 
         @jax.jit

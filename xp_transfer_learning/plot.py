@@ -174,7 +174,8 @@ def along_curves(rows: list[dict]) -> Figure:
     axes[1].set_ylabel("loss of that step")
     for axis in axes:
         axis.set_xlabel("step of the flow")
-    axes[0].legend(fontsize=7)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=7)
     return figure
 
 
@@ -184,6 +185,20 @@ def transfer_along(summary: Path) -> Path:
     with plotting.style():
         figure = along_curves(json.loads(summary.read_text())["rows"])
         return plotting.save_figure(figure, summary.parent / "figures" / f"{summary.stem}.png")
+
+
+def matching(costs: np.ndarray, matched: np.ndarray) -> Figure:
+    """Costs [C, D] between flowed and target classes; in red the target class [C] of each."""
+    figure, axis = plt.subplots(figsize=(3.6, 3))
+    image = axis.imshow(costs, cmap="viridis")
+    axis.plot(matched, np.arange(len(matched)), "r.", label="matched")
+    axis.set_xlabel("target class")
+    axis.set_ylabel("source class")
+    axis.set_xticks(range(costs.shape[1]))
+    axis.set_yticks(range(costs.shape[0]))
+    figure.colorbar(image, label="$W_2^2$")
+    figure.legend(loc="outside upper right", fontsize=7)
+    return figure
 
 
 PUBLISHED_ADAPTATION = {
