@@ -1,7 +1,9 @@
-"""The quick rings run as a user runs it, and the notebook that redraws it."""
+"""Every notebook runs as it is committed, in seconds; and draws a user's own runs where there are
+some. The quick rings run as a user runs them."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +15,152 @@ from nbclient import NotebookClient
 REPOSITORY = Path(__file__).parents[1]
 
 
+def outputs_of(name):
+    notebook = nbformat.read(REPOSITORY / f"notebooks/{name}.ipynb", as_version=4)
+    assert all(not c.get("outputs") for c in notebook.cells), "commit notebooks without outputs"
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    assert not [o for o in outputs if o.get("name") == "stderr"]
+    return outputs
+
+
+def count(outputs, kind):
+    return sum(kind in o.get("data", {}) for o in outputs)
+
+
+def markdown_of(outputs):
+    return "\n".join(o.get("data", {}).get("text/markdown", "") for o in outputs)
+
+
+def numbers_after(outputs, start):
+    """The numbers in the rest of the printed line after `start`, percents as shares."""
+    text = "".join(o.get("text", "") for o in outputs)
+    (rest,) = re.findall(rf"^{re.escape(start)}(.*)$", text, re.MULTILINE)
+    found = re.findall(r"(-?\d+\.?\d*(?:e[+-]?\d+)?)(%?)", rest)
+    return [float(number) / (100 if percent else 1) for number, percent in found]
+
+
+def published(experiment, pattern):
+    return sorted((REPOSITORY / experiment / "published").glob(pattern))
+
+
+# As committed: no results of one's own
+
+
+@pytest.fixture
+def no_results(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESULTS", str(tmp_path))
+
+
+def test_every_notebook_has_a_test():
+    names = {path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb")}
+    tests = {name.removesuffix("_notebook")[5:] for name in globals() if name.startswith("test_")}
+    assert names <= tests
+
+
+def test_tour_notebook():
+    outputs = outputs_of("tour")
+    assert count(outputs, "image/png") == 8
+    assert numbers_after(outputs, "all bandwidths at once: p = ")[0] < 0.05
+    start, end = numbers_after(outputs, "log-likelihood from ")
+    assert end > start + 1
+    mmd2, difference = numbers_after(outputs, "MMD² ")
+    assert abs(mmd2 - difference) < 2e-4
+
+
+def test_rings_notebook(no_results):
+    outputs = outputs_of("rings")
+    assert count(outputs, "image/png") == 3
+    assert "data:image/gif" in "".join(o.get("data", {}).get("text/html", "") for o in outputs)
+    assert "`rings_paper.json`: commit" in markdown_of(outputs)
+    assert numbers_after(outputs, "gaussian h = 0.01: loss from ")[1] > 0.05
+    assert numbers_after(outputs, "gaussian h =  0.1: loss from ")[1] < 1e-4
+    assert numbers_after(outputs, "decay    r =    1: loss from ")[1] < 1e-3
+
+
+def test_transfer_learning_notebook(no_results):
+    outputs = outputs_of("transfer_learning")
+    assert count(outputs, "image/png") == 3
+    assert count(outputs, "text/markdown") == 3
+    first, last = numbers_after(outputs, "loss from ")
+    assert last < first / 100
+
+
+def test_domain_adaptation_notebook(no_results):
+    outputs = outputs_of("domain_adaptation")
+    committed = published("xp_transfer_learning", "adaptation_*.json")
+    assert count(outputs, "image/png") == 2 + 2 * len(committed)
+    first, last, _ = numbers_after(outputs, "flowed images: from ")
+    assert first < 0.5
+    assert last > 0.85
+
+
+def test_drmmd_notebook(no_results):
+    """Flows on the line; the groups from committed summaries, as far as there are any."""
+    outputs = outputs_of("drmmd")
+    figures = {"rings": 2, "gaussian": 1, "filters": 1, "ablations": 1, "images": 1, "students": 1}
+    shown = {path.stem.removesuffix("_paper") for path in published("xp_drmmd", "*_paper.json")}
+    assert count(outputs, "image/png") == 1 + sum(figures[name] for name in shown)
+    assert count(outputs, "text/markdown") == len(shown)
+    # chi^2's KL is below 1e-6 by then: the smaller lambda comes far nearer.
+    assert numbers_after(outputs, "lambda = .1 ")[1] > 5e-3
+    assert numbers_after(outputs, "lambda = .001 ")[1] < 1e-3
+
+
+def test_data_mixing_notebook(no_results):
+    """A problem of one's own; the groups from committed summaries, as far as there are any."""
+    outputs = outputs_of("data_mixing")
+    groups = ("recovery", "coverage", "downstream", "ablation", "solvers")
+    committed = {path.stem for path in published("xp_data_mixing", "*.json")}
+    shown = {name for name in groups if f"{name}_paper" in committed}
+    assert count(outputs, "image/png") == 1 + len(shown - {"solvers"})
+    assert count(outputs, "text/markdown") == 1 + len(shown) + ("recovery" in shown)
+    text = "".join(o.get("text", "") for o in outputs)
+    assert float(re.search(r"(\S+) off in total variation", text)[1]) < 0.15
+
+
+def test_gmm_source_notebook(no_results):
+    """A mixture made on the spot; the comparisons from committed summaries, as far as there are."""
+    outputs = outputs_of("gmm_source")
+    shown = published("xp_gmm_source", "*.json")
+    assert count(outputs, "text/markdown") == len(shown)
+    assert count(outputs, "image/png") == 1 + 3 * len(shown)
+    ours, theirs = numbers_after(
+        outputs, "the first 200 images, by this library and by scikit-learn: "
+    )
+    assert abs(ours - theirs) < 1e-8 * abs(theirs)
+
+
+def test_distillation_notebook(no_results):
+    """Digits condensed on the spot; comparisons from committed summaries, as far as there are."""
+    outputs = outputs_of("distillation")
+    experiment = "xp_dataset_distillation"
+    committed = [p for p in published(experiment, "*.json") if not p.stem.startswith("check")]
+    groups = "digits_quick_", "fashion_mnist_paper_", "mnist_paper_"
+    images = [path for path in published(experiment, "*.png") if path.stem.startswith(groups)]
+    images = [path for path in images if "along" not in path.stem]
+    assert count(outputs, "text/markdown") == 1 + len(committed)
+    assert count(outputs, "image/png") == 1 + len(committed) + len(images)
+    text = "".join(o.get("text", "") for o in outputs)
+    assert "(10, 8, 8, 1) [0 1 2 3 4 5 6 7 8 9] 1" in text
+
+
+# Results of one's own
+
+
+def run_script(results, script, *arguments):
+    command = [sys.executable, script, "--results", str(results), *arguments]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def quick_results(tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "xp_transfer_learning/rings.py", "--results", str(results)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return results, done.stdout
+    return results, run_script(results, "xp_transfer_learning/rings.py")
 
 
 @pytest.mark.slow
@@ -41,47 +182,30 @@ def test_quick_rings_reach_the_published_losses(quick_results):
     assert printed.count("figure:") == 3
 
 
+@pytest.mark.slow
+def test_a_finished_run_is_skipped(quick_results):
+    results, _ = quick_results
+    before = {p: p.stat().st_mtime_ns for p in results.rglob("arrays.npz")}
+    printed = run_script(results, "xp_transfer_learning/rings.py")
+    assert printed.count("done before") == len(before) == 6
+    assert {p: p.stat().st_mtime_ns for p in results.rglob("arrays.npz")} == before
+
+
+@pytest.mark.slow
+def test_rings_notebook_draws_own_rings(quick_results, monkeypatch):
+    monkeypatch.setenv("RESULTS", str(quick_results[0]))
+    outputs = outputs_of("rings")
+    assert count(outputs, "image/png") == 3
+    assert "`rings_quick.json`: " in markdown_of(outputs)
+    assert "data:image/gif" in "".join(o.get("data", {}).get("text/html", "") for o in outputs)
+
+
 @pytest.fixture(scope="module")
 def quick_transfers(tmp_path_factory):
     results = tmp_path_factory.mktemp("transfers")
     for script in ("transfer.py", "domain_adaptation.py"):
-        command = [sys.executable, f"xp_transfer_learning/{script}", "--preset", "quick"]
-        command += ["--results", str(results)]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_script(results, f"xp_transfer_learning/{script}", "--preset", "quick")
     return results
-
-
-def outputs_of(name):
-    notebook = nbformat.read(REPOSITORY / f"notebooks/{name}.ipynb", as_version=4)
-    assert all(not c.get("outputs") for c in notebook.cells), "commit notebooks without outputs"
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
-    assert not [o for o in outputs if o.get("name") == "stderr"]
-    return outputs
-
-
-def count(outputs, kind):
-    return sum(kind in o.get("data", {}) for o in outputs)
-
-
-@pytest.mark.slow
-def test_rings_notebook_redraws_the_figures(quick_results, monkeypatch):
-    results, _ = quick_results
-    monkeypatch.setenv("RESULTS", str(results))
-    outputs = outputs_of("rings")
-    assert count(outputs, "image/png") == 2
-    pages = [o["data"]["text/html"] for o in outputs if "text/html" in o.get("data", {})]
-    assert any("data:image/gif" in page for page in pages)
-
-
-@pytest.mark.slow
-def test_transfer_and_adaptation_notebooks(quick_transfers, monkeypatch):
-    monkeypatch.setenv("RESULTS", str(quick_transfers))
-    outputs = outputs_of("transfer_learning")
-    assert count(outputs, "image/png") == 3
-    assert count(outputs, "text/markdown") == 1
-    assert count(outputs_of("domain_adaptation"), "image/png") == 1
 
 
 @pytest.mark.slow
@@ -92,79 +216,36 @@ def test_quick_adaptation_ends_right(quick_transfers):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_skipped(quick_results):
-    results, _ = quick_results
-    command = [sys.executable, "xp_transfer_learning/rings.py", "--results", str(results)]
-    before = {p: p.stat().st_mtime_ns for p in results.rglob("arrays.npz")}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, env=dict(os.environ)
+def test_transfer_and_adaptation_notebooks_draw_own_runs(quick_transfers, monkeypatch):
+    monkeypatch.setenv("RESULTS", str(quick_transfers))
+    outputs = outputs_of("transfer_learning")
+    # Of one's own there are no accuracies along a flow, but images.
+    assert count(outputs, "image/png") == 4
+    assert "digits → digits:rotated" in markdown_of(outputs)
+    outputs = outputs_of("domain_adaptation")
+    assert count(outputs, "image/png") == 4
+    assert "digits:rotated → digits" in markdown_of(outputs)
+
+
+@pytest.mark.slow
+def test_drmmd_notebook_draws_own_rings(tmp_path, monkeypatch):
+    printed = run_script(
+        tmp_path, "xp_drmmd/experiments.py", "--preset", "quick", "--only", "rings"
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done before") == len(before) == 6
-    assert {p: p.stat().st_mtime_ns for p in results.rglob("arrays.npz")} == before
+    assert printed.count("figure:") == 2
+    monkeypatch.setenv("RESULTS", str(tmp_path))
+    markdown = markdown_of(outputs_of("drmmd"))
+    assert "`rings_quick.json`: " in markdown
+    assert "`gaussian_paper.json`: " in markdown
 
 
 @pytest.mark.slow
-def test_drmmd_notebook_draws_quick_flows_and_committed_ones(tmp_path, monkeypatch):
-    """Rings of one's own; the other groups from committed summaries, as far as there are any."""
-    command = [sys.executable, "xp_drmmd/experiments.py", "--preset", "quick", "--only", "rings"]
-    command += ["--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("figure:") == 2
-    committed = {path.stem for path in (REPOSITORY / "xp_drmmd/published").glob("*_paper.json")}
-    figures = {"rings": 2, "gaussian": 1, "filters": 1, "ablations": 1, "images": 1, "students": 1}
-    shown = {name for name in figures if name == "rings" or f"{name}_paper" in committed}
+def test_data_mixing_notebook_draws_own_results(tmp_path, monkeypatch):
+    printed = run_script(
+        tmp_path, "xp_data_mixing/experiments.py", "--preset", "quick", "--only", "ablation"
+    )
+    assert printed.count("figure:") == 1
     monkeypatch.setenv("RESULTS", str(tmp_path))
-    outputs = outputs_of("drmmd")
-    assert count(outputs, "image/png") == sum(figures[name] for name in shown)
-    assert count(outputs, "text/markdown") == len(shown - {"images"})
-
-
-@pytest.mark.slow
-def test_data_mixing_notebook_draws_quick_results_and_committed_ones(tmp_path, monkeypatch):
-    """A group of one's own; the others from committed summaries, as far as there are any."""
-    command = [sys.executable, "xp_data_mixing/experiments.py", "--preset", "quick"]
-    command += ["--only", "ablation", "--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("figure:") == 1
-    committed = {path.stem for path in (REPOSITORY / "xp_data_mixing/published").glob("*.json")}
-    groups = ("recovery", "coverage", "downstream", "ablation", "solvers")
-    shown = {name for name in groups if name == "ablation" or f"{name}_paper" in committed}
-    monkeypatch.setenv("RESULTS", str(tmp_path))
-    outputs = outputs_of("data_mixing")
-    assert count(outputs, "image/png") == len(shown - {"solvers"})
-    assert count(outputs, "text/markdown") == len(shown) + ("recovery" in shown)
-
-
-@pytest.mark.slow
-def test_gmm_notebook_fits_and_draws_committed_results(tmp_path, monkeypatch):
-    """A mixture made on the spot; the comparisons from committed summaries, as far as there are."""
-    committed = {path.stem for path in (REPOSITORY / "xp_gmm_source/published").glob("*.json")}
-    shown = [name for name in ("mnist", "fashion_mnist") if f"{name}_paper" in committed]
-    shown += ["digits"] * ("digits_quick" in committed)
-    monkeypatch.setenv("RESULTS", str(tmp_path))
-    outputs = outputs_of("gmm_source")
-    assert count(outputs, "text/markdown") == len(shown)
-    assert count(outputs, "image/png") == 1 + 3 * len(shown)
-    text = "".join(o.get("text", "") for o in outputs)
-    line = next(line for line in text.splitlines() if "by scikit-learn" in line)
-    ours, theirs = (float(word) for word in line.split(": ")[1].split(", "))
-    assert abs(ours - theirs) < 1e-8 * abs(theirs)
-
-
-@pytest.mark.slow
-def test_distillation_notebook_condenses_and_draws_committed_results(tmp_path, monkeypatch):
-    """Digits condensed on the spot; comparisons from committed summaries, as far as there are."""
-    folder = REPOSITORY / "xp_dataset_distillation/published"
-    committed = [path for path in folder.glob("*.json") if not path.stem.startswith("check")]
-    groups = "digits_quick_", "fashion_mnist_paper_", "mnist_paper_"
-    images = [path for path in folder.glob("*.png") if path.stem.startswith(groups)]
-    images = [path for path in images if "along" not in path.stem]
-    monkeypatch.setenv("RESULTS", str(tmp_path))
-    outputs = outputs_of("distillation")
-    assert count(outputs, "text/markdown") == 1 + len(committed)
-    assert count(outputs, "image/png") == 1 + len(committed) + len(images)
-    text = "".join(o.get("text", "") for o in outputs)
-    assert "(10, 8, 8, 1) [0 1 2 3 4 5 6 7 8 9] 1" in text
+    markdown = markdown_of(outputs_of("data_mixing"))
+    assert "`ablation_quick.json`: " in markdown
+    assert "`recovery_paper.json`: " in markdown
