@@ -123,7 +123,7 @@ def test_gmm_source_notebook(no_results):
     """A mixture made on the spot; the comparisons from committed summaries, as far as there are."""
     outputs = outputs_of("gmm_source")
     shown = published("xp_gmm_source", "*.json")
-    assert count(outputs, "text/markdown") == len(shown)
+    assert count(outputs, "text/markdown") == 2 * len(shown)
     assert count(outputs, "image/png") == 1 + 3 * len(shown)
     ours, theirs = numbers_after(
         outputs, "the first 200 images, by this library and by scikit-learn: "
