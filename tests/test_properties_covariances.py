@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 
 from lib import gmm, gmm_covariances, gmm_factors
 
-COVERS = (
-    *(f"lib.gmm_covariances.{name}" for name in (
+COVERS = {
+    "lib.gmm_covariances": (
         "Full", "Tied", "Diagonal", "Spherical", "LowRank", "project", "full", "tied", "diagonal",
         "spherical", "low_rank", "from_matrices", "from_cholesky", "invert_triangles",
         "log_normalisers",
-    )),
-    *(f"lib.gmm_factors.{name}" for name in (
+    ),
+    "lib.gmm_factors": (
         "product", "row_sums", "triangular_product", "congruence", "weighted_gram",
         "over_responsible", "lower_half", "symmetric", "factorise", "floor_variances",
         "where_components", "per_point", "regularised", "expanded_distances", "draw_by_component",
-    )),
-)  # fmt: skip
+    ),
+}  # fmt: skip
 
 DTYPES = st.sampled_from([np.float32, np.float64])
 EXPONENTS = st.integers(-6, 6)

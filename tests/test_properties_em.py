@@ -17,18 +17,14 @@ from scipy.stats import norm
 
 from lib import gmm, gmm_covariances, gmm_em, gmm_rows, gmm_starts
 
-COVERS = (
-    *(f"lib.gmm_em.{name}" for name in (
+COVERS = {
+    "lib.gmm_em": (
         "Moments", "StepInfo", "block_moments", "expectation", "maximisation", "em_step",
         "FitResult", "mean_log_likelihood", "fit",
-    )),
-    *(f"lib.gmm_starts.{name}" for name in (
-        "responsibilities_start", "kmeans_start", "kmeans", "kmeans_plus_plus",
-    )),
-    *(f"lib.gmm_rows.{name}" for name in (
-        "sum_over_blocks", "Rows", "rows", "sum_over_rows", "dimension",
-    )),
-)  # fmt: skip
+    ),
+    "lib.gmm_starts": ("responsibilities_start", "kmeans_start", "kmeans", "kmeans_plus_plus",),
+    "lib.gmm_rows": ("sum_over_blocks", "Rows", "rows", "sum_over_rows", "dimension",),
+}  # fmt: skip
 
 # (structure, points, components, dimension, dtype): each is compiled once, slowly.
 CASES = (

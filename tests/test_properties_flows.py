@@ -20,27 +20,25 @@ import lib.settings
 from lib import flow_matching, flow_sampling, gd, gd_images, synthetic
 from lib.runs import open_run
 
-COVERS = (
-    *(f"lib.flow_matching.{name}" for name in (
+COVERS = {
+    "lib.flow_matching": (
         "Source", "TrainState", "FitResult", "velocity", "interpolate", "loss",
         "optimal_permutation", "couple", "init", "draw_batch", "train_step", "fit",
-    )),
-    *(f"lib.flow_sampling.{name}" for name in (
+    ),
+    "lib.flow_sampling": (
         "euler", "heun", "integrate", "AdaptiveResult", "integrate_adaptive", "Straightness",
         "straightness",
-    )),
-    *(f"lib.gd.{name}" for name in (
+    ),
+    "lib.gd": (
         "FlowState", "FlowResult", "DivergedError", "recorded_steps", "flow_init", "flow_step",
         "wasserstein_gradient_descent", "discard_saved_flow",
-    )),
-    "lib.gd_images.wasserstein_gradient_descent",
-    *(f"lib.synthetic.{name}" for name in (
-        "rings", "rings_even", "gaussians", "gaussian_mixture",
-    )),
-    *(f"lib.settings.{name}" for name in (
+    ),
+    "lib.gd_images": ("wasserstein_gradient_descent",),
+    "lib.synthetic": ("rings", "rings_even", "gaussians", "gaussian_mixture",),
+    "lib.settings": (
         "check_sizes", "check_positive", "check_not_negative", "settings_of", "chosen",
-    )),
-)  # fmt: skip
+    ),
+}  # fmt: skip
 
 DTYPES = st.sampled_from([np.float32, np.float64])
 EXPONENTS = st.integers(-6, 6)

@@ -16,13 +16,13 @@ from scipy.special import logsumexp
 
 from lib import gmm, gmm_factors
 
-COVERS = (
-    *(f"lib.gmm.{name}" for name in (
+COVERS = {
+    "lib.gmm": (
         "Mixture", "cast", "Prepared", "prepare", "joint_log_densities", "component_log_prob",
-        "log_prob", "responsibilities", "sample", "sample_components", "sample_coupled",
-        "permuted", "from_sklearn", "to_sklearn",
-    )),
-)  # fmt: skip
+        "log_prob", "responsibilities", "sample", "sample_components", "sample_coupled", "permuted",
+        "from_sklearn", "to_sklearn",
+    ),
+}  # fmt: skip
 
 # (structure, points, components, dimension): each is compiled once for a dtype.
 CASES = (

@@ -11,19 +11,17 @@ from hypothesis import strategies as st
 
 from lib import classification, convolution, networks, velocity
 
-COVERS = (
-    *(f"lib.networks.{name}" for name in (
+COVERS = {
+    "lib.networks": (
         "Conv", "MLP", "LeNet5", "ConvNet", "AlexNet", "VGG11", "ResNet18", "network_by_name",
-    )),
-    "lib.convolution.fastest",
-    "lib.convolution.Convolution",
-    "lib.velocity.UNet",
-    "lib.velocity.sinusoids",
-    *(f"lib.classification.{name}" for name in (
+    ),
+    "lib.convolution": ("fastest", "Convolution",),
+    "lib.velocity": ("UNet", "sinusoids",),
+    "lib.classification": (
         "adam", "adamw", "sgd", "steps_per_epoch", "TrainState", "train", "train_seeds",
         "fit_seeds", "predict", "accuracy",
-    )),
-)  # fmt: skip
+    ),
+}  # fmt: skip
 
 DTYPES = st.sampled_from([np.float32, np.float64])
 EXPONENTS = st.integers(-6, 6)

@@ -19,22 +19,18 @@ from hypothesis import strategies as st
 
 from lib import exact_means, row_files, row_formats, rows, streamed_means
 
-COVERS = (
-    *(f"lib.rows.{name}" for name in (
+COVERS = {
+    "lib.rows": (
         "Rows", "ArrayRows", "as_rows", "check_same_width", "joined", "read_ahead", "one_behind",
         "fill_up", "check_floating", "check_bandwidths",
-    )),
-    *(f"lib.row_files.{name}" for name in ("RowFile", "open_rows", "check_distinct")),
-    *(f"lib.row_formats.{name}" for name in (
-        "Plain", "Compressed", "StoredArray", "find_arrays",
-    )),
-    *(f"lib.streamed_means.{name}" for name in (
-        "StreamedMeans", "row_blocks", "stream_mean_embeddings",
-    )),
-    *(f"lib.exact_means.{name}" for name in (
+    ),
+    "lib.row_files": ("RowFile", "open_rows", "check_distinct",),
+    "lib.row_formats": ("Plain", "Compressed", "StoredArray", "find_arrays",),
+    "lib.streamed_means": ("StreamedMeans", "row_blocks", "stream_mean_embeddings",),
+    "lib.exact_means": (
         "GramOfMeans", "exact_gram_of_means", "diagonal_corrected", "streamed_median_bandwidth",
-    )),
-)  # fmt: skip
+    ),
+}  # fmt: skip
 
 DTYPES = st.sampled_from([np.float32, np.float64])
 EXPONENTS = st.integers(-6, 6)
