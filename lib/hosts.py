@@ -132,6 +132,12 @@ def current_devices() -> tuple[jax.Device, ...] | None:
     return tuple(current().devices.flat) if current() else None
 
 
+def own_devices() -> tuple[jax.Device, ...] | None:
+    """Those of `current_devices()` that are this process's."""
+    devices = current_devices()
+    return devices and tuple(d for d in devices if d.process_index == jax.process_index())
+
+
 def current() -> Mesh | None:
     """The mesh of the running command; None for one device."""
     return _CURRENT[-1] if _CURRENT else None

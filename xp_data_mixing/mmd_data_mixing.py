@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tyro
 
-from lib import runs
+from lib import hosts, runs
 from lib.commands import run_command
 from lib.hosts import DeviceOptions
 from lib.row_files import RowFile, check_distinct, open_rows
@@ -147,6 +147,7 @@ class MMDDataMixer:
                 check_features=self.check_features,
                 chunk_size=self.chunk_size,
                 solver=self.solver,
+                devices=hosts.own_devices(),
                 on_rows=advance,
                 **strength,
             )
@@ -211,7 +212,7 @@ def _one_or_each(name, values, sizes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(MMDDataMixer, DeviceOptions):
+class Arguments(DeviceOptions, MMDDataMixer):
     """Mixing weights of training files for validation files, by MMD."""
 
     train_paths: tuple[Path, ...]

@@ -159,7 +159,7 @@ def condensed_set(
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(CondenseConfig, DeviceOptions):
+class Arguments(DeviceOptions, CondenseConfig):
     seed: int = 0
     evaluate: tuple[str, ...] = ()
     """Evaluators to judge by, of dm, idc and wow, in full: hours without a GPU."""

@@ -79,7 +79,7 @@ def run_flow(
 
 
 @dataclass(frozen=True)
-class Arguments(FlowConfig, DeviceOptions):
+class Arguments(DeviceOptions, FlowConfig):
     gamma: float | None = None
     """Step size; None: step_size times lmbda."""
     step_size: float = 0.1

@@ -154,7 +154,7 @@ def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
 
 
 @dataclass(frozen=True)
-class Arguments(StudentConfig, DeviceOptions):
+class Arguments(DeviceOptions, StudentConfig):
     seed: int = 0
     results: Path = Path("results")
 

@@ -357,7 +357,7 @@ def _two_components(points) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(FlowConfig, DeviceOptions):
+class Arguments(DeviceOptions, FlowConfig):
     seed: int = 0
     results: Path = Path("results")
     data_root: Path | None = None

@@ -271,7 +271,7 @@ def sampled_moments(
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(FitConfig, DeviceOptions):
+class Arguments(DeviceOptions, FitConfig):
     output_dir: Path = DATA
     """Where the files go. Default: the folder data beside this one."""
     data_root: Path | None = None
