@@ -68,6 +68,10 @@ def _open_folder(
         archive = stack.enter_context(zipfile.ZipFile(path))
     except (zipfile.BadZipFile, RuntimeError, ValueError, struct.error, EOFError) as error:
         raise ValueError(f"{path} is no zip, or a truncated one: {error}") from error
+    size = path.stat().st_size
+    for entry in archive.infolist():  # a read takes what an entry promises
+        if entry.compress_size > size:
+            raise ValueError(f"{path}: {entry.filename} is said to be longer than the whole zip")
     return archive.namelist(), archive.open
 
 

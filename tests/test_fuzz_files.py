@@ -510,6 +510,20 @@ def test_a_png_chunk_of_four_gigabytes_allocates_nothing(tmp_path):
     assert used < MOST_BYTES
 
 
+def test_a_zip_entry_of_four_gigabytes_allocates_nothing(tmp_path):
+    path, content, expected = valid("zip of images", tmp_path)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        length = archive.infolist()[0].compress_size
+    directory = content.index(b"PK\x01\x02")
+    at = content.index(length.to_bytes(4, "little"), directory)
+    promised = content[:at] + b"\xff\xff\xff\xfe" + content[at + 4 :]
+    tracemalloc.start()
+    assert attempt("zip of images", path, promised, expected) == "refused"
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert used < MOST_BYTES
+
+
 @pytest.mark.parametrize("shape", [(3, 0, 28), (0, 28, 28)])
 def test_idx_files_of_no_image_are_named(tmp_path, shape):
     path, _, expected = valid("idx, images", tmp_path)
