@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from lib import runs, sweeps
+from lib import console, runs, sweeps
 
 AT_ONCE_ON_SLURM = 256
 
@@ -66,7 +66,7 @@ def main(arguments: Arguments, template: list[str]) -> int:
         for entry, job in zip(missing, jobs):
             print(f"submitted: {entry}  (job {job.job_id}, {entry.log})")
         return 0
-    with runs.interruptible() as stop_requested:
+    with console.interruptible() as stop_requested:
         found = sweeps.run(missing, slurm, workers=workers, stop_requested=stop_requested)
         missing = [entry for entry in missing if found.get(entry) != "finished"]
         print(f"{len(entries) - len(missing)} of {len(entries)} finished")
@@ -77,15 +77,15 @@ def main(arguments: Arguments, template: list[str]) -> int:
         if missing:
             print("the same sweep again runs what is missing")
         if stop_requested():
-            sys.exit(130)  # here, where the request is answered
+            sys.exit(console.STATUS_OF_A_STOP)  # here, where the request is answered
     return 1 if missing else 0
 
 
 if __name__ == "__main__":
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     try:
-        with runs.one_line_errors():
+        with console.one_line_errors():
             sys.exit(main(tyro.cli(Arguments, args=sys.argv[1:at]), sys.argv[at + 1 :]))
     except KeyboardInterrupt:  # the second of them
         print("left at once: what was started saves and ends on its own", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(console.STATUS_OF_A_STOP)

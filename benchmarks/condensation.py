@@ -24,8 +24,10 @@ import torch
 import tyro
 from jax import lax
 
+from lib.console import one_line_errors
+from lib.files import write_json
 from lib.gd import flow_init, flow_step
-from lib.runs import environment, one_line_errors, write_json
+from lib.runs import environment
 from xp_dataset_distillation import condense
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.objectives import (

@@ -22,7 +22,8 @@ import numpy as np
 import published_drmmd as published
 import tyro
 
-from lib.runs import environment, write_json
+from lib.files import write_json
+from lib.runs import environment
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
 from xp_drmmd.problems import problem

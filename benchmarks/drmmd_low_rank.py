@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib.runs import environment, write_json
+from lib.files import write_json
+from lib.runs import environment
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
 from xp_drmmd.problems import problem

@@ -40,6 +40,7 @@ import published_wow
 import torch
 import tyro
 
+from lib.files import write_json
 from lib.gd import wasserstein_gradient_descent
 from lib.mmd import (
     target_value_and_grad_gaussian,
@@ -47,7 +48,7 @@ from lib.mmd import (
     target_value_and_grad_laplace,
     target_value_and_grad_riesz,
 )
-from lib.runs import environment, write_json
+from lib.runs import environment
 from lib.sliced_wasserstein import (
     exact_coupling,
     pairwise_cost,

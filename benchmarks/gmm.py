@@ -37,12 +37,13 @@ import tyro
 from sklearn.decomposition import PCA
 
 from lib.datasets import load
+from lib.files import write_json
 from lib.gmm import cast, sample, to_sklearn
 from lib.gmm_covariances import diagonal, full
 from lib.gmm_em import _iterate, mean_log_likelihood
 from lib.gmm_rows import Rows, rows
 from lib.gmm_starts import kmeans_start
-from lib.runs import environment, write_json
+from lib.runs import environment
 
 FLOORS = {"k2-full": 1.0, "k10-pca": 2.0, "k10-diag": 1.0}
 """How many times faster than scikit-learn's iteration ours is to be, at either precision."""

@@ -44,7 +44,8 @@ import numpy as np
 import scipy.sparse
 import tyro
 
-from lib.runs import environment, write_json
+from lib.files import write_json
+from lib.runs import environment
 from lib.simplex_qp import (
     Problem,
     Solution,

@@ -36,9 +36,10 @@ import numpy as np
 import torch
 import tyro
 
+from lib.files import write_json
 from lib.rff import gaussian_frequencies, project
 from lib.row_files import RowFile, open_rows
-from lib.runs import environment, write_json
+from lib.runs import environment
 from lib.streamed_means import stream_mean_embeddings
 
 MAX_RESIDENT_BYTES = 2e9

@@ -25,9 +25,11 @@ import published_wow
 import tyro
 
 from lib import classification
+from lib.console import one_line_errors
+from lib.files import write_json
 from lib.gd import flow_init, flow_step, wasserstein_gradient_descent
 from lib.networks import LeNet5
-from lib.runs import environment, one_line_errors, write_json
+from lib.runs import environment
 from xp_transfer_learning import methods, transfer
 from xp_transfer_learning.config import METHODS, TrainingConfig, TransferConfig
 

@@ -22,8 +22,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lib import meshes
+from lib.files import RunFileError
 from lib.gd import DivergedError
-from lib.runs import Run, RunFileError
+from lib.runs import Run
 from lib.visits import advance_in_visits
 
 Parameters = Any

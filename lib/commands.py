@@ -7,23 +7,23 @@ from typing import Any
 
 import jax
 
-from lib import hosts, runs
+from lib import console, hosts
 from lib.hosts import DeviceOptions
 from lib.settings import settings_of
 
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: str = "") -> None:
     """`main(parse())` on the devices that the arguments, which extend `lib.hosts.DeviceOptions`,
-    ask for; errors as `lib.runs.one_line_errors` has them, `lower` what memory depends on.
+    ask for; errors as `lib.console.one_line_errors` has them, `lower` what memory depends on.
 
     Where several processes work together, one that fails ends at once, and so do those that wait
     for it: what they have saved is in the runs' folders.
     """
-    with runs.one_line_errors():
+    with console.one_line_errors():
         arguments = parse()
         with hosts.started(settings_of(DeviceOptions, arguments)):
             try:
-                with runs.one_line_errors(lower=lower):
+                with console.one_line_errors(lower=lower):
                     main(arguments)
             except BaseException as error:
                 if hosts.several_processes() and not _all_stop(error):
@@ -33,7 +33,7 @@ def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: 
 
 def _all_stop(error: BaseException) -> bool:
     """Whether it is the stop that all processes have agreed on."""
-    return isinstance(error, SystemExit) and error.code == runs.STATUS_OF_A_STOP
+    return isinstance(error, SystemExit) and error.code == console.STATUS_OF_A_STOP
 
 
 def _end_alone(error: BaseException) -> None:

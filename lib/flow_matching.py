@@ -27,9 +27,10 @@ from jaxtyping import Array, Float, Int, Key, Num, PyTree
 from scipy.optimize import linear_sum_assignment
 
 from lib import meshes
+from lib.files import RunFileError
 from lib.gd import DivergedError
 from lib.kernels import squared_distances
-from lib.runs import Run, RunFileError
+from lib.runs import Run
 from lib.visits import advance_in_visits
 
 Coupling = Literal["independent", "optimal"]

@@ -26,7 +26,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from lib import hosts, meshes
-from lib.runs import DamagedFileError, Run, RunFileError, load_arrays, save_arrays
+from lib.files import DamagedFileError, RunFileError, load_arrays, save_arrays
+from lib.runs import Run
 from lib.visits import advance_in_visits
 
 TargetValueAndGrad = Callable[[Array, PyTree, Array], tuple[Array, Array]]

@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
+from lib.console import Interrupted, interruptible, progress
+from lib.files import RunFileError
 from lib.gmm import Mixture, Prepared, cast, joint_log_densities, prepare
 from lib.gmm_covariances import Full
 from lib.gmm_rows import Rows, dimension, sum_over_blocks, sum_over_rows
 from lib.kernels import check_sample
-from lib.runs import Interrupted, Run, RunFileError, interruptible, progress
+from lib.runs import Run
 
 NEGLIGIBLE = 1e-18
 """Responsibilities up to here count as 0."""

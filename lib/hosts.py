@@ -1,8 +1,8 @@
 """Several hosts: what processes agree on, who writes, and what a command runs on.
 
 With several processes (`jax.distributed`) each runs the same command, takes part in every step, and
-reads what its own devices need; the first alone writes files and prints (`lib.runs`). The folder of
-results is one that all of them see.
+reads what its own devices need; the first alone writes files (`lib.files`) and shows progress. The
+folder of results is one that all of them see.
 
 `current()` is the mesh of the running command, for commands alone: in `lib` a mesh is an argument.
 """

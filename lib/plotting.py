@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib import hosts
-from lib.runs import named_errors
+from lib.files import named_errors
 
 # Okabe and Ito's palette: told apart by colour-blind readers.
 CLASS_COLOURS = (

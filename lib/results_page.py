@@ -31,7 +31,8 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from lib import pages, runs
+from lib import console, pages, runs
+from lib.files import write_bytes
 from lib.pages import Table, words
 
 TEMPLATE = Path(__file__).with_name("results_page.html.j2")
@@ -66,9 +67,7 @@ def write_page(results: str | os.PathLike) -> Path:
     results.mkdir(parents=True, exist_ok=True)
     page = results / "index.html"
     # What is no UTF-8, in names of files or in JSON, shows as question marks.
-    runs.write_bytes(
-        page, pages.render(TEMPLATE, _Reader(results).contents()).encode(errors="replace")
-    )
+    write_bytes(page, pages.render(TEMPLATE, _Reader(results).contents()).encode(errors="replace"))
     return page
 
 
@@ -317,7 +316,7 @@ def _filled(form: str, env: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="lib.results_page", description=write_page.__doc__)
     parser.add_argument("results", nargs="?", default="results", help="the folder of results")
-    with runs.one_line_errors():
+    with console.one_line_errors():
         print(f"page:    {write_page(parser.parse_args().results)}")
 
 

@@ -134,11 +134,12 @@ class Worker(submitit.helpers.Checkpointable):
         for number, handler in previous.items():
             signal.signal(number, handler)
         if status == 0:
-            from lib import runs  # here: it imports jax, and workers wait in little memory without
+            # Here: it imports jax, and workers wait in little memory without.
+            from lib.files import write_json
 
             about = {"command": entry.command, "exit_status": 0}
             about |= {"time": end.isoformat(timespec="seconds")}
-            runs.write_json(entry.done, {**about, "seconds": (end - start).total_seconds()})
+            write_json(entry.done, {**about, "seconds": (end - start).total_seconds()})
         elif signal.SIGUSR2 in received:
             previous[signal.SIGUSR2](signal.SIGUSR2, None)  # submitit's, which does not return
         return status

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lib import hosts
-from lib.runs import Interrupted, Run, interruptible, progress
+from lib.console import Interrupted, interruptible, progress
+from lib.runs import Run
 
 
 def advance_in_visits(

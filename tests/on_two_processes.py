@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lib import classification, gd, hosts, mmd, runs, visits
+from lib import classification, console, gd, hosts, mmd, runs, visits
 from lib.gmm import Mixture, from_matrices
 from lib.gmm_em import fit
 from lib.gmm_rows import rows
@@ -23,7 +23,7 @@ from lib.networks import MLP
 
 @contextlib.contextmanager
 def progress_until_told(*args, initial, **options):
-    """In place of `runs.progress`: after five steps the last process gets a signal."""
+    """In place of `console.progress`: after five steps the last process gets a signal."""
     done = initial
 
     def tick(steps, **shown):
@@ -61,9 +61,9 @@ def main(results: Path) -> None:
     visits.progress = progress_until_told
     try:
         flow(results, "stopped")
-    except runs.Interrupted as stopped:
+    except console.Interrupted as stopped:
         print("stopped", stopped)
-    visits.progress = runs.progress
+    visits.progress = console.progress
     run, (_, found["resumed"]) = flow(results, "stopped")
     run.append_metrics([{"step": 1, "loss": 0.5}])
 

@@ -9,8 +9,8 @@ REPOSITORY = Path(__file__).parents[1]
 LIB = sorted((REPOSITORY / "lib").glob("*.py"))
 EXPERIMENTS = sorted(REPOSITORY.glob("xp_*/*.py"))
 INPUT_OUTPUT = {
-    "runs", "run_locks", "sweeps", "datasets", "image_folders", "row_files", "row_formats",
-    "plotting", "pages", "results_page", "hosts",
+    "files", "runs", "run_locks", "console", "sweeps", "datasets", "image_folders", "row_files",
+    "row_formats", "plotting", "pages", "results_page", "hosts",
 }  # fmt: skip
 
 

@@ -25,9 +25,10 @@ from lib.classification import (
     train,
     train_seeds,
 )
+from lib.console import Interrupted
+from lib.files import RunFileError
 from lib.gd import DivergedError
 from lib.networks import LeNet5
-from lib.runs import Interrupted, RunFileError
 
 
 class Linear(nn.Module):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lib import augment, gd
+from lib.console import Interrupted
 from lib.gd import DivergedError
-from lib.runs import Interrupted
 from xp_dataset_distillation import condense, config, losses, objectives
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.factor import decode

@@ -19,7 +19,7 @@ import optax
 import pytest
 import tqdm.std
 
-from lib import classification, gd, plotting, rows, runs
+from lib import classification, console, files, gd, plotting, rows, runs
 from lib.run_locks import FolderBusyError
 from xp_data_mixing.embedding_files import write_embeddings
 from xp_dataset_distillation import export
@@ -36,7 +36,7 @@ def run(tmp_path):
     return runs.open_run(tmp_path, "xp", "flow", {"steps": 3}, seed=0)
 
 
-def files(run):
+def names_in(run):
     return sorted(path.name for path in run.folder.iterdir())
 
 
@@ -44,9 +44,9 @@ def files(run):
 
 OTHER = """
 import sys
-from lib import runs
+from lib import console, runs
 
-with runs.one_line_errors():
+with console.one_line_errors():
     run = runs.open_run(sys.argv[1], "xp", "flow", {"steps": 3}, seed=0)
     print(run.finished)
 """
@@ -118,14 +118,14 @@ FULL = {
 def test_a_full_disk_leaves_the_checkpoints_and_no_temporary_file(run, monkeypatch, moment):
     for step in (1, 2):
         run.save_checkpoint(state(step), step=step)
-    before = files(run)
+    before = names_in(run)
     with monkeypatch.context() as patch:
         FULL[moment](patch)
         with pytest.raises(OSError, match=r"No space|quota") as error:
             run.save_checkpoint(state(3), step=3)
     (line,) = str(error.value).splitlines()
     assert str(run.checkpoint) in line
-    assert files(run) == before
+    assert names_in(run) == before
     loaded, step = run.load_checkpoint(LIKE)
     assert step == 2
     assert np.all(loaded["x"] == 2)
@@ -135,7 +135,7 @@ def test_a_full_disk_leaves_the_checkpoints_and_no_temporary_file(run, monkeypat
 
 def test_a_full_disk_in_a_command_is_one_line(run, monkeypatch, capsys):
     FULL["half way"](monkeypatch)
-    with pytest.raises(SystemExit) as stopped, runs.one_line_errors():
+    with pytest.raises(SystemExit) as stopped, console.one_line_errors():
         run.finish(x=np.ones(3))
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -162,14 +162,14 @@ def test_a_disk_that_is_really_full(small_disk):
     run = runs.open_run(small_disk, "xp", "flow", {"steps": 3}, seed=0)
     small = {"x": np.arange(1000.0)}
     run.save_checkpoint(small, step=1)
-    before = files(run)
+    before = names_in(run)
     for _ in range(2):
         with pytest.raises(OSError, match=r"No space left.*checkpoint\.npz"):
             run.save_checkpoint({"x": np.ones(100_000)}, step=2)
         with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
             run.append_metrics([{"step": 0, "long": "x" * 1_000_000}])
     assert run.read_metrics() == []
-    assert [name for name in files(run) if name != "metrics.jsonl"] == before
+    assert [name for name in names_in(run) if name != "metrics.jsonl"] == before
     loaded, step = run.load_checkpoint(small)
     assert step == 1
     np.testing.assert_array_equal(loaded["x"], small["x"])
@@ -279,7 +279,7 @@ def test_a_writer_killed_between_two_names_leaves_the_checkpoint_before(run, mon
     monkeypatch.setattr(os, "link", fail(errno.EPERM))
     for step in (1, 2):
         run.save_checkpoint(state(step), step=step)
-    assert runs.load_checkpoint(run.previous_checkpoint, LIKE)[1] == 1
+    assert files.load_checkpoint(run.previous_checkpoint, LIKE)[1] == 1
     replace = os.replace
 
     def killed(source, target):
@@ -300,7 +300,7 @@ def test_two_damaged_checkpoints_are_refused(run):
         run.save_checkpoint(state(step), step=step)
     for path in (run.checkpoint, run.previous_checkpoint):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(runs.DamagedFileError) as error:
+    with pytest.raises(files.DamagedFileError) as error:
         run.load_checkpoint(LIKE)
     assert str(run.checkpoint) in str(error.value)
     assert str(run.previous_checkpoint) in str(error.value)
@@ -309,19 +309,19 @@ def test_two_damaged_checkpoints_are_refused(run):
 def test_a_checkpoint_of_other_settings_is_refused_whatever_the_one_before(run):
     run.save_checkpoint(state(1), step=1)
     run.save_checkpoint({"x": np.zeros(7)}, step=2)
-    with pytest.raises(runs.RunFileError, match="other settings") as error:
+    with pytest.raises(files.RunFileError, match="other settings") as error:
         run.load_checkpoint(LIKE)
-    assert not isinstance(error.value, runs.DamagedFileError)
+    assert not isinstance(error.value, files.DamagedFileError)
 
 
 def test_a_checkpoint_moved_to_another_name_is_still_only_two_files(run):
     for step in range(5):
         run.save_checkpoint(state(step), step=step)
-    assert [name for name in files(run) if name.startswith("checkpoint")] == [
+    assert [name for name in names_in(run) if name.startswith("checkpoint")] == [
         "checkpoint.npz",
         "checkpoint.previous.npz",
     ]
-    assert runs.load_checkpoint(run.previous_checkpoint, LIKE)[1] == 3
+    assert files.load_checkpoint(run.previous_checkpoint, LIKE)[1] == 3
     run.discard_checkpoint()
     assert run.load_checkpoint(LIKE) is None
 
@@ -370,21 +370,23 @@ def test_a_flow_resumes_from_the_checkpoint_before_in_the_same_bits(
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:size])
     assert_same_bits(flow(run), whole)
     assert "going on from step 8" in capsys.readouterr().err
-    assert runs.load_arrays(run.checkpoint)["step"] == 12
+    assert files.load_arrays(run.checkpoint)["step"] == 12
 
 
 def test_a_flow_without_its_trajectory_is_refused(run):
     flow(run)
     path = run.folder / "trajectory.npz"
     content = path.read_bytes()
-    runs.save_arrays(path, losses=np.zeros((12, 2)))
-    with pytest.raises(runs.RunFileError, match=rf"{path} holds no trajectory; delete"):
+    files.save_arrays(path, losses=np.zeros((12, 2)))
+    with pytest.raises(files.RunFileError, match=rf"{path} holds no trajectory; delete"):
         flow(run)
     path.write_bytes(content[:-40])
-    with pytest.raises(runs.RunFileError, match=rf"{path} is gone or damaged.*delete {run.folder}"):
+    with pytest.raises(
+        files.RunFileError, match=rf"{path} is gone or damaged.*delete {run.folder}"
+    ):
         flow(run)
     path.unlink()
-    with pytest.raises(runs.RunFileError, match=rf"{path} is gone or damaged"):
+    with pytest.raises(files.RunFileError, match=rf"{path} is gone or damaged"):
         flow(run)
 
 
@@ -393,7 +395,7 @@ def test_a_trajectory_shorter_than_the_checkpoint_is_refused(tmp_path, run):
     flow(shorter, n_epochs=5)
     flow(run)
     (shorter.folder / "trajectory.npz").replace(run.folder / "trajectory.npz")
-    with pytest.raises(runs.RunFileError, match="ends before the checkpoint's step 12"):
+    with pytest.raises(files.RunFileError, match="ends before the checkpoint's step 12"):
         flow(run)
 
 
@@ -423,7 +425,7 @@ def test_clocks_that_go_back_or_stand_still_change_nothing(run, monkeypatch, who
     assert_same_bits(flow(run), whole)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with runs.progress(10, description="flow") as advance:
+    with console.progress(10, description="flow") as advance:
         for _ in range(10):
             advance(1, loss=0.5)
     assert "10/10" in sys.stderr.getvalue()
@@ -466,7 +468,7 @@ def really_out_of_device_memory():
 
 @pytest.mark.parametrize("work", [really_out_of_memory, really_out_of_device_memory])
 def test_running_out_of_memory_is_one_line_that_says_what_to_lower(work, capsys):
-    with pytest.raises(SystemExit) as stopped, runs.one_line_errors(lower="--block_size"):
+    with pytest.raises(SystemExit) as stopped, console.one_line_errors(lower="--block_size"):
         work()
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -502,7 +504,7 @@ def test_every_experiment_says_what_to_lower():
 
 
 def test_other_errors_of_the_runtime_keep_their_traceback():
-    with pytest.raises(jax.errors.JaxRuntimeError), runs.one_line_errors(lower="--block_size"):
+    with pytest.raises(jax.errors.JaxRuntimeError), console.one_line_errors(lower="--block_size"):
         raise jax.errors.JaxRuntimeError("INTERNAL: a fault")
     assert not sys.flags.dev_mode
 
@@ -534,11 +536,11 @@ def test_a_header_that_promises_other_sizes_allocates_nothing(tmp_path, promised
     changed = changed[:8] + (start - 10).to_bytes(2, "little") + changed[10:]
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x.npy", changed)
-    with pytest.raises(runs.DamagedFileError, match=r"x\.npy"):
-        runs.load_arrays(path)
+    with pytest.raises(files.DamagedFileError, match=r"x\.npy"):
+        files.load_arrays(path)
 
 
 def test_a_compressed_archive_is_not_one_of_ours(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", x=np.zeros(10))
-    with pytest.raises(runs.DamagedFileError, match="compressed"):
-        runs.load_arrays(tmp_path / "a.npz")
+    with pytest.raises(files.DamagedFileError, match="compressed"):
+        files.load_arrays(tmp_path / "a.npz")

@@ -15,6 +15,8 @@ import pytest
 from scipy.integrate import quad
 
 from lib import flow_matching, runs
+from lib.console import Interrupted
+from lib.files import RunFileError
 from lib.flow_matching import (
     couple,
     draw_batch,
@@ -27,7 +29,6 @@ from lib.flow_matching import (
 )
 from lib.flow_sampling import euler, heun, integrate, integrate_adaptive, straightness
 from lib.gd import DivergedError
-from lib.runs import Interrupted, RunFileError
 
 KEY = jax.random.key(3)
 

@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib import datasets, gmm, runs
+from lib.files import load_arrays, load_checkpoint, save_arrays, save_checkpoint
 from lib.row_files import open_rows
 from xp_dataset_distillation import condensed_numpy, export
 from xp_gmm_source import gmm_files
@@ -207,23 +208,23 @@ def read_metrics(path):
 
 
 def make_checkpoint(folder):
-    runs.save_checkpoint(folder / "checkpoint.npz", STATE, step=3)
+    save_checkpoint(folder / "checkpoint.npz", STATE, step=3)
     return folder / "checkpoint.npz"
 
 
 def read_checkpoint(path):
-    state, step = runs.load_checkpoint(path, STATE)
+    state, step = load_checkpoint(path, STATE)
     assert state["x"].shape == (2, 3)
     return state["x"], jax.random.key_data(state["key"]), state["n"], step
 
 
 def make_arrays(folder):
-    runs.save_arrays(folder / "a.npz", x=ROWS, half=jnp.ones(3, jnp.bfloat16), text="words")
+    save_arrays(folder / "a.npz", x=ROWS, half=jnp.ones(3, jnp.bfloat16), text="words")
     return folder / "a.npz"
 
 
 def read_arrays(path):
-    arrays = runs.load_arrays(path)
+    arrays = load_arrays(path)
     return sorted((name, np.asarray(array).tobytes()) for name, array in arrays.items())
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from lib import gd, gd_images, runs
+from lib import files, gd, gd_images, runs
+from lib.console import Interrupted
+from lib.files import RunFileError
 from lib.gd import (
     DivergedError,
     FlowResult,
@@ -23,7 +25,6 @@ from lib.gd import (
     recorded_steps,
     wasserstein_gradient_descent,
 )
-from lib.runs import Interrupted, RunFileError
 
 KEY = jax.random.key(0)
 x64 = pytest.mark.usefixtures("x64")
@@ -605,14 +606,14 @@ def test_a_killed_process_resumes_in_the_same_bits(tmp_path):
         try:
             while step < 30 and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
-                step = int(runs.load_arrays(checkpoint)["step"]) if checkpoint.exists() else 0
+                step = int(files.load_arrays(checkpoint)["step"]) if checkpoint.exists() else 0
         finally:
             process.kill()
     assert process.returncode == -signal.SIGKILL
     names = {"__name__": "resumed"}
     exec(KILLED, names)
     expected = names["flow"](None)
-    step = int(runs.load_arrays(checkpoint)["step"])
+    step = int(files.load_arrays(checkpoint)["step"])
     assert 30 <= step < 300
     assert_same_bits(names["flow"](tmp_path), expected)
     assert np.all(np.isfinite(expected.losses))

@@ -18,6 +18,8 @@ from sklearn.decomposition import FactorAnalysis
 from sklearn.mixture import GaussianMixture
 
 from lib import gmm_covariances, gmm_factors
+from lib.console import Interrupted
+from lib.files import RunFileError
 from lib.gmm import (
     Diagonal,
     Full,
@@ -39,7 +41,7 @@ from lib.gmm import (
 from lib.gmm_em import em_step, expectation, fit, maximisation, mean_log_likelihood
 from lib.gmm_rows import rows
 from lib.gmm_starts import kmeans, kmeans_plus_plus, kmeans_start, responsibilities_start
-from lib.runs import Interrupted, RunFileError, open_run
+from lib.runs import open_run
 
 STRUCTURES = {
     "full": gmm_covariances.full,

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from lib import plotting
-from lib.runs import one_line_errors
+from lib.console import one_line_errors
 from xp_transfer_learning.image_flow import Arguments, chosen, main
 
 REPOSITORY = Path(__file__).parents[1]

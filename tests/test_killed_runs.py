@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import runs
+from lib import files
 
 DRIVER = """
 import os, random, signal, sys, threading, time, types
@@ -75,7 +75,7 @@ def final_arrays(results):
     """{(file, array): bits} of all finished runs, but how long they took."""
     found = {}
     for path in results.rglob("arrays.npz"):
-        for name, array in runs.load_arrays(path).items():
+        for name, array in files.load_arrays(path).items():
             if name not in TIMES:
                 bits = (array.dtype, array.shape, np.asarray(array).tobytes())
                 found[path.relative_to(results), name] = bits
@@ -127,7 +127,7 @@ def test_a_flow_killed_three_times_ends_in_the_same_bits(tmp_path):
         # Operations: 8 to open a run, then 9 a save; 60 steps.
         start(FLOW, tmp_path / "killed", tmp_path / "cache", rng.randrange(9, 150))
     (checkpoint,) = (tmp_path / "killed").rglob("checkpoint.npz")
-    assert 3 <= int(runs.load_arrays(checkpoint)["step"]) < 60
+    assert 3 <= int(files.load_arrays(checkpoint)["step"]) < 60
     names["flow"](tmp_path / "killed")
     assert final_arrays(tmp_path / "killed") == final_arrays(tmp_path / "whole")
     assert not list((tmp_path / "killed").rglob("*.tmp"))

@@ -12,8 +12,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 # Files, figures, processes, devices and command lines: their tests are of faults, not of numbers.
 OUTSIDE = {
-    "__init__", "commands", "datasets", "hosts", "image_folders", "meshes", "pages", "plotting",
-    "results_page", "run_locks", "runs", "sweeps", "visits",
+    "__init__", "commands", "console", "datasets", "files", "hosts", "image_folders", "meshes",
+    "pages", "plotting", "results_page", "run_locks", "runs", "sweeps", "visits",
 }  # fmt: skip
 
 

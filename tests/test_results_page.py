@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import pages, results_page, runs
+from lib import files, pages, results_page, runs
 from xp_data_mixing import tables as mixing_tables
 from xp_dataset_distillation import tables as distillation_tables
 from xp_drmmd import tables as drmmd_tables
@@ -90,9 +90,9 @@ def results(tmp_path) -> Path:
         {"label": "ours", "loss": [0.5, 0.25, 1.5], "steps": 1000, "settings": {"lr": 0.1}},
         {"label": "theirs", "loss": [1, 2, "-Infinity"], "rate": 0.123456},
     ]
-    runs.write_json(folder / "plain.json", {"seeds": [0, 1, 2], "rows": rows, "about": {"n": 7}})
+    files.write_json(folder / "plain.json", {"seeds": [0, 1, 2], "rows": rows, "about": {"n": 7}})
     told = {"environment": runs.environment(), "rows": rows}
-    runs.write_json(folder / "told.json", told)
+    files.write_json(folder / "told.json", told)
     (folder / "told.md").write_text("Losses\nof all.\n\n| flow | loss |\n|---|---|\n| a b | .5 |\n")
     image(folder / "told_losses.png")
     image(folder / "figures" / "plain.gif", "GIF")
@@ -248,7 +248,7 @@ def test_names_and_values_are_escaped(results):
     content["environment"] = {"command": evil, "commit": evil, "versions": {evil: evil}}
     name = evil.replace("/", "_")
     folder.mkdir()
-    runs.write_json(folder / f"{name}.json", content)
+    files.write_json(folder / f"{name}.json", content)
     image(folder / f"{name}#?%41.png")
     image(Path(os.fsdecode(os.fsencode(folder) + b"/\xff\n.png")))
     (results / "xp_one" / "told.md").write_text(f"{evil}\n\n| {evil} |\n|---|\n| {evil} |\n")
@@ -307,7 +307,7 @@ def test_a_full_disk_leaves_the_page_of_before(results, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(source))
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs.os, "replace", full)
+        patched.setattr(files.os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
             results_page.write_page(results)
     assert {path.name for path in results.iterdir()} == {"index.html", "xp_one"}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lib import runs
+from lib import console
 from xp_data_mixing import problems
 from xp_data_mixing.calibration import estimate_calibrated
 from xp_data_mixing.config import CoverageConfig
@@ -40,7 +40,7 @@ def cover(config: CoverageConfig, seed: int, data_root: Path | None = None) -> d
         found = estimate_calibrated(first_key, *draw(first_key), num_features=config.num_features)
         settings = {"bandwidth": found.bandwidth, "damping": found.damping}
     weights, intervals = [], []
-    with runs.progress(config.resamples, description=f"coverage, {config.estimator}") as advance:
+    with console.progress(config.resamples, description=f"coverage, {config.estimator}") as advance:
         for r in range(config.resamples):
             draw_key, key = jax.random.split(jax.random.fold_in(resample_key, r))
             result = estimator(key, *draw(draw_key), **options, **settings)

@@ -8,7 +8,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
-from lib import runs
+from lib.files import atomic_file
 
 _NPY_HEADER = 128  # bytes
 
@@ -37,7 +37,7 @@ def write_embeddings(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     if path.suffix == ".npy":
-        with runs.atomic_file(path) as file:
+        with atomic_file(path) as file:
             file.seek(_NPY_HEADER)
             shape = _append_rows(file, path, batches, dtype)
             file.seek(0)
@@ -46,7 +46,7 @@ def write_embeddings(
 
     import torch
 
-    with tempfile.TemporaryFile(dir=path.parent) as rows, runs.atomic_file(path) as file:
+    with tempfile.TemporaryFile(dir=path.parent) as rows, atomic_file(path) as file:
         shape = _append_rows(rows, path, batches, dtype)
         rows.flush()
         mapped = np.memmap(rows, _little_endian(dtype), mode="r+", shape=shape)

@@ -16,6 +16,7 @@ import tyro
 
 from lib import runs, settings
 from lib.commands import run_command
+from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
 from xp_data_mixing import coverage, downstream, plot, recovery, solvers, tables
 from xp_data_mixing.config import EXPERIMENT, Config, Group, Preset, presets
@@ -76,8 +77,8 @@ def run_group(name: str, group: Group, arguments: Arguments) -> Path:
         print("\n".join(f"  {line}" for line in tables.lines(name, row)), flush=True)
     summary = arguments.results / EXPERIMENT / f"{name}_{arguments.preset}.json"
     about = {"group": name, "seeds": seeds, "environment": runs.environment()}
-    runs.write_json(summary, {**about, "rows": rows})
-    runs.write_bytes(summary.with_suffix(".md"), tables.page(summary).encode())
+    write_json(summary, {**about, "rows": rows})
+    write_bytes(summary.with_suffix(".md"), tables.page(summary).encode())
     print(f"numbers: {summary}")
     for figure in plot.figures(summary):
         print(f"figure:  {figure}")

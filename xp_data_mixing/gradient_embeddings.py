@@ -46,6 +46,7 @@ from jaxtyping import Array, Float32, Int, Key, PyTree, ScalarLike
 
 from lib import classification, datasets, runs
 from lib.commands import run_command
+from lib.files import write_json
 from lib.hosts import DeviceOptions
 from lib.networks import MLP
 from xp_data_mixing.embedding_files import write_embeddings
@@ -353,7 +354,7 @@ def main(arguments: Arguments) -> Path:
     summary = arguments.out_dir / "embeddings.json"
     about = {"arguments": arguments, "environment": runs.environment(), "accuracy": accuracy}
     shares = dict(zip(train.class_names, counts / arguments.num_target))
-    runs.write_json(summary, {**about, "files": files, "target_mixture": shares})
+    write_json(summary, {**about, "files": files, "target_mixture": shares})
     print(f"the target's mixture, and the rest: {summary}")
     return summary
 

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 import tyro
 
-from lib import hosts, runs
+from lib import console, hosts
 from lib.commands import run_command
+from lib.files import write_json
 from lib.hosts import DeviceOptions
 from lib.row_files import RowFile, check_distinct, open_rows
 from lib.rows import check_same_width
@@ -128,7 +129,7 @@ class MMDDataMixer:
         passes = (-(-total // 1024) + 1) / 2 if self.estimator == "exact" else 1
         steps = round(total * passes)
         shown = steps * train[0].shape[1] >= SHOWN_FROM
-        with runs.progress(steps, description="rows", enabled=shown, line_every=30.0) as advance:
+        with console.progress(steps, description="rows", enabled=shown, line_every=30.0) as advance:
             result = estimate(
                 jax.random.key(self.random_seed),
                 train,
@@ -250,7 +251,7 @@ def main(arguments: Arguments) -> MixingResult:
     )
     print(reports.text(document))
     if arguments.output_file is not None:
-        runs.write_json(arguments.output_file, document)
+        write_json(arguments.output_file, document)
         print(f"numbers: {arguments.output_file}")
     if arguments.report is not None:
         reports.write(document, arguments.report)

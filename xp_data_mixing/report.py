@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lib import pages, plotting, runs
+from lib.files import write_bytes
 from lib.row_files import RowFile
 from xp_data_mixing.mixing import MixingResult
 
@@ -43,7 +44,7 @@ def document(
     experiment_name: str,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything that is known of the weights, for `lib.runs.write_json`. MMDs are squared."""
+    """Everything that is known of the weights, for `lib.files.write_json`. MMDs are squared."""
     train, val = files
     names = labels([file.name for file in train])
     environment = runs.environment()
@@ -197,6 +198,6 @@ def page(document: dict[str, Any]) -> str:
 def write(document: dict[str, Any], path: Path) -> None:
     """The page where the suffix is .html, else the figure; atomically."""
     if path.suffix == ".html":
-        runs.write_bytes(path, page(document).encode())
+        write_bytes(path, page(document).encode())
     else:
         plotting.save_figure(figure(document), path)

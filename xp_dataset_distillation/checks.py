@@ -21,6 +21,7 @@ from tyro.conf import subcommand
 
 from lib import runs
 from lib.commands import run_command
+from lib.files import write_bytes, write_json
 from xp_dataset_distillation import condense, losses, moments
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig
 from xp_dataset_distillation.factor import decode
@@ -46,8 +47,8 @@ def written(
     path = arguments.results / EXPERIMENT / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"arguments": arguments, "environment": runs.environment()}
-    runs.write_json(path, {**about, **found})
-    runs.write_bytes(path.with_suffix(".md"), f"{says}\n\n{table}\n".encode())
+    write_json(path, {**about, **found})
+    write_bytes(path.with_suffix(".md"), f"{says}\n\n{table}\n".encode())
     print(f"numbers: {path}")
     return path
 

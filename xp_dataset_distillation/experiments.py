@@ -18,6 +18,7 @@ import tyro
 
 from lib import plotting, runs, settings
 from lib.commands import run_command
+from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
 from xp_dataset_distillation import export, plot, tables
 from xp_dataset_distillation.condense import condense
@@ -102,9 +103,9 @@ def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:
     summary = arguments.results / EXPERIMENT / f"{name}_{arguments.preset}{held_out}.json"
     about = {"group": name, "seeds": arguments.seeds, "environment": runs.environment()}
     about["judged_on"] = "held-out training images" if arguments.held_out else "the test split"
-    runs.write_json(summary, {**about, "rows": listed})
+    write_json(summary, {**about, "rows": listed})
     page = tables.page({**about, "rows": listed})
-    runs.write_bytes(summary.with_suffix(".md"), page.encode())
+    write_bytes(summary.with_suffix(".md"), page.encode())
     print(tables.markdown(listed))
     print(f"numbers: {summary}")
     print(f"figure:  {plot.summary_figure(summary)}")

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from lib import hosts, runs
+from lib.files import named_errors, save_arrays, write_json
 from lib.image_folders import SPLITS
 from xp_dataset_distillation import condensed_numpy
 
@@ -141,7 +142,7 @@ def _replace(folder: Path, condensed: Condensed) -> None:
         folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp") for _ in range(2)
     )
     try:
-        with runs.named_errors(folder):
+        with named_errors(folder):
             temporary.mkdir()
             _write(temporary, condensed)
         if folder.exists():
@@ -163,8 +164,8 @@ def _may_be_replaced(folder: Path) -> bool:
 
 def _write(folder: Path, condensed: Condensed) -> None:
     images = condensed.images
-    runs.write_json(folder / "metadata.json", _metadata(condensed))
-    runs.save_arrays(
+    write_json(folder / "metadata.json", _metadata(condensed))
+    save_arrays(
         folder / "condensed.npz",
         images=images.reshape(-1, *images.shape[2:]),
         labels=_labels(images),

@@ -15,6 +15,7 @@ import tyro
 
 from lib import runs, settings
 from lib.commands import run_command
+from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
 from xp_drmmd import plot, tables
 from xp_drmmd.config import EXPERIMENT, FlowConfig, Preset, StudentConfig, presets
@@ -58,8 +59,8 @@ def run_group(
         print(f"  {tables.line(row)}", flush=True)
     summary = arguments.results / EXPERIMENT / f"{group}_{arguments.preset}.json"
     about = {"group": group, "seeds": arguments.seeds, "environment": runs.environment()}
-    runs.write_json(summary, {**about, "rows": rows})
-    runs.write_bytes(summary.with_suffix(".md"), tables.page(summary).encode())
+    write_json(summary, {**about, "rows": rows})
+    write_bytes(summary.with_suffix(".md"), tables.page(summary).encode())
     print(f"numbers: {summary}")
     for figure in plot.figures(summary):
         print(f"figure:  {figure}")

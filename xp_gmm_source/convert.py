@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from lib import runs
+from lib import console
 from xp_gmm_source import gmm_files
 
 
@@ -37,5 +37,5 @@ def main(arguments: Arguments) -> Path:
 
 
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with console.one_line_errors():
         main(tyro.cli(Arguments))

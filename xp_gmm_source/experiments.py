@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 
 from lib import plotting, runs, settings
 from lib.commands import run_command
+from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
 from xp_gmm_source import metrics, plot, tables
 from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
@@ -86,9 +87,9 @@ def run_group(group: str, flows: dict[str, FlowConfig], arguments: Arguments) ->
         "floor": tables.floor_of(stored[0]),
         "mixtures": mixtures_alone(mixtures, arguments.results),
     }
-    runs.write_json(summary, {**about, "rows": rows})
+    write_json(summary, {**about, "rows": rows})
     page = tables.page({**about, "rows": rows})
-    runs.write_bytes(summary.with_suffix(".md"), page.encode())
+    write_bytes(summary.with_suffix(".md"), page.encode())
     print(tables.markdown(rows, about["floor"]))
     for name, measures in about["mixtures"].items():
         print(f"draws of the mixture {name} itself, without a flow: {measures['frechet']:.3g}")

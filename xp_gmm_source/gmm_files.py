@@ -18,7 +18,8 @@ import jax
 import joblib
 import numpy as np
 
-from lib import gmm, runs
+from lib import gmm
+from lib.files import atomic_file, load_arrays, save_arrays, write_bytes
 from xp_gmm_source.sources import Projection, moments_of
 
 FORMAT = "mixture of images, version 1"
@@ -76,7 +77,7 @@ def save(path: Path, stored: ImageMixture) -> None:
         arrays |= {"pca_components": stored.projection.components}
         arrays |= {"pca_centre": stored.projection.centre}
     header = {"format": FORMAT, "kind": kind, "about": stored.about}
-    runs.save_arrays(
+    save_arrays(
         path,
         header=np.asarray(json.dumps(header)),
         image_shape=np.asarray(stored.image_shape),
@@ -91,7 +92,7 @@ def save(path: Path, stored: ImageMixture) -> None:
 def load(path: Path) -> ImageMixture:
     """What `save` wrote. Raises FileNotFoundError, or ValueError naming the file and what is wrong
     with it: damaged, no mixture, shapes that do not fit, NaN."""
-    arrays = runs.load_arrays(path)
+    arrays = load_arrays(path)
     try:
         header = json.loads(str(arrays.pop("header")))
         if header["format"] != FORMAT:
@@ -170,7 +171,7 @@ def published(stored: ImageMixture, *, regularisation: float = 1e-6) -> dict[str
 def save_published(path: Path, stored: ImageMixture, *, regularisation: float = 1e-6) -> None:
     """Writes the published .pkl, atomically."""
     content = published(stored, regularisation=regularisation)
-    with runs.atomic_file(path) as file:
+    with atomic_file(path) as file:
         joblib.dump(content, file)
 
 
@@ -189,7 +190,7 @@ def save_stats(
     }
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
-    runs.write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def load_stats(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import tyro
 
 from lib import runs
 from lib.commands import run_command
+from lib.files import write_bytes, write_json
 from lib.gd import DivergedError, flow_init, flow_step
 from lib.hosts import DeviceOptions
 from xp_transfer_learning import domain_adaptation, methods, tables
@@ -122,8 +123,8 @@ def main(arguments: Arguments) -> Path:
     kind = "step_sizes" if arguments.lr else "ablation"
     summary = arguments.results / EXPERIMENT / f"{kind}_{pair}.json"
     about = {"arguments": arguments, "environment": runs.environment()}
-    runs.write_json(summary, {**about, "rows": rows})
-    runs.write_bytes(summary.with_suffix(".md"), tables.ablation_page(summary).encode())
+    write_json(summary, {**about, "rows": rows})
+    write_bytes(summary.with_suffix(".md"), tables.ablation_page(summary).encode())
     print(f"numbers: {summary}")
     return summary
 

@@ -20,6 +20,7 @@ import tyro
 
 from lib import classification, datasets, runs
 from lib.commands import run_command
+from lib.files import write_bytes, write_json
 from lib.gd import discard_saved_flow
 from lib.hosts import DeviceOptions
 from lib.networks import LeNet5
@@ -172,7 +173,7 @@ def main(arguments: Arguments) -> list[Path]:
         accuracies = np.stack([one["accuracies"] for one in stored])
         name = f"adaptation_{pair_name(config.source, config.target)}"
         summary = arguments.results / EXPERIMENT / f"{name}.json"
-        runs.write_json(
+        write_json(
             summary,
             {
                 "config": config,
@@ -186,7 +187,7 @@ def main(arguments: Arguments) -> list[Path]:
         )
         pair = f"{config.source} → {config.target}"
         page = tables.adaptation_page(pair, stored[0]["steps"], accuracies)
-        runs.write_bytes(summary.with_suffix(".md"), page.encode())
+        write_bytes(summary.with_suffix(".md"), page.encode())
         print(page)
         figures = plot.adaptation(summary, stored[0])
         print(f"numbers: {summary}", *(f"figure:  {path}" for path in figures), sep="\n")

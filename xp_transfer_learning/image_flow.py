@@ -18,6 +18,7 @@ import tyro
 
 from lib import datasets, hosts, mmd, runs
 from lib.commands import run_command
+from lib.files import write_json
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
 from xp_transfer_learning import plot
@@ -115,7 +116,7 @@ def report(run: runs.Run, config: ImageFlowConfig, seed: int) -> None:
     shown = {str(i): losses[i] for i in np.linspace(0, len(losses) - 1, 11).astype(int)}
     about = {"config": config, "seed": seed, "environment": runs.environment()}
     summary = run.folder / "summary.json"
-    runs.write_json(summary, {**about, "losses": shown, **arrived})
+    write_json(summary, {**about, "losses": shown, **arrived})
     figures = plot.image_flow(
         arrays,
         f"{stem(config.source)} → {stem(config.target)}, {config.num_per_class} a class",

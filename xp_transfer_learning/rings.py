@@ -18,6 +18,7 @@ import tyro
 
 from lib import datasets, hosts, mmd, runs
 from lib.commands import run_command
+from lib.files import write_bytes, write_json
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
 from xp_transfer_learning import plot, tables
@@ -172,9 +173,9 @@ def main(arguments: Arguments) -> Path:
                 )
     summary = arguments.results / EXPERIMENT / f"rings_{arguments.preset}.json"
     about = {"preset": arguments.preset, "seeds": seeds, "environment": runs.environment()}
-    runs.write_json(summary, {**about, "rows": rows})
+    write_json(summary, {**about, "rows": rows})
     page = tables.rings_page(rows, len(seeds))
-    runs.write_bytes(summary.with_suffix(".md"), page.encode())
+    write_bytes(summary.with_suffix(".md"), page.encode())
     print(f"\n{page}")
     figures = plot.rings(summary)
     print(f"numbers: {summary}", *(f"figure:  {path}" for path in figures), sep="\n")

@@ -21,6 +21,7 @@ import tyro
 
 from lib import classification, datasets, hosts, runs
 from lib.commands import run_command
+from lib.files import write_bytes, write_json
 from lib.gd import discard_saved_flow
 from lib.hosts import DeviceOptions
 from lib.networks import LeNet5
@@ -258,8 +259,8 @@ def run_table(arguments: Arguments) -> Path:
     stem = f"along_{stem}" if arguments.along else f"transfer_{stem}"
     summary = arguments.results / EXPERIMENT / f"{stem}.json"
     about = {"seeds": list(seeds), "n_epochs_nn": arguments.n_epochs_nn}
-    runs.write_json(summary, {**about, "environment": runs.environment(), "rows": rows})
-    runs.write_bytes(summary.with_suffix(".md"), tables.transfer_page(summary).encode())
+    write_json(summary, {**about, "environment": runs.environment(), "rows": rows})
+    write_bytes(summary.with_suffix(".md"), tables.transfer_page(summary).encode())
     print(f"numbers: {summary}")
     if arguments.along:
         print(f"figure:  {plot.transfer_along(summary)}")
