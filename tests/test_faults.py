@@ -477,7 +477,9 @@ def test_running_out_of_memory_is_one_line_that_says_what_to_lower(work, capsys)
 
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = sorted(
-    path for path in REPOSITORY.glob("xp_*/*.py") if "one_line_errors(lower=" in path.read_text()
+    path
+    for path in REPOSITORY.glob("xp_*/*.py")
+    if re.search(r"run_command\([^#]*lower=", path.read_text())
 )
 
 
