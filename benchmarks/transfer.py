@@ -24,7 +24,7 @@ import optax
 import published_wow
 import tyro
 
-from lib import classification
+from lib import classification, optimisers
 from lib.console import one_line_errors
 from lib.files import write_json
 from lib.gd import flow_init, flow_step, wasserstein_gradient_descent
@@ -81,7 +81,7 @@ def per_step(contenders: dict, key, rounds: int) -> dict:
 def train_both(images, labels, config: TrainingConfig) -> dict[str, float]:
     """Seconds, compiling and all, of the trainings at once, and one after the other."""
     options = {
-        "optimizer": classification.adam(config.lr),
+        "optimizer": optimisers.adam(config.lr),
         "num_epochs": config.n_epochs,
         "batch_size": config.batch_size,
     }

@@ -9,7 +9,7 @@ Nothing is selected on the way: what comes back is the network after the last ep
 
 import hashlib
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -36,54 +36,12 @@ SECONDS_BETWEEN_VISITS = 1.0
 NEVER = np.iinfo(np.int32).max
 
 
-# Optimisers
-
-
-@cache
-def adam(learning_rate: float) -> optax.GradientTransformation:
-    """`optax.adam`, one object for each step size: jit tells optimisers apart by identity."""
-    return optax.adam(learning_rate)
-
-
-@cache
-def adamw(learning_rate: float, *, weight_decay: float = 0.01) -> optax.GradientTransformation:
-    """`optax.adamw` (Loshchilov and Hutter, 2019) with the decay that torch has by default; one
-    object for each setting."""
-    return optax.adamw(learning_rate, weight_decay=weight_decay)
-
-
-@cache
-def sgd(
-    learning_rate: float,
-    *,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    milestones: tuple[int, ...] = (),
-    factor: float = 0.1,
-    steps_per_epoch: int = 1,
-) -> optax.GradientTransformation:
-    """v <- gradient + weight_decay p + momentum v, p <- p - lr v, as torch has it; one object for
-    each setting.
-
-    lr starts at `learning_rate` and is multiplied by `factor` when an epoch of `milestones`
-    (counted from 0) begins; `steps_per_epoch` is that of the data, or 1 for milestones in steps.
-    """
-    if any(after <= before for before, after in zip((0, *milestones), milestones)):
-        raise ValueError(f"milestones must be positive and increase, got {milestones}")
-    boundaries = {milestone * steps_per_epoch: factor for milestone in milestones}
-    schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.sgd(schedule if milestones else learning_rate, momentum=momentum or None),
-    )
+# Training
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """ceil(num_images / batch_size): the last batch may be short."""
     return -(-num_images // min(batch_size, num_images))
-
-
-# Training
 
 
 class TrainState(NamedTuple):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lib import classification, flow_matching, gd, meshes, mmd, networks, runs
+from lib import classification, flow_matching, gd, meshes, mmd, networks, optimisers, runs
 from xp_dataset_distillation import condense, config, objectives
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
@@ -185,7 +185,7 @@ def classifiers():
                 network,
                 images,
                 labels,
-                optimizer=classification.sgd(0.01, momentum=0.9),
+                optimizer=optimisers.sgd(0.01, momentum=0.9),
                 num_epochs=2,
                 batch_size=8,
                 at_once=at_once,

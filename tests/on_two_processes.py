@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lib import classification, console, gd, hosts, mmd, runs, visits
+from lib import classification, console, gd, hosts, mmd, optimisers, runs, visits
 from lib.gmm import Mixture, from_matrices
 from lib.gmm_em import fit
 from lib.gmm_rows import rows
@@ -78,7 +78,7 @@ def main(results: Path) -> None:
         MLP(2, hidden=(5,)),
         jax.random.normal(jax.random.key(0), (9, 2, 2, 1)),
         np.arange(9) % 2,
-        optimizer=classification.sgd(0.1),
+        optimizer=optimisers.sgd(0.1),
         num_epochs=2,
         batch_size=4,
         show_progress=False,

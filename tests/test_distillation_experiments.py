@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import augment, classification
+from lib import augment, classification, optimisers
 from lib.networks import ConvNet
 from xp_dataset_distillation import (
     checks,
@@ -81,7 +81,7 @@ def test_accuracies_are_those_of_classifiers_trained_by_hand():
             (jnp.asarray(images) - 0.3) / 0.4,
             jnp.asarray(labels),
             # 3 batches an epoch: half of 9 steps is the 5th.
-            optimizer=classification.sgd(
+            optimizer=optimisers.sgd(
                 0.1, momentum=0.9, weight_decay=5e-4, milestones=(4,), factor=0.2
             ),
             num_epochs=3,
@@ -164,7 +164,7 @@ def test_features_are_those_of_the_trained_network_before_its_last_layer():
         network,
         normalised,
         jnp.asarray(real.labels),
-        optimizer=classification.adam(1e-3),
+        optimizer=optimisers.adam(1e-3),
         num_epochs=1,
         batch_size=256,
     )

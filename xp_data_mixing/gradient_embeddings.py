@@ -44,7 +44,7 @@ from jax import lax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float32, Int, Key, PyTree, ScalarLike
 
-from lib import classification, datasets, runs
+from lib import classification, datasets, optimisers, runs
 from lib.commands import run_command
 from lib.files import write_json
 from lib.hosts import DeviceOptions
@@ -326,7 +326,7 @@ def main(arguments: Arguments) -> Path:
         key_network,
         network,
         *examples(train, rest),
-        optimizer=classification.adam(arguments.learning_rate),
+        optimizer=optimisers.adam(arguments.learning_rate),
         num_epochs=arguments.epochs,
     )
     everything = examples(test, np.arange(len(test.labels)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from lib import classification, datasets
+from lib import classification, datasets, optimisers
 from lib.networks import MLP
 from xp_data_mixing.calibration import host_rng
 from xp_data_mixing.config import Samples
@@ -119,7 +119,7 @@ def gradient_embedding(key: Key[Array, ""], source: Source, sets: list[np.ndarra
         network_key,
         network,
         *images_and_labels(dataset, left),
-        optimizer=classification.adam(1e-3),
+        optimizer=optimisers.adam(1e-3),
         # As many steps for few images as for many.
         num_epochs=max(3, 10_000 // len(left)),
     )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lib import augment, classification, convolution, datasets, hosts, runs
+from lib import augment, classification, convolution, datasets, hosts, optimisers, runs
 from lib.cutmix import cutmix
 from lib.networks import network_by_name
 from xp_dataset_distillation import baselines, real_data
@@ -71,9 +71,9 @@ def judge(entry: Entry, real: real_data.RealData, held_out, data_root: Path | No
 def optimizer(evaluator: Evaluator, num_steps: int) -> optax.GradientTransformation:
     """One object for each setting: jit tells optimisers apart by identity."""
     if evaluator.optimizer == "adamw":
-        return classification.adamw(evaluator.lr)
+        return optimisers.adamw(evaluator.lr)
     milestones = tuple(int(share * num_steps) for share in evaluator.milestones)
-    return classification.sgd(
+    return optimisers.sgd(
         evaluator.lr,
         momentum=0.9,
         weight_decay=5e-4,
@@ -197,7 +197,7 @@ def trained_features(
         whole,
         normalised(jnp.asarray(real.images, jnp.float32) / 255),
         jnp.asarray(real.labels),
-        optimizer=classification.adam(1e-3),
+        optimizer=optimisers.adam(1e-3),
         num_epochs=entry.feature_epochs,
         batch_size=256,
     )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lib import classification, mmd
+from lib import classification, mmd, optimisers
 from lib.kernels import check_sample, gaussian, median_bandwidth, to_blocks, uniform_weights
 from lib.networks import MLP, LeNet5
 from lib.sliced_wasserstein import random_directions, sliced_wasserstein
@@ -133,7 +133,7 @@ def train_feature_network(
         network,
         jnp.asarray(images, jnp.float32),
         jnp.asarray(labels, jnp.int32),
-        optimizer=classification.adam(learning_rate),
+        optimizer=optimisers.adam(learning_rate),
         num_epochs=num_epochs,
         batch_size=batch_size,
     )

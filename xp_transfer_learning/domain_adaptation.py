@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import classification, datasets, runs
+from lib import classification, datasets, optimisers, runs
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
 from lib.gd import discard_saved_flow
@@ -71,7 +71,7 @@ def _classifier(config: AdaptationConfig, data_root: Path | None):
         network,
         x_tgt.reshape(-1, *image_shape),
         jnp.repeat(jnp.arange(num_classes), n),
-        optimizer=classification.adam(config.lr_nn),
+        optimizer=optimisers.adam(config.lr_nn),
         num_epochs=config.n_epochs_nn,
     )
     test = shaped(load(config.target, "test", data_root), image_shape)

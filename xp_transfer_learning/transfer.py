@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import classification, datasets, hosts, runs
+from lib import classification, datasets, hosts, optimisers, runs
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
 from lib.gd import discard_saved_flow
@@ -105,7 +105,7 @@ def accuracies(
         network,
         jnp.asarray(images),
         jnp.asarray(labels),
-        optimizer=classification.adam(config.lr),
+        optimizer=optimisers.adam(config.lr),
         num_epochs=config.n_epochs,
         batch_size=config.batch_size,
         mesh=hosts.current(),
