@@ -134,7 +134,7 @@ def fit_seeds(
       images: [n, H, W, channels], or [sets, n, H, W, channels].
       labels: [n], or [sets, n].
       at_once: False trains the seeds of one set one after the other within each visit, equal to
-        rounding: on CPU, where a convolution with several kernels costs twice as much as one each.
+        rounding; `lib.convolution.networks_at_once` knows which is faster.
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
       checkpoint_seconds: seconds between saves.

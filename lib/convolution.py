@@ -16,7 +16,17 @@ Method = Literal["patches", "xla"]
 
 def fastest() -> Method:
     """The method for the devices that jax computes on."""
-    return "patches" if jax.default_backend() == "cpu" else "xla"
+    return "patches" if _on_cpu() else "xla"
+
+
+def networks_at_once() -> bool:
+    """Whether networks side by side (`vmap`) are faster than one after the other: not on CPU, where
+    a convolution with several kernels costs twice as much as one each."""
+    return not _on_cpu()
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def _xla_convolution(x, kernel, stride=1):

@@ -1,7 +1,6 @@
 """Training against a plain loop with gradients in numpy, in float64; resuming."""
 
 import signal
-from contextlib import contextmanager
 
 import flax.linen as nn
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from scipy.special import log_softmax
+from visiting import record_visits, stop_after
 
 from lib import classification, runs
 from lib.classification import (
@@ -183,40 +183,22 @@ def run(tmp_path):
     return runs.open_run(tmp_path, "xp", "fit", {}, seed=0)
 
 
-def stop_after(monkeypatch, step, number=signal.SIGINT):
-    """Sends the signal when `step` steps are done, and returns the visits' chunks."""
-    chunks = []
-
-    @contextmanager
-    def progress(total, *, initial, **_):
-        def tick(chunk, **_):
-            chunks.append(chunk)
-            if initial + sum(chunks) == step:
-                signal.raise_signal(number)
-
-        yield tick
-
-    monkeypatch.setattr(classification, "SECONDS_BETWEEN_VISITS", 0.0)
-    monkeypatch.setattr("lib.visits.progress", progress)
-    return chunks
-
-
 def test_visits_and_interruptions_change_no_bit(monkeypatch, run):
     """4 epochs of 3 steps: stops within epochs and between them."""
     whole = fitted(train_seeds)
     assert_same_bits(fitted(), whole)
     for step, number in ((1, signal.SIGINT), (6, signal.SIGTERM), (11, signal.SIGINT)):
         with monkeypatch.context() as patch:
-            stop_after(patch, step, number)
+            stop_after(patch, step, number, module=classification)
             with pytest.raises(Interrupted, match=f"after step {step};"):
                 fitted(run=run)
-    chunks = stop_after(monkeypatch, -1)
+    visits = record_visits(monkeypatch, module=classification)
     assert_same_bits(fitted(run=run), whole)
-    assert chunks == [1]
+    assert visits == [1]
     assert_same_bits(fitted(run=run), whole)
-    assert chunks == [1]
+    assert visits == [1]
     assert_same_bits(fitted(), whole)
-    assert chunks == [1] * 13
+    assert visits == [1] * 13
 
 
 def test_seeds_in_turn_are_those_at_once(monkeypatch, run):
@@ -226,7 +208,7 @@ def test_seeds_in_turn_are_those_at_once(monkeypatch, run):
     for leaf, reference in zip(jax.tree.leaves(whole), jax.tree.leaves(fitted(**one))):
         np.testing.assert_allclose(leaf, reference, rtol=1e-5, atol=1e-6)
     with monkeypatch.context() as patch:
-        stop_after(patch, 5)
+        stop_after(patch, 5, module=classification)
         with pytest.raises(Interrupted, match="after step 5;"):
             fitted(**one, at_once=False, run=run)
     assert_same_bits(fitted(**one, at_once=False, run=run), whole)
@@ -234,15 +216,8 @@ def test_seeds_in_turn_are_those_at_once(monkeypatch, run):
         fitted(at_once=False)
 
 
-def test_a_signal_without_a_folder_is_a_keyboard_interrupt(monkeypatch):
-    stop_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        fitted()
-    assert not isinstance(caught.value, Interrupted)
-
-
 def test_another_runs_checkpoint_is_refused(monkeypatch, run):
-    stop_after(monkeypatch, 1)
+    stop_after(monkeypatch, 1, module=classification)
     with pytest.raises(Interrupted):
         fitted(run=run)
     images, labels = two_sets()
@@ -263,7 +238,7 @@ def test_another_runs_checkpoint_is_refused(monkeypatch, run):
 def test_divergence_names_the_step_and_saves_the_last_good_state(monkeypatch, run):
     """A step size that becomes infinite at step 5 makes parameters that are not finite."""
     optimizer = optax.sgd(lambda step: jnp.where(step == 5, jnp.inf, 0.01))
-    stop_after(monkeypatch, -1)
+    record_visits(monkeypatch, module=classification)
     with pytest.raises(DivergedError, match=r"in step 5 .*last good state is in") as caught:
         fitted(optimizer=optimizer, run=run)
     assert caught.value.step == 5

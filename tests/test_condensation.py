@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from condensing import SMALL
 
 from lib import augment, gd
 from lib.console import Interrupted
@@ -14,20 +15,6 @@ from xp_dataset_distillation import condense, config, losses, objectives
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.factor import decode
 from xp_dataset_distillation.real_data import draw_batch
-
-SMALL = CondenseConfig(
-    dataset="digits",
-    images_per_class=2,
-    factor=1,
-    start="real",
-    iterations=4,
-    real_batch=5,
-    lr=0.1,
-    augmentation="",
-    width=4,
-    depth=1,
-    records=2,
-)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from condensing import SMALL
 from PIL import Image
 
 from lib import augment, classification, optimisers
@@ -33,19 +34,7 @@ from xp_dataset_distillation.config import (
 )
 from xp_dataset_distillation.objectives import Setting
 
-TINY = CondenseConfig(
-    dataset="digits",
-    images_per_class=1,
-    factor=1,
-    start="real",
-    iterations=3,
-    real_batch=4,
-    lr=0.1,
-    augmentation="",
-    width=4,
-    depth=1,
-    records=1,
-)
+TINY = replace(SMALL, images_per_class=1, iterations=3, real_batch=4, records=1)
 JUDGE = Judged(
     Evaluator(num_epochs=2, network="mlp", augmentation=""), num_networks=2, whole_epochs=1
 )

@@ -2,7 +2,6 @@
 
 import itertools
 import signal
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,6 +12,7 @@ import optax
 import ot
 import pytest
 from scipy.integrate import quad
+from visiting import record_visits, stop_after
 
 from lib import flow_matching, runs
 from lib.console import Interrupted
@@ -325,44 +325,19 @@ def run(tmp_path):
     return runs.open_run(tmp_path, "xp", "flow", {"m": 0.5}, seed=0)
 
 
-def stop_after(monkeypatch, step, number=signal.SIGINT):
-    """Sends the signal when `step` steps are done, and returns the visits' chunks."""
-    chunks = []
-
-    @contextmanager
-    def progress(total, *, initial, **_):
-        def tick(chunk, **_):
-            chunks.append(chunk)
-            if initial + sum(chunks) == step:
-                signal.raise_signal(number)
-
-        yield tick
-
-    monkeypatch.setattr(flow_matching, "SECONDS_BETWEEN_VISITS", 0.0)
-    monkeypatch.setattr("lib.visits.progress", progress)
-    return chunks
-
-
 @pytest.mark.parametrize("coupling", ["independent", "optimal"])
 def test_resumed_runs_end_in_the_same_bits(monkeypatch, run, coupling):
     whole = training(coupling=coupling)
     for step, number in ((1, signal.SIGINT), (7, signal.SIGTERM), (12, signal.SIGINT)):
         with monkeypatch.context() as patch:
-            stop_after(patch, step, number)
+            stop_after(patch, step, number, module=flow_matching)
             with pytest.raises(Interrupted, match=f"after step {step};"):
                 training(coupling=coupling, run=run)
-    chunks = stop_after(monkeypatch, -1)
+    visits = record_visits(monkeypatch, module=flow_matching)
     assert_same_bits(training(coupling=coupling, run=run), whole)
-    assert sum(chunks) == 1
+    assert sum(visits) == 1
     assert_same_bits(training(coupling=coupling, run=run), whole)
-    assert sum(chunks) == 1
-
-
-def test_a_signal_without_a_folder_is_a_keyboard_interrupt(monkeypatch):
-    stop_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        training()
-    assert not isinstance(caught.value, Interrupted)
+    assert sum(visits) == 1
 
 
 @pytest.mark.parametrize(
@@ -396,7 +371,7 @@ def saved_run(tmp_path_factory):
 def test_divergence_names_the_step_and_saves_the_last_good_state(monkeypatch, run):
     """A step size that becomes infinite at step 5: the loss of step 6 shows it at the latest."""
     optimizer = optax.sgd(lambda step: jnp.where(step == 5, jnp.inf, 0.01))
-    stop_after(monkeypatch, -1)
+    record_visits(monkeypatch, module=flow_matching)
     with pytest.raises(DivergedError, match=r"in step 5 .*last good state is in") as caught:
         training(optimizer=optimizer, run=run)
     good = training(optimizer=optimizer, num_steps=5)

@@ -1,6 +1,5 @@
 """The flow engine against plain loops; records, chunks, and what survives a stop."""
 
-import contextlib
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
+from visiting import record_visits, stop_after
 
 from lib import files, gd, gd_images, runs
 from lib.console import Interrupted
@@ -243,14 +243,6 @@ def test_visits_after_every_step_leave_the_bits(whole):
     assert_same_bits(flow(record_every=4), (whole.losses, whole.particles[[0, 4, 8, 12, 13]]))
 
 
-def test_visits_follow_the_clock(monkeypatch, whole):
-    """About SECONDS_BETWEEN_VISITS apart, never more than twice as many steps as the last time."""
-    visits = record_visits(monkeypatch)
-    monkeypatch.setattr(gd, "SECONDS_BETWEEN_VISITS", 1e9)
-    assert_same_bits(flow(), whole)
-    assert visits == [1, 2, 4, 6]
-
-
 def test_record_buffer_is_bounded(monkeypatch, whole):
     x0 = start()[0]
     visits = record_visits(monkeypatch)
@@ -259,23 +251,6 @@ def test_record_buffer_is_bounded(monkeypatch, whole):
     kept = flow(record_every=2).particles
     np.testing.assert_array_equal(kept, whole.particles[[0, 2, 4, 6, 8, 10, 12, 13]])
     assert max(visits) == 4
-
-
-def record_visits(monkeypatch, after=lambda done: None):
-    """Replaces the progress bar by a list of the steps of each visit."""
-    visits = []
-
-    @contextlib.contextmanager
-    def progress(total, *, initial, description, enabled, line_every):
-        def tick(steps, **shown):
-            visits.append(steps)
-            assert np.isfinite(shown["loss"])
-            after(initial + sum(visits))
-
-        yield tick
-
-    monkeypatch.setattr("lib.visits.progress", progress)
-    return visits
 
 
 # The documented example
@@ -485,14 +460,6 @@ def test_a_flow_may_be_told_to_run_on():
 # Stops and resumes
 
 
-def stop_after(monkeypatch, step, number=signal.SIGINT):
-    def after(done):
-        if done == step:
-            signal.raise_signal(number)
-
-    return record_visits(monkeypatch, after)
-
-
 @pytest.mark.usefixtures("one_step_visits")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("record_every", [1, 4])
@@ -509,15 +476,6 @@ def test_a_signal_saves_and_stops_and_a_second_call_resumes(
     assert sum(visits) == 13 - 6
     steps = recorded_steps(13, record_every)
     assert_same_bits((losses, particles), (whole.losses, whole.particles[steps]))
-
-
-@pytest.mark.usefixtures("one_step_visits")
-def test_a_signal_without_a_folder_is_a_keyboard_interrupt(monkeypatch):
-    visits = stop_after(monkeypatch, 6)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        flow()
-    assert not isinstance(caught.value, Interrupted)
-    assert sum(visits) == 6
 
 
 @pytest.mark.usefixtures("one_step_visits")

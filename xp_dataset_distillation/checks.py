@@ -185,7 +185,7 @@ def run_moments(arguments: Moments) -> Path:
     base = CondenseConfig(**settings, start=start)
     problem = condense.problem(base, arguments.data_root)
     rows = {}
-    key = jax.random.split(jax.random.key(arguments.seed), 3)[0]
+    key = condense.keys_of(arguments.seed).start
     sets = {"start": condense.start(key, base, problem.real)}
     for kernel in arguments.kernels:
         run = condense.condense(

@@ -20,19 +20,31 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import hosts, plotting, runs
+from lib import hosts, runs
 from lib.commands import run_command
 from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
 from lib.settings import chosen, settings_of
 from xp_dataset_distillation import config as settings
-from xp_dataset_distillation import export, real_data
+from xp_dataset_distillation import export, plot, real_data
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, Entry
 from xp_dataset_distillation.factor import check_factor, encode
 from xp_dataset_distillation.objectives import Setting, Target, objective, optimizer, step_of
 
 WITHOUT_FLIPS = ("digits", "mnist", "svhn", "usps", "kmnist")
 """A mirrored digit or letter is another one or none."""
+
+
+class Keys(NamedTuple):
+    """What a seed decides: the first images, the networks, and what each step draws."""
+
+    start: jax.Array
+    networks: jax.Array
+    steps: jax.Array
+
+
+def keys_of(seed: int) -> Keys:
+    return Keys(*jax.random.split(jax.random.key(seed), 3))
 
 
 class Problem(NamedTuple):
@@ -105,18 +117,18 @@ def condense(
     if run.finished:
         return run
     real, setting = problem(config, data_root)
-    start_key, network_key, key = jax.random.split(jax.random.key(seed), 3)
-    x0 = start(start_key, config, real)
+    keys = keys_of(seed)
+    x0 = start(keys.start, config, real)
     classes, n, *shape = x0.shape
     batch = min(config.real_batch, min(real.counts))
-    target = Target(real, jax.random.key_data(network_key))
+    target = Target(real, jax.random.key_data(keys.networks))
     record_every = -(-config.iterations // config.records)
     began = time.perf_counter()
     losses, particles = wasserstein_gradient_descent(
         jnp.asarray(x0).reshape(classes, n, -1),
         target,
         objective(dataclasses.replace(config, real_batch=batch), setting, hosts.current()),
-        key,
+        keys.steps,
         n_epochs=config.iterations,
         optimizer=optimizer(*step_of(config, setting)),
         carry=jnp.zeros((), jnp.int32),
@@ -170,23 +182,16 @@ class Arguments(DeviceOptions, CondenseConfig):
 
 def main(arguments: Arguments) -> Path:
     """Condenses, exports, draws; returns the folder of the exported set."""
-    from xp_dataset_distillation import evaluation, plot  # they read this module
+    from xp_dataset_distillation import evaluation  # it reads this module
 
     config = settings_of(CondenseConfig, arguments)
     judges = chosen(arguments.evaluate, settings.EVALUATORS, kind="evaluator")
     where = {"results": arguments.results, "data_root": arguments.data_root}
     run = condense(config, seed=arguments.seed, **where)
-    stored = run.load_arrays()
-    folder = run.folder / "condensed"
-    made = export.load(folder)
-    with plotting.style():
-        figures = {
-            "condensed.png": plot.condensed(made.images, made.class_names, made.dataset),
-            "along.png": plot.along(stored["records"], stored["steps"], stored["losses"]),
-        }
-        for name, figure in figures.items():
-            print(f"figure:  {plotting.save_figure(figure, run.folder / name)}")
-    print(f"images:  {folder} ({made.images.shape[1]} a class, {float(stored['seconds']):.0f} s)")
+    folder, seconds = run.folder / "condensed", float(run.load_arrays()["seconds"])
+    for figure in plot.run_figures(run, run.folder / "condensed.png", run.folder / "along.png"):
+        print(f"figure:  {figure}")
+    print(f"images:  {folder} ({config.images_per_class} a class, {seconds:.0f} s)")
     for name in judges if arguments.evaluate else ():
         judged = settings.Judged(settings.EVALUATORS[name])
         found = evaluation.evaluate(config, judged, seed=arguments.seed, **where)["accuracies"]

@@ -134,7 +134,7 @@ def accuracies(
         num_epochs=evaluator.num_epochs,
         batch_size=evaluator.batch_size,
         transform=transform(augmentation, about, evaluator.cutmix),
-        at_once=jax.default_backend() != "cpu",
+        at_once=convolution.networks_at_once(),
         run=run,
         show_progress=show_progress,
         description=description,

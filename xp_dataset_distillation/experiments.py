@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from lib import plotting, runs, settings
+from lib import runs, settings
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
-from xp_dataset_distillation import export, plot, tables
+from xp_dataset_distillation import plot, tables
 from xp_dataset_distillation.condense import condense
 from xp_dataset_distillation.config import (
     EXPERIMENT,
@@ -127,14 +127,9 @@ def image_figures(group: Comparison, summary: Path, arguments: Arguments) -> lis
         if isinstance(entry, BaselineConfig):
             continue
         run = condense(entry, seed=arguments.seeds[0], **where)
-        stored, made = run.load_arrays(), export.load(run.folder / "condensed")
         stem = f"{summary.stem}_{label.replace(', ', '-').replace(' ', '_')}"
-        title = f"{label}: {made.dataset}, {entry.images_per_class} a class, factor {entry.factor}"
-        with plotting.style():
-            figure = plot.condensed(made.images, made.class_names, title)
-            saved.append(plotting.save_figure(figure, summary.with_name(f"{stem}.png")))
-            figure = plot.along(stored["records"], stored["steps"], stored["losses"])
-            saved.append(plotting.save_figure(figure, summary.with_name(f"{stem}_along.png")))
+        files = (summary.with_name(f"{stem}{ending}.png") for ending in ("", "_along"))
+        saved += plot.run_figures(run, *files, label=label)
     return saved
 
 

@@ -78,7 +78,7 @@ def objective(
     joint = config.method == "mmdsw"
     at_once = config.networks_at_once
     if at_once is None:
-        at_once = jax.default_backend() != "cpu"
+        at_once = convolution.networks_at_once()
     shape, num_classes = setting.image_shape, setting.num_classes
     most_stored = config.most_decoded // config.factor**2
     class_loss = losses.class_loss(

@@ -8,7 +8,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lib import plotting
-from xp_dataset_distillation import tables
+from lib.runs import Run
+from xp_dataset_distillation import export, tables
 
 MOST_SHOWN = 10
 
@@ -42,6 +43,20 @@ def along(records: np.ndarray, steps: np.ndarray, losses: np.ndarray) -> Figure:
     scale = "log" if 0 < 20 * losses.min() < losses.max() else "linear"
     axes[1].set(xlabel="step", ylabel="loss", yscale=scale)
     return figure
+
+
+def run_figures(run: Run, images: Path, course: Path, *, label: str = "") -> list[Path]:
+    """Draws what a run has condensed and how it came to be, into the files `images` and `course`;
+    returns them."""
+    stored, made = run.load_arrays(), export.load(run.folder / "condensed")
+    title = made.dataset
+    if label:
+        title = f"{label}: {title}, {made.images.shape[1]} a class, factor {made.factor}"
+    with plotting.style():
+        figure = condensed(made.images, made.class_names, title)
+        saved = [plotting.save_figure(figure, images)]
+        figure = along(stored["records"], stored["steps"], stored["losses"])
+        return [*saved, plotting.save_figure(figure, course)]
 
 
 def accuracies(rows: list[dict]) -> Figure:
