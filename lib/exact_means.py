@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Real
 
 from lib.kernels import median_bandwidth, squared_distances
 from lib.rows import (
@@ -133,21 +133,17 @@ def _block_sums(x, x_sets, y, y_sets, bandwidths, *, width):
     return lax.map(sums, bandwidths)
 
 
-def diagonal_corrected(gram: GramOfMeans) -> GramOfMeans:
-    """From V- to U-statistics: A_ii -> (n_i A_ii - 1) / (n_i - 1), and q likewise.
+def noise_of_means(
+    gram: Float[np.ndarray, "K K"], sizes: Real[np.ndarray, " K"] | Sequence[int]
+) -> Float[np.ndarray, " K"]:
+    """(1 - A_ii) / (n_i - 1): the unbiased estimate of E |mu_i - E mu_i|^2; 0 for a single row.
 
-    That is the mean over pairs of different rows, for a kernel with k(x, x) = 1: unbiased for
-    independent rows. The MMD^2 made of it is unbiased as well and may be negative, and A need not
-    be positive semidefinite. Raises ValueError where a set or the target is a single row.
+    A are means of a kernel with k(x, x) = 1 between sets of `sizes` n_i independent rows. Taken off
+    the diagonal this leaves means over pairs of different rows: U-statistics in place of
+    V-statistics. The MMD^2 made of them is unbiased and may be negative, and A need not be positive
+    semidefinite.
     """
-    sizes, m = gram.sizes, gram.target_size
-    if min(*sizes, m) < 2:
-        raise ValueError(
-            f"two rows of each set are needed, got {sizes.tolist()} and {m} of the target"
-        )
-    a, each = gram.a.copy(), np.arange(len(sizes))
-    a[:, each, each] = (sizes * a[:, each, each] - 1) / (sizes - 1)
-    return gram._replace(a=a, q=(m * gram.q - 1) / (m - 1))
+    return (1 - np.diag(gram)) / np.maximum(np.asarray(sizes) - 1, 1)
 
 
 def streamed_median_bandwidth(

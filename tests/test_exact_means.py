@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist, pdist
 
-from lib.exact_means import diagonal_corrected, exact_gram_of_means, streamed_median_bandwidth
+from lib.exact_means import exact_gram_of_means, noise_of_means, streamed_median_bandwidth
 from lib.kernels import gaussian, median_bandwidth
 from lib.mmd import mmd_squared, mmd_squared_unbiased
 from lib.row_files import open_rows
@@ -85,29 +85,30 @@ def test_mmd_of_a_mixture(x64):
 def test_unbiased_statistics(x64):
     *sets, target = samples(11, (7, 5, 12, 30))
     found = exact_gram_of_means(sets, target, BANDWIDTHS, block_size=8)
-    corrected = diagonal_corrected(found)
     for s, bandwidth in enumerate(BANDWIDTHS):
-        for i, x in enumerate(sets):
-            value = corrected.a[s, i, i] - 2 * corrected.b[s, i] + corrected.q[s]
+        pairs_of_target = found.q[s] - noise_of_means(found.q[s][None, None], [30])[0]
+        for i, (x, noise) in enumerate(zip(sets, noise_of_means(found.a[s], found.sizes))):
+            pairs_of_set = found.a[s, i, i] - noise
+            value = pairs_of_set - 2 * found.b[s, i] + pairs_of_target
             unbiased = partial(mmd_squared_unbiased, gaussian(bandwidth))
             expected = unbiased(jnp.asarray(x), jnp.asarray(target))
             np.testing.assert_allclose(value, expected, rtol=1e-10, atol=1e-15)
             pairs = np.exp(-pdist(x, "sqeuclidean") / (2 * bandwidth**2))
-            np.testing.assert_allclose(corrected.a[s, i, i], pairs.mean(), rtol=1e-9, atol=1e-16)
-    off = ~np.eye(3, dtype=bool)
-    np.testing.assert_array_equal(corrected.a[:, off], found.a[:, off])
-    np.testing.assert_array_equal(corrected.b, found.b)
+            np.testing.assert_allclose(pairs_of_set, pairs.mean(), rtol=1e-9, atol=1e-16)
 
 
-def test_the_correction_keeps_small_means_in_single_precision():
+def test_a_single_row_has_no_noise():
+    np.testing.assert_array_equal(
+        noise_of_means(np.array([[1.0, 0.3], [0.3, 0.6]]), [1, 5]), [0, 0.1]
+    )
+
+
+def test_small_means_without_noise_are_kept_in_single_precision():
     """Where kernels between rows are 1e-8 the diagonal, 1 / n, must not drown them."""
     *sets, target = samples(30, (500, 400, 600), np.float32)
-    found = diagonal_corrected(exact_gram_of_means(sets, target, [0.9], block_size=256))
-    for x, value in (
-        (sets[0], found.a[0, 0, 0]),
-        (sets[1], found.a[0, 1, 1]),
-        (target, found.q[0]),
-    ):
+    found = exact_gram_of_means([*sets, target], target, [0.9], block_size=256)
+    gram = found.a[0]
+    for x, value in zip((*sets, target), np.diag(gram) - noise_of_means(gram, found.sizes)):
         expected = np.exp(-pdist(x.astype(float), "sqeuclidean") / (2 * 0.9**2)).mean()
         assert expected < 1e-7
         np.testing.assert_allclose(value, expected, rtol=1e-4)
@@ -182,7 +183,6 @@ def test_bad_input(tmp_path):
         ),
         (lambda: find(sets, target, [-1.0]), "bandwidths must be positive"),
         (lambda: find(sets, target, [1.0], block_size=0), "block_size must be at least 1"),
-        (lambda: diagonal_corrected(find(sets, target, [1.0])), r"two rows .*\[7, 1, 12\] and 30"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

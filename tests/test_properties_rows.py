@@ -28,7 +28,7 @@ COVERS = {
     "lib.row_formats": ("Plain", "Compressed", "StoredArray", "find_arrays",),
     "lib.streamed_means": ("StreamedMeans", "row_blocks", "stream_mean_embeddings",),
     "lib.exact_means": (
-        "GramOfMeans", "exact_gram_of_means", "diagonal_corrected", "streamed_median_bandwidth",
+        "GramOfMeans", "exact_gram_of_means", "noise_of_means", "streamed_median_bandwidth",
     ),
 }  # fmt: skip
 
@@ -268,8 +268,8 @@ def test_streamed_means(case, exponent, size, seed):
 def test_exact_means(shape, dtype, exponent, same, block_size, seed):
     """A squared distance is off by 16 roundings of |x|^2 + |y|^2 at most, as its module says (above
     eight dimensions; below by d + 2 of its own), the kernel by that over 2 s^2 and a few of its
-    own. Equal samples have equal means, in any order; the diagonal's correction is a mean over
-    pairs."""
+    own. Equal samples have equal means, in any order; the diagonal without noise is a mean
+    over pairs."""
     (sizes, m, d), rng = shape, np.random.default_rng(seed)
     parts = [sample(rng, n, d, exponent, dtype, same) for n in (*sizes, m)]
     *sets, target = parts
@@ -295,16 +295,14 @@ def test_exact_means(shape, dtype, exponent, same, block_size, seed):
     again = exact_means.exact_gram_of_means(shuffled[:-1], shuffled[-1:], bandwidths)
     for one, other in zip(gram[:3], again[:3]):
         np.testing.assert_allclose(one, other, rtol=0, atol=bound)
-    if min(*sizes, m) < 2:
-        with pytest.raises(ValueError, match="two rows of each set"):
-            exact_means.diagonal_corrected(gram)
-        return
-    corrected = exact_means.diagonal_corrected(gram)
+    noise = exact_means.noise_of_means(gram.a[-1], sizes)
     for k, part in enumerate(sets):
+        if len(part) == 1:
+            np.testing.assert_allclose(noise[k], 0, atol=1e-14)
+            continue
         chosen = owners == k
         pairs = kernel[chosen][:, chosen][~np.eye(len(part), dtype=bool)]
-        np.testing.assert_allclose(corrected.a[-1, k, k], pairs.mean(), atol=2 * bound)
-    np.testing.assert_array_equal(corrected.b, gram.b)
+        np.testing.assert_allclose(gram.a[-1, k, k] - noise[k], pairs.mean(), atol=2 * bound)
 
 
 @few(8)

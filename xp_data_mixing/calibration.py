@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from lib.exact_means import streamed_median_bandwidth
+from lib.exact_means import noise_of_means, streamed_median_bandwidth
 from lib.rff import features_of_projections, gaussian_frequencies, project
 from xp_data_mixing.whitening import simplex_weights, spectrum, whitened_weights
 
@@ -79,7 +79,7 @@ def calibrated_bandwidth(
         for fit, held in ((first, second), (second, first)):
             a = one[fit, fit]
             if unbiased:
-                a = a - np.diag((1 - np.diag(a)) / (sizes[fit] - 1))
+                a = a - np.diag(noise_of_means(a, sizes[fit]))
             for w in weights:
                 recovered = simplex_weights(a, one[fit, held] @ w, w @ one[held, held] @ w)
                 found.append(total_variation(recovered, w))

@@ -28,7 +28,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from lib.exact_means import streamed_median_bandwidth
+from lib.exact_means import noise_of_means, streamed_median_bandwidth
 from lib.rff import gaussian_frequencies
 from lib.rows import as_rows, check_bandwidths, check_same_width
 from lib.simplex_qp import (
@@ -202,7 +202,7 @@ def estimate(
 
     corrections = int(statistic == "u")
     (gram,) = grams(fit, fit.filled[None].astype(float))
-    noise = _noise(gram, rows)
+    noise = noise_of_means(gram, rows)
     gram_taken = _less_noise(gram, noise, corrections)
     problem, shift = _problem(gram_taken, constraints)
     solution = solve(problem) if solver == "own" else solve_with_cvxpy(problem, solver=solver)
@@ -263,11 +263,6 @@ def _check_options(groups, bandwidth, num_features, estimator, statistic, bootst
             raise ValueError(f"{group.name} has one row: a U-statistic needs two")
 
 
-def _noise(gram, rows):
-    """(1 - A_ii) / (n_i - 1), the unbiased estimate of E |mu_i - E mu_i|^2; 0 for a single row."""
-    return (1 - np.diag(gram)) / np.maximum(rows - 1, 1)
-
-
 def _less_noise(gram, noise, times):
     """A Gram matrix of means, of the sets and last the target, without their own noise."""
     return gram - times * np.diag(noise)
@@ -321,8 +316,8 @@ def _held_out(fit: BlockMoments, check: BlockMoments, corrections, constraints):
     values, fold_weights = [], []
     folds = zip(grams(fit, kept.astype(float)), grams(check, held.astype(float)))
     for (kept_gram, held_gram), n_kept, n_held in zip(folds, kept_rows, held_rows):
-        kept_gram = _less_noise(kept_gram, _noise(kept_gram, n_kept), corrections)
-        held_gram = _less_noise(held_gram, _noise(held_gram, n_held), 1)
+        kept_gram = _less_noise(kept_gram, noise_of_means(kept_gram, n_kept), corrections)
+        held_gram = _less_noise(held_gram, noise_of_means(held_gram, n_held), 1)
         fold_weights.append(solve(_problem(kept_gram, constraints)[0]).weights)
         mixtures = _mixtures(kept_gram, n_kept, fold_weights[-1])
         values.append([_mmd_squared(held_gram, mixture) for mixture in mixtures])

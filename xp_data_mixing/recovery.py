@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
-from lib.exact_means import exact_gram_of_means, streamed_median_bandwidth
+from lib.exact_means import exact_gram_of_means, noise_of_means, streamed_median_bandwidth
 from lib.rff import gaussian_frequencies, uniform_phases
 from lib.simplex_qp import from_means, make_problem, solve
 from lib.streamed_means import stream_mean_embeddings
@@ -55,7 +55,7 @@ def mmd_weights(
     U-statistic where `sizes` [N] of the sets are given, for k(x, x) = 1."""
     a = gram[:-1, :-1]
     if sizes is not None:
-        a = a - np.diag((1 - np.diag(a)) / (np.asarray(sizes) - 1))
+        a = a - np.diag(noise_of_means(a, sizes))
     return simplex_weights(a, gram[:-1, -1], gram[-1, -1])
 
 
