@@ -94,15 +94,16 @@ def test_when_a_process_dies_the_other_ends_and_says_so(tmp_path, victim):
     try:
         for i in range(2):
             with open(said[i], "w") as stderr:
-                processes.append(start(*command, i, stderr=stderr))
+                processes.append(start(*command, i, stdout=subprocess.DEVNULL, stderr=stderr))
         deadline = time.monotonic() + 300
         while "loss=" not in said[0].read_text() and time.monotonic() < deadline:
             time.sleep(0.5)  # until they are in the compiled loop
         processes[victim].kill()
-        processes[1 - victim].communicate(timeout=100)
+        processes[1 - victim].wait(timeout=100)
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     # Where the first died, JAX's client, which has lost its coordinator, may abort us before Python
     # hears of the failed collective.
     aborted = victim == 0 and processes[1].returncode == -signal.SIGABRT
