@@ -147,6 +147,7 @@ def minimise(
                 break
         damped = _damped(program, damping).saddle if damping else saddle
         step = Program(damped, pull, lower - centre, program.upper_bounds() - centre, scale)
+    assert best is not None  # of the first round
     return best._replace(rounds=rounds)
 
 
@@ -297,6 +298,7 @@ def _descend(program, y):
     y = np.append(project(y[:-1], lower[:-1], upper[:-1], program.total()), 0.0)
     movable, last = lower < upper, len(y) - 1
     movable[last] = False
+    rounds = 0
 
     def go(free):
         """Whether towards the minimiser over `free` (a mask) it goes down; if so, `y` moves."""
@@ -318,7 +320,6 @@ def _descend(program, y):
         y = np.where(blocked, np.where(step < 0, lower, upper), y + length * step)
         return True
 
-    rounds = 0
     while rounds < 10 * len(y) + 100:
         slope = saddle.dot(y) - right
         rising, falling = movable & (y < upper), movable & (y > lower)

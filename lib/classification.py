@@ -169,6 +169,7 @@ def fit_seeds(
     keys, state, images, labels = meshes.place((keys, state, images, labels), mesh)
 
     def save():
+        assert run is not None
         run.save_checkpoint((meshes.fetch(state), origin), step=done)
 
     def take(num_steps):
@@ -180,7 +181,7 @@ def fit_seeds(
         if (bad := int(np.min(first_bad))) < NEVER:
             if run:
                 save()
-            raise DivergedError(state, bad, run and run.checkpoint)
+            raise DivergedError(state, bad, run.checkpoint if run else None)
         state, done = following, done + num_steps
         return {"loss": np.mean(loss)}
 
@@ -266,7 +267,7 @@ def _steps(
 
 
 # The step is that of all networks: a batched one would make each step shuffle.
-_ENSEMBLE = TrainState(0, 0, 0, None)
+_ENSEMBLE = TrainState._make((0, 0, 0, None))
 
 
 @partial(jax.jit, static_argnames=("network", "optimizer", "num_epochs"))
@@ -292,14 +293,14 @@ def _advance(
 
     def of_one(key, own, images, labels):
         """Of one network; `own` is its state but for the step, which is that of all."""
-        start = TrainState(*own, state.step)
+        start = TrainState._make((*own, state.step))
         following, loss, first_bad = _steps(key, start, images, labels, num_steps, **options)
         return following[:3], loss, first_bad
 
     def of_seeds(images, labels, keys, own):
         if at_once:
             return jax.vmap(of_one, (0, 0, None, None))(keys, own, images, labels)
-        return lax.map(lambda one: of_one(*one, images, labels), (keys, own))
+        return lax.map(lambda one: of_one(one[0], one[1], images, labels), (keys, own))
 
     def of_sets(keys, images, labels, own):
         return jax.vmap(of_seeds, (0, 0, None, 0))(images, labels, keys, own)
@@ -309,7 +310,7 @@ def _advance(
     else:
         found = meshes.over_devices(of_seeds, mesh, whole=2)(images, labels, keys, state[:3])
     following, losses, first_bad = found
-    following = meshes.constrain(TrainState(*following, state.step + num_steps), mesh)
+    following = meshes.constrain(TrainState._make((*following, state.step + num_steps)), mesh)
     return following, losses, first_bad
 
 

@@ -434,7 +434,9 @@ def normalisation_constants(dataset: Dataset) -> Normalisation:
     blocks = np.array_split(dataset.images, -(-len(dataset.images) // 4096))
     means, deviations = [], []
     for channel in range(dataset.image_shape[-1]):
-        counts = sum(np.bincount(block[..., channel].ravel(), minlength=256) for block in blocks)
+        counts = np.zeros(256, np.int64)
+        for block in blocks:
+            counts += np.bincount(block[..., channel].ravel(), minlength=256)
         weights = counts / counts.sum()
         means.append(float(weights @ levels))
         deviations.append(float(np.sqrt(weights @ (levels - means[-1]) ** 2)))

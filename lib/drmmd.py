@@ -177,7 +177,7 @@ def particle_statistics(
     def embedding(points, weights):
         return lambda z: gram_product(kernel, z, points, weights, block_size=block_size)
 
-    def pull(witness):
+    def pull_by_blocks(witness):
         def h(z):
             s, b = witness.particle_scale, witness.target_weights
             return s * embedding(y, v)(z) - embedding(x, b)(z)
@@ -186,7 +186,7 @@ def particle_statistics(
         return values, transpose(jnp.ones_like(values))[0]
 
     energy = jnp.dot(v, embedding(y, v)(y), precision=HIGHEST)
-    return Statistics(energy, embedding(y, v)(x)), pull
+    return Statistics(energy, embedding(y, v)(x)), pull_by_blocks
 
 
 # Witnesses
@@ -276,8 +276,8 @@ def drmmd_witness(
     inverse, slope = spectral_filter(target.eigenvalues, lmbda)
     inverse_at_zero, slope_at_zero = spectral_filter(jnp.zeros_like(target.energy), lmbda)
     factor = 2 * (1 + lmbda)
-    scale = factor * inverse_at_zero
-    weights = scale * target.weights - factor * root * function_of_gram(slope, slope_at_zero)
+    scale = inverse_at_zero * factor
+    weights = scale * target.weights - root * factor * function_of_gram(slope, slope_at_zero)
     at_target = factor * function_of_gram(inverse, inverse_at_zero)
     # <f, h> / 2, the mean of h over the particles less that over the target.
     mean_particles = scale * particles.energy - jnp.dot(
@@ -293,7 +293,9 @@ def density_ratio(witness: Witness, lmbda: ScalarLike) -> Float[Array, " M"]:
 
 
 def check_lambda(lmbda: ScalarLike) -> None:
-    if not isinstance(lmbda, jax.core.Tracer) and not (0 < float(lmbda) < math.inf):
+    if not isinstance(lmbda, jax.core.Tracer) and not (
+        0 < float(lmbda) < math.inf  # type: ignore[arg-type]  # complex raises
+    ):
         raise ValueError(f"lambda must be positive and finite, got {lmbda}")
 
 

@@ -112,7 +112,7 @@ def feature_witness(
     else:
         inside = product(target.eigenvectors, (inverse - at_zero) * coordinates)
         filtered = inside + at_zero * difference
-    direction = 2 * (1 + lmbda) * filtered
+    direction = filtered * (2 * (1 + lmbda))
     return FeatureWitness(direction, jnp.dot(difference, direction, precision=HIGHEST) / 2)
 
 

@@ -18,7 +18,7 @@ import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import jax
 import ml_dtypes
@@ -183,7 +183,7 @@ def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
             with zipfile.ZipFile(file) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"wrong checksum in {damaged}")
-                arrays = {}
+                arrays: dict[str, Any] = {}
                 for info in archive.infolist():
                     name = info.filename.removesuffix(".npy")
                     with archive.open(info) as member:
@@ -205,7 +205,7 @@ def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
     return arrays
 
 
-def _check_promise(member: zipfile.ZipExtFile, info: zipfile.ZipInfo) -> None:
+def _check_promise(member: IO[bytes], info: zipfile.ZipInfo) -> None:
     """Raises ValueError unless the member holds, uncompressed, what its npy header promises."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")

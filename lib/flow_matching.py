@@ -14,7 +14,7 @@ in the same bits as one that was never interrupted.
 import hashlib
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -84,7 +84,8 @@ def velocity(
 
     def evaluate(parameters, x, times):
         images = x.reshape(-1, *image_shape)
-        return network.apply(parameters, images, times).reshape(x.shape)
+        velocities: Any = network.apply(parameters, images, times)
+        return velocities.reshape(x.shape)
 
     return partial(meshes.over_devices(evaluate, mesh, whole=1), parameters)
 
@@ -280,6 +281,7 @@ def fit(
     key, state, source, images, buffer = meshes.place((key, state, source, images, buffer), mesh)
 
     def save():
+        assert run is not None
         run.save_checkpoint((meshes.fetch(state), losses, origin), step=done)
 
     def take(chunk):
@@ -295,7 +297,7 @@ def fit(
                 save()
             # Non-finite parameters after finite losses: the last step made them.
             first = int(bad[0]) if len(bad) else chunk - 1
-            raise DivergedError(state, done + first, run and run.checkpoint)
+            raise DivergedError(state, done + first, run.checkpoint if run else None)
         losses[done : done + chunk] = new_losses
         state, done = following, done + chunk
         return {"loss": new_losses.mean()}
@@ -394,7 +396,7 @@ def _fingerprint(key, state, source, images, settings) -> np.ndarray:
     for leaf in (*jax.tree.leaves(source), images, jax.random.key_data(key)):
         digest.update(f"{leaf.dtype}{leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    digest.update(jax.tree_util.tree_structure(source).__repr__().encode())
+    digest.update(repr(jax.tree_util.tree_structure(source)).encode())
     ones, optimizer_state = jax.tree.map(jnp.ones_like, state.parameters), state.optimizer_state
     for _ in range(2):
         updates, optimizer_state = jax.jit(optimizer.update)(

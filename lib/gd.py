@@ -90,13 +90,15 @@ def flow_step(
     your own. `rng` is the key of the whole run. Where the state has a carry, the function gets it
     as its fourth argument and returns the next one."""
 
+    evaluate: Callable[..., Any] = target_value_and_grad
+
     def step(rng, state, x_tgt):
         key = jax.random.fold_in(rng, state.step)
         carry = state.carry
         if carry is None:
-            value, gradient = target_value_and_grad(state.particles, x_tgt, key)
+            value, gradient = evaluate(state.particles, x_tgt, key)
         else:
-            value, gradient, carry = target_value_and_grad(state.particles, x_tgt, key, carry)
+            value, gradient, carry = evaluate(state.particles, x_tgt, key, carry)
         updates, optimizer_state = optimizer.update(
             gradient, state.optimizer_state, state.particles
         )
@@ -194,6 +196,7 @@ def wasserstein_gradient_descent(
     done = int(state.step)
 
     def save():
+        assert run is not None
         _save(run, meshes.fetch(state), losses, particles, steps, origin)
 
     def take(num_steps):
@@ -209,7 +212,7 @@ def wasserstein_gradient_descent(
         if bad is not None:
             if run:
                 save()
-            raise DivergedError(state, done + bad, run and run.checkpoint)
+            raise DivergedError(state, done + bad, run.checkpoint if run else None)
         losses[done : done + num_steps] = new_losses
         for i in np.flatnonzero((steps > done) & (steps <= done + num_steps)):
             slot = (steps[i] - 1) // record_every - done // record_every

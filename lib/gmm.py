@@ -231,7 +231,7 @@ def to_sklearn(mixture: Mixture, *, regularisation: float = 1e-6) -> Any:
     from sklearn.mixture import GaussianMixture
 
     weights, means = (np.asarray(array, np.float64) for array in mixture[:2])
-    structure = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), mixture.covariance)
+    structure: Any = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), mixture.covariance)
     if isinstance(structure, LowRank):
         structure = from_matrices(structure.matrices())
     kind = {Full: "full", Tied: "tied", Diagonal: "diag", Spherical: "spherical"}[type(structure)]

@@ -384,7 +384,7 @@ def _fingerprint(start: Mixture, data: Rows, held_out: Rows | None, settings) ->
         digest.update(f"{rows.dtype}{rows.x.dtype}{rows.x.shape}{rows.block_size}".encode())
         digest.update(f"{rows.chunk_size} {len(rows.devices)}".encode())
         digest.update(rows.weights.tobytes())
-        for begin in range(0, rows.count, rows.chunk_size):
+        for begin in range(0, rows.num_rows, rows.chunk_size):
             chunk = np.ascontiguousarray(rows.x[begin : begin + rows.chunk_size])
             digest.update(chunk.tobytes())
         if rows.transform is not None:
@@ -394,8 +394,7 @@ def _fingerprint(start: Mixture, data: Rows, held_out: Rows | None, settings) ->
 
 
 def _resume(run: Run | None, state: _State) -> tuple[_State, int]:
-    loaded = run.load_checkpoint(state) if run else None
-    if loaded is None:
+    if not run or (loaded := run.load_checkpoint(state)) is None:
         return state, 0
     saved, done = loaded
     if not np.array_equal(saved.origin, state.origin):

@@ -23,7 +23,7 @@ RIDGE_FACTOR = 10.0
 RIDGE_STEPS = 20
 
 
-def product(a: Array, b: Array) -> Array:
+def product(a: AnyArray, b: AnyArray) -> Array:
     """a b at the highest precision: less loses the small eigenvalues."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
@@ -41,7 +41,7 @@ def _panels(dimension: int, most: int | None = None) -> list[tuple[int, int]]:
 
 
 def triangular_product(
-    x: Float[Array, "b d"], triangle: Float[Array, "d d"]
+    x: Float[Array, "b d"], triangle: Float[AnyArray, "d d"]
 ) -> Float[Array, "b d"]:
     """x T' for a lower triangular T."""
     return _triangular_product(x, triangle, _panels(x.shape[1]))
@@ -52,7 +52,9 @@ def _triangular_product(x, triangle, panels):
     return jnp.concatenate(parts, axis=1)
 
 
-def congruence(triangle: Float[Array, "d d"], matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
+def congruence(
+    triangle: Float[AnyArray, "d d"], matrix: Float[Array, "d d"]
+) -> Float[Array, "d d"]:
     """The lower half of T M T' for a lower triangular T and a symmetric M; 0 above it, or nearly so
     near the diagonal. Not mirrored: factors need no more, and every d^2 numbers count."""
     # Each panel copies its share of the matrix: many of them take many times its memory.
@@ -156,7 +158,7 @@ def floor_variances(
     return variances + ridge[:, None], ridge
 
 
-def where_components(kept: Array, old: Array, new: Array) -> Array:
+def where_components(kept: Array, old: AnyArray, new: Array) -> Array:
     """`old` for the components that are kept, `new` for the others; axis 0 counts components."""
     return jnp.where(kept.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
 

@@ -79,7 +79,7 @@ class Rows(NamedTuple):
     devices: tuple
 
     @property
-    def count(self) -> int:
+    def num_rows(self) -> int:
         return self.x.shape[0]
 
 
@@ -178,7 +178,7 @@ def _chunks(
 ) -> Iterator[tuple[Array, ...]]:
     """Chunks of one length, divided over the devices; rows past the last have weight 0. Of all
     chunks those from number `start` on, every `step`-th."""
-    n, num_devices = data.count, len(data.devices)
+    n, num_devices = data.num_rows, len(data.devices)
     size = -(-n // -(-n // data.chunk_size))
     size = -(-size // num_devices) * num_devices
     for begin in range(start * size, n, step * size):
@@ -236,7 +236,7 @@ def _num_lanes(data: Rows, total: PyTree) -> int:
     if len(data.devices) > 1 or data.devices[0].platform != "cpu":
         return 1
     large = sum(leaf.nbytes for leaf in jax.tree.leaves(total)) > MOST_BYTES_FOR_LANES
-    return 1 if large or data.count <= 2 * data.chunk_size else LANES
+    return 1 if large or data.num_rows <= 2 * data.chunk_size else LANES
 
 
 def dimension(data: Rows) -> int:

@@ -41,8 +41,8 @@ def responsibilities_start(
     responsibility at all.
     """
     responsibilities = np.asarray(responsibilities)
-    if responsibilities.ndim != 2 or len(responsibilities) != data.count:
-        raise ValueError(f"responsibilities are [{data.count}, K], got {responsibilities.shape}")
+    if responsibilities.ndim != 2 or len(responsibilities) != data.num_rows:
+        raise ValueError(f"responsibilities are [{data.num_rows}, K], got {responsibilities.shape}")
     num_components = responsibilities.shape[1]
     _check_num_components(data, num_components)
     empty = data.weights @ responsibilities <= 0

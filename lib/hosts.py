@@ -129,7 +129,8 @@ _CURRENT: list[Mesh] = []
 
 def current_devices() -> tuple[jax.Device, ...] | None:
     """The devices of `current()`, for what takes a list of them."""
-    return tuple(current().devices.flat) if current() else None
+    mesh = current()
+    return tuple(mesh.devices.flat) if mesh else None
 
 
 def own_devices() -> tuple[jax.Device, ...] | None:

@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -50,12 +51,13 @@ def read_image_folder(path: Path, split: str) -> tuple[np.ndarray, np.ndarray, t
                     f"(height, width, channels), and {files[0][0]} is {images.shape[1:]}"
                 )
             images[i] = image
+    assert images is not None  # _find_images found at least one
     return images, np.array([c for _, c in files], np.int32), tuple(class_names)
 
 
 def _open_folder(
     path: Path, stack: contextlib.ExitStack
-) -> tuple[list[str], Callable[[str], io.BufferedIOBase]]:
+) -> tuple[list[str], Callable[[str], IO[bytes]]]:
     """The entries of a folder or zip, where a folder ends with a slash, and what opens a file."""
     if path.is_dir():
         entries = []
@@ -118,14 +120,14 @@ def _find_images(
     return class_names, [(entry, labels[name]) for (_, name), entry in files]
 
 
-def _decode(file: io.BufferedIOBase) -> UInt8[np.ndarray, "height width channels"]:
+def _decode(file: io.BytesIO) -> UInt8[np.ndarray, "height width channels"]:
     with Image.open(file) as image:
         if image.mode not in _GREY + _COLOUR:
             raise ValueError(f"its pixels ({image.mode}) are not 8-bit grey or colour")
         mode = "L" if image.mode in _GREY else "RGB"
         if image.has_transparency_data:
             image = image.convert("LA" if mode == "L" else "RGBA")
-            if image.getchannel("A").getextrema()[0] < 255:
+            if np.asarray(image.getchannel("A")).min() < 255:
                 raise ValueError("it is transparent in places; put it on a background first")
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels.reshape(*pixels.shape[:2], -1)

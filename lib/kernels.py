@@ -15,6 +15,7 @@ precision is computed in float32.
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[A
         # block, they keep its CPU loops from vectorising, at four times the cost.
         identity = jnp.eye(x.shape[1], dtype=x.dtype)
         x, y = _inner_products(identity, x), _inner_products(identity, y)
-        return sum(jnp.square(a[:, None] - b[None, :]) for a, b in zip(x, y))
+        return cast(Array, sum(jnp.square(a[:, None] - b[None, :]) for a, b in zip(x, y)))
     x, y = _centre(x, y)
     norms = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1)[None, :]
     expanded = norms - 2 * _inner_products(x, y)
@@ -108,12 +109,15 @@ def _inner_products(x, y):
 # Kernels
 
 
-def _check_number(name, value, low, high):
-    """`value`, as a Python float where it is a plain number, which must lie in (low, high)."""
+def _check_number(name, value, low, high, *, with_low=False):
+    """`value`, as a Python float where it is a plain number, which must lie in (low, high), or in
+    [low, high) `with_low`."""
     if not isinstance(value, numbers.Real):
         return value
-    if not low < value < high:
-        raise ValueError(f"{name} must lie in ({low}, {high}), got {value}")
+    if not (low < value < high or (with_low and value == low)):
+        raise ValueError(
+            f"{name} must lie in {'[' if with_low else '('}{low}, {high}), got {value}"
+        )
     return float(value)
 
 
@@ -161,10 +165,7 @@ def polynomial(degree: int, *, offset: ScalarLike = 1.0, scale: ScalarLike = 1.0
     """k(x, y) = (scale x . y + offset)^degree, with degree >= 1, scale > 0 and offset >= 0."""
     if degree < 1:
         raise ValueError(f"degree must be at least 1, got {degree}")
-    if isinstance(offset, numbers.Real):
-        if not 0 <= offset < math.inf:
-            raise ValueError(f"offset must lie in [0, inf), got {offset}")
-        offset = float(offset)
+    offset = _check_number("offset", offset, 0, math.inf, with_low=True)
     scale = _check_number("scale", scale, 0, math.inf)
     return lambda x, y: (scale * _inner_products(x, y) + offset) ** degree
 
@@ -176,7 +177,8 @@ def mixture(kernels: Sequence[Kernel], weights: Sequence[ScalarLike] | None = No
     if not kernels or len(weights) != len(kernels):
         raise ValueError(f"one weight for each kernel: {len(kernels)} and {len(weights)}")
     weights = [_check_number("weight", weight, 0, math.inf) for weight in weights]
-    return lambda x, y: sum(weight * kernel(x, y) for weight, kernel in zip(weights, kernels))
+    terms = tuple(zip(weights, kernels))
+    return lambda x, y: cast(Array, sum(weight * kernel(x, y) for weight, kernel in terms))
 
 
 # Sums over Gram matrices

@@ -69,7 +69,9 @@ def constrain(tree: PyTree, mesh: Mesh | None, spec: Spec = Spec()) -> PyTree:  
 
 def divided(shape: Sequence[int], axes: Sequence[int], mesh: Mesh | None) -> Spec:
     """The spec that divides the first of `axes` that all devices can share equally; none, none."""
-    for axis in axes if mesh is not None else ():
+    if mesh is None:
+        return Spec()
+    for axis in axes:
         if shape[axis] % mesh.size == 0:
             return Spec(*[AXIS if i == axis % len(shape) else None for i in range(len(shape))])
     return Spec()
@@ -81,6 +83,7 @@ def fetch(tree: PyTree) -> PyTree:
     def get(leaf):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             if not leaf.is_fully_replicated:
+                assert isinstance(leaf.sharding, NamedSharding)
                 mesh = leaf.sharding.mesh
                 leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, Spec()))(leaf)
             leaf = leaf.addressable_data(0)

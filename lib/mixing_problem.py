@@ -175,7 +175,11 @@ def make_problem(
     elif l2_pull or kl_pull:
         raise ValueError(f"l2_pull {l2_pull} and kl_pull {kl_pull} need a prior")
     lower = upper = None
-    if floors is not None or caps is not None or (kl_pull and not prior.all()):
+    if (
+        floors is not None
+        or caps is not None
+        or (kl_pull and prior is not None and not prior.all())
+    ):
         lower, upper = _check_bounds(floors, caps, prior if kl_pull else None, n)
     diagonal = ridge + l2_pull
     smallest, largest = quadratic.smallest_eigenvalue, quadratic.largest_eigenvalue
@@ -301,13 +305,16 @@ def frank_wolfe_gap(problem: Problem, weights: Float[np.ndarray, " n"]) -> float
     slope = 2 * (problem.hessian.dot(weights) - problem.linear)
     if not problem.kl_pull:
         return linear_gap(weights, slope, lower, upper)
+    assert problem.prior is not None  # `make_problem` refuses kl_pull without
     kept = domains_kept(problem)
-    arrays = (array[kept] for array in (weights, slope, problem.prior))
-    return entropic_gap(*arrays, problem.kl_pull, lower[kept], upper[kept])
+    return entropic_gap(
+        weights[kept], slope[kept], problem.prior[kept], problem.kl_pull, lower[kept], upper[kept]
+    )
 
 
 def domains_kept(problem: Problem) -> np.ndarray:
     """Indices of the domains that kl_pull and caps allow a weight."""
+    assert problem.prior is not None  # `make_problem` refuses kl_pull without
     return np.flatnonzero((problem.prior > 0) & (problem.bounds[1] > 0))
 
 

@@ -78,7 +78,7 @@ def smaller(png: bytes, largest: int) -> bytes:
 
 def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested objects as one, its names joined by dots."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in document.items():
         if isinstance(value, dict):
             found |= flat(value, f"{prefix}{name}.")

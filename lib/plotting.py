@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,7 +23,7 @@ CLASS_COLOURS = (
     "#56B4E9", "#000000", "#F0E442", "#8C6BB1", "#7F7F7F",
 )  # fmt: skip
 
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
     "figure.constrained_layout.use": True,
@@ -30,7 +31,7 @@ STYLE = {
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": mpl.cycler(color=CLASS_COLOURS),
+    "axes.prop_cycle": mpl.rcsetup.cycler(color=CLASS_COLOURS),
     "legend.frameon": False,
     "lines.linewidth": 1.3,
 }
@@ -68,7 +69,7 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
 
 
 def save_animation(
-    figure: Figure, draw: Callable[[int], object], num_frames: int, path: str | os.PathLike,
+    figure: Figure, draw: Callable[[int], Any], num_frames: int, path: str | os.PathLike,
     *, frames_per_second: int = 20,
 ) -> Path:  # fmt: skip
     """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, and closes it."""
@@ -83,10 +84,12 @@ def save_animation(
 def scatter_classes(axes: Axes, points: np.ndarray, *, target: np.ndarray | None = None) -> None:
     """Points [C, n, 2], a colour a class, over a target [C', m, 2] in grey."""
     if target is not None:
-        axes.scatter(*target.reshape(-1, 2).T, s=9, color="0.8", linewidths=0, zorder=1)
+        x, y = target.reshape(-1, 2).T
+        axes.scatter(x, y, s=9, color="0.8", linewidths=0, zorder=1)
     for label, cloud in enumerate(points):
         colour = CLASS_COLOURS[label % len(CLASS_COLOURS)]
-        axes.scatter(*cloud.T, s=5, color=colour, linewidths=0, zorder=3)
+        x, y = cloud.T
+        axes.scatter(x, y, s=5, color=colour, linewidths=0, zorder=3)
     axes.set_aspect("equal")
     axes.set_axis_off()
 

@@ -136,7 +136,12 @@ class _Reader:
             )
             title = f"{run}: figures" if run else "Other figures"
             if figure := self.figure(path):
-                empty = {"title": title, "figures": [], "source": None, "blocks": []}
+                empty: dict[str, Any] = {
+                    "title": title,
+                    "figures": [],
+                    "source": None,
+                    "blocks": [],
+                }
                 found.setdefault(stem, empty)["figures"].append(figure)
         return list(found.values())
 

@@ -151,7 +151,7 @@ def _choose(path: Path, arrays: dict[str, StoredArray], key: str | None) -> tupl
 
 def check_distinct(paths: Iterable[str | Path]) -> None:
     """Raises ValueError if two paths lead to one file, be it through links or `..`."""
-    seen = {}
+    seen: dict[Path, str | Path] = {}
     for path in paths:
         file = Path(path).expanduser().resolve()
         if file in seen:

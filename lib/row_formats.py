@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -70,7 +70,7 @@ class Plain(NamedTuple):
                 rows[place] = self._read(file, int(row), 1)[0]
         return rows
 
-    def _open(self) -> io.IOBase:
+    def _open(self) -> io.FileIO:
         return open(self.path, "rb", buffering=0)
 
     def _read(self, file, first, count):
@@ -96,10 +96,11 @@ class Compressed(NamedTuple):
             archive.open(self.member) as file,
         ):
             _npy_header(file)
+            member = cast(zipfile.ZipExtFile, file)
             file.seek(start * row_bytes, 1)
             for first in range(start, self.shape[0], size):
                 raw = np.empty(min(size, self.shape[0] - first) * row_bytes, np.uint8)
-                _fill(file, self.path, raw)
+                _fill(member, self.path, raw)
                 yield raw.view(self.dtype).reshape(-1, self.shape[1])
 
     def rows(self, wanted: np.ndarray) -> np.ndarray:
@@ -135,9 +136,9 @@ def _read_strided(file, path, offset, shape, strides, dtype):
     return values
 
 
-def _fill(file: io.IOBase, path: Path, raw: np.ndarray) -> None:
+def _fill(file: io.FileIO | zipfile.ZipExtFile, path: Path, raw: np.ndarray) -> None:
     """Fills `raw` from the file, which may give less at a time than it is asked for."""
-    view, done = memoryview(raw), 0
+    view, done = raw.data, 0
     while done < len(raw):
         count = file.readinto(view[done:])
         if not count:
@@ -224,7 +225,7 @@ def _data_offset(file: io.IOBase, member: zipfile.ZipInfo) -> int:
 # NumPy
 
 
-def _npy_header(file: io.IOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, whether column-major, dtype); leaves the file where the values start."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -237,7 +238,7 @@ def _npy_header(file: io.IOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _npy_array(
-    path: Path, file: io.IOBase, size: int, *, start: int | None = 0, member: str = ""
+    path: Path, file: IO[bytes], size: int, *, start: int | None = 0, member: str = ""
 ) -> StoredArray:
     """The array of an .npy file of `size` bytes, or of a member that begins at byte `start` of an
     archive, None where it is compressed."""
@@ -250,16 +251,17 @@ def _npy_array(
 
     def locate():
         _check_end(path, header + math.prod(shape) * dtype.itemsize, size)
+        count, width = shape
         if start is not None:
-            steps = (1, shape[0]) if by_columns else (shape[1], 1)
+            steps = (1, count) if by_columns else (width, 1)
             strides = (steps[0] * dtype.itemsize, steps[1] * dtype.itemsize)
-            return Plain(path, shape, dtype, start + header, strides)
+            return Plain(path, (count, width), dtype, start + header, strides)
         if by_columns:
             raise ValueError(
                 f"{label} is compressed and column-major, so it cannot be read by rows: save it "
                 "after numpy.ascontiguousarray"
             )
-        return Compressed(path, shape, dtype, member)
+        return Compressed(path, (count, width), dtype, member)
 
     return StoredArray(shape, dtype.name, locate)
 

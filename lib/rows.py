@@ -21,9 +21,15 @@ from jaxtyping import ArrayLike, Float, Shaped
 class Rows(Protocol):
     """A sample [n, d] that is read in pieces, of float64 if `dtype` says so, else of float32."""
 
-    name: str  # in messages
-    shape: tuple[int, int]
-    dtype: Any
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> Any: ...
 
     def chunks(self, size: int, *, start: int = 0) -> Iterator[np.ndarray]:
         """The rows from `start` on, in order, at most `size` at a time."""
@@ -76,7 +82,8 @@ def check_same_width(samples: Sequence[Rows]) -> None:
 
 def joined(samples: Iterable[Rows], size: int, *, start: int = 0) -> Iterator[np.ndarray]:
     """The rows of all samples, one after the other, from row `start` of them all, `size` a time."""
-    held, count = [], 0
+    held: list[np.ndarray] = []
+    count = 0
     for rows in samples:
         if start < rows.shape[0]:
             for chunk in rows.chunks(size, start=start):

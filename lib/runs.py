@@ -276,7 +276,7 @@ def environment() -> dict[str, Any]:
             "kind": device.device_kind,
             "count": jax.device_count(),
         },
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": bool(jax.config.read("jax_enable_x64")),
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
     }
 

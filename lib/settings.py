@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Settings = TypeVar("Settings")
 
@@ -32,7 +32,7 @@ def check_not_negative(config: Any, *names: str) -> None:
 def settings_of(kind: type[Settings], arguments: Any) -> Settings:
     """The `kind` with the fields that `arguments`, such as those of a command that extends it, have
     of it."""
-    fields = dataclasses.fields(kind)
+    fields = dataclasses.fields(cast(Any, kind))
     return kind(**{field.name: getattr(arguments, field.name) for field in fields})
 
 

@@ -163,11 +163,12 @@ def projected_gradient(problems: Sequence[Problem]) -> Float[np.ndarray, "b n"]:
     weights; kl_pull is left out. Not a solution, but a start whose support is nearly right.
     """
     n, factors = problems[0].size, [problem.quadratic.factor for problem in problems]
-    factored = all(factor is not None and 2 * factor.shape[1] < n for factor in factors)
+    narrow = [factor for factor in factors if factor is not None and 2 * factor.shape[1] < n]
+    factored = len(narrow) == len(problems)
     # In units in which 1/L is 1: the step must be a constant of the compiled program.
     unit = 1 / (1.02 * np.array([problem.largest_eigenvalue or 1.0 for problem in problems]))
     if factored:
-        form = np.stack(factors) * np.sqrt(unit)[:, None, None]
+        form = np.stack(narrow) * np.sqrt(unit)[:, None, None]
         diagonal = unit * [problem.ridge + problem.l2_pull for problem in problems]
     else:
         form = np.stack([problem.hessian for problem in problems]) * unit[:, None, None]
@@ -256,6 +257,7 @@ def solve_with_cvxpy(problem: Problem, *, solver: str | None = None) -> Solution
     value = cvxpy.quad_form(w, cvxpy.psd_wrap(problem.hessian / problem.scale))
     value -= 2 / problem.scale * (problem.linear @ w)
     if problem.kl_pull:
+        assert problem.prior is not None  # `make_problem` refuses kl_pull without
         kept = domains_kept(problem)
         divergence = cvxpy.sum(cvxpy.kl_div(w[kept], problem.prior[kept]))
         value += problem.kl_pull / problem.scale * divergence
@@ -270,6 +272,7 @@ def solve_with_cvxpy(problem: Problem, *, solver: str | None = None) -> Solution
             raise SolverError(f"{name} failed: {error}") from error
     if program.status != cvxpy.OPTIMAL:
         raise SolverError(f"{name} ended with the status {program.status}")
+    assert w.value is not None  # it is optimal
     weights = nearest_weights(problem, w.value)
     state = np.where(weights <= lower, AT_LOWER, np.where(weights >= upper, AT_UPPER, FREE))
     gap = frank_wolfe_gap(problem, weights)

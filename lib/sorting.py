@@ -67,13 +67,13 @@ def _network(keys: Float[Array, "n m"], with_permutation: bool):
         rows = -(-n // (2 * distance)) * 2 * distance
         a, b = _halves(_resize(keys, rows, jnp.inf), distance, mirrored)
         keys = _join(jnp.minimum(a, b), jnp.maximum(a, b), mirrored)
-        if with_permutation:
+        if origin is not None:
             i, j = _halves(_resize(origin, rows, 0), distance, mirrored)
             swap = a > b
             origin = _join(jnp.where(swap, j, i), jnp.where(swap, i, j), mirrored)
         # One loop a stage: without the barrier XLA fuses stages and recomputes them 2^s times.
         keys, origin = lax.optimization_barrier((keys, origin))
-    return keys[:n], origin[:n] if with_permutation else None
+    return keys[:n], origin[:n] if origin is not None else None
 
 
 def _packed_network(keys: Float[Array, "n m"]):

@@ -106,7 +106,7 @@ class Worker(submitit.helpers.Checkpointable):
         if entry.done.exists():
             return 0
         received: list[int] = []
-        process = None
+        process: subprocess.Popen | None = None
 
         def stop(number: int, frame: Any) -> None:
             received.append(number)
@@ -141,7 +141,9 @@ class Worker(submitit.helpers.Checkpointable):
             about |= {"time": end.isoformat(timespec="seconds")}
             write_json(entry.done, {**about, "seconds": (end - start).total_seconds()})
         elif signal.SIGUSR2 in received:
-            previous[signal.SIGUSR2](signal.SIGUSR2, None)  # submitit's, which does not return
+            submitits = previous[signal.SIGUSR2]
+            assert callable(submitits)
+            submitits(signal.SIGUSR2, None)  # does not return
         return status
 
     def _environment(self) -> dict[str, str]:
@@ -246,7 +248,8 @@ def run(
     When a stop is requested nothing more is started; what runs is told to save and waited for. Jobs
     of Slurm are cancelled, which tells them the same and gives them Slurm's KillWait.
     """
-    waiting, running, outcomes = list(entries), {}, {}
+    waiting, outcomes = list(entries), {}
+    running: dict[submitit.Job, tuple[Entry, float]] = {}
     remind_at = None
     while running or (waiting and not stop_requested()):
         while waiting and (slurm or len(running) < workers) and not stop_requested():

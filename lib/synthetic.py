@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
-Centres = Sequence[Sequence[float]] | Real[ArrayLike, "classes 2"]
+Centres = Sequence[Sequence[float]] | Real[Array | np.ndarray, "classes 2"]
 THREE_CENTRES = ((0.0, 0.0), (-0.75, 0.0), (-1.5, 0.0))
 
 

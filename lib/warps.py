@@ -99,7 +99,8 @@ def _window(row, column, offsets):
 
 def _sample(angle, height: int, width: int):
     """Every pixel of the output: the four pixels around where it samples, weighted."""
-    row, column = _rotated(angle, *_pixels(height, width), height, width)
+    row, column = _pixels(height, width)
+    row, column = _rotated(angle, row, column, height, width)
     i, j = _window(jnp.floor(row), jnp.floor(column), (0, 1))
     return i, j, _hat(row[None] - i) * _hat(column[None] - j)
 
@@ -108,8 +109,8 @@ def _collect(angle, height: int, width: int):
     """Its transpose: for every pixel, the outputs that sample it. They lie within a square of side
     2 around it, turned back: less than sqrt(2) away along either axis, in 3 x 3 pixels."""
     row, column = _pixels(height, width)
-    centres = (jnp.round(x) for x in _rotated(-angle, row, column, height, width))
-    i, j = _window(*centres, (-1, 0, 1))
+    a, b = _rotated(-angle, row, column, height, width)
+    i, j = _window(jnp.round(a), jnp.round(b), (-1, 0, 1))
     source_row, source_column = _rotated(angle, i, j, height, width)
     return i, j, _hat(source_row - row[None]) * _hat(source_column - column[None])
 

@@ -193,7 +193,7 @@ def test_starts_and_fits(exponent, seed):
     options = {"dtype": dtype, "block_size": 5, "chunk_size": 7}
     data = gmm_rows.rows(2 * x, weights=weights, transform=halves, **options)
     assert isinstance(data, gmm_rows.Rows)
-    assert (data.count, gmm_rows.dimension(data)) == (n, d)
+    assert (data.num_rows, gmm_rows.dimension(data)) == (n, d)
     key, regularisation = jax.random.key(seed), 0.1 * scale**2
     options = {"regularisation": regularisation}
 

@@ -152,13 +152,14 @@ def _counted(chunks, on_rows):
 
 def split_features(moments: BlockMoments, first: int) -> tuple[BlockMoments, BlockMoments]:
     """The features of the `first` frequencies and those of the others, each with |z(x)| = 1."""
+    assert moments.sums is not None  # they are of features
     cosines, sines = np.split(moments.sums, 2, axis=-1)
-    count = cosines.shape[-1]
-    parts = []
-    for part in (slice(0, first), slice(first, count)):
-        both = np.concatenate([cosines[..., part], sines[..., part]], axis=-1)
-        parts.append(moments._replace(sums=both / np.sqrt(max(1, both.shape[-1] // 2))))
-    return tuple(parts)
+
+    def part(chosen):
+        both = np.concatenate([cosines[..., chosen], sines[..., chosen]], axis=-1)
+        return moments._replace(sums=both / np.sqrt(max(1, both.shape[-1] // 2)))
+
+    return part(slice(0, first)), part(slice(first, None))
 
 
 def exact_moments(
@@ -202,6 +203,7 @@ def grams(moments: BlockMoments, counts: Float[np.ndarray, "R G B"]) -> Iterator
     weights = counts / np.einsum("rgb,gb->rg", counts, moments.sizes.astype(float))[:, :, None]
     sums, num_groups = moments.sums, counts.shape[1]
     if sums is None:
+        assert moments.products is not None  # one of the two
         flat = moments.products.reshape(*moments.sizes.shape, -1)
     row_bytes = 8 * num_groups * (flat.shape[-1] if sums is None else sums.shape[-1])
     size = max(1, CHUNK_BYTES // row_bytes)

@@ -142,7 +142,7 @@ def estimate_calibrated(
     def features(bandwidth):
         return np.split(np.asarray(_features(projections, bandwidth)), ends)
 
-    if bandwidth is None:
+    if bandwidth is None or damping is None:
         median = streamed_median_bandwidth(median_key, sets)
         bandwidths = [factor * median for factor in FACTORS]
         all_features = (features(one)[:-1] for one in bandwidths)
@@ -193,7 +193,7 @@ def _whitened_errors(key, all_features, sizes):
             known = spectrum(fit)
             means = np.stack([rows.mean(axis=0, dtype=np.float64) for rows in held]) @ known.basis
             for j, damping in enumerate(DAMPINGS):
-                recovered = [whitened_weights(known, w @ means, damping) for w in weights]
+                recovered = np.stack([whitened_weights(known, w @ means, damping) for w in weights])
                 found[j] += total_variation(recovered, weights).mean() / 2
         errors.append(found)
     return np.stack(errors)

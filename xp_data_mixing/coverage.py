@@ -1,5 +1,6 @@
 """How often intervals hold the true weights, over draws of sets and target from one mixture."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def cover(config: CoverageConfig, seed: int, data_root: Path | None = None) -> d
         "confidence": config.confidence,
         "bootstrap": config.replicates,
     }
-    settings, estimator = {}, estimate_calibrated
+    settings: dict[str, Any] = {}
+    estimator: Callable[..., Any] = estimate_calibrated
     if config.estimator == "mmd":
         estimator, options = estimate, {**options, "statistic": "u", "check_features": 0}
     else:

@@ -88,6 +88,6 @@ def _append_rows(file: BinaryIO, path: Path, batches, dtype) -> tuple[int, int]:
             )
         file.write(stored.data)
         count, width = count + len(batch), batch.shape[1]
-    if not count:
+    if width is None or not count:
         raise ValueError(f"{path}: no rows to write")
     return count, width

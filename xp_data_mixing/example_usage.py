@@ -5,6 +5,7 @@ python example_usage.py
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def basic_usage(train_paths: list[str], val_paths: list[str]) -> None:
 
 def parameter_tuning(train_paths: list[str], val_paths: list[str]) -> None:
     """How far off the weights are for other dimensions, bandwidths and ridges, and what warns."""
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"rff_dimension": 25, "sigma_bandwidth": "auto"},
         {"rff_dimension": 100, "sigma_bandwidth": "auto"},
         {"rff_dimension": 400, "sigma_bandwidth": "auto"},
@@ -80,12 +81,14 @@ def real_world_usage(train_paths: list[str], val_paths: list[str]) -> None:
     )
     result = mixer.mix(train_paths, val_paths)
     print(f"sigma {result.bandwidth:.3f}; at most {result.gap:.0e} above the minimum")
+    assert result.intervals is not None  # by the bootstrap
     rows = zip(train_paths, result.weights, result.intervals, result.marginal_values)
     for path, weight, (low, high), worth in rows:
         print(
             f"{Path(path).stem:12}  {weight:.3f} in [{low:.3f}, {high:.3f}], "
             f"the objective rises by {worth:.1e} without it"
         )
+    assert result.held_out is not None  # by the check features
     for name, value in result.held_out._asdict().items():
         print(f"held-out MMD^2, {name.replace('_', ' ')}: {value:.2e}")
     for warning in result.warnings:

@@ -7,6 +7,7 @@ The groups and their settings are in `config.py`. What is finished is skipped.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lib.hosts import DeviceOptions
 from xp_data_mixing import coverage, downstream, plot, recovery, solvers, tables
 from xp_data_mixing.config import EXPERIMENT, Config, Group, Preset, presets
 
-MEASURES = {
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "recovery": recovery.recover,
     "coverage": coverage.cover,
     "downstream": downstream.compare,

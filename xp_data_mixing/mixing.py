@@ -159,7 +159,7 @@ def estimate(
     _check_options(groups, bandwidth, num_features, estimator, statistic, bootstrap, confidence)
     if num_blocks < 2 or check_features < 0:
         raise ValueError(f"num_blocks >= 2, check_features >= 0: {num_blocks}, {check_features}")
-    constraints = {"prior": prior, "floors": floors, "caps": caps}
+    constraints: dict[str, Any] = {"prior": prior, "floors": floors, "caps": caps}
     constraints = {
         name: None if value is None else np.asarray(value, np.float64)
         for name, value in constraints.items()

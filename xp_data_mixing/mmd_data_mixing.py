@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ class MMDDataMixer:
     ValueError on bad options.
     """
 
-    estimator: ClassVar[str] = "rff"
+    estimator: ClassVar[Literal["rff", "exact"]] = "rff"
 
     rff_dimension: int = 100
     """Number of random frequencies D."""
@@ -124,7 +124,7 @@ class MMDDataMixer:
         sizes = np.array([file.shape[0] for file in train])
         total = int(sizes.sum()) + sum(file.shape[0] for file in val)
         prior = self._prior(sizes)
-        strength = {f"{self.pull}_pull": self.prior_strength}
+        strength: dict[str, Any] = {f"{self.pull}_pull": self.prior_strength}
         # The exact kernel reads the rows once for each block of them, from that block on.
         passes = (-(-total // 1024) + 1) / 2 if self.estimator == "exact" else 1
         steps = round(total * passes)
@@ -187,7 +187,7 @@ class MMDDataMixerRBF(MMDDataMixer):
     """The same with the exact Gaussian kernel: time quadratic in the rows, for small files or as a
     check; `rff_dimension` and `chunk_size` have no effect."""
 
-    estimator: ClassVar[str] = "exact"
+    estimator: ClassVar[Literal["rff", "exact"]] = "exact"
 
 
 def open_files(

@@ -15,6 +15,7 @@ from lib.simplex_qp import from_means, make_problem, solve
 from lib.streamed_means import stream_mean_embeddings
 from xp_data_mixing import problems
 from xp_data_mixing.calibration import (
+    CalibratedResult,
     calibrated_bandwidth,
     estimate_calibrated,
     halves,
@@ -109,6 +110,7 @@ def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) ->
         for count in config.num_features
     }
     factors, dampings = [], []
+    best: CalibratedResult | None = None
     for t, target in enumerate(targets):
         members = [*((i, num_sets + i) for i in range(num_sets)), (2 * num_sets + t,)]
         both = merged(grams, group_sizes, members)
@@ -123,8 +125,8 @@ def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) ->
         add(LINEAR, solve(make_problem(mean)).weights)
         add(PACKAGE, estimate(estimate_key, sets, target, check_features=0).weights)
         add(CALIBRATED_MMD, mmd_weights(both[chosen], sizes))
-        settings = {}
-        if t:  # the sets are the same: so is what they choose
+        settings: dict[str, Any] = {}
+        if best is not None:  # the sets are the same: so is what they choose
             settings = {"bandwidth": best.bandwidth, "damping": best.damping}
         best = estimate_calibrated(estimate_key, sets, target, **settings)
         add(CALIBRATED, best.weights)

@@ -49,7 +49,8 @@ def herding(features: Float[np.ndarray, "n f"], num: int) -> Int[np.ndarray, " n
     # With the mean at 0, |sum + z|^2 is |sum|^2 + 2 <sum, z> + |z|^2.
     centred = features - features.mean(axis=0)
     squares = np.einsum("nf,nf->n", centred, centred)
-    taken, total = [], np.zeros(features.shape[1])
+    taken: list[int] = []
+    total = np.zeros(features.shape[1])
     for _ in range(num):
         costs = squares + 2 * centred @ total
         costs[taken] = np.inf

@@ -23,7 +23,7 @@ from lib import runs
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
 from xp_dataset_distillation import condense, losses, moments
-from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig
+from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, KernelName, Start
 from xp_dataset_distillation.factor import decode
 from xp_dataset_distillation.objectives import feature_network
 from xp_dataset_distillation.presets import CPU
@@ -134,7 +134,7 @@ class Moments:
     """Moments of the features of condensed and real images."""
 
     dataset: str = "digits"
-    kernels: tuple[str, ...] = ("linear", "polynomial", "gaussian")
+    kernels: tuple[KernelName, ...] = ("linear", "polynomial", "gaussian")
     images_per_class: int = 10
     factor: int = 1
     iterations: int = 1000
@@ -181,7 +181,7 @@ def moment_differences(
 def run_moments(arguments: Moments) -> Path:
     shared = {field.name for field in dataclasses.fields(CondenseConfig)}
     settings = {name: value for name, value in vars(arguments).items() if name in shared}
-    start = "real" if arguments.factor == 1 else "mixed"
+    start: Start = "real" if arguments.factor == 1 else "mixed"
     base = CondenseConfig(**settings, start=start)
     problem = condense.problem(base, arguments.data_root)
     rows = {}

@@ -13,7 +13,7 @@ their accuracy on the test split.
 import dataclasses
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,13 +56,14 @@ class Problem(NamedTuple):
 
 def training_images(
     entry: Entry, data_root: Path | None
-) -> tuple[real_data.RealData, tuple[np.ndarray, np.ndarray] | None]:
+) -> tuple[real_data.RealData, tuple[np.ndarray | jax.Array, np.ndarray] | None]:
     """The training images that an entry may use, and, with their labels, those it holds out. Both
     draws are the same for all seeds."""
     real, kept = real_data.load(entry.dataset, data_root=data_root, size=entry.size), None
     if entry.held_out:
         key = jax.random.key(0)
-        real, *kept = real_data.held_out(key, real, num_per_class=entry.held_out)
+        real, images, labels = real_data.held_out(key, real, num_per_class=entry.held_out)
+        kept = images, labels
     if entry.num_per_class is not None:
         real = real_data.subset(jax.random.key(1), real, entry.num_per_class)
     return real, kept
@@ -160,8 +161,8 @@ def condensed_set(
         images=np.asarray(images, np.float32),
         class_names=real.class_names,
         factor=config.factor,
-        mean=real.mean,
-        std=real.std,
+        mean=np.array(real.mean),
+        std=np.array(real.std),
         dataset=real.name,
         about={"settings": dataclasses.asdict(config), "seed": seed},
     )
@@ -186,7 +187,7 @@ def main(arguments: Arguments) -> Path:
 
     config = settings_of(CondenseConfig, arguments)
     judges = chosen(arguments.evaluate, settings.EVALUATORS, kind="evaluator")
-    where = {"results": arguments.results, "data_root": arguments.data_root}
+    where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
     run = condense(config, seed=arguments.seed, **where)
     folder, seconds = run.folder / "condensed", float(run.load_arrays()["seconds"])
     for figure in plot.run_figures(run, run.folder / "condensed.png", run.folder / "along.png"):

@@ -10,6 +10,7 @@ EXPERIMENT = "xp_dataset_distillation"
 
 Method = Literal["echo", "dm", "mmdsw"]
 KernelName = Literal["gaussian", "gaussian_fixed", "linear", "polynomial", "energy", "rff"]
+BaselineName = Literal["random", "herding", "kmeans", "whole"]
 Start = Literal["real", "mixed", "noise"]
 Dialect = Literal["idc", "dsa"]
 NetworkName = Literal["convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18"]
@@ -179,7 +180,7 @@ class BaselineConfig:
     """Training images in place of condensed ones."""
 
     dataset: str = "fashion_mnist"
-    kind: Literal["random", "herding", "kmeans", "whole"] = "random"
+    kind: BaselineName = "random"
     """random: drawn. herding: whose mean of features follows the class's (Welling, 2009). kmeans:
     centres of clusters of pixels. whole: all training images."""
     images_per_class: int = 10
@@ -241,7 +242,7 @@ class Comparison:
         }
 
 
-def baselines(dataset: str, *kinds: str, **settings) -> dict[str, BaselineConfig]:
+def baselines(dataset: str, *kinds: BaselineName, **settings) -> dict[str, BaselineConfig]:
     titles = {
         "random": "Random",
         "herding": "Herding",
@@ -271,7 +272,7 @@ def kernels(base: CondenseConfig) -> dict[str, CondenseConfig]:
     names: tuple[KernelName, ...] = (
         "gaussian", "gaussian_fixed", "linear", "polynomial", "energy", "rff",
     )  # fmt: skip
-    entries = {name: with_kernel(base, name) for name in names}
+    entries: dict[str, CondenseConfig] = {name: with_kernel(base, name) for name in names}
     for scale in (0.1, 0.3, 3.0, 10.0):
         entries[f"gaussian, bandwidths x {scale:g}"] = replace(base, bandwidth_scale=scale)
     return entries

@@ -44,12 +44,17 @@ class TrainingSet(NamedTuple):
 class Judge(NamedTuple):
     """What they are judged on, images uint8, and what all of them must know."""
 
-    images: np.ndarray
+    images: np.ndarray | jax.Array
     labels: np.ndarray
     setting: Setting
 
 
-def judge(entry: Entry, real: real_data.RealData, held_out, data_root: Path | None) -> Judge:
+def judge(
+    entry: Entry,
+    real: real_data.RealData,
+    held_out: tuple[np.ndarray | jax.Array, np.ndarray] | None,
+    data_root: Path | None,
+) -> Judge:
     """The test split, or the images that the entry's settings hold out."""
     if held_out is not None:
         return Judge(*held_out, setting_of(entry, real))
@@ -159,7 +164,9 @@ def training_set(
     if isinstance(images, TrainingSet):
         return images
     labels = np.repeat(np.arange(len(images)), images.shape[1])
-    return TrainingSet(np.float32(images.reshape(-1, *images.shape[2:])), np.int32(labels))
+    return TrainingSet(
+        np.asarray(images.reshape(-1, *images.shape[2:]), np.float32), labels.astype(np.int32)
+    )
 
 
 def baseline(entry: BaselineConfig, real: real_data.RealData, *, seed: int):
@@ -168,7 +175,7 @@ def baseline(entry: BaselineConfig, real: real_data.RealData, *, seed: int):
     real_data.check_images_per_class(real, entry.images_per_class if entry.kind != "whole" else 1)
     match entry.kind:
         case "whole":
-            return TrainingSet(np.float32(real.images) / 255, real.labels)
+            return TrainingSet(np.asarray(real.images, np.float32) / 255, real.labels)
         case "random":
             return baselines.random_images(key, real, entry.images_per_class)
         case "kmeans":

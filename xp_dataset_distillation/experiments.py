@@ -82,7 +82,7 @@ def changed(entry: Entry, arguments: Arguments) -> Entry:
 def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:
     """Condenses and judges; returns the summary: a row for each entry, number of images and judge,
     with accuracies [seeds, classifiers]."""
-    where = {"results": arguments.results, "data_root": arguments.data_root}
+    where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
     rows: dict[tuple, dict[str, Any]] = {}
     # Seeds outermost: what is there after an interruption compares all entries.
     for seed in arguments.seeds:
@@ -122,7 +122,7 @@ def row_of(label: str, entry: Entry, judge: str) -> dict[str, Any]:
 def image_figures(group: Comparison, summary: Path, arguments: Arguments) -> list[Path]:
     """The first seed's condensed images at the largest number a class, and how they came to be."""
     saved = []
-    where = {"results": arguments.results, "data_root": arguments.data_root}
+    where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
     for label, entry in group.at(max(group.images_per_class)).items():
         if isinstance(entry, BaselineConfig):
             continue

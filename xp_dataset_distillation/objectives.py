@@ -96,7 +96,8 @@ def objective(
         if network is None:
             return images.reshape(classes, k, -1)
         normalised = setting.normalised(images).reshape(-1, *shape)
-        return network.apply(parameters, normalised).reshape(classes, k, -1)
+        embedded: Any = network.apply(parameters, normalised)
+        return embedded.reshape(classes, k, -1)
 
     def loss(images, parameters, real, changes, keys):
         """Over some classes, under one network: images [classes, n, H, W, c] stored, real uint8
@@ -111,8 +112,8 @@ def objective(
             )
             x = of_classes(parameters, changes, decoded)
             y = lax.stop_gradient(of_classes(parameters, changes, real))
-            options = {"num_directions": config.num_directions, "mesh": mesh}
-            return losses.dataset_loss(keys, x, y, **options)[None]
+            found = losses.dataset_loss(keys, x, y, num_directions=config.num_directions, mesh=mesh)
+            return found[None]
         x = features(parameters, decoded, changes)
         y = lax.stop_gradient(features(parameters, real, changes))
         return jax.vmap(class_loss)(keys, x, y)

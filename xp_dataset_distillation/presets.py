@@ -6,7 +6,9 @@ from xp_dataset_distillation.config import (
     EVALUATORS,
     Comparison,
     CondenseConfig,
+    Entry,
     Judged,
+    NetworkName,
     Preset,
     baselines,
     dm,
@@ -15,7 +17,7 @@ from xp_dataset_distillation.config import (
     order,
 )
 
-ARCHITECTURES = ("convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18")
+ARCHITECTURES: tuple[NetworkName, ...] = ("convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18")
 
 QUICK = CondenseConfig(
     dataset="digits",
@@ -40,7 +42,7 @@ CPU_JUDGE = Judged(
 )
 
 
-def methods(base: CondenseConfig) -> dict:
+def methods(base: CondenseConfig) -> dict[str, Entry]:
     """ECHO and what it is compared with, on one data set."""
     size = {"feature_width": base.width, "feature_depth": base.depth}
     return {
@@ -61,7 +63,10 @@ def cross_architecture(judged: Judged) -> dict[str, Judged]:
 def presets(preset: Preset) -> dict[str, Comparison]:
     """Groups by name."""
     if preset == "quick":
-        entries = {"ECHO": QUICK, "DM": replace(QUICK, method="dm", kernel="linear")}
+        entries: dict[str, Entry] = {
+            "ECHO": QUICK,
+            "DM": replace(QUICK, method="dm", kernel="linear"),
+        }
         entries |= baselines("digits", "random", "whole")
         return {"digits": Comparison(entries, (1, 10), {"idc, short": QUICK_JUDGE})}
     if preset == "paper":
@@ -85,7 +90,7 @@ def _groups(
     base = replace(base, dataset=names[0])
     random = baselines(base.dataset, "random")
     (judge,) = judges.values()
-    varied = {
+    varied: dict[str, dict[str, Entry]] = {
         "order": order(base) | random,
         "kernels": kernels(base) | random,
         "data_size": {
@@ -94,6 +99,6 @@ def _groups(
         },
     }
     groups |= {name: Comparison(entries, (10,), judges) for name, entries in varied.items()}
-    entries = {"ECHO": base, "DM": dm(base), **random}
-    groups["architectures"] = Comparison(entries, (10,), cross_architecture(judge))
+    few: dict[str, Entry] = {"ECHO": base, "DM": dm(base), **random}
+    groups["architectures"] = Comparison(few, (10,), cross_architecture(judge))
     return groups

@@ -58,7 +58,8 @@ class RealData:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return self.images.shape[1:]
+        _, height, width, channels = self.images.shape
+        return height, width, channels
 
 
 def load(
@@ -161,22 +162,22 @@ def held_out(
     *,
     num_per_class: int | None = None,
     share: float | None = None,
-) -> tuple[RealData, UInt8[np.ndarray, "m height width channels"], Int32[np.ndarray, " m"]]:
+) -> tuple[RealData, UInt8[np.ndarray | Array, "m height width channels"], Int32[np.ndarray, " m"]]:
     """(the rest, held-out images, their labels): to tune on training images alone.
 
     Held out of every class are `num_per_class` images, or `share` of its images, rounded down but
     at least one. Raises ValueError unless one of the two is given, and where nothing of a class
     would be left, naming it.
     """
-    if (num_per_class is None) == (share is None):
-        raise ValueError("hold out either num_per_class images or a share, one of the two")
-    if share is not None and not 0 < share < 1:
-        raise ValueError(f"share must lie between 0 and 1, got {share}")
-    if share is None:
+    if num_per_class is not None and share is None:
         check_images_per_class(real, num_per_class)
         nums = [num_per_class] * real.num_classes
-    else:
+    elif share is not None and num_per_class is None:
+        if not 0 < share < 1:
+            raise ValueError(f"share must lie between 0 and 1, got {share}")
         nums = [max(1, int(share * count)) for count in real.counts]
+    else:
+        raise ValueError("hold out either num_per_class images or a share, one of the two")
     for name, count, num in zip(real.class_names, real.counts, nums):
         if num >= count:
             raise ValueError(f"holding out {num} of the {count} images of {name!r} leaves none")

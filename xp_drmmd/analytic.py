@@ -7,7 +7,7 @@ even mode of r decays as exp(-4 t), and KL as exp(-8 t).
 """
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from scipy.integrate import solve_ivp
 from scipy.sparse import diags_array
 from scipy.special import xlogy
@@ -16,7 +16,7 @@ from scipy.stats import norm
 START_VARIANCE = 0.5
 
 
-def kl_of_quantiles(quantiles: Float[np.ndarray, " n"]) -> float:
+def kl_of_quantiles(quantiles: Float[np.ndarray | Array, " n"]) -> float:
     """KL(mu || N(0, 1)) over the cells between mu's quantiles at the levels (i + 1/2) / n.
 
     Of the masses alone, 1 / n a cell and half as much at either end, so a lower bound that is 0 at

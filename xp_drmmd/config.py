@@ -1,7 +1,8 @@
 """Settings of the (de)-regularised MMD flows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lib.settings import check_not_negative, check_positive, check_sizes
 
@@ -212,7 +213,7 @@ STUDENTS: dict[str, StudentConfig] = {
     "DrMMD, shared layer": StudentConfig(form="dense"),
 }
 
-GROUPS = {
+GROUPS: dict[str, Mapping[str, FlowConfig | StudentConfig]] = {
     "rings": RINGS,
     "gaussian": GAUSSIAN,
     "filters": FILTERS,
@@ -227,7 +228,11 @@ def _quick(config: FlowConfig | StudentConfig) -> FlowConfig | StudentConfig:
     if isinstance(config, StudentConfig):
         return replace(config, n_epochs=100, students=200, records=20)
     if config.dataset in IMAGES:
-        small = {"source_particle_num": 300, "target_particle_num": 300, "components": 20}
+        small: dict[str, Any] = {
+            "source_particle_num": 300,
+            "target_particle_num": 300,
+            "components": 20,
+        }
         return replace(config, dataset="digits", step_num=1_000, records=5, **small)
     return replace(config, step_num=min(config.step_num, 2_000), records=20)
 
@@ -241,7 +246,7 @@ QUICK = {
 }
 
 
-def presets(preset: Preset) -> dict[str, dict[str, FlowConfig | StudentConfig]]:
+def presets(preset: Preset) -> dict[str, Mapping[str, FlowConfig | StudentConfig]]:
     """The groups of a preset: label and settings of each flow."""
     if preset == "paper":
         return GROUPS

@@ -7,6 +7,7 @@ The groups and their settings are in `config.py`. A finished flow is skipped, an
 resumes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def run_one(config: FlowConfig | StudentConfig, seed: int, arguments: Arguments)
 
 
 def run_group(
-    group: str, flows: dict[str, FlowConfig | StudentConfig], arguments: Arguments
+    group: str, flows: Mapping[str, FlowConfig | StudentConfig], arguments: Arguments
 ) -> Path:
     """Runs the flows of a group and returns its summary: for each label its settings, steps
     (epochs of students), distances [seeds, records], seconds [seeds] and folders."""

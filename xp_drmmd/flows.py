@@ -141,8 +141,12 @@ def optimizer(config: FlowConfig) -> optax.GradientTransformation:
 
 def _witness_flow(config, log_density, y, target, lmbda, gamma, key, memory):
     """One step of MMD, DrMMD or KALE for particles [N, d]."""
-    form = {Target: _exact, Fourier: _with_fourier, Landmarks: _with_landmarks}[type(target)]
-    solve, velocity_at = form(config, target, y)
+    forms: dict[type, Callable] = {
+        Target: _exact,
+        Fourier: _with_fourier,
+        Landmarks: _with_landmarks,
+    }
+    solve, velocity_at = forms[type(target)](config, target, y)
     witness, lmbda, memory = _witness(config, solve, lmbda, memory)
     at = y
     if config.noise:

@@ -6,26 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import ot
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from lib import mmd
 from lib.kernels import gaussian
 from xp_drmmd.analytic import kl_of_quantiles
 
+AnyArray = np.ndarray | Array
 MAX_POINTS = 2_000
 
 
 def wasserstein(
-    x: Float[np.ndarray, "n d"],
-    y: Float[np.ndarray, "m d"],
+    x: Float[AnyArray, "n d"],
+    y: Float[AnyArray, "m d"],
     p: int,
-    y_weights: Float[np.ndarray, " m"] | None = None,
+    y_weights: Float[AnyArray, " m"] | None = None,
 ) -> float:
     """W_p = (min E |x - y|^p)^(1/p), p in {1, 2}, exact (POT); equal weights unless given."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     cost = ot.dist(x, y, metric="sqeuclidean" if p == 2 else "euclidean")
-    weights = [] if y_weights is None else np.asarray(y_weights, np.float64)
-    uniform = [] if y_weights is None else np.full(len(x), 1 / len(x))
+    # POT takes no weights for equal ones.
+    weights = np.zeros(0) if y_weights is None else np.asarray(y_weights, np.float64)
+    uniform = np.zeros(0) if y_weights is None else np.full(len(x), 1 / len(x))
     return float(ot.emd2(uniform, weights, cost, numItermax=1_000_000) ** (1 / p))
 
 
@@ -35,10 +37,10 @@ def _mmd_squared(particles, target, weights, bandwidth):
 
 
 def judge(
-    particles: Float[np.ndarray, "n d"],
-    target: Float[np.ndarray, "m d"],
+    particles: Float[AnyArray, "n d"],
+    target: Float[AnyArray, "m d"],
     bandwidth: float,
-    weights: Float[np.ndarray, " m"] | None = None,
+    weights: Float[AnyArray, " m"] | None = None,
 ) -> dict[str, float]:
     """mmd2 (squared, biased, Gaussian kernel of that bandwidth), w1 and w2; on the line also kl,
     KL(mu || N(0, 1)) from the particles as quantiles. Of samples over `MAX_POINTS` every k-th point

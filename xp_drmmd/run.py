@@ -80,7 +80,7 @@ def run_flow(
 
 @dataclass(frozen=True)
 class Arguments(DeviceOptions, FlowConfig):
-    gamma: float | None = None
+    gamma: float | None = None  # type: ignore[assignment]  # `config_of` makes it a number
     """Step size; None: step_size times lmbda."""
     step_size: float = 0.1
     seed: int = 0
@@ -92,7 +92,7 @@ class Arguments(DeviceOptions, FlowConfig):
 def config_of(arguments: Arguments) -> FlowConfig:
     """The flow that the arguments describe."""
     config = settings_of(FlowConfig, arguments)
-    if config.gamma is None:
+    if arguments.gamma is None:
         config = replace(config, gamma=arguments.step_size * arguments.lmbda)
     return config
 

@@ -1,7 +1,7 @@
 """Settings of mixtures as sources of flow matching."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lib.settings import check_not_negative, check_positive, check_sizes
 
@@ -137,7 +137,7 @@ class FlowConfig:
 def comparison(base: FlowConfig) -> dict[str, FlowConfig]:
     """The sources that are compared on one data set, at one cost of training."""
     diagonal = {"covariance_type": "diag"}
-    choices = {
+    choices: dict[str, dict[str, Any]] = {
         "Gaussian": {"coupling": "independent", "prune": True},
         "Gaussian, OT": {"prune": True},
         "norm-aligned, OT": {"source": "norm_aligned", "prune": True},

@@ -49,8 +49,8 @@ class Arguments(DeviceOptions):
 def chosen(arguments: Arguments) -> dict[str, dict[str, FlowConfig]]:
     """The groups and flows that the arguments name. Raises ValueError on unknown ones."""
     groups = presets(arguments.preset)
-    changes = {"dataset": arguments.dataset, "num_steps": arguments.num_steps}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    given = {"dataset": arguments.dataset, "num_steps": arguments.num_steps}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     result = {}
     for group in settings.chosen(arguments.only, groups, kind="group"):
         flows = groups[group]
@@ -79,7 +79,7 @@ def run_group(group: str, flows: dict[str, FlowConfig], arguments: Arguments) ->
             rows.append(row | {"settings": config, "folders": folders})
     summary = arguments.results / EXPERIMENT / f"{group}_{arguments.preset}.json"
     mixtures = fitted_mixtures(flows, arguments)
-    about = {
+    about: dict[str, Any] = {
         "group": group,
         "seeds": arguments.seeds,
         "environment": runs.environment(),

@@ -39,6 +39,7 @@ from xp_gmm_source.shaped_sources import (
     pruned,
 )
 from xp_gmm_source.sources import (
+    Gaussian,
     Source,
     gaussian,
     mixture_source,
@@ -142,7 +143,9 @@ def feature_network(config: FlowConfig, split: Split, results: Path) -> metrics.
         run.save_checkpoint(trained.parameters, step=0)
         run.finish(accuracy=np.asarray(trained.accuracy))
     like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *split.train.image_shape)))
-    parameters, _ = run.load_checkpoint(like)
+    loaded = run.load_checkpoint(like)
+    assert loaded is not None  # a finished run has one
+    parameters, _ = loaded
     accuracy = float(run.load_arrays()["accuracy"])
     return metrics.FeatureNetwork(network, parameters, split.train.image_shape, accuracy)
 
@@ -185,6 +188,7 @@ def sampling_sources(
     found = {"own": source}
     if not config.prune:
         return found
+    assert isinstance(source, Gaussian)  # `FlowConfig` prunes no other
     d = int(np.prod(train.image_shape))
     source = pruned(
         to_unit(train.images),

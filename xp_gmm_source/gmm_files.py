@@ -265,10 +265,11 @@ def from_published(
     mixture, pca = gmm.from_sklearn(content["gmm"]), content.get("pca")
     d = mixture.means.shape[1] if pca is None else pca.components_.shape[1]
     if image_shape is None:
-        channels = 3 if d % 3 == 0 and round((d / 3) ** 0.5) ** 2 * 3 == d else 1
-        side = round((d / channels) ** 0.5)
-        image_shape = side, side, channels
-    if int(np.prod(image_shape)) != d:
+        colours = 3 if d % 3 == 0 and round((d / 3) ** 0.5) ** 2 * 3 == d else 1
+        side = round((d / colours) ** 0.5)
+        image_shape = side, side, colours
+    height, width, channels = map(int, image_shape)
+    if height * width * channels != d:
         raise ValueError(f"{name} is of {d} pixels, not of images of shape {image_shape}")
     back, projection = np.argsort(channels_first(image_shape)), None
     if pca is None:
@@ -281,7 +282,7 @@ def from_published(
             np.asarray(pca.mean_, np.float64)[back],
         )
     mean, std = moments_of(mixture, projection)
-    return ImageMixture(mixture, projection, mean, std, tuple(image_shape), {"from": name})
+    return ImageMixture(mixture, projection, mean, std, (height, width, channels), {"from": name})
 
 
 def _to_sklearn_pca(projection: Projection, order: np.ndarray) -> Any:

@@ -117,7 +117,9 @@ def principal_components(
     pixels = to_unit(np.float32(images.reshape(len(images), -1)))
     pca = PCA(num, random_state=seed, copy=False)
     coordinates = pca.fit_transform(pixels)
-    projection = Projection(np.float64(pca.components_), np.float64(pca.mean_))
+    projection = Projection(
+        np.asarray(pca.components_, np.float64), np.asarray(pca.mean_, np.float64)
+    )
     return projection, coordinates, float(pca.explained_variance_ratio_.sum())
 
 
@@ -126,7 +128,12 @@ def principal_components(
 
 def structure_of(config: FitConfig) -> Structure:
     key = jax.random.fold_in(jax.random.key(config.random_state), 1)
-    makers = {"full": full, "tied": tied, "diag": diagonal, "spherical": spherical}
+    makers: dict[str, Structure] = {
+        "full": full,
+        "tied": tied,
+        "diag": diagonal,
+        "spherical": spherical,
+    }
     return makers.get(config.covariance_type) or low_rank(key, config.rank)
 
 

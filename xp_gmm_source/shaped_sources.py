@@ -96,7 +96,7 @@ def frequency_statistics(images: Images, *, block: int | None = 8) -> FrequencyS
     colour = _colour(channels)
     down, across = cosine_basis(block_height), cosine_basis(block_width)
     padding = (0, 0), (0, -height % block_height), (0, -width % block_width), (0, 0)
-    count, total, squares = 0, 0.0, 0.0
+    count, total, squares = 0, np.zeros(()), np.zeros(())
     for chunk in chunks(images):
         padded = np.pad(chunk, padding, mode="edge")
         n, padded_height, padded_width, _ = padded.shape
@@ -148,6 +148,7 @@ def frequency_source(
     if variance.max() <= 1e-12 * np.square(mean).max():
         raise ValueError("the images are constant and all the same: they have no frequencies")
     if thresholds is None:
+        assert masked_share is not None  # one of the two
         if not 0 <= masked_share < 1:
             raise ValueError(f"masked_share must be in [0, 1), got {masked_share}")
         energy = (np.square(mean) + variance).ravel()

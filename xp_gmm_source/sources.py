@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from lib import gmm
@@ -53,7 +54,8 @@ def check_images(images: Images) -> tuple[int, int, int]:
         finite = np.isfinite(chunk).all(axis=1)
         if not finite.all():
             raise ValueError(f"image {begin + int(np.argmin(finite))} is not finite")
-    return images.shape[1:]
+    _, height, width, channels = images.shape
+    return height, width, channels
 
 
 def check_points(x1: Points, dimension: int) -> None:
@@ -194,7 +196,7 @@ def _pixel_variances(covariance: gmm.Covariance, k: int, pca: Projection | None)
     else:
         factor = covariance.loadings[k]
         variances = np.square(np.asarray(covariance.scales[k], np.float64))
-    total = 0.0
+    total = np.zeros(())
     if factor is not None:
         factor = np.asarray(factor, np.float64)
         factor = factor if pca is None else pca.components.T @ factor
@@ -207,8 +209,8 @@ def _pixel_variances(covariance: gmm.Covariance, k: int, pca: Projection | None)
 def mixture_source(
     mixture: gmm.Mixture,
     *,
-    mean: Float[AnyArray, " d"] | None = None,
-    std: Float[AnyArray, " d"] | None = None,
+    mean: ArrayLike | None = None,
+    std: ArrayLike | None = None,
     pca: Projection | None = None,
 ) -> GMMSource:
     """The source of a fitted mixture, in float32.
@@ -252,8 +254,8 @@ def mixture_source(
 def mode_coupled_source(
     mixture: gmm.Mixture,
     *,
-    mean: Float[AnyArray, " d"] | None = None,
-    std: Float[AnyArray, " d"] | None = None,
+    mean: ArrayLike | None = None,
+    std: ArrayLike | None = None,
     pca: Projection | None = None,
 ) -> ModeCoupledSource:
     """`mixture_source`, coupled with the data through the components."""

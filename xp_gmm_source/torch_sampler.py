@@ -134,19 +134,19 @@ class GMM_TORCH:
     def _colour(self, owners: torch.Tensor) -> torch.Tensor:
         """Draws of N(0, Sigma_k), k = owners[i]."""
         num, d = len(owners), self._means.shape[1]
-        structure = self._structure
-        match structure:
+        tensors: dict[str, torch.Tensor] = self._structure._asdict()
+        match self._structure:
             case mixtures.Full():
-                return _grouped(self._noise(num, d), owners, structure.cholesky)
+                return _grouped(self._noise(num, d), owners, tensors["cholesky"])
             case mixtures.Tied():
-                return self._noise(num, d) @ structure.cholesky.T
+                return self._noise(num, d) @ tensors["cholesky"].T
             case mixtures.Diagonal():
-                return structure.scales[owners] * self._noise(num, d)
+                return tensors["scales"][owners] * self._noise(num, d)
             case mixtures.Spherical():
-                return structure.scales[owners][:, None] * self._noise(num, d)
-        latent = self._noise(num, structure.loadings.shape[2])
-        noise = structure.scales[owners] * self._noise(num, d)
-        return _grouped(latent, owners, structure.loadings) + noise
+                return tensors["scales"][owners][:, None] * self._noise(num, d)
+        latent = self._noise(num, tensors["loadings"].shape[2])
+        noise = tensors["scales"][owners] * self._noise(num, d)
+        return _grouped(latent, owners, tensors["loadings"]) + noise
 
 
 def _grouped(noise: torch.Tensor, owners: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

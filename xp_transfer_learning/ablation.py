@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -113,7 +114,7 @@ def main(arguments: Arguments) -> Path:
                 ).load_arrays()
                 for seed in seeds
             ]
-            row = measured(tries, arguments)
+            row: dict[str, Any] = measured(tries, arguments)
             row["seconds_per_step"] = seconds_per_step(config, arguments.data_root)
         except DivergedError as error:
             row = {"diverged": str(error)}

@@ -49,7 +49,7 @@ class ImageFlowConfig:
     source: str = "mnist"
     """A data set's name, the path of a folder or zip of images, or "noise": N(0, I)."""
     target: str = "fashion_mnist"
-    split: str = "train"
+    split: Literal["train", "test"] = "train"
     num_per_class: int = 200
     num_directions: int = 500
     n_epochs: int = 100_000

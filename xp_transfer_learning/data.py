@@ -1,6 +1,8 @@
 """The data sets of these experiments, brought to one image shape."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lib import datasets
 from xp_transfer_learning.config import INVERTED, ROTATED
@@ -13,6 +15,12 @@ def load(name: str, split: datasets.Split, data_root: Path | None) -> datasets.D
     if name == INVERTED:
         return datasets.invert(datasets.load("digits", split=split))
     return datasets.load(name, split=split, data_root=data_root)
+
+
+def stored_shape(arrays: Mapping[str, Any]) -> tuple[int, int, int]:
+    """`image_shape` of a run's arrays."""
+    height, width, channels = map(int, arrays["image_shape"])
+    return height, width, channels
 
 
 def shaped(dataset: datasets.Dataset, image_shape: tuple[int, int, int]) -> datasets.Dataset:

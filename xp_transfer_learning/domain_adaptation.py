@@ -12,6 +12,7 @@ class, along the flow (Figure 3 of Bonet et al., 2025). Every try draws its sour
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,11 +150,15 @@ def chosen(arguments: Arguments) -> list[AdaptationConfig]:
     """The preset's settings, or those asked for."""
     configs = list(ADAPTATION[arguments.preset])
     if arguments.src_dataset or arguments.tgt_dataset:
-        named = {"source": arguments.src_dataset, "target": arguments.tgt_dataset}
+        named: dict[str, Any] = {"source": arguments.src_dataset, "target": arguments.tgt_dataset}
         configs = [AdaptationConfig(**{k: v for k, v in named.items() if v})]
-    flow = {"n_epochs": arguments.n_epochs_wgd, "lr": arguments.lr, "decay": arguments.decay}
+    flow: dict[str, Any] = {
+        "n_epochs": arguments.n_epochs_wgd,
+        "lr": arguments.lr,
+        "decay": arguments.decay,
+    }
     flow = {k: v for k, v in flow.items() if v is not None}
-    sizes = {"num_per_class": arguments.num_per_class, "size": arguments.size}
+    sizes: dict[str, Any] = {"num_per_class": arguments.num_per_class, "size": arguments.size}
     sizes = {k: v for k, v in sizes.items() if v is not None}
     return [replace(c, flow=replace(c.flow, **flow), **sizes) for c in configs]
 

@@ -9,8 +9,10 @@ adds MNIST to Fashion-MNIST when the data root has both. Nothing is downloaded u
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -101,7 +103,7 @@ def arrival(particles: np.ndarray, x_tgt: np.ndarray) -> dict:
     pixel to each particle's nearest one, and how many different images are nearest to some."""
     index, distances = nearest(particles, x_tgt)
     distances = distances / np.sqrt(x_tgt.shape[2])
-    measures = {"median": np.median, "mean": np.mean, "max": np.max}
+    measures: dict[str, Callable[..., Any]] = {"median": np.median, "mean": np.mean, "max": np.max}
     return {
         "root_mean_square_to_nearest_target_image": {k: f(distances) for k, f in measures.items()},
         "distinct_nearest_target_images": len(np.unique(index)),
@@ -172,7 +174,7 @@ def chosen(arguments: Arguments) -> list[ImageFlowConfig]:
     if arguments.preset == "quick" and with_data(arguments.data_root):
         configs.append(QUICK_WITH_DATA)
     if arguments.src_dataset or arguments.tgt_dataset:
-        named = {"source": arguments.src_dataset, "target": arguments.tgt_dataset}
+        named: dict[str, Any] = {"source": arguments.src_dataset, "target": arguments.tgt_dataset}
         configs = [replace(ImageFlowConfig(), **{k: v for k, v in named.items() if v})]
     fields = (
         "num_per_class", "num_directions", "n_epochs", "lr", "decay", "m", "record_every",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
     start: Array
     target: Array
     value_and_grad: TargetValueAndGrad
-    points: Callable[[Array], Array]
+    points: Callable[[Any], Array]
     mesh: Mesh | None = None
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lib import plotting, runs
 from lib.datasets import as_images
+from xp_transfer_learning.data import stored_shape
 
 
 def load_rings(summary: Path) -> list[dict]:
@@ -116,7 +117,7 @@ def image_flow(arrays: dict, title: str, stem: Path) -> list[Path]:
     """Samples along one flow (a row a class, a column a step; last the target image nearest to
     where the sample ended, for classes are matched by the flow), and its loss."""
     particles, steps = arrays["particles"], arrays["steps"]
-    shape = tuple(int(s) for s in arrays["image_shape"])
+    shape = stored_shape(arrays)
     with plotting.style():
         chosen = early_and_late(steps)
         targets = arrays["x_tgt"].reshape(-1, arrays["x_tgt"].shape[-1])
@@ -244,7 +245,7 @@ def adaptation(summary: Path, arrays: dict) -> list[Path]:
     stem = summary.parent / "figures" / summary.stem
     with plotting.style():
         curve = plotting.save_figure(adaptation_curve(stored), stem.with_suffix(".png"))
-        shape = tuple(int(s) for s in arrays["image_shape"])
+        shape = stored_shape(arrays)
         chosen = early_and_late(steps)
         shown = ", ".join(f"{int(steps[i]):,}" for i in chosen)
         title = f"{config['source']} → {config['target']}, one image a class\nsteps {shown}"

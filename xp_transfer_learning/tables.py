@@ -12,7 +12,7 @@ from xp_transfer_learning.config import METHODS, Labelling, TrainingConfig
 # Bonet et al. (2025), Table 2: accuracy in percent and its standard deviation, which leaves out the
 # draw of the data. By target and k: target alone, MMDSW, OTDD, product kernel.
 PUBLISHED_METHODS = ("target_only", "mmdsw", "otdd", "mmd_product")
-PUBLISHED_TRANSFER = {
+PUBLISHED_TRANSFER: dict[str, dict[int, tuple[tuple[float, float] | None, ...]]] = {
     "fashion_mnist": {
         1: ((26.0, 5.3), (40.5, 4.7), (30.5, 4.2), (36.4, 3.3)),
         5: ((38.5, 6.7), (61.5, 4.6), (59.7, 1.8), (62.7, 1.1)),

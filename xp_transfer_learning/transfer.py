@@ -13,6 +13,7 @@ twice: for the same number of epochs, as published, and for as many gradient ste
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from xp_transfer_learning.config import (
     TrainingConfig,
     TransferConfig,
 )
-from xp_transfer_learning.data import load, pair_name, resized, shaped
+from xp_transfer_learning.data import load, pair_name, resized, shaped, stored_shape
 from xp_transfer_learning.labels import agreement, label_particles
 
 
@@ -134,7 +135,7 @@ def run_try(
     run = runs.open_run(results, EXPERIMENT, name, settings, seed=seed)
     if not run.finished:
         flowed = flow(config, seed=seed, results=results, data_root=data_root)
-        shape = tuple(int(s) for s in flowed["image_shape"])
+        shape = stored_shape(flowed)
         test = shaped(load(config.target, "test", data_root), shape)
         test_images = np.asarray(datasets.flat(test)).reshape(-1, *shape)
         records = range(len(flowed["steps"])) if along else [len(flowed["steps"]) - 1]
@@ -191,7 +192,12 @@ class Arguments(DeviceOptions):
 def preset(arguments: Arguments) -> list[Arguments]:
     """What the preset stands for, or the arguments as they are."""
     if arguments.preset == "quick":
-        small = {"ntry": 1, "num_trainings": 2, "n_epochs_nn": 10, "n_epochs_wgd": 200}
+        small: dict[str, Any] = {
+            "ntry": 1,
+            "num_trainings": 2,
+            "n_epochs_nn": 10,
+            "n_epochs_wgd": 200,
+        }
         small |= {"num_per_class": 40, "size": 28, "method": ("mmdsw", "target_only")}
         return [replace(arguments, src_dataset="digits", tgt_dataset=ROTATED, **small)]
     if arguments.preset == "paper":
@@ -199,7 +205,10 @@ def preset(arguments: Arguments) -> list[Arguments]:
         for target in ("fashion_mnist", "kmnist", "usps"):
             ours = replace(arguments, tgt_dataset=target, method=("mmdsw", "target_only"))
             # These two move points, not classes: a class may end in several.
-            baselines = {"method": ("otdd", "mmd_product"), "labelling": ("transport", "particles")}
+            baselines: dict[str, Any] = {
+                "method": ("otdd", "mmd_product"),
+                "labelling": ("transport", "particles"),
+            }
             table.append(replace(ours, k_shot=(1, 5, 10, 100)))
             table.append(replace(ours, k_shot=(1, 5, 10), **baselines))
         return table
@@ -213,11 +222,11 @@ def main(arguments: Arguments) -> list[Path]:
 
 def run_table(arguments: Arguments) -> Path:
     """Runs every k and method, prints and stores accuracies; returns the summary's path."""
-    given = {"n_epochs": arguments.n_epochs_wgd, "lr": arguments.lr}
+    given: dict[str, Any] = {"n_epochs": arguments.n_epochs_wgd, "lr": arguments.lr}
     given |= {"decay": arguments.decay, "m": arguments.m}
     given = {name: value for name, value in given.items() if value is not None}
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
-    where = {"results": arguments.results, "data_root": arguments.data_root}
+    where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
     rows = []
     for k in arguments.k_shot:
         for method in arguments.method:
