@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -93,14 +93,13 @@ class Compressed(NamedTuple):
         with (
             _clear_errors(self.path),
             _open_zip(self.path) as archive,
-            archive.open(self.member) as file,
+            cast(zipfile.ZipExtFile, archive.open(self.member)) as file,
         ):
             _npy_header(file)
-            member = cast(zipfile.ZipExtFile, file)
             file.seek(start * row_bytes, 1)
             for first in range(start, self.shape[0], size):
                 raw = np.empty(min(size, self.shape[0] - first) * row_bytes, np.uint8)
-                _fill(member, self.path, raw)
+                _fill(file, self.path, raw)
                 yield raw.view(self.dtype).reshape(-1, self.shape[1])
 
     def rows(self, wanted: np.ndarray) -> np.ndarray:
@@ -225,7 +224,7 @@ def _data_offset(file: io.IOBase, member: zipfile.ZipInfo) -> int:
 # NumPy
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _npy_header(file: io.IOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, whether column-major, dtype); leaves the file where the values start."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -238,7 +237,7 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _npy_array(
-    path: Path, file: IO[bytes], size: int, *, start: int | None = 0, member: str = ""
+    path: Path, file: io.IOBase, size: int, *, start: int | None = 0, member: str = ""
 ) -> StoredArray:
     """The array of an .npy file of `size` bytes, or of a member that begins at byte `start` of an
     archive, None where it is compressed."""
@@ -278,7 +277,7 @@ def _npz_arrays(path: Path) -> dict[str, StoredArray]:
             stored = member.compress_type == zipfile.ZIP_STORED
             start = _data_offset(whole, member) if stored else None
             name, size = member.filename, member.file_size
-            with archive.open(member) as file:
+            with cast(zipfile.ZipExtFile, archive.open(member)) as file:
                 array = _npy_array(path, file, size, start=start, member=name)
             arrays[name.removesuffix(".npy")] = array
     return arrays
