@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lib import hosts
-from lib.runs import load_arrays
+from lib.files import load_arrays
 
 ROOT = Path(__file__).parents[1]
 
