@@ -8,6 +8,8 @@ import numpy as np
 
 from xp_data_mixing.config import SIGMAS
 
+KERNEL_COLUMNS = ("exact V", "exact U")
+
 
 def rows_of(summary: Path) -> list[dict]:
     return json.loads(Path(summary).read_text())["rows"]
