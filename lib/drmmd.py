@@ -475,4 +475,4 @@ def largest_step(
     chi_squared = jnp.maximum(value, 0) / (1 + lmbda)
     curvature = (dimension**2 + 2 * dimension) / bandwidth**4
     factor = (zeta - 1) / (2 * zeta * (1 + lmbda))
-    return factor * jnp.sqrt(lmbda / (chi_squared * curvature))
+    return jnp.sqrt(lmbda / (chi_squared * curvature)) * factor

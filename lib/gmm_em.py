@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
+from lib import hosts
 from lib.console import Interrupted, interruptible, progress
 from lib.files import RunFileError
 from lib.gmm import Mixture, Prepared, cast, joint_log_densities, prepare
@@ -271,8 +272,10 @@ def fit(
                     state = state._replace(mixture=mixture)
                 converged = _converged(state, done, held_out is not None, tolerance)
                 tick(1, log_likelihood=log_likelihood)
-                stopping, finished = stop_requested(), converged or done == max_iterations
-                if run and (stopping or finished or time.monotonic() - saved > checkpoint_seconds):
+                due = time.monotonic() - saved > checkpoint_seconds
+                _, stopping, due = hosts.agreed(hosts.NextVisit(1, stop_requested(), due))
+                finished = converged or done == max_iterations
+                if run and (stopping or finished or due):
                     run.save_checkpoint(state, step=done)
                     saved = time.monotonic()
                 if stopping and not finished:
