@@ -22,7 +22,7 @@ bash run.sh --help             this text
 experiments:
 $(experiments | sed 's/^/  /')
 presets:
-  quick   a minute or two on two CPU cores, with data that are embedded
+  quick   one to three minutes on two CPU cores, with data that are embedded
   paper   the published setting, with real data from \$DATA_ROOT (default ./data)
 
 environment:
