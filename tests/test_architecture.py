@@ -47,6 +47,13 @@ def test_numerics_stand_below_the_flow_engine():
             assert not imports(path) & above, path.stem
 
 
+def test_commands_take_devices():
+    """What `run_command` parses extends `DeviceOptions`."""
+    commands = [path for path in EXPERIMENTS if "lib.commands.run_command" in imports(path)]
+    assert len({path.parent for path in commands}) == 5
+    assert not [path for path in commands if "lib.hosts.DeviceOptions" not in imports(path)]
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}.{path.stem}")
 def test_no_experiment_imports_another(path):
     others = {name.split(".")[0] for name in imports(path) if name.startswith("xp_")}

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from condensing import SMALL
 from PIL import Image
 
 from lib import augment, classification, optimisers
+from lib.hosts import DeviceOptions
 from lib.networks import ConvNet
+from lib.settings import settings_of
 from xp_dataset_distillation import (
     checks,
     condense,
@@ -325,6 +328,13 @@ def test_the_check_of_moments(tmp_path):
 
 
 # ---- Commands
+
+
+@pytest.mark.parametrize("check", ["mmd", "moments"])
+def test_checks_take_devices_as_every_command(check):
+    """`lib.commands.run_command` starts the devices that the arguments ask for."""
+    arguments = tyro.cli(checks.Check, args=[check, "--devices", "3"])
+    assert settings_of(DeviceOptions, arguments) == DeviceOptions(devices=3)
 
 
 def test_the_command_condenses_and_draws(tmp_path, capsys):

@@ -22,6 +22,7 @@ from tyro.conf import subcommand
 from lib import runs
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
+from lib.hosts import DeviceOptions
 from xp_dataset_distillation import condense, losses, moments
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, KernelName, Start
 from xp_dataset_distillation.factor import decode
@@ -106,7 +107,7 @@ def mmd_table(
 
 
 @dataclass(frozen=True)
-class Mmd:
+class Mmd(DeviceOptions):
     """Distributions that differ in one moment alone."""
 
     num: int = 200
@@ -130,7 +131,7 @@ def run_mmd(arguments: Mmd) -> Path:
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(DeviceOptions):
     """Moments of the features of condensed and real images."""
 
     dataset: str = "digits"
