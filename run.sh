@@ -16,6 +16,7 @@ bash run.sh NAME [PRESET]      one experiment; PRESET is quick (default) or pape
                                both end in one page of all that lies in the results: index.html
 bash run.sh sweep ARGS...      a grid of commands, here or on Slurm; ARGS go to sweep.py (try --help)
 bash run.sh test [ARGS...]     set up, then run the tests; ARGS go to pytest (-m slow: the slow ones)
+                               --cov, as the last: coverage too
 bash run.sh setup              set up only
 bash run.sh --help             this text
 
