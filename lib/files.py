@@ -18,7 +18,7 @@ import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import jax
 import ml_dtypes
@@ -187,7 +187,7 @@ def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
                 for info in archive.infolist():
                     name = info.filename.removesuffix(".npy")
                     with archive.open(info) as member:
-                        _check_promise(member, info)
+                        _check_promise(cast(zipfile.ZipExtFile, member), info)
                     with archive.open(info) as member:
                         arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
             for name, dtype in json.loads(str(arrays.pop(_DTYPES, "{}"))).items():
@@ -205,7 +205,7 @@ def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
     return arrays
 
 
-def _check_promise(member: IO[bytes], info: zipfile.ZipInfo) -> None:
+def _check_promise(member: zipfile.ZipExtFile, info: zipfile.ZipInfo) -> None:
     """Raises ValueError unless the member holds, uncompressed, what its npy header promises."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
