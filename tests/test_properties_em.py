@@ -301,7 +301,7 @@ def test_rows_are_finite_in_the_dtype_of_the_products(dtype):
     """What float64 holds is no infinity there, and is one in float32; neither warns."""
     check = partial(gmm_rows.rows, np.array([[0.0], [1e39]]), dtype=dtype)
     if dtype == np.float64:
-        assert check().count == 2
+        assert check().num_rows == 2
     else:
         with pytest.raises(ValueError, match="row 1 of the data is not finite"):
             check()
