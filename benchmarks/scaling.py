@@ -51,6 +51,10 @@ class Options:
     quick: bool = False
     memory: bool = False
     """In place of the sweeps: formulas of memory, what options do, devices, what fits."""
+    systems: tuple[str, ...] = ()
+    """Whose sweeps; none: all."""
+    read: tuple[Path, ...] = ()
+    """Results of such parts: put together, in place of measuring."""
     rounds: int = 3
     devices_alone: bool = False
     """Prints the memory a device as JSON and ends; for the process that has eight."""
@@ -87,7 +91,8 @@ NYSTROM = {"approximation": "nystrom", "d": 2}
 SWEEPS = [
     Sweep("wow", "n", doubled(512, 3), {"C": 5, "d": 8, "L": 500},
           ("C n log²n L", 1), ("C n L", 1), logarithms=2),
-    Sweep("wow", "d", doubled(1024, 3), {"C": 10, "n": 256, "L": 100}, ("C n d L", 1), ("C n d", 1)),
+    Sweep("wow", "d", doubled(1024, 3), {"C": 10, "n": 256, "L": 100},
+          ("C n d L", 1), ("C n d", 1)),
     Sweep("wow", "C", doubled(32, 3), {"n": 16, "d": 8, "L": 500}, ("C² n L", 2), ("C² L", 2)),
     Sweep("wow", "L", doubled(250, 3), {"C": 8, "n": 256, "d": 64},
           ("C n log²n L", 1), ("C n L", 1)),
@@ -358,12 +363,22 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def sweeps(options: Options) -> dict[str, Any]:
-    rows = []
+def sweeps(options: Options, about: dict[str, Any]) -> dict[str, Any]:
+    """Written after each: a long run that is stopped leaves something."""
+    found: dict[str, Any] = {"runs": [about], "sweeps": []}
     for sweep in QUICK if options.quick else SWEEPS:
-        rows.append(run_sweep(sweep, options.rounds))
-        show(rows[-1])
-    return {"sweeps": rows}
+        if options.systems and sweep.system not in options.systems:
+            continue
+        row = run_sweep(sweep, options.rounds)
+        show(row)
+        found["sweeps"].append(row)
+        write_json(options.out, rounded(found))
+    return found
+
+
+def together(paths: tuple[Path, ...]) -> dict[str, Any]:
+    parts = [json.loads(path.read_text()) for path in paths]
+    return {name: sum((part[name] for part in parts), []) for name in ("runs", "sweeps")}
 
 
 def memory(options: Options) -> dict[str, Any]:
@@ -396,12 +411,14 @@ def main(options: Options) -> dict[str, Any]:
     if options.devices_alone:
         print(json.dumps(memory_a_device()))
         return {}
-    about = {"environment": environment(), "load_before": os.getloadavg()[0]}
-    found = memory(options) if options.memory else sweeps(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out, rounded(about | found))
-    if not options.memory:
+    about = {"environment": environment(), "load_before": os.getloadavg()[0]}
+    if options.memory:
+        found = {"runs": [about]} | memory(options)
+    else:
+        found = together(options.read) if options.read else sweeps(options, about)
         print(draw(found["sweeps"], options.out.with_suffix(".png")))
+    write_json(options.out, rounded(found))
     print(f"written to {options.out}")
     return found
 
