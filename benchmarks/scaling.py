@@ -378,7 +378,7 @@ def sweeps(options: Options, about: dict[str, Any]) -> dict[str, Any]:
 
 def together(paths: tuple[Path, ...]) -> dict[str, Any]:
     parts = [json.loads(path.read_text()) for path in paths]
-    return {name: sum((part[name] for part in parts), []) for name in ("runs", "sweeps")}
+    return {name: [row for part in parts for row in part[name]] for name in ("runs", "sweeps")}
 
 
 def memory(options: Options) -> dict[str, Any]:
