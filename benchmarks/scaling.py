@@ -6,7 +6,8 @@
 
 Sweeps vary one size at a time, in factors of 2, where the leading term should dominate. Seconds of
 CPU of the process, median over rounds after a call that warms up, compiling apart; wall seconds
-beside them (on a shared machine trust the CPU's). Memory is that of the compiled program:
+beside them. On a shared machine trust the CPU's, and give it one core, since threads that wait for
+each other spin: `OPENBLAS_NUM_THREADS=1 taskset -c 0 python benchmarks/scaling.py`. Memory is that of the compiled program:
 arguments, results, temporaries. Exponents are slopes of log time and log memory over the largest
 three sizes, and those of theory the same slopes of its leading term over the same sizes, so that
 logarithms count too. Writes JSON, and a figure beside it.
@@ -413,6 +414,7 @@ def main(options: Options) -> dict[str, Any]:
         return {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"environment": environment(), "load_before": os.getloadavg()[0]}
+    about["cores_used"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     if options.memory:
         found = {"runs": [about]} | memory(options)
     else:
