@@ -6,11 +6,11 @@
 
 Sweeps vary one size at a time, in factors of 2, where the leading term should dominate. Seconds of
 CPU of the process, median over rounds after a call that warms up, compiling apart; wall seconds
-beside them. On a shared machine trust the CPU's, and give it one core, since threads that wait for
-each other spin: `OPENBLAS_NUM_THREADS=1 taskset -c 0 python benchmarks/scaling.py`. Memory is that of the compiled program:
-arguments, results, temporaries. Exponents are slopes of log time and log memory over the largest
-three sizes, and those of theory the same slopes of its leading term over the same sizes, so that
-logarithms count too. Writes JSON, and a figure beside it.
+beside them. On a shared machine trust the CPU's, and keep to one core, since threads that wait for
+each other spin: `OPENBLAS_NUM_THREADS=1 taskset -c 0 python benchmarks/scaling.py`. Memory is that
+of the compiled program: arguments, results, temporaries. Exponents are slopes of log time and log
+memory over the largest three sizes, and those of theory the same slopes of its leading term over
+the same sizes, so that logarithms count too. Writes JSON, and a figure beside it.
 
 With --memory: the formulas of `scaling_systems.py` beside programs compiled for large sizes, how
 large a problem fits, what options save and cost, and memory a device when 1 to 8 share the work (in
