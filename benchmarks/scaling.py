@@ -181,7 +181,7 @@ SHARED = {
 }
 
 FITS = [
-    ("wow", "n", {"C": 10, "d": 3072, "L": 500}, {"block_size": 50}),
+    ("wow", "n", {"C": 10, "d": 784, "L": 500}, {"block_size": 50}),
     ("wow", "C", {"n": 50, "d": 784, "L": 500}, {"block_size": 50}),
     ("drmmd", "N=M", {"d": 2}, {"approximation": "nystrom", "rank": 300}),
     ("condensation", "C", {"n": 256, "width": 128, "ipc": 10, "side": 32, "channels": 3},
@@ -379,7 +379,9 @@ def sweeps(options: Options, about: dict[str, Any]) -> dict[str, Any]:
 
 def together(paths: tuple[Path, ...]) -> dict[str, Any]:
     parts = [json.loads(path.read_text()) for path in paths]
-    return {name: [row for part in parts for row in part[name]] for name in ("runs", "sweeps")}
+    names = ("runs", "sweeps", "checks", "turns", "devices")
+    found = {name: [row for part in parts for row in part.get(name, [])] for name in names}
+    return found | {"fits": what_fits()}
 
 
 def memory(options: Options) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class System(NamedTuple):
     program: Callable[..., Program]
     """(mesh, run, **sizes)"""
     predicted: Callable[..., float]
+    beside: Callable[..., float] = lambda **_: 0
+    """Bytes that a flow holds while the program runs."""
 
 
 def bytes_of(compiled) -> int:
@@ -292,7 +294,11 @@ def _weights_predicted(N, D):
 
 SYSTEMS = {
     "wow": System(
-        "WoW gradient", False, from_functions(_wow_arguments, _wow_function), _wow_predicted
+        "WoW gradient",
+        False,
+        from_functions(_wow_arguments, _wow_function),
+        _wow_predicted,
+        lambda C, n, d, **_: 4 * C * n * d,  # momentum
     ),
     "drmmd": System(
         "DrMMD step",
@@ -303,6 +309,8 @@ SYSTEMS = {
             lambda start, mesh: meshes.divided(start.shape, (-2, -3), mesh),
         ),
         _drmmd_predicted,
+        # The target's Gram matrix, which other flows need.
+        lambda M, approximation="none", **_: 8 * M**2 if approximation == "none" else 0,
     ),
     "drmmd_target": System(
         "DrMMD target",
@@ -324,11 +332,11 @@ SYSTEMS = {
 
 def largest(name: str, variable: str, budget: float, **sizes) -> int:
     """The largest `variable`, or several alike ("N=M"), whose predicted bytes are in `budget`."""
-    low, high = 1, 2**40
+    system, low, high = SYSTEMS[name], 1, 2**40
     while high - low > 1:
         middle = (low + high) // 2
-        named = dict.fromkeys(variable.split("="), middle)
-        if SYSTEMS[name].predicted(**sizes | named) <= budget:
+        named = sizes | dict.fromkeys(variable.split("="), middle)
+        if system.predicted(**named) + system.beside(**named) <= budget:
             low = middle
         else:
             high = middle
