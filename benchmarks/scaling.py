@@ -175,7 +175,7 @@ TURNS = [
 SHARED = {
     "wow": {"C": 10, "n": 256, "d": 64, "L": 1024},
     "drmmd": {"N": 1600, "M": 400, "d": 2},
-    "condensation": {"C": 8, "n": 64, "width": 16},
+    "condensation": {"C": 8, "n": 64, "width": 16, "augmentation": ""},
     "em": {"n": 8192, "d": 128, "K": 8, "chunk_size": 4096},
     "embeddings": {"n": 8192, "d": 512, "D": 2000},
 }
