@@ -323,7 +323,8 @@ def show(row: dict[str, Any]) -> None:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> Path:
     """A column a system: CPU seconds above, memory below; theory through the largest size."""
-    titles = list(dict.fromkeys(row["title"] for row in rows))
+    present = {row["title"] for row in rows}
+    titles = [name for name in dict.fromkeys(map(title, SWEEPS)) if name in present]
     with plotting.style():
         width = 2.1 * len(titles)
         figure, grid = plt.subplots(2, len(titles), figsize=(width, 5), squeeze=False)
@@ -331,8 +332,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
             for row in (row for row in rows if row["title"] == name):
                 draw_sweep(column, row)
             column[0].set_title(name)
-            column[1].set_xlabel("size, as a multiple of the smallest")
+            column[1].set_xlabel("size / smallest")
             for axes in column:
+                whole_decades(axes)
                 axes.legend(fontsize=7, handlelength=1)
         grid[0, 0].set_ylabel("CPU seconds")
         grid[1, 0].set_ylabel("MB, as compiled")
@@ -348,11 +350,17 @@ def draw_sweep(column, row: dict[str, Any]) -> None:
         measured = np.array([p[key] for p in row["points"]]) / unit
         label = f"{row['variable']}: {row[f'{what}_exponent']:.2f} ({row[f'{what}_theory']:.2f})"
         (line,) = axes.loglog(values, measured, "o-", ms=3, label=label)
-        axes.loglog(
-            values, measured[-1] * row[f"{what}_shape"], lw=0.7, color=line.get_color(), ls="--"
-        )
-        axes.set_xticks(2 ** np.arange(5), [str(2**k) for k in range(5)])
-        axes.minorticks_off()
+        theory = measured[-1] * np.array(row[f"{what}_shape"])
+        axes.loglog(values, theory, lw=0.7, color=line.get_color(), ls="--")
+
+
+def whole_decades(axes) -> None:
+    """And a tick at each doubling."""
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+    doublings = 2 ** np.arange(round(math.log2(axes.dataLim.intervalx[1])) + 1)
+    axes.set_xticks(doublings, [str(number) for number in doublings])
+    axes.minorticks_off()
 
 
 def rounded(value: Any) -> Any:
