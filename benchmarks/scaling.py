@@ -42,6 +42,7 @@ DEVICES = (1, 2, 4, 8)
 GIGABYTES = (8, 24, 80)
 USABLE = 0.75
 """Of a device's memory: what JAX takes of a GPU by default."""
+COLUMNS = 5  # of the figure
 SHORTEST = 0.05  # seconds; shorter calls are repeated
 
 
@@ -129,12 +130,10 @@ SWEEPS = [
     Sweep("weights", "N", doubled(100, 4), {"D": 500}, ("N³", 3), ("N²", 2)),
 ]  # fmt: skip
 
-TINY = {"C": 2, "width": 2, "side": 8, "ipc": 1, "augmentation": "", "space": "pixels"}
+# Of what compiles in a second.
 QUICK = [
     Sweep("wow", "n", (2, 4), {"C": 2, "d": 2, "L": 8}, ("C n log²n L", 1), ("C n L", 1), 2),
     Sweep("drmmd", "N", (8, 16), {"M": 8, "d": 2}, ("N²", 2), ("N²", 2)),
-    Sweep("condensation", "n", (2, 4), TINY, ("C n", 1), ("C n", 1)),
-    Sweep("em", "n", (16, 32), {"d": 2, "K": 2}, ("n d² K", 1), ("K d²", 0)),
     Sweep("embeddings", "n", (256, 512), {"d": 4, "D": 4}, ("n d D", 1), ("d D", 0)),
     Sweep("weights", "N", (4, 8), {"D": 10}, ("N³", 3), ("N²", 2)),
 ]
@@ -225,7 +224,8 @@ def _point(name, sizes, rounds):
 
 def exponent(sizes, values) -> float:
     """The slope of log value against log size, least squares over the largest three sizes."""
-    return float(np.polyfit(np.log(sizes)[-3:], np.log(values)[-3:], 1)[0])
+    slope = np.polyfit(np.log(sizes)[-3:], np.log(values)[-3:], 1)[0]
+    return round(float(slope), 4) + 0.0  # no -0
 
 
 def run_sweep(sweep: Sweep, rounds: int) -> dict[str, Any]:
@@ -325,19 +325,24 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
     """A column a system: CPU seconds above, memory below; theory through the largest size."""
     present = {row["title"] for row in rows}
     titles = [name for name in dict.fromkeys(map(title, SWEEPS)) if name in present]
+    lines = math.ceil(len(titles) / COLUMNS)
     with plotting.style():
-        width = 2.1 * len(titles)
-        figure, grid = plt.subplots(2, len(titles), figsize=(width, 5), squeeze=False)
-        for column, name in zip(grid.T, titles, strict=True):
+        figure, grid = plt.subplots(2 * lines, COLUMNS, figsize=(11, 4.6 * lines))
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for i, name in enumerate(titles):
+            line, place = divmod(i, COLUMNS)
+            column = grid[2 * line : 2 * line + 2, place]
             for row in (row for row in rows if row["title"] == name):
                 draw_sweep(column, row)
             column[0].set_title(name)
             column[1].set_xlabel("size / smallest")
             for axes in column:
+                axes.set_axis_on()
                 whole_decades(axes)
                 axes.legend(fontsize=7, handlelength=1)
-        grid[0, 0].set_ylabel("CPU seconds")
-        grid[1, 0].set_ylabel("MB, as compiled")
+        for axes, label in zip(grid[:, 0], ("CPU seconds", "MB, as compiled") * lines, strict=True):
+            axes.set_ylabel(label)
         return plotting.save_figure(figure, path)
 
 

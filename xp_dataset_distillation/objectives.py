@@ -190,7 +190,7 @@ def _choose(key, images, most: int):
 
 def _over_devices(of_classes: Callable, mesh, config: CondenseConfig, num_classes: int) -> Callable:
     """`of_classes(parameters of networks, arrays of classes)` with both divided over devices."""
-    if mesh is None:
+    if mesh is None or mesh.size == 1:  # one device has no axes to average over
         return of_classes
     networks = config.num_networks if config.space == "features" else 1
     rectangle = meshes.grid(mesh, num_classes, networks, ("classes", "networks"))
