@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from condensing import SMALL
 
-from lib import augment, gd
+from lib import augment, gd, meshes
 from lib.console import Interrupted
 from lib.gd import DivergedError
 from xp_dataset_distillation import condense, config, losses, objectives
@@ -88,6 +88,17 @@ def test_the_objective_is_a_loop_over_classes_and_networks(settings, digits):
     np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
     scale = np.abs(expected_gradient).max()
     np.testing.assert_allclose(gradient, expected_gradient, atol=2e-4 * scale)
+
+
+def test_a_mesh_of_one_device_changes_nothing(digits):
+    settings = replace(SMALL, space="pixels", kernel="linear", augmentation="")
+    x, target, about = setting(settings, digits)
+    arguments = x, target, jax.random.key(3), jnp.asarray(0)
+    found = [
+        jax.jit(objectives.objective(settings, about, mesh))(*arguments)
+        for mesh in (None, meshes.device_mesh(1))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_chunks_of_classes_change_rounding_alone(digits):
