@@ -1,6 +1,8 @@
 """Dependencies point one way: lib knows no experiment, and few modules touch files or torch."""
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,19 @@ def test_no_experiment_imports_another(path):
     others = {name.split(".")[0] for name in imports(path) if name.startswith("xp_")}
     assert others <= {path.parent.name}
     assert "sys.path" not in path.read_text()
+
+
+# Where the distribution has another name than its module.
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "ot": "pot", "ott": "ott-jax"}
+
+
+def test_what_lib_and_experiments_import_is_installed_for_users():
+    """requirements.txt alone: what only tests need is in requirements-dev.txt."""
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    wanted = {re.match(r"[\w-]*", line)[0].lower() for line in lines} - {""}
+    own = {"lib", *(path.name for path in REPOSITORY.glob("xp_*"))}
+    found = {name.split(".")[0] for path in (*LIB, *EXPERIMENTS) for name in imports(path)}
+    found -= own | set(sys.stdlib_module_names)
+    # ml_dtypes and markupsafe come with jax and jinja2.
+    missing = {DISTRIBUTIONS.get(name, name) for name in found} - wanted
+    assert missing <= {"ml_dtypes", "markupsafe"}
