@@ -20,8 +20,8 @@ from xp_drmmd.config import FlowConfig
 from xp_gmm_source.sources import Gaussian
 
 MESH = meshes.device_mesh()
-FOUND: dict = {"devices": MESH.size}
 ALL = "all" in sys.argv
+FOUND: dict = {"devices": MESH.size} | ({"devices, all": MESH.size} if ALL else {})
 
 
 def cases(*listed):
@@ -252,9 +252,8 @@ def memory():
 
 
 if __name__ == "__main__":
-    condensation()  # in float32, as are the next two
-    classifiers()
-    matching()
+    for part in (condensation, classifiers, matching) if ALL else ():  # in float32
+        part()
     with jax.enable_x64(True):
         for part in (rows, rectangles, sliced, resumed, drmmd, memory):
             part()
