@@ -83,7 +83,8 @@ def final_arrays(results):
 
 
 def check(code, tmp_path, operations, kills=3):
-    """Killed `kills` times, each within the first `operations` of a process, then left alone."""
+    """Killed `kills` times, each within the first `operations` of a process, then left alone: few
+    enough that the last one killed has as many left to do."""
     rng, cache = random.Random(code), tmp_path / "cache"
     start(code, tmp_path / "whole", cache)
     expected = final_arrays(tmp_path / "whole")
@@ -161,7 +162,7 @@ config = ImageFlowConfig(
 )
 image_flow.run_flow(config, seed=0, results=results, data_root=None)
 """,
-        110,
+        70,
     ),
     "transfer": (
         """
@@ -173,7 +174,7 @@ config = TransferConfig("digits", INVERTED, 1, num_per_class=6, size=16, flow=se
 training = TrainingConfig(n_epochs=2, num_trainings=2)
 transfer.run_try(config, training, seed=0, results=results, data_root=None)
 """,
-        90,
+        50,
     ),
     "drmmd": (
         """
@@ -185,7 +186,7 @@ config = FlowConfig(
 )
 run_flow(config, seed=0, results=results)
 """,
-        110,
+        70,
     ),
     "student": (
         """
@@ -195,7 +196,7 @@ from xp_drmmd.student_teacher import run_student
 config = StudentConfig(n_epochs=4, students=20, num_inputs=100, batch_size=10, records=5)
 run_student(config, seed=0, results=results)
 """,
-        110,
+        70,
     ),
     "data mixing": (
         """
@@ -223,7 +224,7 @@ config = FlowConfig(
 )
 flow.run_flow(config, seed=0, results=results, show_progress=False)
 """,
-        60,
+        40,
     ),
     "condensation": (
         """
@@ -237,7 +238,7 @@ config = CondenseConfig(
 judged = Judged(Evaluator(num_epochs=4, network="mlp", augmentation=""), num_networks=2)
 evaluation.evaluate(config, judged, seed=0, results=results, show_progress=False)
 """,
-        60,
+        40,
     ),
 }
 
