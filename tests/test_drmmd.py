@@ -147,6 +147,7 @@ def test_large_lambda_gives_mmd_squared(spectral_filter):
     np.testing.assert_allclose(pull(witness)[1], 2 * pull(reference)[1], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_small_lambda_gives_the_chi_squared_of_gaussians():
     """chi^2(N(m, 1) || N(0, 1)) = exp(m^2) - 1; samples at quantiles, not drawn."""
     from scipy.stats import norm

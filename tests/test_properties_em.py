@@ -80,6 +80,7 @@ def steps(mixture, x, weights, given_):
 expectation = jax.jit(partial(gmm_em.expectation, block_size=8))
 
 
+@pytest.mark.slow
 @few(14)
 @given(st.sampled_from(CASES), EXPONENTS, SEEDS)
 def test_steps(case, exponent, seed):

@@ -138,6 +138,7 @@ def changed(key, x, y, share, order, augmentation):
     return values, each
 
 
+@pytest.mark.slow
 @few(12)
 @given(st.sampled_from(STRATEGIES), EXPONENTS, SEEDS)
 def test_changes_of_images(augmentation_and_dtype, exponent, seed):

@@ -142,6 +142,7 @@ def measures_by_loops(name, x, y, directions, a, b, h, eps, tiny):
 MEASURES = st.sampled_from([(1, 2, 1, 3, 1), (3, 2, 3, 3, 2)])
 
 
+@pytest.mark.slow
 @many
 @given(SEEDS, DTYPES, EXPONENTS, MEASURES, st.sampled_from(list(KERNELS)), st.booleans())
 def test_mmd_of_measures(seed, dtype, exponent, shape, name, shared):
