@@ -36,7 +36,8 @@ from matplotlib import pyplot as plt
 from scaling_systems import SYSTEMS, largest
 
 from lib import meshes, plotting
-from lib.runs import environment, write_json
+from lib.files import write_json
+from lib.runs import environment
 
 DEVICES = (1, 2, 4, 8)
 GIGABYTES = (8, 24, 80)

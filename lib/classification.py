@@ -107,7 +107,7 @@ def train_seeds(
     num_steps = num_epochs * steps_per_epoch(images.shape[-4], batch_size)
     keys, state, images, labels = meshes.place((keys, state, images, labels), mesh)
     state, *_ = _advance(keys, state, images, labels, num_steps, mesh=mesh, **options)
-    return _from_mesh((state.parameters, state.losses / images.shape[-4]), mesh)
+    return meshes.local((state.parameters, state.losses / images.shape[-4]), mesh)
 
 
 def fit_seeds(
@@ -196,12 +196,7 @@ def fit_seeds(
         show_progress=show_progress,
         description=description,
     )
-    return _from_mesh((state.parameters, state.losses / images.shape[-4]), mesh)
-
-
-def _from_mesh(found, mesh: Mesh | None):
-    """Arrays of this process, whole: what comes next, an evaluation, knows nothing of the mesh."""
-    return found if mesh is None else jax.tree.map(jnp.asarray, meshes.fetch(found))
+    return meshes.local((state.parameters, state.losses / images.shape[-4]), mesh)
 
 
 # The compiled loop

@@ -314,8 +314,7 @@ def fit(
         show_progress=show_progress,
         description=description,
     )
-    if mesh is not None:
-        state = jax.tree.map(jnp.asarray, meshes.fetch(state))
+    state = meshes.local(state, mesh)
     return FitResult(state.parameters, state.ema, losses)
 
 

@@ -188,10 +188,10 @@ def wasserstein_gradient_descent(
     max_steps = _max_steps(x0.nbytes, record_every)
     advance = _advance(target_value_and_grad, optimizer, record_every, mesh)
     slots = -(-max_steps // record_every) + 1
-    whole_and_divided = PartitionSpec(), PartitionSpec(None, *_where(x0, x0.shape, mesh))
-    shapes = ((max_steps, *value.shape), value.dtype), ((slots, *x0.shape), x0.dtype)
-    buffers = tuple(
-        meshes.place(np.zeros(*shape), mesh, spec) for shape, spec in zip(shapes, whole_and_divided)
+    by_particles = PartitionSpec(None, *_where(x0, x0.shape, mesh))
+    buffers = (
+        jnp.zeros((max_steps, *value.shape), value.dtype, device=meshes.sharding(mesh)),
+        jnp.zeros((slots, *x0.shape), x0.dtype, device=meshes.sharding(mesh, by_particles)),
     )
     done = int(state.step)
 

@@ -229,7 +229,7 @@ def sum_over_rows(function, parameters: PyTree, data: Rows, *columns: Any) -> Py
         totals = [add_up(0)]
     with jax.enable_x64(True):
         total = jax.tree.map(lambda *leaves: sum(jnp.sum(leaf, axis=0) for leaf in leaves), *totals)
-        return jax.tree.map(jnp.asarray, meshes.fetch(total)) if mesh.is_multi_process else total
+        return meshes.local(total, mesh) if mesh.is_multi_process else total
 
 
 def _num_lanes(data: Rows, total: PyTree) -> int:

@@ -85,8 +85,6 @@ def agreed(proposed: NextVisit) -> NextVisit:
 
 def own_share(count: int) -> range:
     """Which of `count` pieces of work are this process's: every P-th of P processes."""
-    if not several_processes():
-        return range(count)
     return range(jax.process_index(), count, jax.process_count())
 
 

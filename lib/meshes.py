@@ -36,6 +36,11 @@ def device_mesh(num_devices: int | None = None) -> Mesh:
 # ---- Where arrays lie
 
 
+def sharding(mesh: Mesh | None, spec: Spec = Spec()) -> NamedSharding | None:  # noqa: B008
+    """For `jnp.zeros(..., device=...)`; None is one device."""
+    return None if mesh is None else NamedSharding(mesh, spec)
+
+
 def place(tree: PyTree, mesh: Mesh | None, spec: Spec = Spec()) -> PyTree:  # noqa: B008
     """The arrays on the mesh: whole on every device, or divided as `spec` says.
 
@@ -43,18 +48,17 @@ def place(tree: PyTree, mesh: Mesh | None, spec: Spec = Spec()) -> PyTree:  # no
     """
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)
-    sharding = NamedSharding(mesh, spec)
+    where, many = NamedSharding(mesh, spec), mesh.is_multi_process
 
     def put(leaf):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = put(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and mesh.is_multi_process:
-            leaf = np.asarray(leaf)
-        if isinstance(leaf, jax.Array) or not mesh.is_multi_process:
-            return jax.device_put(leaf, sharding)
-        leaf = np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype))
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+        if not many or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, where)
+        leaf = np.asarray(leaf)
+        leaf = leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
 
     return jax.tree.map(put, tree)
 
@@ -92,6 +96,11 @@ def fetch(tree: PyTree) -> PyTree:
     return jax.tree.map(get, tree)
 
 
+def local(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """What was made on the mesh as arrays of this process, whole, for what knows of no mesh."""
+    return tree if mesh is None else jax.tree.map(jnp.asarray, fetch(tree))
+
+
 def grid(mesh: Mesh, rows: int, columns: int, names: tuple[str, str]) -> Mesh:
     """The devices as a rectangle for rows x columns of equal work, chosen so that the busiest has
     least; every column of devices takes as many columns."""
@@ -119,9 +128,10 @@ def over_devices(
 
     The first `whole` arguments go to every device as they are, or divided as `specs` says. A
     leading axis that the devices cannot share equally is filled up with copies of its last row,
-    whose results are cut off. The function must treat each row by itself. Differentiable.
+    whose results are cut off: the function must treat each row by itself. Of rows that they can
+    share it may make one result a device, to be summed up. Differentiable.
     """
-    if mesh is None or mesh.size == 1:
+    if mesh is None:
         return function
     of_whole = specs or (Spec(),) * whole
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, UInt32
 
 from lib import meshes
@@ -250,7 +250,7 @@ def sum_over_directions(
     again. `None` takes all directions at once. With a mesh (`lib.meshes`) its devices take equal
     shares of the directions; a share filled up with directions 0 must add nothing.
     """
-    if mesh is not None and mesh.size > 1:
+    if mesh is not None:
         return _sum_over_devices(term, directions, block_size, shared, mesh)
     count = directions.shape[0]
     if block_size is None or block_size >= count:
@@ -277,15 +277,13 @@ def _sum_over_devices(term, directions, block_size, shared, mesh):
     missing = -len(directions) % mesh.size
     directions = jnp.pad(directions, ((0, missing), (0, 0)))
 
-    def of_one(directions, *shared):
-        total = sum_over_directions(term, directions, block_size, shared=shared)
+    def of_one(*arguments):
+        *shared, directions = arguments
+        total = sum_over_directions(term, directions, block_size, shared=tuple(shared))
         return jax.tree.map(lambda leaf: leaf[None], total)
 
-    specs = (PartitionSpec(meshes.AXIS), *(PartitionSpec(),) * len(shared))
-    divided = jax.shard_map(
-        of_one, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(meshes.AXIS), check_vma=False
-    )
-    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), divided(directions, *shared))
+    totals = meshes.over_devices(of_one, mesh, whole=len(shared))(*shared, directions)
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), totals)
 
 
 def check_order(p: int) -> None:

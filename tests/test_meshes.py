@@ -95,6 +95,8 @@ def test_without_a_mesh_nothing_moves():
     np.testing.assert_array_equal(placed["a"], x["a"])
     assert meshes.constrain(x, None) is x
     assert meshes.divided((3, 4), (-1,), None) == PartitionSpec()
+    assert meshes.sharding(None) is None
+    assert meshes.local(x, None) is x
 
     def function(x):
         return 2 * x
@@ -110,6 +112,11 @@ def test_keys_and_numbers_come_back_from_a_mesh():
     np.testing.assert_array_equal(fetched["a"], [0, 1, 2])
     assert isinstance(fetched["a"], np.ndarray)
     assert fetched["b"] == 2.5
+    there = meshes.place(np.arange(3), mesh, PartitionSpec(meshes.AXIS))
+    assert there.sharding == meshes.sharding(mesh, PartitionSpec(meshes.AXIS))
+    here = meshes.local(there, mesh)
+    assert here.sharding == jnp.arange(3).sharding
+    np.testing.assert_array_equal(here, [0, 1, 2])
 
 
 def test_the_first_axis_that_fits_is_divided():
