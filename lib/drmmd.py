@@ -25,14 +25,14 @@ divide small differences, and float32 is off by percents below lambda = 1e-4.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, ScalarLike
 
-from lib.kernels import Kernel, check_sample, gram_product, uniform_weights
+from lib.kernels import Kernel, check_sample, gram_product, plain_number, uniform_weights
 from lib.nystrom import nystrom_basis, nystrom_features
 
 HIGHEST = lax.Precision.HIGHEST
@@ -225,12 +225,14 @@ SpectralFilter = Callable[[Array, ScalarLike], Filtered]
 
 def tikhonov(eigenvalues: Array, lmbda: ScalarLike) -> Filtered:
     """g(rho) = 1 / (rho + lambda)"""
+    lmbda = plain_number(lmbda)
     inverse = 1 / (eigenvalues + lmbda)
     return Filtered(inverse, -inverse / lmbda)
 
 
 def showalter(eigenvalues: Array, lmbda: ScalarLike) -> Filtered:
     """g(rho) = (1 - exp(-rho / lambda)) / rho, 1 / lambda at 0: gradient flow stopped at a time."""
+    lmbda = plain_number(lmbda)
     t = eigenvalues / lmbda
     small = t < 0.1
     safe = jnp.where(small, 1, t)
@@ -244,7 +246,7 @@ def showalter(eigenvalues: Array, lmbda: ScalarLike) -> Filtered:
 
 def cutoff(eigenvalues: Array, lmbda: ScalarLike) -> Filtered:
     """g(rho) = 1 / rho where rho > lambda, else 0."""
-    kept = eigenvalues > lmbda
+    kept = eigenvalues > plain_number(lmbda)
     inverse = jnp.where(kept, 1 / jnp.where(kept, eigenvalues, 1), 0)
     return Filtered(inverse, jnp.where(kept, inverse**2, 0))
 
@@ -260,7 +262,7 @@ def drmmd_witness(
 
     1 + h / (2 (1 + lambda)) estimates the density ratio dmu / dpi: see `density_ratio`.
     """
-    check_lambda(lmbda)
+    lmbda = check_lambda(lmbda)
     root = jnp.sqrt(target.weights)
     scaled = root * (particles.at_target - target.embedding)
     coordinates = product(scaled, target.eigenvectors)
@@ -289,14 +291,16 @@ def drmmd_witness(
 
 def density_ratio(witness: Witness, lmbda: ScalarLike) -> Float[Array, " M"]:
     """Estimate of dmu / dpi at the target points, of a witness of `drmmd_witness`."""
-    return 1 + witness.at_target / (2 * (1 + lmbda))
+    return 1 + witness.at_target / (2 * (1 + plain_number(lmbda)))
 
 
-def check_lambda(lmbda: ScalarLike) -> None:
+def check_lambda(lmbda: ScalarLike) -> Any:
+    """`lib.kernels.plain_number` of it; raises ValueError unless it is positive and finite."""
     if not isinstance(lmbda, jax.core.Tracer) and not (
         0 < float(lmbda) < math.inf  # type: ignore[arg-type]  # complex raises
     ):
         raise ValueError(f"lambda must be positive and finite, got {lmbda}")
+    return plain_number(lmbda)
 
 
 # Of the target's eigenvalues, which KALE's Newton steps are made with first.
@@ -327,7 +331,7 @@ def kale_witness(
     when sum_j a_j g_j^2, g the gradient, is below `tolerance` (or what rounding makes of it): no
     smaller than the Newton decrement, as the Hessian is at least diag(1 / a).
     """
-    check_lambda(lmbda)
+    lmbda = check_lambda(lmbda)
     if target.gram is None:
         raise ValueError("KALE needs the whole Gram matrix: a target of prepare_target")
     gram, w, p = target.gram, target.weights, particles.at_target
@@ -452,6 +456,9 @@ def adaptive_lambda(
     flow starts at `first_lambda`. The published code has r = 1 and no bound (`largest` = inf).
     Values that rounding made negative count as 0, of which lambda is 0.
     """
+    value, first_value, first_lambda, regularity, largest = map(
+        plain_number, (value, first_value, first_lambda, regularity, largest)
+    )
     # A flow that starts at the target has a first value of 0.
     share = jnp.maximum(value, 0) / jnp.maximum(first_value, 1e-30)
     return jnp.minimum(largest, first_lambda * share ** (1 / (regularity + 1)))
@@ -472,6 +479,7 @@ def largest_step(
     1 < zeta < 2, with chi^2 replaced by its lower bound DrMMD / (1 + lambda) = `value` / (1 +
     lambda). It grows as the flow nears the target, where it is infinite.
     """
+    value, lmbda, bandwidth, zeta = map(plain_number, (value, lmbda, bandwidth, zeta))
     chi_squared = jnp.maximum(value, 0) / (1 + lmbda)
     curvature = (dimension**2 + 2 * dimension) / bandwidth**4
     factor = (zeta - 1) / (2 * zeta * (1 + lmbda))

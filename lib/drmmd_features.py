@@ -102,7 +102,7 @@ def feature_witness(
     spectral_filter: SpectralFilter = tikhonov,
 ) -> FeatureWitness:
     """The DrMMD witness 2 (1 + lambda) g(S) (phi_mu - phi_pi): O(D^2)."""
-    check_lambda(lmbda)
+    lmbda = check_lambda(lmbda)
     difference = particle_mean - target.mean
     coordinates = product(difference, target.eigenvectors)
     inverse = spectral_filter(target.eigenvalues, lmbda).inverse

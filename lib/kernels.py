@@ -15,7 +15,7 @@ precision is computed in float32.
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,16 +109,21 @@ def _inner_products(x, y):
 # Kernels
 
 
+def plain_number(value: Any) -> Any:
+    """A number of Python or NumPy as a Python float, whose dtype gives way to that of arrays (a
+    NumPy float64 makes float64 of float32 under x64); anything else as it is."""
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
 def _check_number(name, value, low, high, *, with_low=False):
-    """`value`, as a Python float where it is a plain number, which must lie in (low, high), or in
-    [low, high) `with_low`."""
+    """`plain_number(value)`, which must lie in (low, high), or in [low, high) `with_low`."""
     if not isinstance(value, numbers.Real):
         return value
     if not (low < value < high or (with_low and value == low)):
         raise ValueError(
             f"{name} must lie in {'[' if with_low else '('}{low}, {high}), got {value}"
         )
-    return float(value)
+    return plain_number(value)
 
 
 def gaussian(bandwidth: ScalarLike) -> Kernel:

@@ -23,7 +23,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, ScalarLike
 
-from lib.kernels import at_least_float32, check_sample, pairwise_sum, to_blocks, uniform_weights
+from lib.kernels import (
+    at_least_float32,
+    check_sample,
+    pairwise_sum,
+    plain_number,
+    to_blocks,
+    uniform_weights,
+)
 
 # Frequencies
 
@@ -120,7 +127,7 @@ def features_of_projections(
     phases: Float[Array, " num_features"] | None = None,
 ) -> Float[Array, "n features"]:
     """`random_fourier_features` from the products W x of `project`."""
-    angles, num_features = projections / bandwidth, projections.shape[1]
+    angles, num_features = projections / plain_number(bandwidth), projections.shape[1]
     if phases is not None:
         angles = angles + phases.astype(angles.dtype)[None, :]
         return math.sqrt(2 / num_features) * cos_sin(angles)[0]
@@ -238,7 +245,7 @@ def mmd_squared_rff_unbiased(
     """
 
     def bias(embedding, size):
-        return (1 - jnp.sum(jnp.square(embedding))) / (size - 1)
+        return (1 - jnp.sum(jnp.square(embedding))) / (plain_number(size) - 1)
 
     biased = mmd_squared_rff(x_embedding, y_embedding)
     return biased - bias(x_embedding, x_size) - bias(y_embedding, y_size)

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, ScalarLike
 
+from lib.kernels import plain_number
 from lib.sliced_wasserstein import (
     Coupling,
     PRNGKey,
@@ -39,26 +40,27 @@ class SlicedKernel(NamedTuple):
     p: int
 
 
-def _positive(name: str, value) -> None:
+def _positive(name: str, value):
     if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"{name} must be positive, got {value}")
+    return plain_number(value)
 
 
 def sliced_gaussian(h) -> SlicedKernel:
     """exp(-SW_2^2 / (2 h)); h is a squared length, as published."""
-    _positive("h", h)
+    h = _positive("h", h)
     return SlicedKernel(lambda cost: jnp.exp(-cost / (2 * h)), p=2)
 
 
 def sliced_laplace(h) -> SlicedKernel:
     """exp(-SW_1 / h); h is a length."""
-    _positive("h", h)
+    h = _positive("h", h)
     return SlicedKernel(lambda cost: jnp.exp(-cost / h), p=1)
 
 
 def sliced_imq(h) -> SlicedKernel:
     """(h + SW_2^2)^(-1/2); h is a squared length."""
-    _positive("h", h)
+    h = _positive("h", h)
     return SlicedKernel(lambda cost: lax.rsqrt(h + cost), p=2)
 
 
@@ -70,6 +72,7 @@ def sliced_riesz(r=1.0) -> SlicedKernel:
     """
     if not isinstance(r, jax.core.Tracer) and not np.all((np.asarray(r) > 0) & (np.asarray(r) < 2)):
         raise ValueError(f"r must lie in (0, 2), got {r}")
+    r = plain_number(r)
 
     def profile(cost):
         apart = cost > 0

@@ -46,6 +46,17 @@ few = settings(max_examples=12, deadline=None)
 NUM = 5
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("number", [2, 2.0, np.float64(2), np.float32(2)])
+def test_plain_numbers_do_not_promote(dtype, number):
+    x, frequencies = jnp.ones((3, 2), dtype), jnp.ones((5, 2), np.float32)
+    for phases in (None, jnp.ones(5, np.float32)):
+        for features in (random_fourier_features, mean_embedding):
+            assert features(x, frequencies, number, phases=phases).dtype == dtype
+    embedding = jnp.ones(10, dtype)
+    assert mmd_squared_rff_unbiased(embedding, embedding, number, number).dtype == dtype
+
+
 @jax.jit
 def cos_sin_and_slopes(angles):
     return jax.jvp(cos_sin, (angles,), (jnp.ones_like(angles),))

@@ -32,6 +32,7 @@ from lib.kernels import (
     median_bandwidth,
     mixture,
     pairwise_sum,
+    plain_number,
     polynomial,
     riesz,
     safe_norm,
@@ -46,8 +47,8 @@ COVERS = {
     "lib.kernels": (
         "at_least_float32", "bandwidth_grid", "check_sample", "gaussian", "gram_product", "imq",
         "kernel_diagonal", "kernel_mean", "laplace", "linear", "median_bandwidth", "mixture",
-        "pairwise_sum", "polynomial", "riesz", "safe_norm", "safe_sqrt", "squared_distances",
-        "to_blocks", "uniform_weights",
+        "pairwise_sum", "plain_number", "polynomial", "riesz", "safe_norm", "safe_sqrt",
+        "squared_distances", "to_blocks", "uniform_weights",
     ),
     "lib.mmd": ("mmd_squared", "mmd_squared_unbiased", "permutations", "two_sample_test"),
 }  # fmt: skip
@@ -68,27 +69,29 @@ KERNELS = {
 
 def terms(name, s, b):
     """[(f, f'/f, roundings in f, F)] at squared distances s, of which the kernel is the sum. A
-    power is an exponential of a logarithm, whose size counts; f' is F times what may underflow."""
+    power is an exponential of a logarithm, whose size counts. F adds up what the chain rule still
+    multiplies by after each number that may underflow, the last of which is f' itself."""
     with np.errstate(divide="ignore", invalid="ignore"):
         r = np.sqrt(s)
         if name == "gaussian":
-            return [(np.exp(-s / (2 * b * b)), -1 / (2 * b * b) + 0 * s, 4, 1 / (2 * b * b))]
+            return [(np.exp(-s / (2 * b * b)), -1 / (2 * b * b) + 0 * s, 4, 1 / (2 * b * b) + 1)]
         if name == "laplace":
-            return [(np.exp(-r / b), -1 / (2 * r * b), 4, 1 / (2 * r * b))]
+            return [(np.exp(-r / b), -1 / (2 * r * b), 4, (1 / b + 1) / (2 * r) + 1)]
         if name.startswith("imq"):
             base, exponent = 1 + s / b**2, 1.7 if name.endswith("exponent") else 0.5
             slope = -exponent / base / b**2
-            return [(base**-exponent, slope, 6 + 3 * np.log(base), exponent / b**2)]
+            return [(base**-exponent, slope, 6 + 3 * np.log(base), (exponent + 1) / b**2 + 1)]
         if name.startswith("riesz"):
             half = 0.2 if name.endswith("small") else 0.5
             size = np.where(s > 0, np.abs(np.log(s)), 0)
-            return [(-(s**half), half / s, 6 + 2 * size, 0)]
+            return [(-(s**half), half / s, 6 + 2 * size, 1)]
         (f, df, c, size), (g, dg, e, other) = *terms("gaussian", s, b), *terms("laplace", s, b)
         return [(0.5 * f, df, c + 2, size), (2 * g, dg, e + 2, other)]
 
 
 def reference(case, name, x, y):
-    """Gram matrix and d k / d s by loops, each with its bound; and what the distances are."""
+    """Gram matrix and d k / d s by loops, each with its bound, and what may underflow in the second
+    beside it; and what the distances are."""
     n, m, d = len(x), len(y), x.shape[1]
     eps = case.eps
     squares = np.array([[sum((a - b) ** 2 for a, b in zip(p, q)) for q in y] for p in x])
@@ -98,22 +101,21 @@ def reference(case, name, x, y):
     reach = lengths[0][:, None] ** 2 + lengths[1][None, :] ** 2
     away = (d + 2) * squares if d <= DIRECT_DIMENSION else (ROUNDING_UNITS + d + 6) * reach
     away = np.where(squares == 0, 0, eps * (away + 4 * squares))
-    values, slopes, value_error, slope_error = (np.zeros((n, m)) for _ in range(4))
+    values, slopes, value_error, slope_error, flushed = (np.zeros((n, m)) for _ in range(5))
     ends = squares + away, np.maximum(squares - away, 0)
     around = [terms(name, s, case.bandwidth) for s in (squares, *ends)]
     for (f, df, c, size), *others in zip(*around):
         with np.errstate(invalid="ignore"):
             slope = np.where((squares == 0) & ~np.isfinite(df), 0, f * df)
             change = [np.where(away == 0, 0, np.abs(g * dg - slope)) for g, dg, *_ in others]
-            flushed = np.where(slope == 0, 0, case.tiny * size)
+            flushed += np.where(slope == 0, 0, case.tiny * size)
         values, slopes = values + f, slopes + slope
         value_error += np.max([np.abs(g - f) for g, *_ in others], axis=0)
         value_error += c * eps * np.abs(f) + case.tiny
         # Without a number where 0 is within reach of the distance, and f' is infinite there.
         slope_error += np.nan_to_num(np.max(change, axis=0), nan=np.inf, posinf=np.inf)
-        slope_error += (c + 6) * eps * np.abs(slope) + flushed
-        slope_error += case.tiny
-    return squares, away, values, value_error, slopes, slope_error, lengths
+        slope_error += (c + 6) * eps * np.abs(slope)
+    return squares, away, values, value_error, slopes, slope_error, flushed, lengths
 
 
 @jax.jit
@@ -133,19 +135,22 @@ def test_kernels_and_their_gradients(case):
     distances, found = gram_of_all(case.x, case.y, jnp.asarray(c), case.bandwidth)
     c = c.astype(np.float64)
     for name, (gram, x_gradient, y_gradient, slope) in found.items():
-        squares, away, f, f_error, df, df_error, (x_length, y_length) = reference(case, name, x, y)
+        squares, away, f, f_error, df, df_error, flushed, lengths = reference(case, name, x, y)
         assert_within(distances, squares, away + case.tiny, case.x.dtype)
         assert_within(gram, f, f_error, case.x.dtype)
         # 2 (x - y) is made of matrix products, whose terms are the centred points.
         # Their centre may be computed once for each, and is off by its own rounding.
-        size = (len(x) + len(y) + 6) * (x_length[:, None] + y_length[None, :])
+        length = lengths[0][:, None] + lengths[1][None, :]
+        size = (len(x) + len(y) + 6) * length
         size += 4 * max(np.abs(x).max(), np.abs(y).max())
         with np.errstate(invalid="ignore"):
-            moved = np.where(squares == 0, 0, df_error * np.sqrt(squares))
-            error = 2 * np.abs(c) * moved + 2 * case.eps * np.abs(c * df) * size
+            # What is multiplied by c may underflow before or after.
+            slope_error = np.abs(c) * df_error + np.maximum(1, np.abs(c)) * flushed
+            error = 2 * np.where(squares == 0, 0, slope_error * np.sqrt(squares))
+            error += 2 * case.eps * np.abs(c * df) * size + 2 * case.tiny * (1 + length)
         gradient = 2 * (c * df)[:, :, None] * (x[:, None] - y[None])
-        assert_within(x_gradient, gradient.sum(1), error.sum(1)[:, None] + case.tiny, case.x.dtype)
-        assert_within(y_gradient, -gradient.sum(0), error.sum(0)[:, None] + case.tiny, case.x.dtype)
+        assert_within(x_gradient, gradient.sum(1), error.sum(1)[:, None], case.x.dtype)
+        assert_within(y_gradient, -gradient.sum(0), error.sum(0)[:, None], case.x.dtype)
         assert np.isfinite(float(slope)), name
 
 
@@ -183,6 +188,9 @@ def test_plain_numbers_do_not_promote(dtype, number):
         mixture([gaussian(number)], [number]),
     ):
         assert jax.eval_shape(kernel, x, x).dtype == dtype
+    assert type(plain_number(number)) is float
+    assert plain_number(number) == 1
+    assert plain_number(x) is x
 
 
 # One kernel serves for the sums, and one block size for each shape: every program is compiled.

@@ -217,11 +217,18 @@ def test_published_targets(seed, dtype, exponent):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_published_targets_keep_the_dtype(dtype):
+@pytest.mark.parametrize("number", [1, 0.5, np.float64(1), np.float32(1)])
+def test_published_targets_keep_the_dtype(dtype, number):
     x, y = jnp.zeros((2, 3, 2), dtype), jnp.zeros((3, 4, 2), dtype)
-    for target in TARGETS.values():
+    with_parameters = (
+        partial(target_value_and_grad_gaussian, h=number),
+        partial(target_value_and_grad_laplace, h=number),
+        partial(target_value_and_grad_imq, h=number),
+        partial(target_value_and_grad_riesz, r=number),
+    )
+    for target in with_parameters:
         for levels in (None, 3):
-            call = partial(target, h=2, n_projs=2, num_levels=levels)
+            call = partial(target, n_projs=2, num_levels=levels)
             value, gradient = jax.eval_shape(call, x, y, jax.random.key(0))
             assert value.dtype == gradient.dtype == dtype
 
