@@ -18,8 +18,11 @@ from xp_dataset_distillation import condense, config, objectives
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
 from xp_gmm_source.sources import Gaussian
+from xp_transfer_learning.otdd import otdd_value_and_grad
+from xp_transfer_learning.product_kernel import product_value_and_grad
 
 MESH = meshes.device_mesh()
+LABELLED = {"mmd_product": product_value_and_grad, "otdd": otdd_value_and_grad}
 ALL = "all" in sys.argv
 FOUND: dict = {"devices": MESH.size} | ({"devices, all": MESH.size} if ALL else {})
 
@@ -98,6 +101,18 @@ def sliced():
             )
             FOUND[f"flow of {shape}"] = 0.0 if one is None else difference(one, found)
             one = found
+
+
+def labelled():
+    """The baselines between labelled sets: classes of OTDD by pairs, its points and those of the
+    product kernel by rows."""
+    x, y = normal(12, 3, 16, 9), 1 + normal(13, 4, 5, 9)
+    for method in cases("mmd_product", "otdd"):
+        one, eight = (
+            jax.jit(partial(LABELLED[method], mesh=mesh))(x, y, jax.random.key(2))
+            for mesh in (None, MESH)
+        )
+        FOUND[f"labelled, {method}"] = difference(one, eight)
 
 
 def resumed():
@@ -227,7 +242,7 @@ def matching():
 
 def memory():
     """What lies on a device beside the arguments: sliced-Wasserstein temporaries go with the
-    directions, DrMMD's Gram matrices with the particles."""
+    directions, DrMMD's Gram matrices with the particles, costs and plans of OTDD with its rows."""
     x = normal(0, 10, 200, 16)
     one, eight = (
         temporaries(
@@ -237,6 +252,13 @@ def memory():
         for mesh in (None, MESH)
     )
     FOUND["memory: WoW gradient"] = eight / one
+    if ALL:
+        arguments = normal(3, 8, 64, 9), normal(4, 8, 50, 9)
+        one, eight = (
+            temporaries(partial(otdd_value_and_grad, mesh=mesh), *meshes.place(arguments, mesh))
+            for mesh in (None, MESH)
+        )
+        FOUND["memory: otdd"] = eight / one
     settings = FlowConfig(flow="drmmd", source_particle_num=1600, bandwidth=0.3)
     aimed = flows.aim(settings, normal(1, 400, 2))
     start = normal(2, 1, 1600, 2)
@@ -255,6 +277,6 @@ if __name__ == "__main__":
     for part in (condensation, classifiers, matching) if ALL else ():  # in float32
         part()
     with jax.enable_x64(True):
-        for part in (rows, rectangles, sliced, resumed, drmmd, memory):
+        for part in (rows, rectangles, sliced, labelled, resumed, drmmd, memory):
             part()
     print(json.dumps(FOUND))

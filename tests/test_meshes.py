@@ -50,7 +50,7 @@ def test_there_are_eight(found):
     assert found["devices"] == 8
 
 
-@pytest.mark.parametrize("what", ["rows", "WoW gradient", "flow of", "resumed"])
+@pytest.mark.parametrize("what", ["rows", "WoW gradient", "labelled", "flow of", "resumed"])
 def test_float64_results_are_those_of_one_device(found, what):
     for name, difference in chosen(found, what).items():
         assert difference < DOUBLE, name
@@ -76,6 +76,7 @@ def test_memory_of_a_device_falls_with_their_number(found):
     if "memory: condensation, one network" in found:
         # Ten classes on eight devices: two on the busiest.
         assert found["memory: condensation, one network"] < 1.25 * 2 / 10
+        assert found["memory: otdd"] < 1.25 / 8
 
 
 def test_devices_form_the_rectangle_whose_busiest_has_least(found):

@@ -68,10 +68,11 @@ class Problem(NamedTuple):
 
 def problem(settings: FlowSettings, x0: Array, x_tgt: Array) -> Problem:
     """The flow of x0 [C, n, d] to x_tgt [D, k, d] by `settings.method`."""
-    mesh = hosts.current() if settings.method == "mmdsw" else None
+    mesh = hosts.current()
     value_and_grad = _value_and_grad(settings, mesh)
     if settings.method == "mmd_product":
-        return Problem(*with_moments(x0, x_tgt), value_and_grad, lambda x: x[..., :-MOMENTS])
+        extended = with_moments(x0, x_tgt)
+        return Problem(*extended, value_and_grad, lambda x: x[..., :-MOMENTS], mesh)
     return Problem(x0, x_tgt, value_and_grad, lambda x: x, mesh)
 
 
@@ -87,9 +88,9 @@ def _value_and_grad(settings: FlowSettings, mesh: Mesh | None) -> TargetValueAnd
         # Here, since importing ott takes seconds.
         from xp_transfer_learning.otdd import otdd_value_and_grad
 
-        return partial(otdd_value_and_grad, epsilon=settings.epsilon)
+        return partial(otdd_value_and_grad, epsilon=settings.epsilon, mesh=mesh)
     if settings.method == "mmd_product":
-        return partial(product_value_and_grad, noise=settings.noise)
+        return partial(product_value_and_grad, noise=settings.noise, mesh=mesh)
     raise ValueError(f"{settings.method} moves nothing")
 
 

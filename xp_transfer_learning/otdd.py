@@ -6,15 +6,18 @@ between two is |x - x'|^2 + W_2^2(alpha_c, beta_c'), alpha_c the points of class
 is the optimal transport cost between all points of one set and all of the other.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ott.geometry import geometry
 from ott.solvers import linear
 
+from lib import meshes
 from lib.kernels import squared_distances
 
 
@@ -40,21 +43,26 @@ def otdd_plans(
     *,
     epsilon: float = 0.01,
     max_iterations: int = 500,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "C n D k"], Plans]:
     """(cost of every pair of labelled points, the plans that are optimal for it), by Sinkhorn.
 
     `epsilon` is relative to the mean cost, in the distances between classes and between points.
     Sinkhorn ends after `max_iterations` whether or not the marginals are met: `marginal_errors`
-    says how far off they are. Memory O(C n D k).
+    says how far off they are. Memory O(C n D k), of which each device of `mesh` has its share: of
+    the pairs of classes, and of the rows of the plan between points where they can be shared
+    equally.
     """
     (num_x, n, _), (num_y, k, _) = x.shape, y.shape
     squared = squared_distances(x.reshape(num_x * n, -1), y.reshape(num_y * k, -1))
     squared = squared.reshape(num_x, n, num_y, k)
     pairs = jnp.swapaxes(squared, 1, 2).reshape(num_x * num_y, n, k)
-    classes = jax.vmap(lambda cost: _plan(cost, epsilon, max_iterations))(pairs)
+    plan = partial(_plan, epsilon=epsilon, max_iterations=max_iterations)
+    classes = meshes.over_devices(jax.vmap(plan), mesh)(pairs)
     between = jnp.sum(classes * pairs, axis=(1, 2)).reshape(num_x, 1, num_y, 1)
     cost = squared + between
-    points = _plan(cost.reshape(num_x * n, num_y * k), epsilon, max_iterations)
+    matrix = cost.reshape(num_x * n, num_y * k)
+    points = plan(meshes.constrain(matrix, mesh, meshes.divided(matrix.shape, (0,), mesh)))
     return cost, Plans(points.reshape(cost.shape), classes.reshape(num_x, num_y, n, k))
 
 
@@ -79,6 +87,7 @@ def otdd_value_and_grad(
     *,
     epsilon: float = 0.01,
     max_iterations: int = 500,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
     """OTDD^2 between two labelled sets, and C n times its gradient in x: the plans held fixed, as
     the envelope theorem allows, both the points' own cost and that of their class move them.
@@ -86,7 +95,7 @@ def otdd_value_and_grad(
     `key` is not used; it is there because flows hand one to what they minimise.
     """
     cost, plans = lax.stop_gradient(
-        otdd_plans(x, y, epsilon=epsilon, max_iterations=max_iterations)
+        otdd_plans(x, y, epsilon=epsilon, max_iterations=max_iterations, mesh=mesh)
     )
     num_x, n = x.shape[:2]
     # Mass that class c sends to class c'; each of its plans moves x with that much of it.

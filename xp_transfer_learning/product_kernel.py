@@ -13,8 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from lib import meshes
 from lib.kernels import gaussian, gram_product, kernel_mean, uniform_weights
 
 MOMENTS = 6
@@ -31,6 +33,7 @@ class Bandwidths(NamedTuple):
 
 PUBLISHED = Bandwidths()
 GAUSSIAN = gaussian(1.0)
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def with_moments(
@@ -86,22 +89,32 @@ def product_value_and_grad(
     bandwidths: Bandwidths = PUBLISHED,
     noise: float = 0.01,
     block_size: int = 1024,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d6"]]:
     """MMD^2 / 2 with the product kernel, and C n times its gradient at x + noise * N(0, I).
 
     With signed weights w, 1 / (C n) on x and -1 / (D k) on y, and p the points of both in scaled
     columns, the witness at z is sum_j w_j k(z, p_j) and its gradient sum_j w_j k(z, p_j) (p_j - z):
     one product of a Gram matrix with the columns (p, 1). The value is that at x itself. Memory
-    O(block_size^2) beside the data.
+    O(block_size^2) beside the data; the devices of `mesh` share the rows z and p.
     """
+
+    def embed(columns, points, rows):
+        return gram_product(GAUSSIAN, rows, points, columns, block_size=block_size)
+
+    embed = meshes.over_devices(embed, mesh, whole=2)
+
     shape, columns = x.shape, x.shape[2]
     x, y = x.reshape(-1, columns), y.reshape(-1, columns)
     points = scaled(jnp.concatenate([x, y]), bandwidths)
     weights = jnp.concatenate([uniform_weights(x), -uniform_weights(y)])
-    value = kernel_mean(GAUSSIAN, points, x_weights=weights, block_size=block_size) / 2
+    if mesh is None:  # half of the Gram matrix
+        value = kernel_mean(GAUSSIAN, points, x_weights=weights, block_size=block_size) / 2
+    else:
+        value = jnp.dot(weights, embed(weights, points, points), precision=HIGHEST) / 2
 
     z = scaled(x + noise * jax.random.normal(key, x.shape, x.dtype), bandwidths)
     with_ones = jnp.concatenate([points, jnp.ones_like(points[:, :1])], axis=1)
-    sums = gram_product(GAUSSIAN, z, points, weights[:, None] * with_ones, block_size=block_size)
+    sums = embed(weights[:, None] * with_ones, points, z)
     velocity = (sums[:, :-1] - sums[:, -1:] * z) / _lengths(x, bandwidths)
     return value, velocity.reshape(shape)
