@@ -15,7 +15,8 @@ import gc
 import hashlib
 import time
 import warnings
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -243,9 +244,11 @@ def fit(
         )
         del start  # at d = 3072 it is a third of what a fit holds, unless the caller keeps it
         state, done = _resume(run, state)
+        if run:
+            run.truncate_metrics(done)
         gc.collect()  # jaxlib lets go of what it borrowed from numpy when garbage is collected
         converged = _converged(state, done, held_out is not None, tolerance)
-        saved = time.monotonic()
+        saved, logged = time.monotonic(), done
         with (
             interruptible() as stop_requested,
             progress(
@@ -276,8 +279,9 @@ def fit(
                 _, stopping, due = hosts.agreed(hosts.NextVisit(1, stop_requested(), due))
                 finished = converged or done == max_iterations
                 if run and (stopping or finished or due):
+                    run.append_metrics(_rows(state, logged, done, held_out is not None))
                     run.save_checkpoint(state, step=done)
-                    saved = time.monotonic()
+                    saved, logged = time.monotonic(), done
                 if stopping and not finished:
                     if run:
                         raise Interrupted(run.checkpoint, done)
@@ -394,6 +398,13 @@ def _fingerprint(start: Mixture, data: Rows, held_out: Rows | None, settings) ->
             first = rows.transform(jnp.asarray(rows.x[:2]).astype(np.float32))
             digest.update(f"{float(jnp.mean(first)):.4g}".encode())
     return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _rows(state: _State, first: int, end: int, with_held_out: bool) -> Iterator[dict[str, Any]]:
+    """Of the iterations first, ..., end - 1, for metrics.jsonl."""
+    for step in range(first, end):
+        row = {"step": step, "log_likelihood": state.log_likelihoods[step]}
+        yield row | ({"held_out": state.held_out[step + 1]} if with_held_out else {})
 
 
 def _resume(run: Run | None, state: _State) -> tuple[_State, int]:

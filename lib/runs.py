@@ -171,9 +171,10 @@ class Run:
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the rows at or after `step`, and a line without its end; keeps the other bytes."""
-        kept = b"".join(line for line, row in self._lines() if row["step"] < step)
-        if self.metrics.exists() and self.metrics.stat().st_size != len(kept):
-            write_bytes(self.metrics, kept)
+        with hosts.first_alone(f"shortening {self.metrics}") as first:
+            kept = b"".join(line for line, row in self._lines() if row["step"] < step)
+            if first and self.metrics.exists() and self.metrics.stat().st_size != len(kept):
+                write_bytes(self.metrics, kept)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows, NaN and infinities as floats again; none if there is no file.

@@ -2,7 +2,8 @@
 
 A loop advances so many steps by one call of a compiled function, as many as take about the time
 between two visits; at a visit the host shows progress, saves what is due, and stops if asked to.
-What a step computes must not depend on where visits fall.
+What a step computes must not depend on where visits fall. What is shown goes into the run's
+metrics.jsonl too, at the next save.
 """
 
 import time
@@ -40,6 +41,9 @@ def advance_in_visits(
     processes (`lib.hosts`) all take the same steps between the same visits.
     """
     num_steps, saved = 1, time.monotonic()
+    rows: list[dict[str, Any]] = []
+    if run:
+        run.truncate_metrics(done)
     with (
         interruptible() as stop_requested,
         progress(
@@ -53,10 +57,16 @@ def advance_in_visits(
         while done < total:
             num_steps = min(num_steps, total - done)
             started = time.monotonic()
-            shown = advance(num_steps)
+            try:
+                shown = advance(num_steps)
+            except FloatingPointError:  # what led to it
+                if run:
+                    run.append_metrics(rows)
+                raise
             seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may not have moved
             done += num_steps
             tick(num_steps, **shown)
+            rows.append({"step": done - 1, **shown})
             # Doubling at most: the first visit's time is mostly compilation.
             num_steps = max(1, int(num_steps * min(2.0, seconds_between / seconds)))
             num_steps = min(num_steps, most or num_steps)
@@ -65,9 +75,11 @@ def advance_in_visits(
                 hosts.NextVisit(num_steps, stop_requested(), due)
             )
             finished = done == total
-            if run and (stopping or finished or due):
-                save()
-                saved = time.monotonic()
+            if stopping or finished or due:
+                if run:
+                    run.append_metrics(rows)
+                    save()
+                saved, rows = time.monotonic(), []
             if stopping and not finished:
                 if run:
                     raise Interrupted(run.checkpoint, done)

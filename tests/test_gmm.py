@@ -468,6 +468,8 @@ def test_resumes_to_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.undo()
     resumed = quiet_fit(data, start, run=run, **options)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    found = [(row["step"], row["log_likelihood"]) for row in run.read_metrics()]
+    assert found == list(enumerate(whole.log_likelihoods))
     again = quiet_fit(data, start, run=run, **options)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     with pytest.raises(RunFileError, match="another start, other data"):

@@ -100,6 +100,19 @@ def test_a_signal_saves_stops_and_is_gone_on_from(monkeypatch, run, number):
     assert loop.saved == [3, 7]
 
 
+def test_what_is_shown_is_kept_without_what_a_resumed_run_does_again(monkeypatch, run):
+    loop = Loop(monkeypatch)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            loop(7, run=run)
+    assert run.read_metrics() == [{"step": step, "done": step + 1} for step in range(3)]
+    # A process that was killed between the metrics of a save and its checkpoint.
+    run.append_metrics([{"step": 3, "done": -1}])
+    loop(7, run=run, show_progress=False)
+    assert run.read_metrics() == [{"step": step, "done": step + 1} for step in range(7)]
+
+
 def test_a_signal_without_a_folder_is_a_keyboard_interrupt(monkeypatch):
     loop, visits = Loop(monkeypatch), stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -118,18 +131,19 @@ def test_a_signal_at_the_last_step_comes_after_the_last_save(monkeypatch, run):
     assert loop.saved == [7]
 
 
-def test_an_error_of_a_step_is_not_saved_after(monkeypatch, run):
+def test_an_error_of_a_step_is_not_saved_after_but_what_led_to_it_is_kept(monkeypatch, run):
     loop = Loop(monkeypatch)
 
     def advance(num_steps):
-        if loop.done == 2:
-            raise FloatingPointError("in step 2")
+        if loop.done == 3:
+            raise FloatingPointError("in step 3")
         return Loop.advance(loop, num_steps)
 
     loop.advance = advance
-    with pytest.raises(FloatingPointError, match="in step 2"):
-        loop(7, run=run, checkpoint_seconds=0.5, show_progress=False)
-    assert loop.saved == [1, 2]
+    with pytest.raises(FloatingPointError, match="in step 3"):
+        loop(7, run=run, checkpoint_seconds=1.5, show_progress=False)
+    assert loop.saved == [2]
+    assert [row["step"] for row in run.read_metrics()] == [0, 1, 2]
 
 
 def test_what_is_done_is_left_alone(monkeypatch, run):
