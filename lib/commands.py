@@ -14,21 +14,28 @@ from lib.settings import settings_of
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: str = "") -> None:
     """`main(parse())` on the devices that the arguments, which extend `lib.hosts.DeviceOptions`,
-    ask for; errors as `lib.console.one_line_errors` has them, `lower` what memory depends on.
+    ask for; errors as `lib.console.one_line_errors` has them, `lower` what memory depends on. So is
+    a stop where nothing is to be saved, as when Ctrl-C comes before the first step.
 
     Where several processes work together, one that fails ends at once, and so do those that wait
     for it: what they have saved is in the runs' folders.
     """
-    with console.one_line_errors():
-        arguments = parse()
-        with hosts.started(settings_of(DeviceOptions, arguments)):
-            try:
-                with console.one_line_errors(lower=lower):
-                    main(arguments)
-            except BaseException as error:
-                if hosts.several_processes() and not _all_stop(error):
-                    _end_alone(error)
-                raise
+    try:
+        with console.one_line_errors():
+            arguments = parse()
+            with hosts.started(settings_of(DeviceOptions, arguments)):
+                try:
+                    with console.one_line_errors(lower=lower):
+                        main(arguments)
+                except BaseException as error:
+                    if hosts.several_processes() and not _all_stop(error):
+                        _end_alone(error)
+                    raise
+    except KeyboardInterrupt:
+        if sys.flags.dev_mode:
+            raise
+        print("Stopped: the same command goes on from what was saved, if anything", file=sys.stderr)
+        sys.exit(console.STATUS_OF_A_STOP)
 
 
 def _all_stop(error: BaseException) -> bool:

@@ -37,17 +37,21 @@ def read_image_folder(path: Path, split: str) -> tuple[np.ndarray, np.ndarray, t
         images = None
         for i, (entry, _) in enumerate(progress):
             try:
-                with opener(entry) as file:
-                    # From memory: a read of the 4 GB that a damaged file promises takes none there.
-                    image = _decode(io.BytesIO(file.read()))
+                # From memory: a read of the 4 GB that a damaged file promises takes none there.
+                with opener(entry) as file, Image.open(io.BytesIO(file.read())) as opened:
+                    shape = (opened.height, opened.width, len(opened.getbands()))
+                    # Nor are pixels made up for a height that is another one.
+                    if images is None or shape[:2] == images.shape[1:3]:
+                        image = _decode(opened)
+                        shape = image.shape
             except Exception as error:  # an image format raises whatever its parser meets
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(f"{path}: cannot read the image {entry}: {reason}") from error
             if images is None:
                 images = np.empty((len(files), *image.shape), np.uint8)
-            if image.shape != images.shape[1:]:
+            if shape != images.shape[1:]:
                 raise ValueError(
-                    f"{path}: images differ in size or in colour: {entry} is {image.shape} as "
+                    f"{path}: images differ in size or in colour: {entry} is {shape} as "
                     f"(height, width, channels), and {files[0][0]} is {images.shape[1:]}"
                 )
             images[i] = image
@@ -120,14 +124,13 @@ def _find_images(
     return class_names, [(entry, labels[name]) for (_, name), entry in files]
 
 
-def _decode(file: io.BytesIO) -> UInt8[np.ndarray, "height width channels"]:
-    with Image.open(file) as image:
-        if image.mode not in _GREY + _COLOUR:
-            raise ValueError(f"its pixels ({image.mode}) are not 8-bit grey or colour")
-        mode = "L" if image.mode in _GREY else "RGB"
-        if image.has_transparency_data:
-            image = image.convert("LA" if mode == "L" else "RGBA")
-            if np.asarray(image.getchannel("A")).min() < 255:
-                raise ValueError("it is transparent in places; put it on a background first")
-        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+def _decode(image: Image.Image) -> UInt8[np.ndarray, "height width channels"]:
+    if image.mode not in _GREY + _COLOUR:
+        raise ValueError(f"its pixels ({image.mode}) are not 8-bit grey or colour")
+    mode = "L" if image.mode in _GREY else "RGB"
+    if image.has_transparency_data:
+        image = image.convert("LA" if mode == "L" else "RGBA")
+        if np.asarray(image.getchannel("A")).min() < 255:
+            raise ValueError("it is transparent in places; put it on a background first")
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels.reshape(*pixels.shape[:2], -1)

@@ -125,14 +125,18 @@ def test_solver_benchmark_runs(tmp_path):
     command += ["--out", out]
     subprocess.run([str(part) for part in command], check=True, env=environment, timeout=600)
     found = json.loads(out.read_text())
-    assert [(one["size"], one["kind"]) for one in found["results"]] == [
-        (3, "mixture"), (3, "domain"), (12, "mixture"), (12, "domain"),
+    assert [(one["size"], one["features"], one["kind"]) for one in found["results"]] == [
+        (3, 100, "mixture"), (3, 100, "domain"), (12, 100, "mixture"), (12, 100, "domain"),
+        (12, 1000, "mixture"),
     ]  # fmt: skip
     for result in found["results"]:
         for name, one in result["contenders"].items():
-            assert one["wall"] > 0
-            if "gap_to_scale" in one and name != "published":
-                assert one["gap_to_scale"] < (1e-14 if name == "ours" else 1e-9), name
+            timed = [one[what] for what in ("solve", "means") if what in one]
+            assert timed
+            assert all(times["wall"] > 0 for times in timed)
+            # OSQP's own tolerance is 1e-3, Clarabel's 1e-8.
+            most = 1e-14 if name == "ours" else 1e-9 if "tight" in name else 1e-3
+            assert one["gap_to_scale"] < most, name
     assert found["bootstrap"]["largest_gap_to_scale"] < 1e-14
 
 

@@ -10,7 +10,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from lib import console
+from lib import commands, console, hosts
 
 # Interruption
 
@@ -163,3 +163,14 @@ def test_one_line_errors_name_the_kind_and_leave_the_status(capsys):
         assert line == f"{type(error).__name__}: {error}"
     with pytest.raises(KeyError), console.one_line_errors():
         raise KeyError("a fault of our own keeps its traceback")
+
+
+def test_a_command_stopped_before_its_first_step_ends_in_one_line(capsys):
+    def main(arguments):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SystemExit) as stopped:
+        commands.run_command(main, hosts.DeviceOptions)
+    assert stopped.value.code == console.STATUS_OF_A_STOP
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the same command goes on" in line

@@ -525,6 +525,17 @@ def test_a_zip_entry_of_four_gigabytes_allocates_nothing(tmp_path):
     assert used < MOST_BYTES
 
 
+def test_an_image_that_promises_another_height_is_not_decoded(tmp_path):
+    path, content, expected = valid("folder of tiff", tmp_path)
+    at = content.index(struct.pack("<HHII", 257, 4, 1, 9)) + 8  # its height, 9
+    changed = content[:at] + struct.pack("<I", 2**23) + content[at + 4 :]
+    tracemalloc.start()
+    assert attempt("folder of tiff", path, changed, expected) == "refused"
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert used < MOST_BYTES
+
+
 @pytest.mark.parametrize("shape", [(3, 0, 28), (0, 28, 28)])
 def test_idx_files_of_no_image_are_named(tmp_path, shape):
     path, _, expected = valid("idx, images", tmp_path)
