@@ -15,6 +15,7 @@ import json
 import math
 import os
 import secrets
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -205,15 +206,29 @@ def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
     return arrays
 
 
+def read_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether column-major, dtype); leaves the file where the values start.
+
+    Raises ValueError, SyntaxError or tokenize.TokenError.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote, or that are no Python
+        try:
+            if version == (1, 0):
+                return np.lib.format.read_array_header_1_0(file)
+            return np.lib.format.read_array_header_2_0(file)
+        except (MemoryError, RecursionError):  # of Python's parser, however much memory there is
+            raise ValueError("a header that nests too deeply") from None
+
+
 def _check_promise(member: zipfile.ZipExtFile, info: zipfile.ZipInfo) -> None:
     """Raises ValueError unless the member holds, uncompressed, what its npy header promises."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }[np.lib.format.read_magic(member)]
-    shape, _, dtype = read_header(member)
+    shape, _, dtype = read_npy_header(member)
     size = member.tell() + math.prod(shape) * dtype.itemsize
     if size != info.file_size and not dtype.hasobject:  # objects are refused by who reads them
         raise ValueError(f"{info.filename} does not hold the {dtype}{list(shape)} it promises")

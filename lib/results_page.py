@@ -56,7 +56,8 @@ _BAD_IMAGE = (
     Image.DecompressionBombError,
 )  # fmt: skip
 _BAD_ARRAYS = (
-    OSError, ValueError, TypeError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error
+    OSError, ValueError, TypeError, KeyError, IndexError, EOFError, MemoryError,
+    zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple, cast
 import ml_dtypes
 import numpy as np
 
+from lib.files import read_npy_header
+
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 _SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -95,7 +97,7 @@ class Compressed(NamedTuple):
             _open_zip(self.path) as archive,
             cast(zipfile.ZipExtFile, archive.open(self.member)) as file,
         ):
-            _npy_header(file)
+            read_npy_header(file)
             file.seek(start * row_bytes, 1)
             for first in range(start, self.shape[0], size):
                 raw = np.empty(min(size, self.shape[0] - first) * row_bytes, np.uint8)
@@ -224,18 +226,6 @@ def _data_offset(file: io.IOBase, member: zipfile.ZipInfo) -> int:
 # NumPy
 
 
-def _npy_header(file: io.IOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, whether column-major, dtype); leaves the file where the values start."""
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of headers that Python 2 wrote, or that are no Python
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(file)
-        return np.lib.format.read_array_header_2_0(file)
-
-
 def _npy_array(
     path: Path, file: io.IOBase, size: int, *, start: int | None = 0, member: str = ""
 ) -> StoredArray:
@@ -243,7 +233,7 @@ def _npy_array(
     archive, None where it is compressed."""
     label = f"{path}, {member!r}" if member else f"{path}"
     try:
-        shape, by_columns, dtype = _npy_header(file)
+        shape, by_columns, dtype = read_npy_header(file)
     except (ValueError, SyntaxError, tokenize.TokenError) as error:
         raise ValueError(f"{label} has no header of an .npy file: {_reason(error)}") from error
     header = file.tell()

@@ -525,6 +525,22 @@ def test_a_zip_entry_of_four_gigabytes_allocates_nothing(tmp_path):
     assert used < MOST_BYTES
 
 
+@pytest.mark.parametrize("name", ["npy", "npz", "arrays", "condensed"])
+@pytest.mark.parametrize("header", [b"(1, 2" + 2000 * b"{", 5000 * b"-" + b"1"])
+def test_a_header_that_nests_deeply_is_no_lack_of_memory(tmp_path, name, header):
+    """Python's parser has a MemoryError for the first, a RecursionError for the second."""
+    path, content, expected = valid(name, tmp_path)
+    end = struct.pack("<H", len(header)) + header
+    changed = content[:8] + end
+    if name != "npy":
+        stream = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(stream, "w") as new:
+            for info in archive.infolist():
+                new.writestr(info.filename, archive.read(info)[:8] + end)
+        changed = stream.getvalue()
+    assert attempt(name, path, changed, expected) == "refused"
+
+
 def test_an_image_that_promises_another_height_is_not_decoded(tmp_path):
     path, content, expected = valid("folder of tiff", tmp_path)
     at = content.index(struct.pack("<HHII", 257, 4, 1, 9)) + 8  # its height, 9

@@ -69,7 +69,10 @@ def _member(archive, name):
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, _, dtype = read_header(file)
+        try:
+            shape, _, dtype = read_header(file)
+        except (MemoryError, RecursionError):  # of Python's parser, however much memory there is
+            raise ValueError(f"the header of {name} nests too deeply") from None
         size = file.tell() + math.prod(shape) * dtype.itemsize
         if size != info.file_size and not dtype.hasobject:  # objects are refused below
             raise ValueError(f"{name} is not of the shape {shape} that its header promises")
