@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py [--rounds 3] [--out FILE]     (5 minutes of CPU time)
     python benchmarks/scaling.py --memory --out FILE           (as many)
+    python benchmarks/scaling.py --fits 8 --out FILE           (a quarter of an hour)
     python benchmarks/scaling.py --quick                       (tiny sizes, to see that it runs)
 
 Sweeps vary one size at a time, in factors of 2, where the leading term should dominate. Seconds of
@@ -15,12 +16,16 @@ the same sizes, so that logarithms count too. Writes JSON, and a figure beside i
 With --memory: the formulas of `scaling_systems.py` beside programs compiled for large sizes, how
 large a problem fits, what options save and cost, and memory a device when 1 to 8 share the work (in
 a process of its own, whose devices are parts of a CPU: no measure of speed).
+
+With --fits: one step of each system at the largest size said to fit in so many GB, each in a
+process of its own, and the most memory that it came to hold.
 """
 
 import dataclasses
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -45,6 +50,7 @@ USABLE = 0.75
 """Of a device's memory: what JAX takes of a GPU by default."""
 COLUMNS = 5  # of the figure
 SHORTEST = 0.05  # seconds; shorter calls are repeated
+MOST_RUN = 10**6  # of a size, with --fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,10 @@ class Options:
     read: tuple[Path, ...] = ()
     """Results of such parts: put together, in place of measuring."""
     rounds: int = 3
+    fits: int | None = None
+    """GB for which the largest sizes are run, in place of the sweeps."""
+    fit_alone: str = ""
+    """A system and its sizes, as JSON; prints its peak as JSON and ends."""
     devices_alone: bool = False
     """Prints the memory a device as JSON and ends; for the process that has eight."""
     out: Path = Path("results/benchmarks/scaling.json")
@@ -92,43 +102,43 @@ RFF = {"approximation": "rff", "M": 1000, "d": 2}
 NYSTROM = {"approximation": "nystrom", "d": 2}
 
 SWEEPS = [
-    Sweep("wow", "n", doubled(512, 3), {"C": 5, "d": 8, "L": 500},
+    Sweep("wow", "n", doubled(512, 5), {"C": 5, "d": 8, "L": 500},
           ("C n log²n L", 1), ("C n L", 1), logarithms=2),
-    Sweep("wow", "d", doubled(1024, 3), {"C": 10, "n": 256, "L": 100},
+    Sweep("wow", "d", doubled(1024, 5), {"C": 10, "n": 256, "L": 100},
           ("C n d L", 1), ("C n d", 1)),
-    Sweep("wow", "C", doubled(32, 3), {"n": 16, "d": 8, "L": 500}, ("C² n L", 2), ("C² L", 2)),
-    Sweep("wow", "L", doubled(250, 3), {"C": 8, "n": 256, "d": 64},
+    Sweep("wow", "C", doubled(32, 5), {"n": 16, "d": 8, "L": 500}, ("C² n L", 2), ("C² L", 2)),
+    Sweep("wow", "L", doubled(250, 5), {"C": 8, "n": 256, "d": 64},
           ("C n log²n L", 1), ("C n L", 1)),
-    Sweep("drmmd", "N", doubled(512, 4), {"M": 256, "d": 2}, ("N²", 2), ("N²", 2)),
-    Sweep("drmmd", "M", doubled(256, 4), {"N": 64, "d": 2}, ("M²", 2), ("M²", 2)),
-    Sweep("drmmd", "d", doubled(512, 3), {"N": 512, "M": 512}, ("N² d", 1), ("N d", 1)),
-    Sweep("drmmd_target", "M", doubled(128, 4), {"d": 2}, ("M³", 3), ("M²", 2)),
-    Sweep("drmmd", "N", doubled(8192, 3), RFF | {"rank": 512}, ("N rank", 1), ("rank²", 0)),
-    Sweep("drmmd", "rank", doubled(256, 3), RFF | {"N": 16384}, ("N rank", 1), ("rank²", 2)),
-    Sweep("drmmd", "M", doubled(4096, 3), NYSTROM | {"N": 512, "rank": 256},
+    Sweep("drmmd", "N", doubled(512, 5), {"M": 256, "d": 2}, ("N²", 2), ("N²", 2)),
+    Sweep("drmmd", "M", doubled(256, 6), {"N": 64, "d": 2}, ("M²", 2), ("M²", 2)),
+    Sweep("drmmd", "d", doubled(512, 5), {"N": 512, "M": 512}, ("N² d", 1), ("N d", 1)),
+    Sweep("drmmd_target", "M", doubled(128, 6), {"d": 2}, ("M³", 3), ("M²", 2)),
+    Sweep("drmmd", "N", doubled(8192, 4), RFF | {"rank": 512}, ("N rank", 1), ("rank²", 0)),
+    Sweep("drmmd", "rank", doubled(256, 4), RFF | {"N": 16384}, ("N rank", 1), ("rank²", 2)),
+    Sweep("drmmd", "M", doubled(4096, 5), NYSTROM | {"N": 512, "rank": 256},
           ("M rank²", 1), ("rank", 0)),
-    Sweep("drmmd", "rank", doubled(64, 3), NYSTROM | {"N": 512, "M": 16384},
+    Sweep("drmmd", "rank", doubled(64, 4), NYSTROM | {"N": 512, "M": 16384},
           ("M rank²", 2), ("rank", 1)),
-    Sweep("condensation", "C", doubled(2, 3), {"n": 64, "width": 32, "networks": 1},
+    Sweep("condensation", "C", doubled(2, 4), {"n": 64, "width": 32, "networks": 1},
           ("C n", 1), ("C n", 1)),
-    Sweep("condensation", "n", doubled(64, 3), {"C": 4, "width": 32, "networks": 1},
+    Sweep("condensation", "n", doubled(64, 5), {"C": 4, "width": 32, "networks": 1},
           ("C n", 1), ("C n", 1)),
-    Sweep("condensation", "width", doubled(32, 3), {"C": 4, "n": 64, "networks": 1},
+    Sweep("condensation", "width", doubled(32, 4), {"C": 4, "n": 64, "networks": 1},
           ("C n width²", 2), ("C n width", 1)),
-    Sweep("condensation", "networks", doubled(1, 3), {"C": 4, "n": 64, "width": 32},
+    Sweep("condensation", "networks", doubled(1, 5), {"C": 4, "n": 64, "width": 32},
           ("networks", 1), ("C n width", 0)),
-    Sweep("em", "n", doubled(8192, 3), {"d": 128, "K": 4}, ("n d² K", 1), ("K d²", 0)),
-    Sweep("em", "d", doubled(64, 4), {"n": 8192, "K": 4}, ("n d² K", 2), ("K d²", 2)),
-    Sweep("em", "K", doubled(4, 3), {"n": 8192, "d": 128}, ("n d² K", 1), ("K d²", 1)),
+    Sweep("em", "n", doubled(8192, 4), {"d": 128, "K": 4}, ("n d² K", 1), ("K d²", 0)),
+    Sweep("em", "d", doubled(64, 5), {"n": 8192, "K": 4}, ("n d² K", 2), ("K d²", 2)),
+    Sweep("em", "K", doubled(4, 4), {"n": 8192, "d": 128}, ("n d² K", 1), ("K d²", 1)),
     Sweep("embeddings", "n", doubled(4096, 4), {"d": 512, "D": 500, "N": 1},
           ("N n d D", 1), ("d D", 0)),
-    Sweep("embeddings", "d", doubled(512, 4), {"n": 4096, "D": 500, "N": 1},
+    Sweep("embeddings", "d", doubled(512, 6), {"n": 4096, "D": 500, "N": 1},
           ("N n d D", 1), ("d D", 1)),
-    Sweep("embeddings", "D", doubled(500, 4), {"n": 4096, "d": 512, "N": 1},
+    Sweep("embeddings", "D", doubled(500, 6), {"n": 4096, "d": 512, "N": 1},
           ("N n d D", 1), ("d D", 1)),
     Sweep("embeddings", "N", doubled(1, 4), {"n": 4096, "d": 512, "D": 500},
           ("N n d D", 1), ("d D", 0)),
-    Sweep("weights", "N", doubled(100, 4), {"D": 500}, ("N³", 3), ("N²", 2)),
+    Sweep("weights", "N", doubled(100, 5), {"D": 500}, ("N³", 3), ("N²", 2)),
 ]  # fmt: skip
 
 # Of what compiles in a second.
@@ -278,11 +288,11 @@ def memory_a_device() -> list[dict[str, Any]]:
     return rows
 
 
-def in_a_process_with_devices() -> list[dict[str, Any]]:
-    flags = f"--xla_force_host_platform_device_count={DEVICES[-1]}"
+def in_a_process(*arguments: str, **environment: str) -> Any:
+    """The JSON that this program prints last."""
     done = subprocess.run(
-        [sys.executable, __file__, "--devices_alone"],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        [sys.executable, __file__, *arguments],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -290,17 +300,51 @@ def in_a_process_with_devices() -> list[dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def what_fits() -> list[dict[str, Any]]:
+def what_fits(budgets: tuple[int, ...] = GIGABYTES) -> list[dict[str, Any]]:
     rows = []
     for name, variable, sizes, turned in FITS:
         for options in ({}, turned) if turned else ({},):
             row = {"system": name, "variable": variable, "sizes": sizes | options}
             row["largest"] = {
                 str(gb): largest(name, variable, USABLE * gb * 1e9, **sizes | options)
-                for gb in GIGABYTES
+                for gb in budgets
             }
             rows.append(row)
     return rows
+
+
+# Rows that no memory depends on, in place of more than a step needs.
+FEWER = {"em": {"n": 4096}, "embeddings": {"n": 2048}}
+
+
+def run_fits(gigabytes: int) -> list[dict[str, Any]]:
+    rows = []
+    for row in what_fits((gigabytes,)):
+        name, (size,) = row["system"], row["largest"].values()
+        sizes = row["sizes"] | dict.fromkeys(row["variable"].split("="), size) | FEWER.get(name, {})
+        if size > MOST_RUN or "class_chunk" in sizes:  # hours
+            continue
+        predicted = SYSTEMS[name].predicted(**sizes)
+        found = in_a_process("--fit_alone", json.dumps([name, sizes]))
+        rows.append({"system": name, "sizes": sizes, "predicted": predicted} | found)
+        held, said = found["peak"] / 1e9, predicted / 1e9
+        seconds = f"{found['seconds']:.0f} s"
+        print(f"{name} {named(sizes)}: {held:.2f} GB held, {said:.2f} said; {seconds}", flush=True)
+    return rows
+
+
+def peak_of(name: str, sizes: dict[str, Any]) -> dict[str, float]:
+    """The most bytes held while a program is made and run: of the device, or else of the process
+    less what it holds with nothing to do. Seconds are those of all of it."""
+    system, began = SYSTEMS[name], time.perf_counter()
+    with jax.enable_x64(system.double):
+        zero = jax.block_until_ready(jax.numpy.zeros(1))
+        empty = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        system.program(None, True, **sizes).call()
+    stats = next(iter(zero.devices())).memory_stats() or {}
+    held = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - empty)
+    peak = stats.get("peak_bytes_in_use", held)
+    return {"peak": peak, "seconds": time.perf_counter() - began}
 
 
 # ---- Printing and drawing
@@ -393,7 +437,7 @@ def sweeps(options: Options, about: dict[str, Any]) -> dict[str, Any]:
 
 def together(paths: tuple[Path, ...]) -> dict[str, Any]:
     parts = [json.loads(path.read_text()) for path in paths]
-    names = ("runs", "sweeps", "checks", "turns", "devices")
+    names = ("runs", "sweeps", "checks", "turns", "devices", "ran")
     found = {name: [row for part in parts for row in part.get(name, [])] for name in names}
     return found | {"fits": what_fits()}
 
@@ -417,7 +461,8 @@ def memory(options: Options) -> dict[str, Any]:
         factors = f"memory x {row['memory']:.2f}, CPU x {row['cpu']:.2f}"
         print(f"{name} {named(base)}, {named(change)}: {factors}", flush=True)
         turns.append(row)
-    devices = in_a_process_with_devices()
+    flags = f"--xla_force_host_platform_device_count={DEVICES[-1]}"
+    devices = in_a_process("--devices_alone", XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     for row in devices:
         shares = " ".join(f"{share / row['bytes'][0]:.2f}" for share in row["bytes"])
         print(f"{row['system']} {named(row['sizes'])}, devices {DEVICES}: {shares}")
@@ -428,11 +473,16 @@ def main(options: Options) -> dict[str, Any]:
     if options.devices_alone:
         print(json.dumps(memory_a_device()))
         return {}
+    if options.fit_alone:
+        print(json.dumps(peak_of(*json.loads(options.fit_alone))))
+        return {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"environment": environment(), "load_before": os.getloadavg()[0]}
     about["cores_used"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     if options.memory:
         found = {"runs": [about]} | memory(options)
+    elif options.fits:
+        found = {"runs": [about], "ran": run_fits(options.fits)}
     else:
         found = together(options.read) if options.read else sweeps(options, about)
         print(draw(found["sweeps"], options.out.with_suffix(".png")))
