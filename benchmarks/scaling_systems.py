@@ -21,7 +21,6 @@ from lib import drmmd, gmm_em, gmm_rows, kernels, meshes, mmd, rff, streamed_mea
 from lib.gmm import Mixture, prepare
 from lib.gmm_covariances import Full
 from lib.simplex_qp import from_means, make_problem, solve
-from lib.sorting import LONGEST_NETWORK
 from xp_dataset_distillation import objectives
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.real_data import RealData
@@ -90,7 +89,7 @@ def _wow_predicted(C, n, d, L, block_size=None, n_sample_batch=None):
     """x, y and the gradient; 7 arrays [C, n] of a block's directions, 8 where a network sorts, the
     target's share one of them; running sums of 4 [C, C]; with blocks one more gradient."""
     m, block = n_sample_batch or n, min(block_size or L, L)
-    arrays = (7 if n <= LONGEST_NETWORK else 6) * C * n + C * m + 4 * C**2
+    arrays = 7 * C * n + C * m + 4 * C**2
     particles = (3 + (block < L)) * C * n * d
     return 4 * (particles + block * arrays)
 

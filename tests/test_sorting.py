@@ -71,7 +71,8 @@ def test_float64_stays_float64(n):
 
 def test_long_columns_take_the_platform_sort(monkeypatch):
     monkeypatch.setattr(sorting, "_by_network", None)
-    x = hard_columns(sorting.LONGEST_NETWORK + 1)
+    monkeypatch.setattr(sorting, "LONGEST_NETWORK", 34)
+    x = hard_columns(35)  # compiled nowhere else
     check_sorted(x, *sort_with_permutation(x))
     np.testing.assert_array_equal(sort_columns(x), np.sort(x, axis=-2))
 
@@ -91,6 +92,19 @@ def test_longest_network_is_a_bound_that_holds(monkeypatch):
     x = hard_columns(8)
     check_sorted(x, *sorting._sort(jnp.asarray(x), with_permutation=True))
     assert "_by_network" in calls
+
+
+@pytest.mark.parametrize("most", [1, 60, 100, 10**6])
+def test_wide_matrices_are_cut_into_columns(monkeypatch, most):
+    monkeypatch.setattr(sorting, "MOST_VALUES_A_PASS", most)
+    x = np.concatenate([hard_columns(33), hard_columns(33)[::-1, :, :3]], axis=2)
+    check_sorted(x, *sorting._by_network(jnp.asarray(x), True))
+    np.testing.assert_array_equal(sorting._by_network(jnp.asarray(x), False)[0], np.sort(x, axis=1))
+
+
+def test_columns_of_thousands():
+    x = hard_columns(4097)
+    check_sorted(x, *sort_with_permutation(x))
 
 
 def test_platform_sort_and_network_agree():
@@ -172,8 +186,10 @@ def test_derivatives_of_the_values_with_their_permutation():
     np.testing.assert_array_equal(pull_back(cotangent)[0], back)
 
 
-def test_derivatives_of_the_platform_sort():
-    n = sorting.LONGEST_NETWORK + 1
+def test_derivatives_of_the_platform_sort(monkeypatch):
+    monkeypatch.setattr(sorting, "_by_network", None)
+    monkeypatch.setattr(sorting, "LONGEST_NETWORK", 36)
+    n = 37  # compiled nowhere else
     rng = np.random.default_rng(4)
     x, cotangent = (rng.standard_normal((n, 2)).astype(np.float32) for _ in range(2))
     back = np.zeros_like(x)
