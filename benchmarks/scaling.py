@@ -21,11 +21,11 @@ With --fits: one step of each system at the largest size said to fit in so many 
 process of its own, and the most memory that it came to hold.
 """
 
+import ctypes
 import dataclasses
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -334,17 +334,26 @@ def run_fits(gigabytes: int) -> list[dict[str, Any]]:
 
 
 def peak_of(name: str, sizes: dict[str, Any]) -> dict[str, float]:
-    """The most bytes held while a program is made and run: of the device, or else of the process
-    less what it holds with nothing to do. Seconds are those of all of it."""
+    """The most bytes held while a program runs, its arguments among them: of the device (there also
+    while they are made), or else of the process, on Linux, less what it holds with nothing to do.
+    Seconds are those of all of it."""
     system, began = SYSTEMS[name], time.perf_counter()
     with jax.enable_x64(system.double):
-        zero = jax.block_until_ready(jax.numpy.zeros(1))
-        empty = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        system.program(None, True, **sizes).call()
-    stats = next(iter(zero.devices())).memory_stats() or {}
-    held = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - empty)
-    peak = stats.get("peak_bytes_in_use", held)
+        device = next(iter(jax.block_until_ready(jax.numpy.zeros(1)).devices()))
+        empty = most_resident()
+        program = system.program(None, True, **sizes)
+        ctypes.CDLL(None).malloc_trim(0)  # what making the arguments took, and glibc keeps
+        Path("/proc/self/clear_refs").write_text("5")  # the most from here on
+        program.call()
+    stats = device.memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use", most_resident() - empty)
     return {"peak": peak, "seconds": time.perf_counter() - began}
+
+
+def most_resident() -> int:
+    """Bytes, of this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 # ---- Printing and drawing
