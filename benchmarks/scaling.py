@@ -66,7 +66,7 @@ class Options:
     """Results of such parts: put together, in place of measuring."""
     rounds: int = 3
     fits: int | None = None
-    """GB for which the largest sizes are run, in place of the sweeps."""
+    """GB for which the largest sizes, of `systems` if given, are run in place of the sweeps."""
     fit_alone: str = ""
     """A system and its sizes, as JSON; prints its peak as JSON and ends."""
     devices_alone: bool = False
@@ -317,14 +317,18 @@ def what_fits(budgets: tuple[int, ...] = GIGABYTES) -> list[dict[str, Any]]:
 FEWER = {"em": {"n": 4096}, "embeddings": {"n": 2048}}
 
 
-def run_fits(gigabytes: int) -> list[dict[str, Any]]:
+def run_fits(gigabytes: int, systems: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
     for row in what_fits((gigabytes,)):
         name, (size,) = row["system"], row["largest"].values()
         sizes = row["sizes"] | dict.fromkeys(row["variable"].split("="), size) | FEWER.get(name, {})
+        if systems and name not in systems:
+            continue
         if size > MOST_RUN or "class_chunk" in sizes:  # hours
             continue
         predicted = SYSTEMS[name].predicted(**sizes)
+        if name == "drmmd":  # its arguments hold what other flows need beside
+            predicted += SYSTEMS[name].beside(**sizes)
         found = in_a_process("--fit_alone", json.dumps([name, sizes]))
         rows.append({"system": name, "sizes": sizes, "predicted": predicted} | found)
         held, said = found["peak"] / 1e9, predicted / 1e9
@@ -491,7 +495,7 @@ def main(options: Options) -> dict[str, Any]:
     if options.memory:
         found = {"runs": [about]} | memory(options)
     elif options.fits:
-        found = {"runs": [about], "ran": run_fits(options.fits)}
+        found = {"runs": [about], "ran": run_fits(options.fits, options.systems)}
     else:
         found = together(options.read) if options.read else sweeps(options, about)
         print(draw(found["sweeps"], options.out.with_suffix(".png")))

@@ -217,7 +217,7 @@ def _em_program(mesh, run, n, d, K, block_size=512, chunk_size=4096):
         return Program(None, memory)
     x = np.random.default_rng(0).normal(size=(n, d)).astype(single)
     data = gmm_rows.rows(x, block_size=block_size, chunk_size=chunk_size, devices=devices)
-    start = jax.jit(partial(_mixture, K, d))()
+    start = jax.block_until_ready(jax.jit(partial(_mixture, K, d))())
     return Program(lambda: jax.block_until_ready(gmm_em._iterate(start, data, 1e-6)), memory)
 
 
@@ -253,7 +253,7 @@ def _stream_program(mesh, run, n, d, D, N=1, chunk_size=1024):
     if not run:
         return Program(None, memory)
     chunk = np.random.default_rng(0).normal(size=(size, d)).astype(np.float32)
-    frequencies = rff.gaussian_frequencies(jax.random.key(0), D, d)
+    frequencies = jax.block_until_ready(rff.gaussian_frequencies(jax.random.key(0), D, d))
 
     def call():
         for _ in range(N):
