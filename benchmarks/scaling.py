@@ -398,7 +398,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
             for axes in column:
                 axes.set_axis_on()
                 whole_decades(axes)
-                axes.legend(fontsize=7, handlelength=1)
+                axes.legend(fontsize=6.5, handlelength=1, labelspacing=0.2)
         for axes, label in zip(grid[:, 0], ("CPU seconds", "MB, as compiled") * lines, strict=True):
             axes.set_ylabel(label)
         return plotting.save_figure(figure, path)
