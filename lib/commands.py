@@ -14,8 +14,8 @@ from lib.settings import settings_of
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: str = "") -> None:
     """`main(parse())` on the devices that the arguments, which extend `lib.hosts.DeviceOptions`,
-    ask for; errors as `lib.console.one_line_errors` has them, `lower` what memory depends on. So is
-    a stop where nothing is to be saved, as when Ctrl-C comes before the first step.
+    ask for; errors as `lib.console.one_line_errors` has them, `lower` what memory depends on. A
+    stop where there is nothing to save, as before the first step, ends in one line too.
 
     Where several processes work together, one that fails ends at once, and so do those that wait
     for it: what they have saved is in the runs' folders.

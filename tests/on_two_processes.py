@@ -64,8 +64,7 @@ def main(results: Path) -> None:
     except console.Interrupted as stopped:
         print("stopped", stopped)
     visits.progress = console.progress
-    run, (_, found["resumed"]) = flow(results, "stopped")
-    run.append_metrics([{"step": 1, "loss": 0.5}])
+    _, (_, found["resumed"]) = flow(results, "stopped")
 
     x = np.random.default_rng(0).normal(size=(101, 4)) + np.arange(101)[:, None] % 3
     start = Mixture(np.array([0.4, 0.6]), x[:2], from_matrices(np.stack([np.eye(4)] * 2)))
