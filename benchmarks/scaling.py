@@ -41,7 +41,7 @@ from matplotlib import pyplot as plt
 from scaling_systems import SYSTEMS, largest
 
 from lib import meshes, plotting
-from lib.files import write_json
+from lib.files import rounded, write_json
 from lib.runs import environment
 
 DEVICES = (1, 2, 4, 8)
@@ -49,6 +49,7 @@ GIGABYTES = (8, 24, 80)
 USABLE = 0.75
 """Of a device's memory: what JAX takes of a GPU by default."""
 COLUMNS = 5  # of the figure
+DIGITS = 4  # of the numbers that are written
 SHORTEST = 0.05  # seconds; shorter calls are repeated
 MOST_RUN = 10**6  # of a size, with --fits
 
@@ -426,15 +427,6 @@ def whole_decades(axes) -> None:
     axes.minorticks_off()
 
 
-def rounded(value: Any) -> Any:
-    """Floats to four digits, throughout."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 def sweeps(options: Options, about: dict[str, Any]) -> dict[str, Any]:
     """Written after each: a long run that is stopped leaves something."""
     found: dict[str, Any] = {"runs": [about], "sweeps": []}
@@ -444,7 +436,7 @@ def sweeps(options: Options, about: dict[str, Any]) -> dict[str, Any]:
         row = run_sweep(sweep, options.rounds)
         show(row)
         found["sweeps"].append(row)
-        write_json(options.out, rounded(found))
+        write_json(options.out, rounded(found, DIGITS))
     return found
 
 
@@ -499,7 +491,7 @@ def main(options: Options) -> dict[str, Any]:
     else:
         found = together(options.read) if options.read else sweeps(options, about)
         print(draw(found["sweeps"], options.out.with_suffix(".png")))
-    write_json(options.out, rounded(found))
+    write_json(options.out, rounded(found, DIGITS))
     print(f"written to {options.out}")
     return found
 

@@ -130,6 +130,15 @@ def to_json(value: Any) -> Any:
     raise TypeError(f"no JSON for {value!r} of type {type(value).__name__}")
 
 
+def rounded(value: Any, digits: int) -> Any:
+    """Floats to so many significant digits, in lists, tuples (as lists) and dictionaries too."""
+    if isinstance(value, dict):
+        return {name: rounded(item, digits) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
 def from_json(value: Any) -> Any:
     """Undoes what `to_json` does to NaN and the infinities."""
     if isinstance(value, str):

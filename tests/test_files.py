@@ -236,3 +236,9 @@ def test_other_archives_are_no_checkpoints(path):
     files.save_arrays(path, x=np.ones(2))
     with pytest.raises(files.RunFileError, match="is not a checkpoint"):
         files.load_checkpoint(path, np.ones(2))
+
+
+def test_floats_are_rounded_wherever_they_stand():
+    value = {"a": [1.23456, (np.float64(98765.4), 3)], "b": {"c": float("inf"), "d": "1.23456"}}
+    expected = {"a": [1.23, [98800.0, 3]], "b": {"c": float("inf"), "d": "1.23456"}}
+    assert files.rounded(value, 3) == expected

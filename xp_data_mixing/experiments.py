@@ -17,7 +17,7 @@ import tyro
 
 from lib import runs, settings
 from lib.commands import run_command
-from lib.files import write_bytes, write_json
+from lib.files import rounded, write_bytes, write_json
 from lib.hosts import DeviceOptions
 from xp_data_mixing import coverage, downstream, plot, recovery, solvers, tables
 from xp_data_mixing.config import EXPERIMENT, Config, Group, Preset, presets
@@ -54,15 +54,6 @@ def run_one(group: str, config: Config, seed: int, arguments: Arguments) -> runs
     return run
 
 
-def rounded(value: Any) -> Any:
-    """Floats to five significant digits, in lists and dictionaries too."""
-    if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
 def run_group(name: str, group: Group, arguments: Arguments) -> Path:
     """Runs a group and returns its summary: for each label its settings and, of every array of its
     runs but the weights, the list over seeds."""
@@ -73,7 +64,7 @@ def run_group(name: str, group: Group, arguments: Arguments) -> Path:
             stored.append(run_one(name, config, seed, arguments).load_arrays())
         row = {"label": label, "settings": config}
         for array in sorted(stored[0].keys() - {"weights"}):
-            row[array] = rounded([one[array].tolist() for one in stored])
+            row[array] = rounded([one[array].tolist() for one in stored], 5)
         rows.append(row)
         print("\n".join(f"  {line}" for line in tables.lines(name, row)), flush=True)
     summary = arguments.results / EXPERIMENT / f"{name}_{arguments.preset}.json"
