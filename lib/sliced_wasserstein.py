@@ -18,14 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Float
 
 from lib import meshes
 from lib.kernels import safe_sqrt
+from lib.keys import PRNGKey
 from lib.sorting import sort_columns, sort_with_permutation
-
-PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
-
 
 # Directions
 
