@@ -31,7 +31,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int8
+from jaxtyping import Bool, Float, Int8
 from scipy.linalg.lapack import dgesv
 
 Vector = Float[np.ndarray, " n"]
@@ -371,17 +371,40 @@ def linear_gap(x: Vector, slope: Vector, lower: Vector, upper: Vector) -> float:
 
 def project(y: Vector, lower: Vector, upper: Vector, total: float) -> Vector:
     """The point of {lower <= x <= upper, sum x = total} nearest to `y`: y shifted and clipped."""
+    free, full = free_entries(y, lower, upper, lambda x: np.sum(x) - total)
+    x = np.where(full, upper, lower)
+    if free.any():
+        x[free] = 0
+        apart = y[free] - y[free][0]
+        share = (total - math.fsum(x.tolist()) - math.fsum(apart.tolist())) / len(apart)
+        x[free] = np.clip(apart + share, lower[free], upper[free])
+    return mend_sum(x + 0.0, lower, upper, total)  # no -0.0
 
-    def excess(shift):
-        shifted = y + shift
-        inside = np.count_nonzero((lower < shifted) & (shifted < upper))
-        return np.clip(shifted, lower, upper).sum() - total, inside
 
-    # With the first shift all are at their lower bounds; with the second the sum is reached.
-    lowest = np.min(lower - y)
-    highest = np.max(np.minimum(upper, lower + max(total - lower.sum(), 0)) - y)
-    x = np.clip(y + monotone_root(excess, lowest, highest), lower, upper) + 0.0  # no -0.0
-    return mend_sum(x, lower, upper, total)
+def free_entries(
+    y: Vector, lower: Vector, upper: Vector, excess: Callable[[Vector], float]
+) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Which entries of x = clip(y + shift, lower, upper) are free, and which at their upper bounds,
+    with the shift at which `excess(x)`, nondecreasing in it, is 0.
+
+    That shift lies between two of the 2 n at which an entry meets a bound: sorted, then bisected,
+    O(n log n). Entries meet by their differences alone, so none is too large to see others beside.
+    `lower` may be -inf and `upper` inf.
+    """
+    n, bounds = len(y), np.concatenate([lower, upper])
+    order = np.argsort(bounds - np.tile(y, 2), kind="stable")
+    rank = np.empty(2 * n, np.intp)
+    rank[order] = np.arange(2 * n)
+    enters, leaves = rank[:n], rank[n:]
+    low = max(int(np.count_nonzero(bounds == -np.inf)) - 1, 0)
+    high = int(np.count_nonzero(bounds < np.inf))
+    while high - low > 1:
+        middle = (low + high) // 2
+        meets = order[middle]
+        x = np.clip((y - y[meets % n]) + bounds[meets], lower, upper)
+        low, high = (middle, high) if excess(x) < 0 else (low, middle)
+    full = leaves <= low
+    return (enters <= low) & ~full, full
 
 
 def mend_sum(x: Vector, lower: Vector, upper: Vector, total: float) -> Vector:
@@ -389,26 +412,3 @@ def mend_sum(x: Vector, lower: Vector, upper: Vector, total: float) -> Vector:
     i = np.minimum(x - lower, upper - x).argmax()
     x[i] = min(max(x[i] + (total - math.fsum(x.tolist())), lower[i]), upper[i])
     return x
-
-
-def monotone_root(
-    function: Callable[[float], tuple[float, float]], low: float, high: float
-) -> float:
-    """A root in [low, high] of a nondecreasing function, given with its slope: Newton's method,
-    held within a bracket that every evaluation shortens.
-    """
-    point, last = 0.5 * (low + high), high - low
-    for _ in range(200):
-        value, slope = function(point)
-        if value == 0:
-            break
-        low, high = (point, high) if value < 0 else (low, point)
-        # By halves where Newton's steps leave the bracket or do not fall as fast.
-        step = 0.5 * (low + high) - point
-        if slope > 0 and abs(value) <= 0.5 * abs(last) * slope:
-            newton = -value / slope
-            step = newton if low <= point + newton <= high else step
-        if abs(step) <= ROUNDING * abs(point):
-            break
-        point, last = point + step, step
-    return point

@@ -29,10 +29,10 @@ from lib.active_set import (
     ROUNDING,
     Minimum,
     Vector,
+    free_entries,
     make_program,
     mend_sum,
     minimise,
-    monotone_root,
 )
 
 MAX_STEPS = 100
@@ -47,24 +47,17 @@ def entropic_minimum(
     """argmin_v slope . v + strength sum_i v_i log(v_i / p_i) and the t of the module's formula."""
     upper = np.minimum(upper, 1)
     exponents = np.log(prior) - slope / strength
-    highest = exponents.max()
-    # In units of `strength`; the minimum without bounds is exact.
-    unbounded = -highest - np.log(np.exp(exponents - highest).sum())
-
-    def excess(shift):
-        v = np.exp(np.minimum(exponents + shift, 0))
-        inside = (lower < v) & (v < upper)
-        return np.clip(v, lower, upper).sum() - 1, v[inside].sum()
-
-    # Lower bounds take from the others, upper ones give to them.
-    low, high, reach = unbounded, unbounded, 1.0
-    while excess(low)[0] > ROUNDING and reach < 1e300:
-        low, reach = low - reach, 2 * reach
-    reach = 1.0
-    while excess(high)[0] < -ROUNDING and reach < 1e300:
-        high, reach = high + reach, 2 * reach
-    shift = monotone_root(excess, low, high) if low < high else unbounded
-    return np.clip(np.exp(np.minimum(exponents + shift, 0)), lower, upper), strength * shift
+    with np.errstate(divide="ignore"):
+        bounds = np.log(lower), np.log(upper)
+    free, full = free_entries(exponents, *bounds, lambda x: np.exp(x).sum() - 1)
+    v = np.where(full, upper, lower)
+    if not free.any():
+        return v, 0.0
+    # What the others leave is shared in proportion to exp(exponents), in units of `strength`.
+    left, highest = max(1 - v[~free].sum(), TINY), exponents[free].max()
+    shares = np.exp(exponents[free] - highest)
+    v[free] = np.clip(left * shares / shares.sum(), lower[free], upper[free])
+    return v, strength * float(np.log(left / shares.sum()) - highest)
 
 
 def entropic_gap(
