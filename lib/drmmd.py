@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, ScalarLike
 
-from lib.kernels import Kernel, check_sample, gram_product, plain_number, uniform_weights
+from lib.kernels import Kernel, as_sample, gram_product, plain_number, uniform_weights
 from lib.nystrom import nystrom_basis, nystrom_features
 
 HIGHEST = lax.Precision.HIGHEST
@@ -63,13 +63,17 @@ class Target(NamedTuple):
     gram: Float[Array, "M M"] | None
 
 
-def positive_weights(points: Array, weights: Array | None) -> Array:
-    check_sample("target", points, weights)
+def as_target(points: Any, weights: Any = None) -> tuple[Float[Array, "M d"], Float[Array, " M"]]:
+    """The target's points as a JAX array, and its weights, divided by their sum; 1/M by default.
+
+    Raises as `lib.kernels.as_sample`, and ValueError for a weight of 0.
+    """
+    points, weights = as_sample("target", points, weights)
     if weights is None:
-        return uniform_weights(points)
+        return points, uniform_weights(points)
     if not isinstance(weights, jax.core.Tracer) and bool(jnp.any(weights == 0)):
         raise ValueError("target_weights must be positive: leave out points of weight 0")
-    return weights / jnp.sum(weights)
+    return points, weights / jnp.sum(weights)
 
 
 def _check_spectrum(eigenvalues: Array) -> None:
@@ -93,7 +97,7 @@ def prepare_target(
     Weights are normalised. Raises ValueError for an empty or non-finite sample, a weight that is
     not positive, and a kernel whose Gram matrix has a negative eigenvalue (Riesz has).
     """
-    weights = positive_weights(points, weights)
+    points, weights = as_target(points, weights)
     gram, root = kernel(points, points), jnp.sqrt(weights)
     eigenvalues, eigenvectors = jnp.linalg.eigh(root[:, None] * gram * root[None, :])
     _check_spectrum(eigenvalues)
@@ -123,7 +127,7 @@ def prepare_target_nystrom(
     z: `rank` of the points (`lib.nystrom`). Only the operator S is approximated; the sums of
     kernels stay exact. O(M rank^2 + M^2 d) once, memory O(M rank).
     """
-    weights = positive_weights(points, weights)
+    points, weights = as_target(points, weights)
     basis = nystrom_basis(key, kernel, points, rank)
     _check_spectrum(jnp.linalg.eigvalsh(kernel(basis.landmarks, basis.landmarks)))
     factor = nystrom_features(kernel, basis, points, block_size=block_size)

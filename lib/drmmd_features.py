@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, ScalarLike
 from lib.drmmd import (
     HIGHEST,
     SpectralFilter,
+    as_target,
     check_lambda,
-    positive_weights,
     product,
     tikhonov,
 )
@@ -84,7 +84,7 @@ def prepare_target_features(
     With `lib.rff.random_fourier_features` this is the primal form of an approximate DrMMD: O(M D^2
     + D^3) once, and it has no small lambda to divide by.
     """
-    weights = positive_weights(points, weights)
+    points, weights = as_target(points, weights)
     if len(points) < jax.eval_shape(features, points[:1]).shape[1]:
         phi = features(points)
         _, singular, basis = jnp.linalg.svd(jnp.sqrt(weights)[:, None] * phi, full_matrices=False)

@@ -156,8 +156,8 @@ def streamed_median_bandwidth(
     mixture. Only these rows are read. The convention is that of `lib.kernels.median_bandwidth`;
     where sigma^2 = median(|x_i - x_j|^2) / 2 is wanted, divide by sqrt(2).
 
-    Raises ValueError on unequal widths, on fewer than two rows in all, where the median is 0, and
-    as `Rows` do.
+    Raises ValueError on unequal widths, on fewer than two rows in all, where all of them are equal,
+    and as `Rows` do.
     """
     samples = [as_rows(rows, f"set {i}") for i, rows in enumerate(sets)]
     if not samples or num_points < 2:
@@ -171,6 +171,9 @@ def streamed_median_bandwidth(
             indices = jax.random.choice(set_key, rows.shape[0], (share,), replace=False)
         drawn.append(rows.take(np.sort(np.asarray(indices))))
     points = np.concatenate(drawn)
+    if len(points) > 1 and (points == points[0]).all():
+        names = ", ".join(rows.name for rows in samples)
+        raise ValueError(f"all rows are equal, so no distance gives a bandwidth: {names}")
     with jax.enable_x64(points.dtype == np.float64):
         bandwidth = median_bandwidth(
             median_key, jnp.asarray(points), max_points=max(2, len(points))

@@ -29,7 +29,7 @@ from lib.files import RunFileError
 from lib.gmm import Mixture, Prepared, cast, joint_log_densities, prepare
 from lib.gmm_covariances import Full
 from lib.gmm_rows import Rows, dimension, sum_over_blocks, sum_over_rows
-from lib.kernels import check_sample
+from lib.kernels import as_sample
 from lib.runs import Run
 
 NEGLIGIBLE = 1e-18
@@ -89,9 +89,9 @@ def expectation(
     """The E-step: moments of the rows, each of weight 1 by default.
 
     Products are taken in the dtype of x, sums over blocks in that of the mixture. O(K n d^2)
-    operations, O(K d^2 + K block_size d) memory. Raises ValueError as `lib.kernels.check_sample`.
+    operations, O(K d^2 + K block_size d) memory. Raises ValueError as `lib.kernels.as_sample`.
     """
-    check_sample("x", x, weights)
+    x, weights = as_sample("x", x, weights)
     weights = jnp.ones(len(x), x.dtype) if weights is None else weights
     dtype = jnp.asarray(mixture.means).dtype
     prepared = prepare(mixture, x.dtype)

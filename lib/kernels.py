@@ -284,30 +284,55 @@ def kernel_mean(
     it, this holds O(block_size^2 + block_size p) and one sum for each block; so does the reverse
     mode, which computes each block again.
     """
-    x_blocks, x_weight_blocks = to_blocks(
-        x, uniform_weights(x) if x_weights is None else x_weights, block_size
-    )
+    x_weights = uniform_weights(x) if x_weights is None else x_weights
+    x_blocks = to_blocks(x, x_weights, block_size)
     if y is None:
         if y_weights is not None:
             raise ValueError("y_weights without y")
-        y_blocks, y_weight_blocks = x_blocks, x_weight_blocks
-        rows, columns = np.triu_indices(len(x_blocks))
-        multiplicities = np.where(rows == columns, 1, 2)
-    else:
-        y_blocks, y_weight_blocks = to_blocks(
-            y, uniform_weights(y) if y_weights is None else y_weights, block_size
-        )
-        rows, columns = np.indices((len(x_blocks), len(y_blocks))).reshape(2, -1)
-        multiplicities = np.ones_like(rows)
+        return pairwise_sum(lax.map(_sum_of_block(kernel, x_blocks), _upper_blocks(x_blocks)))
+    y_weights = uniform_weights(y) if y_weights is None else y_weights
+    y_blocks = to_blocks(y, y_weights, block_size)
+    rows, columns = np.indices((len(x_blocks[0]), len(y_blocks[0]))).reshape(2, -1)
+    pairs = rows, columns, np.ones_like(rows)
+    return pairwise_sum(lax.map(_sum_of_block(kernel, x_blocks, y_blocks), pairs))
+
+
+def kernel_mean_and_largest(
+    kernel: Kernel,
+    x: Float[Array, "n d"],
+    x_weights: Float[Array, "n *columns"],
+    *,
+    block_size: int = 1024,
+) -> tuple[Float[Array, "*columns"], Float[Array, ""]]:
+    """`kernel_mean(kernel, x, x_weights=x_weights)` and max_ij |k(x_i, x_j)|, in one pass.
+
+    The second bounds the rounding of the first: it is of the order of eps max |k| (sum_i |w_i|)^2.
+    """
+    blocks = to_blocks(x, x_weights, block_size)
+    sum_of_block = _sum_of_block(kernel, blocks, with_largest=True)
+    sums, largest = lax.map(sum_of_block, _upper_blocks(blocks))
+    return pairwise_sum(sums), jnp.max(largest)
+
+
+def _upper_blocks(blocks):
+    """(row, column, multiplicity) of the blocks of a symmetric matrix that are computed."""
+    rows, columns = np.triu_indices(len(blocks[0]))
+    return rows, columns, np.where(rows == columns, 1, 2)
+
+
+def _sum_of_block(kernel, x_blocks, y_blocks=None, *, with_largest=False):
+    """(row, column, multiplicity) -> the weighted sum of a Gram block, and its largest |k|."""
+    (x, x_weights), (y, y_weights) = x_blocks, x_blocks if y_blocks is None else y_blocks
 
     @jax.checkpoint
-    def block_sum(block):
+    def sum_of_block(block):
         row, column, multiplicity = block
-        gram = kernel(x_blocks[row], y_blocks[column])
-        product = jnp.matmul(gram, y_weight_blocks[column], precision=lax.Precision.HIGHEST)
-        return multiplicity * jnp.sum(x_weight_blocks[row] * product, axis=0)
+        gram = kernel(x[row], y[column])
+        product = jnp.matmul(gram, y_weights[column], precision=lax.Precision.HIGHEST)
+        total = multiplicity * jnp.sum(x_weights[row] * product, axis=0)
+        return (total, jnp.max(jnp.abs(gram))) if with_largest else total
 
-    return pairwise_sum(lax.map(block_sum, (rows, columns, multiplicities)))
+    return sum_of_block
 
 
 # Bandwidths
@@ -322,24 +347,31 @@ def median_bandwidth(
 ) -> Float[Array, ""]:
     """The median of |x_i - x_j| over pairs i < j of `x`, or of `x` and `y` pooled.
 
+    Where more than half of the pairs coincide that median is 0 and no bandwidth: the median over
+    the pairs that do not coincide takes its place, and 1 where all points are equal. So it is
+    positive, traced or not, unless the sample holds NaN.
+
     Of more than `max_points` rows a uniform subsample without replacement is taken; `key` is used
     for nothing else. Memory O(max_points^2). Some authors take sigma^2 = median(|x_i - x_j|^2) / 2
-    instead: divide by sqrt(2) for theirs. Raises ValueError where the median is 0, that is where
-    more than half of the pairs coincide; traced, it returns that 0.
+    instead: divide by sqrt(2) for theirs. Raises as `as_sample`, and for a single point.
     """
-    check_sample("x", x)
-    if y is not None:
-        check_sample("y", y)
-    pooled = x if y is None else jnp.concatenate([x, y])
+    pooled = jnp.concatenate(
+        [as_sample(name, points)[0] for name, points in (("x", x), ("y", y)) if points is not None]
+    )
     if pooled.shape[0] < 2 or max_points < 2:
         raise ValueError(f"no pair in {pooled.shape[0]} points, at most {max_points} of them used")
     if pooled.shape[0] > max_points:
         pooled = jax.random.choice(key, pooled, (max_points,), replace=False)
+    pooled = at_least_float32(pooled)
+    # A power of two: dividing by it rounds nothing, and squares neither vanish nor overflow.
+    exponent = jnp.frexp(jnp.max(jnp.abs(pooled - pooled[:1])))[1]
+    unit = jnp.ldexp(jnp.ones((), pooled.dtype), exponent)
     pairs = np.triu_indices(pooled.shape[0], k=1)
-    bandwidth = jnp.median(safe_sqrt(squared_distances(pooled, pooled)[pairs]))
-    if _is_concrete(bandwidth) and bandwidth == 0:
-        raise ValueError("the median distance is 0: more than half of the pairs coincide")
-    return bandwidth
+    distances = safe_sqrt(squared_distances(pooled / unit, pooled / unit)[pairs])
+    median = jnp.median(distances)
+    of_distinct = jnp.nanmedian(jnp.where(distances > 0, distances, jnp.nan))
+    coincide = jnp.isnan(of_distinct) & (median == 0)
+    return unit * jnp.where(median == 0, jnp.where(coincide, 1, of_distinct), median)
 
 
 def bandwidth_grid(
@@ -358,29 +390,38 @@ def bandwidth_grid(
     )
 
 
-# At the door
+# Input validation
 
 
 def _is_concrete(array):
     return not isinstance(array, jax.core.Tracer)
 
 
-def check_sample(
-    name: str, points: Shaped[Array, "..."], weights: Shaped[Array, "..."] | None = None
-) -> None:
-    """Raises ValueError unless `points` [n, d] and `weights` [n] make a weighted sample.
+def as_sample(
+    name: str, points: Any, weights: Any = None
+) -> tuple[Float[Array, "n d"], Float[Array, " n"] | None]:
+    """A weighted sample as JAX arrays, `points` [n, d] and `weights` [n] or None.
 
-    That is: floating point, n and d at least 1, everything finite, no weight negative, not all 0.
+    Anything that NumPy can read may come in: arrays, nested lists, torch tensors on the CPU.
+
+    Raises ValueError, with the sample's `name`, unless it is floating point, n and d at least 1,
+    everything finite, no weight negative and not all of them 0; TypeError for what is no array.
     Shapes and dtypes are always checked, values only where they are not traced, so that what calls
-    this can be jitted. `name` is the sample's name in the message.
+    this can be jitted.
     """
+    arrays = {name: points} if weights is None else {name: points, f"{name}_weights": weights}
+    for label, array in arrays.items():
+        try:
+            array = array if isinstance(array, jax.Array) else np.asarray(array)
+            arrays[label] = jnp.asarray(array)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{label} is no array that NumPy can read: {error}") from error
+    points, weights = arrays[name], arrays.get(f"{name}_weights")
     if points.ndim != 2 or 0 in points.shape:
         raise ValueError(f"{name} must be [n, d] with n, d >= 1, got shape {points.shape}")
     if weights is not None and weights.shape != points.shape[:1]:
         raise ValueError(f"{name}_weights must be [{len(points)}], got shape {weights.shape}")
-    for label, array in ((name, points), (f"{name}_weights", weights)):
-        if array is None:
-            continue
+    for label, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{label} must be floating point, got {array.dtype}")
         if not _is_concrete(array):
@@ -396,3 +437,4 @@ def check_sample(
                     f"{name}_weights must be >= 0 with a positive sum, got a minimum of "
                     f"{weights.min()} and a sum of {weights.sum()}"
                 )
+    return points, weights

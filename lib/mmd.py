@@ -18,7 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lib.kernels import Kernel, check_sample, kernel_diagonal, kernel_mean, uniform_weights
+from lib.kernels import (
+    Kernel,
+    as_sample,
+    kernel_diagonal,
+    kernel_mean,
+    kernel_mean_and_largest,
+    uniform_weights,
+)
+from lib.keys import named_key
 from lib.wow import (  # noqa: F401  part of this module's interface
     SlicedKernel,
     mmd_squared_measures,
@@ -35,11 +43,12 @@ from lib.wow import (  # noqa: F401  part of this module's interface
 )
 
 
-def _check_samples(x, y, x_weights=None, y_weights=None):
-    check_sample("x", x, x_weights)
-    check_sample("y", y, y_weights)
+def _as_samples(x, y, x_weights=None, y_weights=None):
+    x, x_weights = as_sample("x", x, x_weights)
+    y, y_weights = as_sample("y", y, y_weights)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have one dimension, got shapes {x.shape} and {y.shape}")
+    return x, y, x_weights, y_weights
 
 
 def _normalised(points, weights):
@@ -70,7 +79,7 @@ def mmd_squared(
     first; they are 1/n and 1/m by default. Raises ValueError on empty samples, unequal dimensions,
     NaN, infinity and negative weights.
     """
-    _check_samples(x, y, x_weights, y_weights)
+    x, y, x_weights, y_weights = _as_samples(x, y, x_weights, y_weights)
     w, v = _normalised(x, x_weights), _normalised(y, y_weights)
     within_x = kernel_mean(kernel, x, x_weights=w, block_size=block_size)
     between = kernel_mean(kernel, x, y, x_weights=w, y_weights=v, block_size=block_size)
@@ -94,7 +103,7 @@ def mmd_squared_unbiased(
     for independent draws and weights that do not depend on them. Raises as `mmd_squared` does, and
     where a sample has a single point, or weight on a single point.
     """
-    _check_samples(x, y, x_weights, y_weights)
+    x, y, x_weights, y_weights = _as_samples(x, y, x_weights, y_weights)
     sizes = _num_weighted(x, x_weights), _num_weighted(y, y_weights)
     if min(sizes) < 2:
         raise ValueError(f"two points of each sample are needed, got {sizes[0]} and {sizes[1]}")
@@ -145,15 +154,24 @@ def two_sample_test(
     m if the pooled points are exchangeable and the kernels do not depend on which point is whose;
     bandwidths from `bandwidth_grid(key, x, y)` do not.
 
+    Statistics that are equal up to rounding count as equal: T_b >= T stands for T_b >= T - 2 eps
+    max|k| sum_ij |s_i s_j|, where the sum is 4; what equal statistics of float32 and float64 were
+    seen to differ by is a fifth of it. In float32 it is 1e-6 max|k|: run in float64 what must
+    resolve less. Rows are summed in an order drawn from `key`, the same for T and every T_b: so
+    larger rounding, if there is any, cannot tell the samples' own labels from the drawn ones, and
+    the p-values stay exact.
+
     T = s' K s with s = 1/n on x and -1/m on y, so that one pass over the blocks of each Gram matrix
     serves all the permutations, as columns of s; kernels must be symmetric. Memory
     O((n + m) B + block_size^2 + block_size B). A loop is compiled for each kernel, so jit what
     calls this more than once.
 
-    `relabellings` are the rows of `permutations`, drawn from `key` unless given. Raises as
+    `relabellings` are the rows of `permutations`, drawn from `key` unless given. A kernel whose
+    values on the samples are not finite has no p-value: its own and the aggregated one are NaN.
+    p-values that the dtype does not hold are rounded down: p <= .05 is true of 5 / 100. Raises as
     `mmd_squared` does, and without kernels.
     """
-    _check_samples(x, y)
+    x, y, *_ = _as_samples(x, y)
     if not kernels:
         raise ValueError("kernels is empty")
     pooled = jnp.concatenate([x, y])
@@ -161,20 +179,28 @@ def two_sample_test(
         relabellings = permutations(key, num_permutations, len(pooled))
     weights = jnp.concatenate([uniform_weights(x), -uniform_weights(y)])
     columns = jnp.concatenate([weights[:, None], weights[relabellings.T]], axis=1)
+    order = jax.random.permutation(named_key(key, "order of the rows"), len(pooled))
+    pooled, columns = pooled[order], columns[order]
 
-    values = jnp.stack(
-        [
-            kernel_mean(kernel, pooled, x_weights=columns, block_size=block_size)
-            for kernel in kernels
-        ]
-    )
-    each = jax.vmap(_permutation_p_values)(values)
-    return TwoSampleTest(values[:, 0], each[:, 0], _permutation_p_values(-each.min(axis=0))[0])
+    statistics, p_values = [], []
+    for kernel in kernels:
+        values, largest = kernel_mean_and_largest(kernel, pooled, columns, block_size=block_size)
+        tolerance = 2 * 4 * jnp.finfo(values.dtype).eps * largest
+        statistics.append(values)
+        p_values.append(_permutation_p_values(values, tolerance))
+    each = jnp.stack(p_values)
+    aggregated = _permutation_p_values(-each.min(axis=0), 0)
+    return TwoSampleTest(jnp.stack(statistics)[:, 0], each[:, 0], aggregated[0])
 
 
-def _permutation_p_values(statistics):
-    """For each entry, the share of entries that are at least as large, itself included."""
-    at_least_as_large = len(statistics) - jnp.searchsorted(jnp.sort(statistics), statistics)
-    # Looked up, since XLA divides by multiplying with a rounded inverse: 2 / 40 <= 0.05 must hold.
-    shares = np.arange(len(statistics) + 1) / len(statistics)
-    return jnp.asarray(shares, statistics.dtype)[at_least_as_large]
+def _permutation_p_values(statistics, tolerance):
+    """For each entry, the share of entries that are at least as large, itself included; NaN where
+    any entry is not finite."""
+    smaller = jnp.searchsorted(jnp.sort(statistics), statistics - tolerance)
+    exact = np.arange(len(statistics) + 1) / len(statistics)
+    # Looked up, since XLA divides by multiplying with a rounded inverse, and rounded down, so that
+    # 2 / 40 <= .05 holds in every dtype.
+    shares = exact.astype(statistics.dtype)
+    shares = np.where(shares > exact, np.nextafter(shares, -np.inf, dtype=shares.dtype), shares)
+    p_values = jnp.asarray(shares)[len(statistics) - smaller]
+    return jnp.where(jnp.isfinite(statistics).all(), p_values, jnp.nan)

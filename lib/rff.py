@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Key, ScalarLike
 
 from lib.kernels import (
     at_least_float32,
-    check_sample,
     pairwise_sum,
     plain_number,
     to_blocks,
@@ -201,9 +200,9 @@ def mean_embedding(
 
     The embedding of a union is the average of the embeddings, weighted by the sizes (or by the sums
     of the weights), so data in several chunks need one running sum. Beside the input it holds
-    O((block_size + n / block_size) D). Raises ValueError as `lib.kernels.check_sample` does.
+    O((block_size + n / block_size) D). Raises ValueError as `lib.kernels.as_sample` does.
     """
-    check_sample("x", x, weights)
+    x, weights = as_sample("x", x, weights)
     weights = uniform_weights(x) if weights is None else weights / jnp.sum(weights)
 
     @jax.checkpoint

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lib import meshes
-from lib.kernels import safe_sqrt
+from lib.kernels import as_sample, safe_sqrt
 from lib.keys import PRNGKey
 from lib.sorting import sort_columns, sort_with_permutation
 
@@ -312,10 +312,13 @@ def sliced_wasserstein_power(
 
     Differentiable in x and y; at identical clouds the gradient is 0.
 
-    Raises:
-      ValueError: p other than 1 or 2, or clouds of different dimension.
+    Raises as `lib.kernels.as_sample`, and ValueError for p other than 1 or 2 and for clouds of
+    different dimension.
     """
     check_order(p)
+    x, x_weights = as_sample("x", x, x_weights)
+    y, y_weights = as_sample("y", y, y_weights)
+    directions = jnp.asarray(directions)
     dimensions = x.shape[1], y.shape[1], directions.shape[1]
     if len(set(dimensions)) > 1:
         raise ValueError(

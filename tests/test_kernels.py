@@ -7,16 +7,19 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+import torch
 from jax.test_util import check_grads
 from scipy.spatial.distance import cdist, pdist
 from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
 
+from lib.drmmd import prepare_target
 from lib.kernels import (
     DIRECT_DIMENSION,
+    as_sample,
     bandwidth_grid,
-    check_sample,
     gaussian,
     gram_product,
     imq,
@@ -34,6 +37,8 @@ from lib.kernels import (
     squared_distances,
     to_blocks,
 )
+from lib.mmd import mmd_squared
+from lib.sliced_wasserstein import sliced_wasserstein
 
 FACTORIES = {
     "gaussian": (gaussian(1.3), lambda x, y: rbf_kernel(x, y, gamma=1 / (2 * 1.3**2))),
@@ -415,14 +420,27 @@ def test_median_bandwidth_of_a_subsample():
     np.testing.assert_allclose(medians, np.median(pdist(np.asarray(x, float))), rtol=0.05)
 
 
-def test_median_bandwidth_without_a_positive_distance_raises():
-    with pytest.raises(ValueError, match="median distance is 0"):
-        median_bandwidth(jax.random.key(0), jnp.zeros((5, 2)))
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+@pytest.mark.parametrize("d", [2, 20])
+def test_bandwidths_are_positive_where_most_pairs_coincide(scale, d):
+    """The median over the pairs that do not, traced or not; 1 where none is left."""
+    key, rare = jax.random.key(0), np.where(np.arange(40) % 10 == 0, 1, 0)[:, None]
+    x = (scale * rare * normal(0, 40, d)).astype("f")
+    distances = pdist(x.astype(float))
+    expected = np.median(distances[distances > 0])
+    for rule in (median_bandwidth, jax.jit(median_bandwidth)):
+        np.testing.assert_allclose(rule(key, jnp.asarray(x)), expected, rtol=1e-5)
+        assert rule(key, jnp.full((5, d), np.float32(scale))) == 1
+    assert (bandwidth_grid(key, jnp.asarray(x)) > 0).all()
+    assert np.isnan(jax.jit(median_bandwidth)(key, jnp.asarray(x).at[3, 0].set(jnp.nan)))
+
+
+def test_one_point_has_no_distance():
     with pytest.raises(ValueError, match="no pair in 1 points"):
         median_bandwidth(jax.random.key(0), jnp.zeros((1, 2)))
 
 
-# At the door
+# Input validation
 
 
 @pytest.mark.parametrize(
@@ -442,16 +460,38 @@ def test_median_bandwidth_without_a_positive_distance_raises():
 def test_what_is_no_sample_raises(points, weights, message):
     weights = None if weights is None else jnp.asarray(weights)
     with pytest.raises(ValueError, match=message):
-        check_sample("x", jnp.asarray(points), weights)
+        as_sample("x", jnp.asarray(points), weights)
 
 
 def test_values_are_checked_inside_jit_only_where_they_are_known():
     bad = jnp.array([[jnp.nan]])
 
     def checked(x):
-        check_sample("x", x)
-        return x
+        return as_sample("x", x)[0]
 
     assert np.isnan(jax.jit(checked)(bad)).all()
     with pytest.raises(ValueError, match="not finite"):
         jax.jit(lambda: checked(bad))()
+
+
+@pytest.mark.parametrize("form", [np.ndarray.tolist, torch.tensor], ids=["lists", "torch"])
+def test_whatever_numpy_can_read_is_a_sample(form):
+    jaxtyping.config.update("jaxtyping_disable", True)  # the annotations, which only tests check
+    try:
+        arrays = [np.abs(normal(3, *shape)).astype("f") for shape in ((6, 3), (5, 3), (6,))]
+        x, y, w = map(form, arrays)
+        for function in (
+            lambda x, y, w: mmd_squared(gaussian(1.0), x, y, x_weights=w),
+            lambda x, y, w: median_bandwidth(jax.random.key(0), x, y),
+            lambda x, y, w: sliced_wasserstein(x, y, np.eye(3, dtype="f"), x_weights=w),
+            lambda x, y, w: prepare_target(gaussian(1.0), x, w).energy,
+        ):
+            expected = function(*map(jnp.asarray, arrays))
+            np.testing.assert_allclose(function(x, y, w), expected, rtol=1e-6)
+        with pytest.raises(ValueError, match="x must be floating point, got int"):
+            mmd_squared(gaussian(1.0), [[1], [2]], [[1.0]])
+        for bad in ([["a"]], [[1.0], [2.0, 3.0]], torch.ones((2, 2), requires_grad=True), None):
+            with pytest.raises(TypeError, match="y is no array that NumPy can read"):
+                mmd_squared(gaussian(1.0), [[1.0]], bad)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

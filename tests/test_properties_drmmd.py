@@ -18,6 +18,7 @@ from strategies import DTYPES, EXPONENTS, SEEDS, assert_finite, assert_within, c
 
 from lib.drmmd import (
     adaptive_lambda,
+    as_target,
     check_lambda,
     cutoff,
     density_ratio,
@@ -26,7 +27,6 @@ from lib.drmmd import (
     largest_step,
     mmd_witness,
     particle_statistics,
-    positive_weights,
     prepare_target,
     prepare_target_nystrom,
     product,
@@ -45,7 +45,7 @@ from lib.kernels import gaussian
 COVERS = {
     "lib.drmmd": (
         "adaptive_lambda", "check_lambda", "cutoff", "density_ratio", "drmmd_witness",
-        "kale_witness", "largest_step", "mmd_witness", "particle_statistics", "positive_weights",
+        "kale_witness", "largest_step", "mmd_witness", "particle_statistics", "as_target",
         "prepare_target", "prepare_target_nystrom", "product", "showalter", "tikhonov",
         "witness_function",
     ),
@@ -281,10 +281,10 @@ def test_targets_have_positive_weights(flow):
     case, _ = flow
     y, w = jnp.asarray(case.y), jnp.asarray(case.y_weights)
     expected = case.y_weights.astype(float) / case.y_weights.astype(float).sum()
-    assert_within(positive_weights(y, w), expected, (len(w) + 2) * case.eps, case.x.dtype)
-    assert_within(positive_weights(y, None), np.full(len(w), 1 / len(w)), case.eps, case.x.dtype)
+    assert_within(as_target(y, w)[1], expected, (len(w) + 2) * case.eps, case.x.dtype)
+    assert_within(as_target(y)[1], np.full(len(w), 1 / len(w)), case.eps, case.x.dtype)
     with pytest.raises(ValueError, match=r"must be positive|positive sum"):
-        positive_weights(y, w.at[case.seed % len(w)].set(0))
+        as_target(y, w.at[case.seed % len(w)].set(0))
     a, b = (z.astype(np.float64) for z in (case.x, case.y))
     size = np.abs(a) @ np.abs(b).T
     bound = (a.shape[1] + 2) * case.eps * size

@@ -96,8 +96,7 @@ def _landmarks(config, target, weights) -> Landmarks:
             raise ValueError(f"rank {config.rank} wants {wanted} {name} as landmarks of {there}")
     keys = jax.random.split(jax.random.key(0))
     return Landmarks(
-        target,
-        drmmd.positive_weights(target, weights),
+        *drmmd.as_target(target, weights),
         jax.random.choice(keys[0], target, (of_target,), replace=False),
         jax.random.choice(keys[1], config.source_particle_num, (of_particles,), replace=False),
     )

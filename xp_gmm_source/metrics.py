@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from lib import classification, mmd, optimisers
-from lib.kernels import check_sample, gaussian, median_bandwidth, to_blocks, uniform_weights
+from lib.kernels import as_sample, gaussian, median_bandwidth, to_blocks, uniform_weights
 from lib.networks import MLP, LeNet5
 from lib.sliced_wasserstein import random_directions, sliced_wasserstein
 from xp_gmm_source.sources import Images, check_images
@@ -194,9 +194,7 @@ def as_points(
     points = jnp.asarray(points)
     if points.ndim < 2 or points.shape[1:] not in (tuple(shape), (math.prod(shape),)):
         raise ValueError(f"shape {points.shape} is no sample of images {tuple(shape)}")
-    points = points.reshape(len(points), -1)
-    check_sample("points", points)
-    return points.astype(jnp.float32)
+    return as_sample("points", points.reshape(len(points), -1))[0].astype(jnp.float32)
 
 
 # Judgement
