@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key, ScalarLike
 
 from lib.kernels import (
+    as_sample,
     at_least_float32,
     pairwise_sum,
     plain_number,

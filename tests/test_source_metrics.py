@@ -1,7 +1,6 @@
 """Metrics of image samples against scipy, closed forms and loops in numpy."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
