@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from lib import hosts, meshes
+from lib import meshes
 from lib.files import DamagedFileError, RunFileError, load_arrays, save_arrays
 from lib.runs import Run
 from lib.visits import advance_in_visits
@@ -363,24 +363,12 @@ def _fingerprint(x0: Array, x_tgt: PyTree, rng: Array, lr: Any, optimizer) -> st
     return digest.hexdigest()
 
 
-def discard_saved_flow(run: Run) -> None:
-    """Deletes what a flow saved in order to resume: a finished run's arrays replace it."""
-    run.discard_checkpoint()
-    with hosts.first_alone(f"discarding {_trajectory(run)}") as first:
-        if first:
-            _trajectory(run).unlink(missing_ok=True)
-
-
-def _trajectory(run: Run) -> Path:
-    return run.folder / "trajectory.npz"
-
-
 def _save(run: Run, state: FlowState, losses, particles, steps, origin: str) -> None:
     """The trajectory first: whatever kills us, it reaches at least as far as the checkpoint."""
     done = int(state.step)
     kept = int(np.searchsorted(steps, done, side="right"))
     save_arrays(
-        _trajectory(run),
+        run.trajectory,
         losses=losses[:done],
         particles=particles[:kept],
         steps=steps[:kept],
@@ -392,7 +380,7 @@ def _save(run: Run, state: FlowState, losses, particles, steps, origin: str) -> 
 def _load_trajectory(run: Run, done: int) -> dict[str, Any]:
     """What `_save` wrote; it reaches `done` steps at least. Raises RunFileError where it does not:
     the losses on the way are nowhere else."""
-    path = _trajectory(run)
+    path = run.trajectory
     again = f"delete {run.folder} to start anew"
     try:
         trajectory = load_arrays(path)
@@ -423,7 +411,7 @@ def _resume(run: Run, state: FlowState, losses, particles, steps, origin: str) -
         raise RunFileError(f"{run.checkpoint} is at step {done}, past the {len(losses)} asked for")
     kept = int(np.searchsorted(steps, done, side="right"))
     if not np.array_equal(trajectory["steps"][:kept], steps[:kept]):
-        raise RunFileError(f"{_trajectory(run)} was recorded at other intervals; delete its folder")
+        raise RunFileError(f"{run.trajectory} was recorded at other intervals; delete its folder")
     losses[:done] = trajectory["losses"][:done]
     particles[:kept] = trajectory["particles"][:kept]
     return jax.tree.map(jnp.asarray, saved)

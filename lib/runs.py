@@ -5,7 +5,10 @@
         env.json         versions, device, commit and command line of the first start
         metrics.jsonl    one JSON object a line, each with its "step"
         checkpoint.npz   the state after so many steps
+        trajectory.npz   of a flow: its losses and records up to the checkpoint
         arrays.npz       the final result, written last, so it marks a finished run
+
+A finished run keeps nothing that was saved to resume from: the checkpoints and the trajectory go.
 
 Every file but metrics.jsonl is written atomically (`lib.files`). metrics.jsonl grows by whole
 lines; a line that a killed process left without its end does not count. Beside the checkpoint lies
@@ -79,6 +82,10 @@ class Run:
         return self.folder / "checkpoint.previous.npz"
 
     @property
+    def trajectory(self) -> Path:
+        return self.folder / "trajectory.npz"
+
+    @property
     def arrays(self) -> Path:
         return self.folder / "arrays.npz"
 
@@ -92,8 +99,10 @@ class Run:
         return self.arrays.exists()
 
     def finish(self, /, **arrays: Any) -> None:
-        """Writes the final result, after everything else: from here on the run is finished."""
+        """Writes the final result, after everything else: from here on the run is finished, and what
+        was saved to resume from is deleted."""
         files.save_arrays(self.arrays, **arrays)
+        self.discard_saved()
 
     def load_arrays(self) -> dict[str, Any]:
         """The final result of a finished run; see `lib.files.load_arrays`."""
@@ -136,12 +145,13 @@ class Run:
                     os.replace(self.previous_checkpoint, self.checkpoint)
         return state, step
 
-    def discard_checkpoint(self) -> None:
-        """Deletes the checkpoint and the one before it: of a run that is done."""
-        with hosts.first_alone(f"discarding {self.checkpoint}") as first:
-            if first:
-                self.previous_checkpoint.unlink(missing_ok=True)
-                self.checkpoint.unlink(missing_ok=True)
+    def discard_saved(self) -> None:
+        """Deletes what was saved to resume from, if anything; the next start begins anew."""
+        with hosts.first_alone(f"discarding what was saved in {self.folder}") as first:
+            # The checkpoints first: without a trajectory they would be refused.
+            for path in (self.previous_checkpoint, self.checkpoint, self.trajectory):
+                if first:
+                    path.unlink(missing_ok=True)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends one line a row, all of them or none. Raises ValueError if a row has no integer
@@ -213,7 +223,8 @@ def open_run(
     Writes config.json (the hashed fields and the seed) and env.json where they are missing. Unless
     the run is finished, locks the folder for as long as the `Run` is around, and removes what
     killed writers left; a folder that another process holds is an error or, with `wait` (for
-    by-products that several runs share), waited for. A finished run may be opened by anyone.
+    by-products that several runs share), waited for. A finished run may be opened by anyone; what
+    a writer that was killed in `Run.finish` left to resume from is deleted.
 
     Raises RunFileError if config.json holds something else, FolderBusyError, and OSError where the
     folder cannot be written.
@@ -228,6 +239,9 @@ def open_run(
             if not run.finished:
                 run = Run(folder, lock_folder(folder, wait=wait))
                 _remove_leftovers(folder)
+            if run.finished:
+                with contextlib.suppress(OSError):  # a folder that may only be read
+                    run.discard_saved()
     path, wanted = folder / "config.json", {**_hashed(config, exclude), "seed": seed}
     if not path.exists():
         write_json(path, wanted)

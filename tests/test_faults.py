@@ -322,7 +322,7 @@ def test_a_checkpoint_moved_to_another_name_is_still_only_two_files(run):
         "checkpoint.previous.npz",
     ]
     assert files.load_checkpoint(run.previous_checkpoint, LIKE)[1] == 3
-    run.discard_checkpoint()
+    run.discard_saved()
     assert run.load_checkpoint(LIKE) is None
 
 

@@ -19,7 +19,6 @@ from lib.files import RunFileError
 from lib.gd import (
     DivergedError,
     FlowResult,
-    discard_saved_flow,
     flow_init,
     flow_step,
     recorded_steps,
@@ -512,13 +511,13 @@ def test_a_crash_at_either_file_of_a_save_resumes_in_the_same_bits(monkeypatch, 
 
 def test_a_flow_discarded_starts_anew(monkeypatch, run, whole):
     flow(run=run)
-    discard_saved_flow(run)
+    run.discard_saved()
     assert not list(run.folder.glob("*.npz"))
     visits = record_visits(monkeypatch)
     assert_same_bits(flow(run=run), whole)
     assert sum(visits) == 13
-    discard_saved_flow(run)
-    discard_saved_flow(run)  # nothing left: nothing to do
+    run.discard_saved()
+    run.discard_saved()  # nothing left: nothing to do
 
 
 @pytest.mark.usefixtures("one_step_visits")

@@ -31,7 +31,7 @@ COVERS = {
     ),
     "lib.gd": (
         "FlowState", "FlowResult", "DivergedError", "recorded_steps", "flow_init", "flow_step",
-        "wasserstein_gradient_descent", "discard_saved_flow",
+        "wasserstein_gradient_descent",
     ),
     "lib.gd_images": ("wasserstein_gradient_descent",),
     "lib.synthetic": ("rings", "rings_even", "gaussians", "gaussian_mixture",),
@@ -348,7 +348,7 @@ def test_a_flow_that_diverges_says_where_and_what_it_saved_is_discarded(tmp_path
         )
     assert np.isfinite(raised.value.state.particles).all()
     assert run.load_checkpoint(raised.value.state._replace(carry=None)) is not None
-    gd.discard_saved_flow(run)
+    run.discard_saved()
     assert run.load_checkpoint(raised.value.state) is None
     assert not list(run.folder.glob("trajectory*"))
 

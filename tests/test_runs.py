@@ -1,5 +1,6 @@
 """Run folders: their names, their metrics, and where a result comes from."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -158,6 +159,41 @@ def test_finished_only_with_the_final_result(run):
     run.finish(x=np.arange(3))
     assert run.finished
     np.testing.assert_array_equal(run.load_arrays()["x"], np.arange(3), strict=True)
+
+
+SAVED = ("checkpoint.npz", "checkpoint.previous.npz", "trajectory.npz")
+
+
+@pytest.mark.parametrize("operations", range(6))
+def test_finish_discards_what_was_saved_wherever_it_is_killed(
+    run, tmp_path, monkeypatch, operations
+):
+    """After so many renames and deletions. Either all that it resumes from is there, or the result
+    is, and nothing else as soon as the run is opened again."""
+    for step in (1, 2):
+        run.save_checkpoint({"x": np.ones(2)}, step=step)
+    files.save_arrays(run.trajectory, losses=np.ones(2))
+    done = []
+
+    def counted(system):
+        def call(*arguments, **options):
+            if len(done) == operations:
+                raise KeyboardInterrupt
+            done.append(arguments)
+            return system(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        with contextlib.suppress(KeyboardInterrupt):
+            run.finish(x=np.arange(3))
+    reopened = runs.open_run(tmp_path, "xp", "flow", Config(), seed=0)
+    found = {path.name for path in run.folder.glob("*.npz")}
+    assert found == ({"arrays.npz"} if reopened.finished else set(SAVED))
+    assert reopened.finished == (operations > 0)
+    assert not list(run.folder.glob("*.tmp"))
 
 
 # Killed writers

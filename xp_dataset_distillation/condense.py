@@ -22,7 +22,7 @@ import tyro
 
 from lib import hosts, runs
 from lib.commands import run_command
-from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
+from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
 from lib.settings import chosen, settings_of
 from xp_dataset_distillation import config as settings
@@ -149,7 +149,6 @@ def condense(
         losses=losses,
         seconds=np.asarray(seconds),
     )
-    discard_saved_flow(run)
     return run
 
 

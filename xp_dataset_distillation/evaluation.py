@@ -251,5 +251,4 @@ def evaluate(
             num_images=np.asarray(len(training.images)),
             num_epochs=np.asarray(evaluator.num_epochs),
         )
-        run.discard_checkpoint()
     return run.load_arrays()

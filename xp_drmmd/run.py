@@ -19,7 +19,7 @@ import tyro
 
 from lib import hosts, runs
 from lib.commands import run_command
-from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
+from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
 from lib.kernels import median_bandwidth
 from lib.settings import settings_of
@@ -74,7 +74,6 @@ def run_flow(
         **{name: np.asarray([one[name] for one in judged]) for name in judged[0]},
         **({} if posed.basis is None else posed.basis._asdict()),
     )
-    discard_saved_flow(run)
     return run
 
 

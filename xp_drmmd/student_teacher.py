@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from lib import hosts, runs
 from lib.commands import run_command
 from lib.drmmd_features import feature_witness, prepare_target_features
-from lib.gd import discard_saved_flow, recorded_steps, wasserstein_gradient_descent
+from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
 from lib.settings import settings_of
 from xp_drmmd.config import EXPERIMENT, StudentConfig
@@ -149,7 +149,6 @@ def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
         validation=judged[:, 1],
         particles=particles[-1, 0],
     )
-    discard_saved_flow(run)
     return run
 
 

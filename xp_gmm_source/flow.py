@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import tyro
 
-from lib import convolution, flow_matching, flow_sampling, hosts, runs
+from lib import convolution, files, flow_matching, flow_sampling, hosts, runs
 from lib.commands import run_command
 from lib.datasets import Dataset, load
 from lib.hosts import DeviceOptions
@@ -121,7 +121,6 @@ def fitted_mixture(
         gmm_files.save(path, stored)
     if not run.finished:
         run.finish(log_likelihoods=np.asarray(stored.about["log_likelihoods"]))
-        run.discard_checkpoint()
     return stored
 
 
@@ -131,7 +130,8 @@ def feature_network(config: FlowConfig, split: Split, results: Path) -> metrics.
     name = f"features-{split.train.name}"
     run = runs.open_run(results, EXPERIMENT, name, settings, seed=0, wait=True)
     network = metrics.default_network(split.train.image_shape, len(split.train.class_names))
-    if not (run.finished and run.checkpoint.exists()):
+    path = run.folder / "network.npz"
+    if not (run.finished and path.exists()):
         print(f"{split.train.name}: training the classifier whose features judge", flush=True)
         trained = metrics.train_feature_network(
             jax.random.key(0),
@@ -140,12 +140,10 @@ def feature_network(config: FlowConfig, split: Split, results: Path) -> metrics.
             test=(to_unit(split.test.images), split.test.labels),
             network=network,
         )
-        run.save_checkpoint(trained.parameters, step=0)
+        files.save_checkpoint(path, trained.parameters, step=0)
         run.finish(accuracy=np.asarray(trained.accuracy))
     like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *split.train.image_shape)))
-    loaded = run.load_checkpoint(like)
-    assert loaded is not None  # a finished run has one
-    parameters, _ = loaded
+    parameters, _ = files.load_checkpoint(path, like)
     accuracy = float(run.load_arrays()["accuracy"])
     return metrics.FeatureNetwork(network, parameters, split.train.image_shape, accuracy)
 
@@ -270,7 +268,6 @@ def run_flow(
     sources = sampling_sources(config, source, split.train, show_progress=show_progress)
     judged = judge_flow(judge_key, config, trained.ema, sources, judged_by, split.train)
     run.finish(**judged, losses=trained.losses, train_seconds=np.asarray(seconds))
-    run.discard_checkpoint()
     return run
 
 

@@ -330,7 +330,6 @@ def main(arguments: Arguments) -> Path:
     gmm_files.save_stats(stats, mean, std, train.image_shape)
     gmm_files.save(path, stored)
     run.finish(log_likelihoods=np.asarray(stored.about["log_likelihoods"]))
-    run.discard_checkpoint()
     _say(stored.about, d if fitted.projection is None else len(fitted.projection.components))
     print(f"PyTorch:  {path.with_suffix('.pkl')}, {stats}")
     print(f"JAX:      {path}")

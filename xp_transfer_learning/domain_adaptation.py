@@ -22,7 +22,6 @@ import tyro
 from lib import classification, datasets, optimisers, runs
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
-from lib.gd import discard_saved_flow
 from lib.hosts import DeviceOptions
 from lib.networks import LeNet5
 from xp_transfer_learning import methods, plot, tables
@@ -121,7 +120,6 @@ def run_try(
         samples=images[:, :, 0],
         image_shape=np.asarray(image_shape),
     )
-    discard_saved_flow(run)
     return run
 
 

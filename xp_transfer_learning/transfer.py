@@ -23,7 +23,6 @@ import tyro
 from lib import classification, datasets, hosts, optimisers, runs
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
-from lib.gd import discard_saved_flow
 from lib.hosts import DeviceOptions
 from lib.networks import LeNet5
 from xp_transfer_learning import methods, plot, tables
@@ -74,7 +73,6 @@ def flow(config: TransferConfig, *, seed: int, results: Path, data_root: Path | 
                 settings, x0, x_tgt, seed=seed, records=config.records, run=run, description=name
             )
         run.finish(**stored)
-        discard_saved_flow(run)
     return run.load_arrays()
 
 
