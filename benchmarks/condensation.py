@@ -24,7 +24,7 @@ import torch
 import tyro
 from jax import lax
 
-from lib.console import one_line_errors
+from lib.commands import run_command
 from lib.files import write_json
 from lib.gd import flow_init, flow_step
 from lib.runs import environment
@@ -267,5 +267,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(tyro.cli(Options))
+    run_command(main, lambda: tyro.cli(Options))

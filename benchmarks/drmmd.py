@@ -22,6 +22,7 @@ import numpy as np
 import published_drmmd as published
 import tyro
 
+from lib.commands import run_command
 from lib.files import write_json
 from lib.runs import environment
 from xp_drmmd import flows
@@ -145,4 +146,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_command(main, lambda: tyro.cli(Options))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from lib.commands import run_command
 from lib.files import write_json
 from lib.runs import environment
 from xp_drmmd import flows
@@ -112,4 +113,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_command(main, lambda: tyro.cli(Options))

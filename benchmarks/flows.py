@@ -40,6 +40,7 @@ import published_wow
 import torch
 import tyro
 
+from lib.commands import run_command
 from lib.files import write_json
 from lib.gd import wasserstein_gradient_descent
 from lib.mmd import (
@@ -547,7 +548,6 @@ def main(options: Options) -> None:
     def say(what: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {what}", flush=True)
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     results, rates = [], {}
     for device in devices():
         with jax.default_device(device):
@@ -571,4 +571,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_command(main, lambda: tyro.cli(Options))

@@ -36,6 +36,7 @@ import numpy as np
 import tyro
 from sklearn.decomposition import PCA
 
+from lib.commands import run_command
 from lib.datasets import load
 from lib.files import write_json
 from lib.gmm import cast, sample, to_sklearn
@@ -283,4 +284,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_command(main, lambda: tyro.cli(Options))

@@ -44,6 +44,7 @@ import numpy as np
 import scipy.sparse
 import tyro
 
+from lib.commands import run_command
 from lib.files import write_json
 from lib.runs import environment
 from lib.simplex_qp import (
@@ -464,7 +465,6 @@ def main(options: Options) -> None:
     def say(what: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {what}", flush=True)
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     solvers, absent = available(options.published)
     for name in absent:
         say(f"{name} is not installed: left out")
@@ -489,4 +489,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_command(main, lambda: tyro.cli(Options))

@@ -36,7 +36,8 @@ import numpy as np
 import torch
 import tyro
 
-from lib.files import write_json
+from lib.commands import run_command
+from lib.files import make_folder, write_json
 from lib.rff import gaussian_frequencies, project
 from lib.row_files import RowFile, open_rows
 from lib.runs import environment
@@ -219,8 +220,9 @@ def main(options: Options) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {what}", flush=True)
 
     load = os.getloadavg()[0]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        if options.folder:
+            make_folder(options.folder)
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder))
         say(f"making {options.files} files of {options.rows} x {options.dimension} in {folder}")
         files = make_files(Path(folder), options)
@@ -243,4 +245,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_command(main, lambda: tyro.cli(Options))

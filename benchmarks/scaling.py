@@ -41,6 +41,7 @@ from matplotlib import pyplot as plt
 from scaling_systems import SYSTEMS, largest
 
 from lib import meshes, plotting
+from lib.commands import run_command
 from lib.files import rounded, write_json
 from lib.runs import environment
 
@@ -481,7 +482,6 @@ def main(options: Options) -> dict[str, Any]:
     if options.fit_alone:
         print(json.dumps(peak_of(*json.loads(options.fit_alone))))
         return {}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"environment": environment(), "load_before": os.getloadavg()[0]}
     about["cores_used"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     if options.memory:
@@ -497,4 +497,4 @@ def main(options: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_command(main, lambda: tyro.cli(Options))

@@ -25,7 +25,7 @@ import published_wow
 import tyro
 
 from lib import classification, optimisers
-from lib.console import one_line_errors
+from lib.commands import run_command
 from lib.files import write_json
 from lib.gd import flow_init, flow_step, wasserstein_gradient_descent
 from lib.networks import LeNet5
@@ -181,5 +181,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(tyro.cli(Options))
+    run_command(main, lambda: tyro.cli(Options))

@@ -1,5 +1,6 @@
-"""What every command does around its `main`: devices, and errors in one line."""
+"""What every command does around its `main`: devices, checks, and errors in one line."""
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -7,15 +8,20 @@ from typing import Any
 
 import jax
 
-from lib import console, hosts
+from lib import console, files, hosts
 from lib.hosts import DeviceOptions
 from lib.settings import settings_of
 
+OUTPUT_FOLDERS = ("results", "output_dir", "out_dir")
+"""Options of commands that name a folder to write to; `OUTPUT_FILES` a file."""
+OUTPUT_FILES = ("output_file", "report", "out")
+
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: str = "") -> None:
-    """`main(parse())` on the devices that the arguments, which extend `lib.hosts.DeviceOptions`,
-    ask for; errors as `lib.console.one_line_errors` has them, `lower` what memory depends on. A
-    stop where there is nothing to save, as before the first step, ends in one line too.
+    """`main(parse())` on the devices that the arguments ask for, if they extend
+    `lib.hosts.DeviceOptions`; errors as `lib.console.one_line_errors` has them, `lower` what memory
+    depends on. A stop where there is nothing to save, as before the first step, ends in one line
+    too. Before the work the folders that results go to are made, and written to for a trial.
 
     Where several processes work together, one that fails ends at once, and so do those that wait
     for it: what they have saved is in the runs' folders.
@@ -23,9 +29,10 @@ def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: 
     try:
         with console.one_line_errors():
             arguments = parse()
-            with hosts.started(settings_of(DeviceOptions, arguments)):
+            with _started(arguments):
                 try:
                     with console.one_line_errors(lower=lower):
+                        _check_outputs(arguments)
                         main(arguments)
                 except BaseException as error:
                     if hosts.several_processes() and not _all_stop(error):
@@ -36,6 +43,20 @@ def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: 
             raise
         print("Stopped: the same command goes on from what was saved, if anything", file=sys.stderr)
         sys.exit(console.STATUS_OF_A_STOP)
+
+
+def _started(arguments: Any) -> contextlib.AbstractContextManager:
+    """What benchmarks run on they choose themselves."""
+    if isinstance(arguments, DeviceOptions):
+        return hosts.started(settings_of(DeviceOptions, arguments))
+    return contextlib.nullcontext()
+
+
+def _check_outputs(arguments: Any) -> None:
+    for name in (*OUTPUT_FOLDERS, *OUTPUT_FILES):
+        path = getattr(arguments, name, None)
+        if path is not None:
+            files.check_writable(path, is_folder=name in OUTPUT_FOLDERS)
 
 
 def _all_stop(error: BaseException) -> bool:

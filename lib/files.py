@@ -10,6 +10,7 @@ JSON has no NaN and no infinity: they are written as "NaN", "Infinity" and "-Inf
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -44,17 +45,19 @@ class DamagedFileError(RunFileError):
 def atomic_file(
     path: str | os.PathLike, *, previous: str | os.PathLike | None = None
 ) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` when complete, or leaves no trace.
+    """A file to write that takes the name `path` when complete, or leaves no trace. Its folder is
+    made where it is missing.
 
     The file that it replaces takes the name `previous`, if given. Raises OSError that names `path`
     where it cannot be written: a full disk, a read-only folder.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     with hosts.first_alone(f"writing {path}") as first, named_errors(path, temporary):
         if not first:
             yield io.BytesIO()
             return
+        make_folder(path.parent)
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -66,6 +69,35 @@ def atomic_file(
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def make_folder(folder: str | os.PathLike) -> None:
+    """Makes the folder, and those above it, unless it is there. Raises OSError that names it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{error.strerror}, so there is no such folder to write to; name another"
+        raise OSError(error.errno, reason, str(folder)) from error
+
+
+def check_writable(path: str | os.PathLike, *, is_folder: bool = False) -> None:
+    """Makes the folder that `path` lies in, or `path` itself, and tries to write there: to be
+    called before the work whose result goes there. Raises OSError, which names it."""
+    path = Path(path)
+    temporary = _temporary(path / "trial" if is_folder else path)
+    with hosts.first_alone(f"trying to write to {path}") as first:
+        if not first:
+            return
+        make_folder(temporary.parent)
+        with named_errors(path, temporary):
+            if not is_folder and path.is_dir():
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            open(temporary, "xb").close()
+            temporary.unlink()
 
 
 def _keep(path: Path, previous: Path) -> None:

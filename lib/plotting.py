@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib import hosts
-from lib.files import named_errors
+from lib.files import make_folder, named_errors
 
 # Okabe and Ito's palette: told apart by colour-blind readers.
 CLASS_COLOURS = (
@@ -51,7 +51,7 @@ def _into_place(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
     with hosts.first_alone(f"drawing {path}") as first, named_errors(path, temporary):
         if not first:
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             write(temporary)
             os.replace(temporary, path)

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from lib import console, pages, runs
-from lib.files import write_bytes
+from lib.files import make_folder, write_bytes
 from lib.pages import Table, words
 
 TEMPLATE = Path(__file__).with_name("results_page.html.j2")
@@ -65,7 +65,7 @@ def write_page(results: str | os.PathLike) -> Path:
     """Writes `results/index.html`, whole or not at all, and returns its path. Raises OSError where
     the folder cannot be read or written."""
     results = Path(results)
-    results.mkdir(parents=True, exist_ok=True)
+    make_folder(results)
     page = results / "index.html"
     # What is no UTF-8, in names of files or in JSON, shows as question marks.
     write_bytes(page, pages.render(TEMPLATE, _Reader(results).contents()).encode(errors="replace"))

@@ -40,7 +40,14 @@ import jax
 from jaxtyping import PyTree
 
 from lib import files, hosts
-from lib.files import DamagedFileError, RunFileError, named_errors, write_bytes, write_json
+from lib.files import (
+    DamagedFileError,
+    RunFileError,
+    make_folder,
+    named_errors,
+    write_bytes,
+    write_json,
+)
 from lib.run_locks import FolderLock, lock_folder
 
 NOT_HASHED = ("seed", "progress", "results")
@@ -99,8 +106,8 @@ class Run:
         return self.arrays.exists()
 
     def finish(self, /, **arrays: Any) -> None:
-        """Writes the final result, after everything else: from here on the run is finished, and what
-        was saved to resume from is deleted."""
+        """Writes the final result, after everything else: from here on the run is finished. Deletes
+        what was saved to resume from."""
         files.save_arrays(self.arrays, **arrays)
         self.discard_saved()
 
@@ -235,7 +242,7 @@ def open_run(
     run = Run(folder)
     with hosts.first_alone(f"opening {folder}") as first:
         if first:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             if not run.finished:
                 run = Run(folder, lock_folder(folder, wait=wait))
                 _remove_leftovers(folder)

@@ -1,6 +1,7 @@
 """What dies, fills up or is damaged: nothing is lost, and one line says what happened."""
 
 import ast
+import dataclasses
 import errno
 import io
 import os
@@ -19,10 +20,23 @@ import optax
 import pytest
 import tqdm.std
 
-from lib import classification, console, files, gd, plotting, rows, runs
+from lib import (
+    classification,
+    commands,
+    console,
+    files,
+    gd,
+    gmm,
+    hosts,
+    plotting,
+    results_page,
+    rows,
+    runs,
+)
 from lib.run_locks import FolderBusyError
 from xp_data_mixing.embedding_files import write_embeddings
 from xp_dataset_distillation import export
+from xp_gmm_source import gmm_files
 
 LIKE = {"x": np.zeros(50_000)}
 
@@ -185,17 +199,19 @@ def test_embeddings_on_a_full_disk_are_named_and_leave_nothing(small_disk, suffi
         assert os.listdir(small_disk) == []
 
 
+CONDENSED = export.Condensed(
+    np.zeros((2, 1, 4, 4, 1), np.float32), ("a", "b"), 1, [0.5], [0.5], "toy", {"commit": ""}
+)
+
+
 def test_figures_and_condensed_sets_on_a_full_disk_are_named(tmp_path, monkeypatch):
     figure, _ = plotting.plt.subplots()
     monkeypatch.setattr(type(figure), "savefig", fail(errno.ENOSPC))
     with pytest.raises(OSError, match=rf"No space left.*{tmp_path / 'a.png'}"):
         plotting.save_figure(figure, tmp_path / "a.png")
-    condensed = export.Condensed(
-        np.zeros((2, 1, 4, 4, 1), np.float32), ("a", "b"), 1, [0.5], [0.5], "toy", {"commit": ""}
-    )
     monkeypatch.setattr(export.Image.Image, "save", fail(errno.ENOSPC))
     with pytest.raises(OSError, match=rf"No space left.*{tmp_path / 'set'}"):
-        export.save(tmp_path / "set", condensed)
+        export.save(tmp_path / "set", CONDENSED)
     assert os.listdir(tmp_path) == []
 
 
@@ -324,6 +340,75 @@ def test_a_checkpoint_moved_to_another_name_is_still_only_two_files(run):
     assert files.load_checkpoint(run.previous_checkpoint, LIKE)[1] == 3
     run.discard_saved()
     assert run.load_checkpoint(LIKE) is None
+
+
+# Folders that are missing, or cannot be made
+
+MIXTURE = gmm_files.ImageMixture(
+    gmm.Mixture(np.ones(1), np.zeros((1, 4)), gmm.from_cholesky(np.eye(4)[None])),
+    None, np.zeros(4), np.ones(4), (2, 2, 1), {},
+)  # fmt: skip
+WRITERS = {
+    "bytes": lambda path: files.write_bytes(path, b"1"),
+    "JSON": lambda path: files.write_json(path, {}),
+    "arrays": lambda path: files.save_arrays(path, x=np.ones(2)),
+    "checkpoint": lambda path: files.save_checkpoint(path, {"x": np.ones(2)}, step=1),
+    "figure": lambda path: plotting.save_figure(plotting.plt.figure(), path.with_suffix(".png")),
+    "embeddings": lambda path: write_embeddings(path.with_suffix(".npy"), [np.ones((1, 2))]),
+    "condensed": lambda path: export.save(path, CONDENSED),
+    "mixture": lambda path: gmm_files.save(path.with_suffix(".npz"), MIXTURE),
+    "page": lambda path: results_page.write_page(path),
+    "check": lambda path: files.check_writable(path),
+    "check of a folder": lambda path: files.check_writable(path, is_folder=True),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_writer_makes_its_folder_or_names_it(tmp_path, writer):
+    WRITERS[writer](tmp_path / "a" / "b" / "name")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert not list(tmp_path.rglob("*.tmp"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"so there is no such folder.*name another: '.*/file"):
+        WRITERS[writer](tmp_path / "file" / "b" / "name")
+
+
+def test_a_folder_in_place_of_the_file_is_named_before_the_work(tmp_path):
+    with pytest.raises(OSError, match=rf"Is a directory.*'{tmp_path}'"):
+        files.check_writable(tmp_path)
+
+
+@pytest.mark.parametrize("option", [*commands.OUTPUT_FOLDERS, *commands.OUTPUT_FILES])
+@pytest.mark.parametrize("bases", [(), (hosts.DeviceOptions,)])
+def test_a_command_tries_to_write_before_it_works(tmp_path, capsys, option, bases):
+    options = [(option, Path), ("unused", Path, None)]
+    kind = dataclasses.make_dataclass("Options", options, bases=bases, frozen=True, kw_only=True)
+    done = []
+    commands.run_command(done.append, lambda: kind(**{option: tmp_path / "a" / "b"}))
+    assert (tmp_path / "a").is_dir()
+    assert len(done) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        commands.run_command(done.append, lambda: kind(**{option: tmp_path / "file" / "b"}))
+    assert (stopped.value.code, len(done)) == (1, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file") in line
+
+
+INPUTS = {"data_root", "train_paths", "val_paths", "read", "folder"}
+
+
+def test_every_command_and_benchmark_writes_where_it_tries_to():
+    """Options that are paths: those of outputs are among the ones `run_command` looks at."""
+    root = Path(__file__).parents[1]
+    for path in [*root.glob("xp_*/*.py"), *root.glob("benchmarks/*.py")]:
+        text = path.read_text()
+        if "run_command(" in text:
+            names = re.findall(r"^    (\w+): (?:tuple\[)?Path\b", text, re.MULTILINE)
+            assert {*names} <= {*INPUTS, *commands.OUTPUT_FOLDERS, *commands.OUTPUT_FILES}, path
+            assert {*names} - INPUTS, path
+        else:
+            assert "tyro.cli(" not in text or path.name == "convert.py"  # which checks by itself
 
 
 # Flows

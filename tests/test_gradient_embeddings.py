@@ -431,11 +431,6 @@ def test_what_cannot_be_written_is_named(tmp_path, name, batches, dtype, words):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*absent"):
-        write_embeddings(tmp_path / "absent/rows.npy", [np.ones((1, 2))])
-
-
 # The command
 
 

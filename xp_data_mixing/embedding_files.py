@@ -8,7 +8,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
-from lib.files import atomic_file
+from lib.files import atomic_file, make_folder
 
 _NPY_HEADER = 128  # bytes
 
@@ -26,16 +26,15 @@ def write_embeddings(
     unnamed temporary file of its size in the same folder. The file takes its name when complete.
 
     Raises ValueError for another suffix or dtype, no rows, batches that are not 2-d or not of one
-    width, and rows that are not finite in `dtype` (float16 ends at 65,504); FileNotFoundError where
-    there is no such folder.
+    width, and rows that are not finite in `dtype` (float16 ends at 65,504); OSError where
+    its folder, which is made where it is missing, cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".npy", ".pt"):
         raise ValueError(f"{path}: embeddings are written as .npy or .pt, not {path.suffix!r}")
     if dtype not in ("float16", "float32"):
         raise ValueError(f"{path}: embeddings are float16 or float32, not {dtype}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    make_folder(path.parent)
     if path.suffix == ".npy":
         with atomic_file(path) as file:
             file.seek(_NPY_HEADER)

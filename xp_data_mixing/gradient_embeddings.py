@@ -319,7 +319,6 @@ def main(arguments: Arguments) -> Path:
         images = datasets.as_images(images, dataset.image_shape)
         return images, jnp.asarray(dataset.labels[indices])
 
-    arguments.out_dir.mkdir(parents=True, exist_ok=True)
     network = MLP(num_classes=len(train.class_names), hidden=(arguments.hidden,))
     print(f"training on {len(rest)} images, {arguments.epochs} epochs", flush=True)
     parameters, losses = classification.train(

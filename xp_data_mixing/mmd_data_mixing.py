@@ -231,14 +231,9 @@ class Arguments(DeviceOptions, MMDDataMixer):
 
 def main(arguments: Arguments) -> MixingResult:
     """Prints the weights, writes what is asked for."""
-    for path, suffixes in (
-        (arguments.output_file, None),
-        (arguments.report, (".html", ".png", ".pdf", ".svg")),
-    ):
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-        if path is not None and suffixes and path.suffix not in suffixes:
-            raise ValueError(f"{path}: the report must be one of {', '.join(suffixes)}")
+    suffixes = (".html", ".png", ".pdf", ".svg")
+    if arguments.report is not None and arguments.report.suffix not in suffixes:
+        raise ValueError(f"{arguments.report}: the report must be one of {', '.join(suffixes)}")
     kind = MMDDataMixerRBF if arguments.exact else MMDDataMixer
     options = {field.name: getattr(arguments, field.name) for field in fields(MMDDataMixer)}
     mixer = kind(**options)

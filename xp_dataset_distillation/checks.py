@@ -46,7 +46,6 @@ def written(
     table = "\n".join(lines)
     print(table)
     path = arguments.results / EXPERIMENT / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"arguments": arguments, "environment": runs.environment()}
     write_json(path, {**about, **found})
     write_bytes(path.with_suffix(".md"), f"{says}\n\n{table}\n".encode())

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from lib import hosts, runs
-from lib.files import named_errors, save_arrays, write_json
+from lib.files import make_folder, named_errors, save_arrays, write_json
 from lib.image_folders import SPLITS
 from xp_dataset_distillation import condensed_numpy
 
@@ -135,7 +135,7 @@ def save(folder: str | os.PathLike, condensed: Condensed) -> None:
 
 
 def _replace(folder: Path, condensed: Condensed) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(leftover)
     temporary, old = (

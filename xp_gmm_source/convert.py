@@ -11,6 +11,7 @@ from pathlib import Path
 import tyro
 
 from lib import console
+from lib.files import check_writable
 from xp_gmm_source import gmm_files
 
 
@@ -27,10 +28,11 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> Path:
+    output = arguments.output or arguments.path.with_suffix(".npz")
+    check_writable(output)
     stored = gmm_files.load_published(
         arguments.path, image_shape=arguments.image_shape, trust_pickle=arguments.trust_pickle
     )
-    output = arguments.output or arguments.path.with_suffix(".npz")
     gmm_files.save(output, stored)
     print(f"{gmm_files.kind_of(stored.mixture)}, K = {len(stored.mixture.weights)}: {output}")
     return output

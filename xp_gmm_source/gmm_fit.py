@@ -311,7 +311,6 @@ def main(arguments: Arguments) -> Path:
     except (FileNotFoundError, ValueError):
         test_images = None  # a folder of images need not have any
     run = runs.open_run(arguments.results, EXPERIMENT, f"fit-{name}", config, seed=0)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     print(
         f"{train.name}: {len(train.images)} images of {d} pixels, K = {config.n_components}, "
         f"{config.covariance_type}, {config.engine}"
