@@ -172,8 +172,12 @@ def streamed_median_bandwidth(
         drawn.append(rows.take(np.sort(np.asarray(indices))))
     points = np.concatenate(drawn)
     if len(points) > 1 and (points == points[0]).all():
-        names = ", ".join(rows.name for rows in samples)
-        raise ValueError(f"all rows are equal, so no distance gives a bandwidth: {names}")
+        names = ", ".join(rows.name for rows in samples[:5])
+        more = f" and {len(samples) - 5} more" if len(samples) > 5 else ""
+        raise ValueError(
+            f"all rows of {names}{more} are equal, so no distance gives a bandwidth: give a number "
+            "in place of auto"
+        )
     with jax.enable_x64(points.dtype == np.float64):
         bandwidth = median_bandwidth(
             median_key, jnp.asarray(points), max_points=max(2, len(points))

@@ -8,8 +8,9 @@ is read; float32 and float64 stay what they are. How the formats store values is
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -21,14 +22,11 @@ class RowFile:
     """A file's matrix [n, d]. Making it reads no row, and each pass opens the file anew."""
 
     path: Path
+    key: str  # of the matrix in the file, "" where it has none
+    name: str  # in messages, as it was asked for: PATH or PATH:KEY
     shape: tuple[int, int]
     dtype: str  # as stored, one of `lib.row_formats.DTYPES`
     values: Plain | Compressed = dataclasses.field(repr=False)
-
-    @property
-    def name(self) -> str:
-        """The path: what `lib.rows.Rows` are called in messages."""
-        return str(self.path)
 
     def chunks(self, size: int, *, start: int = 0) -> Iterator[np.ndarray]:
         """The rows from `start` on, in order, as arrays [size, d], the last one perhaps shorter.
@@ -50,7 +48,7 @@ class RowFile:
             yield chunk
         if count:
             raise ValueError(
-                f"{self.path}: NaN or infinity in {count} of {position - start} rows, the first is "
+                f"{self.name}: NaN or infinity in {count} of {position - start} rows, the first is "
                 f"row {first}"
             )
 
@@ -59,7 +57,7 @@ class RowFile:
         and checks them, as `lib.streamed_means.stream_mean_embeddings` does.
         """
         if size < 1 or start < 0:
-            raise ValueError(f"{self.path}: size >= 1 and start >= 0, not {size} and {start}")
+            raise ValueError(f"{self.name}: size >= 1 and start >= 0, not {size} and {start}")
         native = self.values.dtype.newbyteorder("=")
         return (block.astype(native, copy=False) for block in self.values.blocks(size, start))
 
@@ -72,13 +70,13 @@ class RowFile:
         wanted, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.shape[0]:
             raise IndexError(
-                f"{self.path} has {self.shape[0]} rows: no rows {wanted[0]} to {wanted[-1]}"
+                f"{self.name} has {self.shape[0]} rows: no rows {wanted[0]} to {wanted[-1]}"
             )
         rows = _widen(self.values.rows(wanted))
         bad = _not_finite(rows)
         if len(bad):
             raise ValueError(
-                f"{self.path}: NaN or infinity in {len(bad)} of the {len(rows)} rows taken, the "
+                f"{self.name}: NaN or infinity in {len(bad)} of the {len(rows)} rows taken, the "
                 f"first is row {wanted[bad[0]]}"
             )
         return rows[places]
@@ -103,22 +101,24 @@ def open_rows(path: str | Path, *, key: str | None = None) -> RowFile:
     - .npy: `numpy.save`. .npz: `numpy.savez`, or `savez_compressed` of row-major arrays.
     - .safetensors.
 
-    Of several tensors the one named `key` is taken (in a list, its index: "0"); without `key` the
-    only one, or the only one with two dimensions.
+    Of several tensors the one named `key` is taken (in a list, its index: "0"), which the path may
+    give too, as PATH:KEY; without, the only one, or the only one with two dimensions.
 
     Raises FileNotFoundError, or ValueError naming the file: a folder, another suffix, no tensor or
-    several, another shape or dtype, no row or no column, a damaged or truncated file, and a pickle
-    with more in it than tensors, which is not executed.
+    several, a sparse matrix, another shape or dtype, no row or no column, a damaged or truncated
+    file, and a pickle with more in it than tensors, which is not executed.
     """
-    path = Path(path).expanduser()
+    path, found_key = path_and_key(path)
+    key = found_key if key is None else key
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a file of rows")
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: the suffix must be one of {', '.join(FORMATS)}")
-    name, array = _choose(path, find_arrays(path), key)
-    label = f"{path}, {name!r}" if name else f"{path}"
+    asked = key is not None
+    key, array = _choose(path, find_arrays(path), key)
+    label = f"{path}:{key}" if key else str(path)
     if len(array.shape) != 2:
         raise ValueError(f"{label}: a 2-D array [n, d] is needed, not the shape {array.shape}")
     if min(array.shape) < 1:
@@ -127,33 +127,72 @@ def open_rows(path: str | Path, *, key: str | None = None) -> RowFile:
         raise ValueError(
             f"{label}: the dtype must be one of {', '.join(DTYPES)}, not {str(array.dtype)[:80]}"
         )
-    return RowFile(path, array.shape, array.dtype, array.locate())
+    name = label if asked else str(path)
+    return RowFile(path, key, name, array.shape, array.dtype, array.locate())
+
+
+def path_and_key(path: str | Path) -> tuple[Path, str | None]:
+    """The file and the key of PATH:KEY, None where there is no key.
+
+    What exists under the whole name is taken as a path. Otherwise a key begins behind a colon that
+    follows one of the suffixes: so drive letters, and colons in folders and keys, do no harm.
+    """
+    path = Path(path).expanduser()
+    if path.exists():
+        return path, None
+    ends = [match.end() for match in _BEFORE_KEY.finditer(str(path))]
+    found = [(Path(str(path)[: end - 1]), str(path)[end:]) for end in ends]
+    there = [one for one in found if one[0].is_file()]
+    return next(iter(there or found), (path, None))
+
+
+_BEFORE_KEY = re.compile(rf"(?:{'|'.join(map(re.escape, FORMATS))}):(?=.)", re.IGNORECASE)
 
 
 def _choose(path: Path, arrays: dict[str, StoredArray], key: str | None) -> tuple[str, StoredArray]:
     if not arrays:
         raise ValueError(f"{path} holds no tensor")
-    listing = ", ".join(
-        f"{repr(name) if name else 'one without a name'} {array.shape}"
-        for name, array in arrays.items()
-    )
     if key is not None:
-        if key not in arrays:
-            raise ValueError(f"{path} holds no tensor named {key!r}, but {listing}")
-        return key, arrays[key]
-    if len(arrays) > 1:
-        matrices = {name: array for name, array in arrays.items() if len(array.shape) == 2}
-        if len(matrices) != 1:
-            raise ValueError(f"{path} holds several tensors, choose one by its key: {listing}")
-        arrays = matrices
-    return next(iter(arrays.items()))
+        # A path may have changed slashes in the key.
+        same = [name for name in arrays if name and PurePath(name) == PurePath(key)]
+        for name in (key, *same):
+            if name in arrays:
+                return name, arrays[name]
+        raise ValueError(f"{path} holds no tensor named {key!r}, but {_listing(path, arrays)}")
+    if arrays.keys() >= _SPARSE:
+        raise ValueError(
+            f"{path} holds a sparse matrix of scipy.sparse, which is not read: save its rows, as "
+            "with numpy.save('rows.npy', scipy.sparse.load_npz(path).toarray())"
+        )
+    matrices = {name: array for name, array in arrays.items() if len(array.shape) == 2}
+    if len(arrays) > 1 and len(matrices) != 1:
+        listing = _listing(path, matrices or arrays)
+        raise ValueError(f"{path} holds several tensors, choose one by its key: {listing}")
+    return next(iter((matrices or arrays).items()))
 
 
-def check_distinct(paths: Iterable[str | Path]) -> None:
-    """Raises ValueError if two paths lead to one file, be it through links or `..`."""
-    seen: dict[Path, str | Path] = {}
-    for path in paths:
-        file = Path(path).expanduser().resolve()
-        if file in seen:
-            raise ValueError(f"the same file twice: {seen[file]} and {path}")
-        seen[file] = path
+_SPARSE = {"format", "shape", "data"}
+"""Keys that every file of scipy.sparse.save_npz has."""
+
+
+def _listing(path: Path, arrays: dict[str, StoredArray]) -> str:
+    """What to ask for, and its shape; of many arrays the first."""
+    shown = [
+        f"{path}:{name} {array.shape}" if name else f"{path} {array.shape}"
+        for name, array in list(arrays.items())[:_MOST_LISTED]
+    ]
+    rest = len(arrays) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+_MOST_LISTED = 10
+
+
+def check_distinct(files: Iterable[RowFile]) -> None:
+    """Raises ValueError if two are one matrix of one file, be it through links or `..`."""
+    seen: dict[tuple[Path, str], RowFile] = {}
+    for file in files:
+        matrix = file.path.resolve(), file.key
+        if matrix in seen:
+            raise ValueError(f"the same file twice: {seen[matrix].name} and {file.name}")
+        seen[matrix] = file

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.rff import gaussian_frequencies
+from lib.row_files import open_rows
 from lib.rows import as_rows
 from lib.streamed_means import row_blocks
 from xp_data_mixing import report
@@ -338,6 +339,74 @@ def test_saturated_kernels(bandwidth, words):
     assert has(found, words)
 
 
+SPREADS = {
+    "one row": (1, 0.0),
+    "two equal rows": (2, 0.0),
+    "equal rows": (40, 0.0),
+    "rows": (40, 1),
+}
+"""(number of rows, standard deviation)"""
+
+
+def spread_samples(kinds):
+    """Samples of these kinds, their centers about 4 apart."""
+    rng = np.random.default_rng(0)
+    pairs = enumerate(SPREADS[kind] for kind in kinds)
+    return [3 * np.eye(6)[i] + spread * rng.normal(size=(num, 6)) for i, (num, spread) in pairs]
+
+
+@pytest.mark.parametrize(
+    ("sets", "estimator"),
+    [(("one row",), "rff"), (tuple(SPREADS), "rff"), (tuple(SPREADS), "exact")],
+)
+@pytest.mark.parametrize("target", ["one row", "equal rows", "rows"])
+def test_sets_without_spread_are_called_that(sets, estimator, target):
+    """They say nothing of sigma, which is about the distance between the sets' centers here."""
+    *samples, drawn = spread_samples([*sets, target])
+    found = estimate(KEY, samples, drawn, bandwidth=3.0, estimator=estimator, num_features=256)
+    assert not has(found, "saturated")
+    kinds = dict(zip([*found.names, "the target"], [*sets, target]))
+    for words, kind in (
+        ("a single row has no spread", "one row"),
+        ("no spread: the rows", "equal"),
+    ):
+        (warning,) = [w for w in found.warnings if words in w] or [""]
+        named = {name for name in kinds if name in warning}
+        assert named == {name for name in kinds if kind in kinds[name]}
+    known = [i for i, name in enumerate(sets) if name != "one row"]
+    expected = np.diag(found.kernel_means)[known].mean() if known else np.nan
+    np.testing.assert_allclose(found.kernel_mean, expected, rtol=1e-12)
+    # What sampling explains of a single row is not known.
+    assert has(found, "no mixture of these sets") == ("one row" not in (*sets, target))
+
+
+def test_a_target_apart_from_sets_of_equal_rows_is_no_mixture():
+    *samples, drawn = spread_samples(["equal rows", "rows", "equal rows"])
+    found = estimate(KEY, samples[:1], drawn, bandwidth=3.0, estimator="exact")
+    assert has(found, "no mixture of these sets")
+    same = estimate(KEY, samples[:1], samples[0], bandwidth=3.0, estimator="exact")
+    assert not has(same, "no mixture of these sets")
+
+
+@pytest.mark.parametrize("kind", ["one row", "equal rows", "rows"])
+@pytest.mark.parametrize("bandwidth", [1e5, 1e-3])
+def test_a_bandwidth_that_is_far_off_is_said_of_any_sets(kind, bandwidth):
+    *samples, drawn = spread_samples([kind] * 3)
+    found = estimate(KEY, samples, drawn, bandwidth=bandwidth, estimator="exact")
+    apart = kind == "equal rows" and bandwidth < 1  # they are points whatever sigma
+    assert has(found, "kernel saturated") != apart
+    assert has(found, '"auto" takes') != apart
+
+
+def test_what_was_used_is_not_advised():
+    """Of tight sets far apart the median distance is that between the sets."""
+    samples = [0.01 * sample for sample in spread_samples(["rows"] * 3)]
+    samples = [sample + i for i, sample in enumerate(samples)]
+    found = estimate(KEY, samples[:2], samples[2], bandwidth="auto", estimator="exact")
+    assert has(found, "give a smaller one")
+    assert not has(found, '"auto" takes')
+
+
 def test_sets_that_are_alike_warn():
     rng = np.random.default_rng(0)
     sets, target = [rng.normal(size=(40, 3)) for _ in range(4)], rng.normal(size=(20, 3))
@@ -503,7 +572,7 @@ def test_bad_paths_raise(files, tmp_path):
     with pytest.raises(ValueError, match=r"the same file twice: .*train1\.pt"):
         MMDDataMixer().mix([*train_paths, train_paths[0]], val_paths)
     with pytest.raises(ValueError, match="the same file twice"):
-        MMDDataMixer().mix(train_paths, [*val_paths, tmp_path / "x/../train1.pt"])
+        MMDDataMixer().mix(train_paths, [*val_paths, tmp_path / f"../{tmp_path.name}/train1.pt"])
     for paths in ([], train_paths[0]):
         with pytest.raises(ValueError, match="a list of training paths is needed"):
             MMDDataMixer().mix(paths, val_paths)
@@ -723,6 +792,25 @@ def test_one_set_and_a_strange_name(files, tmp_path):
     assert "&lt;b&gt;&amp;" in page
 
 
+def test_matrices_of_one_file(files, tmp_path):
+    train = [next(iter(open_rows(path).chunks(99))) for path in files[0]]
+    val = np.concatenate([next(iter(open_rows(path).chunks(99))) for path in files[1]])
+    names = ["code", "web/2", "c:x"]
+    np.savez(tmp_path / "all.npz", target=val, **dict(zip(names, train)))
+    paths = [f"{tmp_path / 'all.npz'}:{name}" for name in names]
+    target = f"{tmp_path / 'all.npz'}:target"
+    out = tmp_path / "out.json"
+    command_line("--train_paths", *paths, "--val_paths", target, "--output_file", out)
+    document = json.loads(out.read_text())
+    assert list(document["mixing_ratios"]) == ["all:code", "all:web/2", "all:c:x"]
+    assert document["file_paths"] == {"train": paths, "validation": [target]}
+    found = [row["weight"] for row in document["mixing_ratios"].values()]
+    expected = MMDDataMixer().mix(files[0], [target]).weights
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="the same file twice"):
+        MMDDataMixer().mix(paths, [paths[1]])
+
+
 def test_figure_alone_and_bad_outputs(files, tmp_path, monkeypatch):
     paths = "--train_paths", *files[0], "--val_paths", *files[1]
     command_line(*paths, "--report", tmp_path / "figure.png")
@@ -736,3 +824,4 @@ def test_labels_tell_files_apart():
     assert report.labels(["a/x.pt", "b/y.pt"]) == ["x", "y"]
     assert report.labels(["a/x.pt", "b/x.pt"]) == ["a/x", "b/x"]
     assert report.labels(["x.pt", "x.npy"]) == ["x.pt", "x.npy"]
+    assert report.labels(["a/x.npz:a.b", "a/x.npz:c/d"]) == ["x:a.b", "x:c/d"]

@@ -244,7 +244,11 @@ def test_medians_that_do_not_exist():
         ([x], 1, "no pair in 1 points of 1 sets"),
         ([x[:1]], 1000, "no pair in 1 points"),
         ([x, np.ones((3, 2))], 1000, r"set 0 has shape \(7, 3\), set 1 has shape \(3, 2\)"),
-        ([np.ones((5, 3)), np.ones((2, 3))], 1000, "all rows are equal, .*: set 0, set 1"),
+        (
+            [np.ones((5, 3)), np.ones((2, 3))],
+            1000,
+            "all rows of set 0, set 1 are equal, .*give a number in place of auto",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             streamed_median_bandwidth(key, sets, num_points=num_points)

@@ -24,7 +24,7 @@ COVERS = {
         "Rows", "ArrayRows", "as_rows", "check_same_width", "joined", "read_ahead", "one_behind",
         "fill_up", "check_floating", "check_bandwidths",
     ),
-    "lib.row_files": ("RowFile", "open_rows", "check_distinct",),
+    "lib.row_files": ("RowFile", "open_rows", "path_and_key", "check_distinct",),
     "lib.row_formats": ("Plain", "Compressed", "StoredArray", "find_arrays",),
     "lib.streamed_means": ("StreamedMeans", "row_blocks", "stream_mean_embeddings",),
     "lib.exact_means": (
@@ -173,7 +173,8 @@ def test_files_are_read_as_they_were_written(suffix, order, dtype, shape, piece,
         file = row_files.open_rows(path, key=key)
         assert isinstance(file, row_files.RowFile)
         assert isinstance(file, rows.Rows)
-        assert (file.shape, str(file.dtype), file.name) == ((n, d), dtype, str(path))
+        assert (file.shape, str(file.dtype)) == ((n, d), dtype)
+        assert file.name == (f"{path}:{key}" if key else str(path))
         compressed = suffix == ".npz" and order == "part"
         kind = row_formats.Compressed if compressed else row_formats.Plain
         assert type(stored.locate()) is type(file.values) is kind
@@ -189,9 +190,11 @@ def test_files_are_read_as_they_were_written(suffix, order, dtype, shape, piece,
         taken = file.take(indices)
         assert taken.dtype == wide.dtype
         np.testing.assert_array_equal(taken, wide[indices])
-        row_files.check_distinct([path, Path(folder, "other")])
+        assert row_files.path_and_key(file.name) == (path, key or None)
+        row_files.check_distinct([file])
+        again = row_files.open_rows(Path(folder, "..", Path(folder).name, path.name), key=key)
         with pytest.raises(ValueError, match="the same file twice"):
-            row_files.check_distinct([path, Path(folder, "..", Path(folder).name, path.name)])
+            row_files.check_distinct([file, again])
 
 
 # Means

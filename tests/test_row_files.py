@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 from lib import row_formats
-from lib.row_files import check_distinct, open_rows
+from lib.row_files import check_distinct, open_rows, path_and_key
 from lib.rows import check_same_width
 
 DTYPES = {
@@ -189,16 +191,77 @@ def test_one_of_several_tensors(tmp_path, container):
             list: lambda names: [tensors[n] for n in names]}[container]  # fmt: skip
     torch.save(save("012"), path)
     np.testing.assert_array_equal(read(path, key="1"), tensors["1"])
-    with pytest.raises(ValueError, match=r"several tensors.*'0' \(23, 7\), '1' \(23, 3\), '2' \("):
+    with pytest.raises(ValueError, match=r"several tensors.*pt:0 \(23, 7\), \S+pt:1 \(23, 3\)$"):
         open_rows(path)
-    with pytest.raises(ValueError, match="holds no tensor named 'x', but '0'"):
+    with pytest.raises(ValueError, match=r"holds no tensor named 'x', but \S+pt:0 "):
         open_rows(path, key="x")
     torch.save(save("02"), path)
     np.testing.assert_array_equal(read(path), tensors["0"])
     torch.save(torch.nn.Parameter(tensors["0"]), path)
     np.testing.assert_array_equal(read(path), tensors["0"])
-    with pytest.raises(ValueError, match="no tensor named 'x', but one without a name"):
+    with pytest.raises(ValueError, match=r"no tensor named 'x', but \S+pt \(23, 7\)$"):
         open_rows(path, key="x")
+
+
+SAVE_DICT = {
+    "pt": lambda path, arrays: torch.save({k: torch.tensor(a) for k, a in arrays.items()}, path),
+    "npz": lambda path, arrays: np.savez(path, **arrays),
+    "safetensors": lambda path, arrays: path.write_bytes(
+        safetensors_bytes({k: torch.tensor(a) for k, a in arrays.items()})
+    ),
+}
+
+
+@pytest.mark.parametrize("folder", ["plain", "a:b", "x.npz:y", "x.pt:1"])
+@pytest.mark.parametrize("suffix", SAVE_DICT)
+def test_a_path_names_one_of_several_matrices(tmp_path, monkeypatch, folder, suffix):
+    """Whatever colons and slashes are in folders and keys; what an error lists can be typed."""
+    rng, path = np.random.default_rng(0), tmp_path / folder / f"rows.{suffix}"
+    path.parent.mkdir()
+    names = ("train", "a:b", "layer.0/weight", "x.npz:y", "twice//slash")
+    arrays = {name: rng.normal(size=(3, 2)).astype(np.float32) for name in names}
+    SAVE_DICT[suffix](path, arrays)
+    monkeypatch.chdir(path.parent)
+    for typed in (str, Path):
+        for name, array in arrays.items():
+            for start in (path, path.name):
+                file = open_rows(typed(f"{start}:{name}"))
+                assert (file.path, file.key) == (Path(start), name)
+                assert file.name == f"{start}:{name}"
+                np.testing.assert_array_equal(np.concatenate(list(file.chunks(9))), array)
+    with pytest.raises(ValueError, match="several tensors") as error:
+        open_rows(path)
+    with pytest.raises(ValueError, match="no tensor named 'other'") as other:
+        open_rows(f"{path}:other")
+    for message in (str(error.value), str(other.value)):
+        assert message.count("\n") == 0
+        listed = re.findall(rf"{path}:(.*?) \(3, 2\)", message)
+        assert listed == [*names]
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        open_rows(path.with_name(f"absent.{suffix}:train"))
+
+
+def test_a_file_whose_name_looks_like_a_key_is_itself(tmp_path):
+    np.save(tmp_path / "rows.npz:a.npy", ROWS)
+    np.testing.assert_array_equal(read(tmp_path / "rows.npz:a.npy"), ROWS)
+    assert path_and_key(r"C:\data\rows.PT:a") == (Path(r"C:\data\rows.PT"), "a")
+    assert path_and_key("rows.npz:") == (Path("rows.npz:"), None)
+
+
+def test_of_many_tensors_the_first_are_listed(tmp_path):
+    np.savez(tmp_path / "many.npz", **{f"layer{i}": ROWS[:2] for i in range(300)})
+    with pytest.raises(ValueError, match=r"many\.npz:layer9 \(2, 7\) and 290 more$"):
+        open_rows(tmp_path / "many.npz")
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "dia"])
+@pytest.mark.parametrize("maker", [scipy.sparse.random, scipy.sparse.random_array])
+def test_sparse_matrices_are_named_as_such(tmp_path, kind, maker):
+    shape = (4, 6) if maker is scipy.sparse.random_array else 4
+    matrix = maker(shape, *([] if shape != 4 else [6]), density=0.5, format=kind)
+    scipy.sparse.save_npz(tmp_path / "rows.npz", matrix)
+    with pytest.raises(ValueError, match=r"rows\.npz holds a sparse matrix.*\.toarray\(\)"):
+        open_rows(tmp_path / "rows.npz")
 
 
 def test_tensors_that_share_a_storage(tmp_path):
@@ -244,7 +307,7 @@ BAD = {
     "bool.npy": (npy_bytes(np.zeros((2, 2), bool)), "not bool"),
     "quarter.pt": (saved(ROWS.to(torch.float8_e4m3fn)), "not float8_e4m3fn"),
     "long double.npy": (npy_bytes(np.zeros((2, 2), np.longdouble)), "not (float128|longdouble)"),
-    "integers.safetensors": (safetensors_bytes({"a": ROWS.int()}), "'a': the dtype .* not I32"),
+    "integers.safetensors": (safetensors_bytes({"a": ROWS.int()}), ":a: the dtype .* not I32"),
     "text.pt": (saved("hello"), "holds no tensor but a str"),
     "nothing.pt": (saved({"epoch": 3}), "holds no tensor"),
     "sparse.pt": (saved(ROWS.to_sparse()), "tensor of layout torch.sparse_coo"),
@@ -425,10 +488,16 @@ def test_the_same_file_twice(tmp_path, monkeypatch):
         torch.save(ROWS, tmp_path / f"{name}.pt")
     (tmp_path / "link.pt").symlink_to(tmp_path / "a.pt")
     monkeypatch.chdir(tmp_path)
-    check_distinct([tmp_path / "a.pt", "b.pt"])
-    for other in (tmp_path / "a.pt", "a.pt", "./link.pt", f"../{tmp_path.name}/a.pt"):
+    np.savez("two.npz", a=ROWS, b=ROWS, c=ROWS[0])
+    np.savez("one.npz", a=ROWS, c=ROWS[0])
+    check_distinct(map(open_rows, [tmp_path / "a.pt", "b.pt", "two.npz:a", "two.npz:b"]))
+    for one, other in (
+        *(("a.pt", name) for name in (tmp_path / "a.pt", "link.pt", f"../{tmp_path.name}/a.pt")),
+        ("two.npz:a", "./two.npz:a"),
+        ("one.npz", "one.npz:a"),
+    ):
         with pytest.raises(ValueError, match="the same file twice"):
-            check_distinct([str(tmp_path / "a.pt"), "b.pt", other])
+            check_distinct(map(open_rows, [one, "b.pt", other]))
 
 
 # Memory

@@ -81,9 +81,12 @@ class MixingResult(NamedTuple):
     marginal_values [N]  rise of the minimum when the set is left out; infinite where nothing
                          feasible is left
     noise [N + 1]        v / n: squared error of each set's mean embedding, last the target's
+    kernel_means [N + 1, N + 1]   the kernel's mean between rows of two sets, last the target, and
+                         on the diagonal between different rows of one; NaN for a single row
     kernel_mean          of rows of one set, on average over the sets: near 1 or 0 the bandwidth is
-                         far too wide or narrow
+                         far too wide or narrow; NaN where every set has a single row
     undetermined         directions in weight space along which MMD^2 changes less than by noise
+    bandwidth            sigma; `median_rule`: whether the median distance gave it
     """
 
     weights: Float[np.ndarray, " N"]
@@ -99,9 +102,11 @@ class MixingResult(NamedTuple):
     best_single: int
     marginal_values: Float[np.ndarray, " N"]
     noise: Float[np.ndarray, " M"]
+    kernel_means: Float[np.ndarray, "M M"]
     kernel_mean: float
     undetermined: int
     bandwidth: float
+    median_rule: bool
     sizes: Int[np.ndarray, " N"]
     target_size: int
     names: tuple[str, ...]
@@ -173,7 +178,8 @@ def estimate(
         solve_with_cvxpy(rehearsal, solver=solver)
 
     bandwidth_key, frequency_key, check_key, block_key, bootstrap_key = jax.random.split(key, 5)
-    if bandwidth == "auto":
+    median_rule = bandwidth == "auto"
+    if median_rule:
         with counting_bad_rows(groups):
             bandwidth = streamed_median_bandwidth(bandwidth_key, groups)
     num_blocks = num_blocks if bootstrap else FOLDS
@@ -219,6 +225,8 @@ def estimate(
     held_out, fold_weights = None, np.zeros((0, len(samples)))
     if check_features:
         held_out, fold_weights = _held_out(fit, check, corrections, constraints)
+    kernel_means = gram - np.diag(np.where(rows > 1, noise, np.nan))
+    within = np.diag(kernel_means)[:-1][rows[:-1] > 1]
     result = MixingResult(
         weights,
         _intervals(replicates, weights, confidence, problem.bounds) if bootstrap else None,
@@ -233,9 +241,11 @@ def estimate(
         int(np.argmax(mixtures[2])),
         _marginal_values(problem.quadratic, constraints, solution),
         noise,
-        float(np.mean((np.diag(gram) - noise)[:-1])),
-        _undetermined(problem.quadratic.gram, noise, corrections),
+        kernel_means,
+        float(np.mean(within)) if len(within) else float("nan"),
+        _undetermined(problem.quadratic.gram, noise[:-1][rows[:-1] > 1], corrections),
         float(bandwidth),
+        median_rule,
         rows[:-1],
         int(rows[-1]),
         tuple(sample.name for sample in samples),
@@ -346,11 +356,14 @@ def _marginal_values(quadratic, constraints, solution):
 
 
 def _undetermined(gram, noise, corrections):
-    """Eigenvalues of G between weights of one sum that the sampling noise of the means explains."""
+    """Eigenvalues of G between weights of one sum that the sampling noise of the means explains,
+    which is known of sets of more than one row."""
     n = len(gram)
+    if not len(noise):
+        return 0
     centring = np.eye(n) - 1 / n
     eigenvalues = np.linalg.eigvalsh(centring @ gram @ centring)
     # The smallest in size is that of (1, ..., 1), which is no direction between weights.
     eigenvalues = np.delete(eigenvalues, np.argmin(np.abs(eigenvalues)))
-    level = (2 - corrections) * noise[:-1].mean()
+    level = (2 - corrections) * noise.mean()
     return int(np.sum(eigenvalues < level))

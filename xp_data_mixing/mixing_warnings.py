@@ -6,35 +6,80 @@ import numpy as np
 
 WIDE, NARROW = 0.85, 0.02
 """Mean kernel values past which the bandwidth is far off; the median distance gives about .6."""
+NO_SPREAD = 1 - 1e-5
+"""Mean kernel values from which rows are equal: up to rounding in float32."""
 FEW_ROWS = 30
 WORST_CONDITION = 1e8
 MISFIT = 20.0
 """MMD^2 so many times what sampling explains."""
+ROUNDING = 1e-6
+"""Of an MMD^2 between means in float32: less is no misfit, however little sampling explains."""
 
 
 def find_warnings(result: Any) -> tuple[str, ...]:
     """Warnings about a `xp_data_mixing.mixing.MixingResult`, most severe first."""
     return tuple(
         warning
-        for found in (_kernel, _conditioning, _vertex, _held_out, _misfit, _rows)
+        for found in (_kernel, _spread, _conditioning, _vertex, _held_out, _misfit, _rows)
         for warning in found(result)
     )
 
 
 def _kernel(result):
-    mean, sigma = result.kernel_mean, result.bandwidth
+    """By sets whose rows differ; where there is none, by rows of two sets, unless they are sets of
+    equal rows that stand apart."""
+    within, between = np.diag(result.kernel_means)[:-1], _between(result)
+    whose, known = "one set", within[~np.isnan(within)]
+    values = known[known < NO_SPREAD]
+    if not len(values):
+        if len(known) and np.mean(between) <= WIDE:
+            return
+        whose, values = "two sets", between
+    mean = float(np.mean(values))
+    saturated = (
+        f"kernel saturated: rows of {whose} have a kernel value of {mean:.3g} on average, so "
+    )
     if mean > WIDE:
         yield (
-            f"kernel saturated: rows of one set have a kernel value of {mean:.3f} on average, so "
-            f"only their means count and little else; sigma {sigma:.4g} is wide for these data, "
-            'bandwidth "auto" takes the median distance'
+            f"{saturated}only their means count and little else; sigma {result.bandwidth:.4g} is "
+            f"wide for these data, {_instead(result, 'smaller')}"
         )
     if mean < NARROW:
         yield (
-            f"kernel saturated: rows of one set have a kernel value of {mean:.3g} on average, so "
-            f"hardly any two rows are neighbours; sigma {sigma:.4g} is narrow for these data, "
-            'bandwidth "auto" takes the median distance'
+            f"{saturated}hardly any two rows are neighbours; sigma {result.bandwidth:.4g} is "
+            f"narrow for these data, {_instead(result, 'larger')}"
         )
+
+
+def _instead(result, size):
+    if result.median_rule:
+        return f"although it is the median distance between rows of all sets: give a {size} one"
+    return 'bandwidth "auto" takes the median distance'
+
+
+def _between(result):
+    """Of every two sets, and of each with the target."""
+    return result.kernel_means[np.triu_indices(len(result.kernel_means), 1)]
+
+
+def _spread(result):
+    names, within = (*result.names, "the target"), np.diag(result.kernel_means)
+    single = [name for name, value in zip(names, within) if np.isnan(value)]
+    if single:
+        yield (
+            f"a single row has no spread: of {_listed(single)} the sampling noise is not known, so "
+            "neither intervals nor comparisons with it count"
+        )
+    equal = [name for name, value in zip(names, within) if value >= NO_SPREAD]
+    if equal and np.mean(_between(result)) <= WIDE:
+        yield (
+            f"no spread: the rows of {_listed(equal)} are equal, or differ by far less than sigma "
+            f"{result.bandwidth:.4g}"
+        )
+
+
+def _listed(names):
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _conditioning(result):
@@ -78,9 +123,11 @@ def _held_out(result):
 
 
 def _misfit(result):
-    w = result.weights
-    explained = float(np.square(w) @ result.noise[:-1] + result.noise[-1])
-    if explained > 0 and result.mmd_squared.optimal > MISFIT * explained:
+    shares = np.append(result.weights, 1.0)
+    if np.isnan(np.diag(result.kernel_means)[shares > 0]).any():
+        return  # how much sampling explains is not known
+    explained = float(np.square(shares) @ result.noise)
+    if result.mmd_squared.optimal > max(MISFIT * explained, ROUNDING):
         yield (
             f"the target is no mixture of these sets: MMD^2 at the weights is "
             f"{result.mmd_squared.optimal:.3g}, sampling explains {explained:.3g}; the weights are "

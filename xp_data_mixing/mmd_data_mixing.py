@@ -4,9 +4,10 @@
         --val_paths target.pt --sigma_bandwidth auto --bootstrap 200 \\
         --output_file results.json --report report.html
 
-Files are .pt, .npy, .npz or .safetensors of rows [n, d], read once, a few rows at a time. Weights
-minimise MMD^2 to the pooled validation files; see `xp_data_mixing.mixing` for what comes beside
-them. Logging at the level DEBUG says what was read.
+Files are .pt, .npy, .npz or .safetensors of rows [n, d], read once, a few rows at a time; of
+several matrices in a file PATH:KEY names one, as rows.npz:train. Weights minimise MMD^2 to the
+pooled validation files; see `xp_data_mixing.mixing` for what comes beside them. Logging at the
+level DEBUG says what was read.
 """
 
 import logging
@@ -197,8 +198,8 @@ def open_files(
     for name, paths in (("training", train_paths), ("validation", val_paths)):
         if isinstance(paths, str | Path) or not len(paths):
             raise ValueError(f"a list of {name} paths is needed, got {paths!r}")
-    check_distinct([*train_paths, *val_paths])
     train, val = ([open_rows(path) for path in paths] for paths in (train_paths, val_paths))
+    check_distinct(train + val)
     for file in train + val:
         logger.debug("%s: %d rows of %d, %s", file.name, *file.shape, file.dtype)
     check_same_width(train + val)
@@ -217,7 +218,7 @@ class Arguments(DeviceOptions, MMDDataMixer):
     """Mixing weights of training files for validation files, by MMD."""
 
     train_paths: tuple[Path, ...]
-    """Files of rows, one for each set."""
+    """Files of rows, one for each set; PATH:KEY for one of several matrices in a file."""
     val_paths: tuple[Path, ...]
     """Files of the target; several are pooled."""
     exact: bool = False

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lib import pages, plotting, runs
 from lib.files import write_bytes
-from lib.row_files import RowFile
+from lib.row_files import RowFile, path_and_key
 from xp_data_mixing.mixing import MixingResult
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -29,7 +29,12 @@ MIXTURES = {
 
 def labels(paths: Sequence[str]) -> list[str]:
     """The files' names without suffix, or with as many folders as tell them apart."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
+    files = [path_and_key(path) for path in paths]
+    stems = [path.with_suffix("") for path, _ in files]
+    parts = [
+        stem.parts if key is None else (*stem.parent.parts, f"{stem.name}:{key}")
+        for stem, (_, key) in zip(stems, files)
+    ]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
@@ -93,7 +98,7 @@ def document(
             "sigma": result.bandwidth,
             "seed": options["random_seed"],
             "options": options,
-            "mean_kernel_value": result.kernel_mean,
+            "mean_kernel_value": _finite(result.kernel_mean),
             "files": [
                 {"path": file.name, "shape": list(file.shape), "dtype": file.dtype}
                 for file in [*train, *val]
