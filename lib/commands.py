@@ -10,18 +10,22 @@ import jax
 
 from lib import console, files, hosts
 from lib.hosts import DeviceOptions
+from lib.keys import check_seed
 from lib.settings import settings_of
 
 OUTPUT_FOLDERS = ("results", "output_dir", "out_dir")
 """Options of commands that name a folder to write to; `OUTPUT_FILES` a file."""
 OUTPUT_FILES = ("output_file", "report", "out")
+SEEDS = ("seed", "seeds", "first_seed", "random_state", "random_seed")
+"""Options that are a seed, or several."""
 
 
 def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: str = "") -> None:
     """`main(parse())` on the devices that the arguments ask for, if they extend
     `lib.hosts.DeviceOptions`; errors as `lib.console.one_line_errors` has them, `lower` what memory
     depends on. A stop where there is nothing to save, as before the first step, ends in one line
-    too. Before the work the folders that results go to are made, and written to for a trial.
+    too. Before the work seeds are checked (`lib.keys.check_seed`), and the folders that results go
+    to are made, and written to for a trial.
 
     Where several processes work together, one that fails ends at once, and so do those that wait
     for it: what they have saved is in the runs' folders.
@@ -29,6 +33,7 @@ def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: 
     try:
         with console.one_line_errors():
             arguments = parse()
+            _check_seeds(arguments)
             with _started(arguments):
                 try:
                     with console.one_line_errors(lower=lower):
@@ -50,6 +55,19 @@ def _started(arguments: Any) -> contextlib.AbstractContextManager:
     if isinstance(arguments, DeviceOptions):
         return hosts.started(settings_of(DeviceOptions, arguments))
     return contextlib.nullcontext()
+
+
+def _check_seeds(arguments: Any) -> None:
+    for name in SEEDS:
+        seeds = getattr(arguments, name, None)
+        seeds = () if seeds is None else seeds if isinstance(seeds, tuple) else (seeds,)
+        for i, seed in enumerate(seeds):
+            check_seed(seed, f"--{name}")
+            if seed in seeds[:i]:
+                raise ValueError(f"--{name} names {seed} twice: each seed counts once")
+    if (first := getattr(arguments, "first_seed", None)) is not None:
+        last = first + max(1, arguments.ntry) - 1
+        check_seed(last, "the last of the seeds, --first_seed + --ntry - 1,")
 
 
 def _check_outputs(arguments: Any) -> None:

@@ -48,6 +48,7 @@ from lib.files import (
     write_bytes,
     write_json,
 )
+from lib.keys import check_seed
 from lib.run_locks import FolderLock, lock_folder
 
 NOT_HASHED = ("seed", "progress", "results")
@@ -233,9 +234,10 @@ def open_run(
     by-products that several runs share), waited for. A finished run may be opened by anyone; what
     a writer that was killed in `Run.finish` left to resume from is deleted.
 
-    Raises RunFileError if config.json holds something else, FolderBusyError, and OSError where the
-    folder cannot be written.
+    Raises RunFileError if config.json holds something else, FolderBusyError, OSError where the
+    folder cannot be written, and ValueError for a seed as `lib.keys.check_seed` does.
     """
+    seed = check_seed(seed)
     exclude = tuple(exclude)
     folder = Path(results_root, experiment, f"{name}-{config_hash(config, exclude=exclude)}")
     folder = folder / f"seed{seed}"

@@ -11,6 +11,7 @@ import sys
 import time
 import types
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -35,8 +36,10 @@ from lib import (
 )
 from lib.run_locks import FolderBusyError
 from xp_data_mixing.embedding_files import write_embeddings
+from xp_data_mixing.mmd_data_mixing import MMDDataMixer
 from xp_dataset_distillation import export
 from xp_gmm_source import gmm_files
+from xp_gmm_source.config import FitConfig
 
 LIKE = {"x": np.zeros(50_000)}
 
@@ -409,6 +412,60 @@ def test_every_command_and_benchmark_writes_where_it_tries_to():
             assert {*names} - INPUTS, path
         else:
             assert "tyro.cli(" not in text or path.name == "convert.py"  # which checks by itself
+
+
+# Seeds
+
+
+@pytest.mark.parametrize("option", commands.SEEDS)
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 1, int(2e21), True])
+def test_a_command_refuses_what_is_no_seed_before_it_works(capsys, option, seed):
+    given = (3, seed) if option == "seeds" else seed
+    kind, done = partial(types.SimpleNamespace, ntry=1), []
+    for good in (0, 2**32 - 1, None):
+        commands.run_command(done.append, lambda value=good: kind(**{option: value}))
+    with pytest.raises(SystemExit) as stopped:
+        commands.run_command(done.append, lambda: kind(**{option: given}))
+    assert (stopped.value.code, len(done)) == (1, 3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"ValueError: --{option} must be a whole number from 0 to 4294967295, got {seed}: random "
+        "keys hold 32 bits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seeds": (3, 1, 3)}, "--seeds names 3 twice"),
+        ({"first_seed": 2**32 - 2, "ntry": 3}, "the last of the seeds, .* got 4294967296"),
+    ],
+)
+def test_seeds_that_are_one_or_run_out_are_refused(capsys, options, words):
+    with pytest.raises(SystemExit):
+        commands.run_command(pytest.fail, lambda: types.SimpleNamespace(**options))
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_every_seed_of_a_command_is_checked():
+    root = Path(__file__).parents[1]
+    found = set()
+    for path in [*root.glob("xp_*/*.py"), *root.glob("benchmarks/*.py")]:
+        found |= set(
+            re.findall(r"^    (\w*(?:seed|random_state)\w*): .* = ", path.read_text(), re.M)
+        )
+    assert found <= {*commands.SEEDS}
+
+
+def test_settings_and_runs_refuse_what_is_no_seed(tmp_path):
+    for call in (
+        lambda: MMDDataMixer(random_seed=2**32),
+        lambda: FitConfig(random_state=-1),
+        lambda: runs.open_run(tmp_path, "xp", "flow", {}, seed=2**32 + 1),
+    ):
+        with pytest.raises(ValueError, match="must be a whole number from 0 to 4294967295"):
+            call()
+    assert not list(tmp_path.iterdir())
 
 
 # Flows

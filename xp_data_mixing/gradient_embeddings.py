@@ -48,6 +48,7 @@ from lib import classification, datasets, optimisers, runs
 from lib.commands import run_command
 from lib.files import write_json
 from lib.hosts import DeviceOptions
+from lib.keys import check_seed
 from lib.networks import MLP
 from xp_data_mixing.embedding_files import write_embeddings
 
@@ -294,6 +295,7 @@ def main(arguments: Arguments) -> Path:
     for option in ("dimension", "num_target", "hidden", "epochs"):
         if getattr(arguments, option) < 1:
             raise ValueError(f"{option} must be >= 1, got {getattr(arguments, option)}")
+    check_seed(arguments.seed)
     load = partial(datasets.load, arguments.dataset, data_root=arguments.data_root)
     train, test = load(split="train"), load(split="test")
     keys = jax.random.split(jax.random.key(arguments.seed), 6)

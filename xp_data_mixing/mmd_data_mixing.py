@@ -25,6 +25,7 @@ from lib import console, hosts
 from lib.commands import run_command
 from lib.files import write_json
 from lib.hosts import DeviceOptions
+from lib.keys import check_seed
 from lib.row_files import RowFile, check_distinct, open_rows
 from lib.rows import check_same_width
 from lib.settings import check_sizes
@@ -90,6 +91,7 @@ class MMDDataMixer:
         if sigma != "auto" and not (isinstance(sigma, int | float) and 0 < sigma < math.inf):
             raise ValueError(f"sigma_bandwidth must be positive and finite or auto, got {sigma!r}")
         check_sizes(self, "rff_dimension", "chunk_size")
+        check_seed(self.random_seed, "random_seed")
         for name in ("ridge_penalty", "prior_strength"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must lie in [0, inf), got {getattr(self, name)}")

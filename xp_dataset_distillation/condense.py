@@ -24,6 +24,7 @@ from lib import hosts, runs
 from lib.commands import run_command
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
+from lib.keys import key_of_seed
 from lib.settings import chosen, settings_of
 from xp_dataset_distillation import config as settings
 from xp_dataset_distillation import export, plot, real_data
@@ -44,7 +45,7 @@ class Keys(NamedTuple):
 
 
 def keys_of(seed: int) -> Keys:
-    return Keys(*jax.random.split(jax.random.key(seed), 3))
+    return Keys(*jax.random.split(key_of_seed(seed), 3))
 
 
 class Problem(NamedTuple):

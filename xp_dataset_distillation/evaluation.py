@@ -18,6 +18,7 @@ import optax
 
 from lib import augment, classification, convolution, datasets, hosts, optimisers, runs
 from lib.cutmix import cutmix
+from lib.keys import key_of_seed
 from lib.networks import network_by_name
 from xp_dataset_distillation import baselines, real_data
 from xp_dataset_distillation.condense import condense, setting_of, training_images
@@ -171,7 +172,7 @@ def training_set(
 
 def baseline(entry: BaselineConfig, real: real_data.RealData, *, seed: int):
     """Images [classes, n, H, W, c] in [0, 1], or of `whole` a TrainingSet."""
-    key = jax.random.key(seed)
+    key = key_of_seed(seed)
     real_data.check_images_per_class(real, entry.images_per_class if entry.kind != "whole" else 1)
     match entry.kind:
         case "whole":
@@ -237,7 +238,7 @@ def evaluate(
         judged_on = judge(entry, real, kept, data_root)
         training = training_set(entry, real, seed=seed, results=results, data_root=data_root)
         found = accuracies(
-            jax.random.key(1_000_000 + seed),
+            key_of_seed(seed, shift=1_000_000),
             training,
             judged_on,
             evaluator,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from sklearn.decomposition import PCA
 
 from lib import datasets, synthetic
+from lib.keys import key_of_seed
 from xp_drmmd.analytic import START_VARIANCE
 from xp_drmmd.config import IMAGES, FlowConfig
 
@@ -40,7 +41,7 @@ class Problem(NamedTuple):
 
 def problem(config: FlowConfig, seed: int, data_root: Path | None = None) -> Problem:
     """The draw of one seed."""
-    key_start, key_target = jax.random.split(jax.random.PRNGKey(seed))
+    key_start, key_target = jax.random.split(key_of_seed(seed))
     n, m = config.source_particle_num, config.target_particle_num
 
     def normal(scale, centre):

@@ -22,6 +22,7 @@ from lib.commands import run_command
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
 from lib.kernels import median_bandwidth
+from lib.keys import key_of_seed
 from lib.settings import settings_of
 from xp_drmmd import flows, metrics
 from xp_drmmd.config import EXPERIMENT, FlowConfig
@@ -51,7 +52,7 @@ def run_flow(
             posed.start[None],
             aimed,
             flows.objective(resolved, posed.log_density),
-            jax.random.PRNGKey(1_000_000 + seed),
+            key_of_seed(seed, shift=1_000_000),
             n_epochs=config.step_num,
             optimizer=flows.optimizer(resolved),
             carry=flows.first_memory(aimed),

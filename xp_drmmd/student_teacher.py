@@ -27,6 +27,7 @@ from lib.commands import run_command
 from lib.drmmd_features import feature_witness, prepare_target_features
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
+from lib.keys import key_of_seed
 from lib.settings import settings_of
 from xp_drmmd.config import EXPERIMENT, StudentConfig
 
@@ -67,7 +68,7 @@ def sphere(key: Array, count: int) -> Array:
 
 def lessons(config: StudentConfig, seed: int) -> tuple[Array, Lesson, Lesson]:
     """(students [N, 153], training, validation): a draw for each seed."""
-    keys = jax.random.split(jax.random.PRNGKey(seed), 4)
+    keys = jax.random.split(key_of_seed(seed), 4)
     students = jax.random.normal(keys[0], (config.students, PARAMETERS))
     teacher = jax.random.normal(keys[1], (config.teachers, PARAMETERS))
     if config.form == "dense":
@@ -129,7 +130,7 @@ def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
         students[None],
         train,
         objective(config),
-        jax.random.PRNGKey(1_000_000 + seed),
+        key_of_seed(seed, shift=1_000_000),
         n_epochs=steps,
         optimizer=optax.sgd(config.lr),
         carry=jnp.zeros((), jnp.int32),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lib.keys import check_seed
 from lib.settings import check_not_negative, check_positive, check_sizes
 
 EXPERIMENT = "xp_gmm_source"
@@ -50,6 +51,7 @@ class FitConfig:
             check_sizes(self, "n_pca")
         if self.n_stat_samples < 0 or self.n_stat_samples == 1:
             raise ValueError(f"n_stat_samples must be 0 or >= 2, got {self.n_stat_samples}")
+        check_seed(self.random_state, "random_state")
         check_not_negative(self, "reg_covar", "tol")
         if self.engine == "sklearn" and self.covariance_type == "low_rank":
             raise ValueError("scikit-learn has no low_rank covariances: use --engine jax")

@@ -23,6 +23,7 @@ from lib import convolution, files, flow_matching, flow_sampling, hosts, runs
 from lib.commands import run_command
 from lib.datasets import Dataset, load
 from lib.hosts import DeviceOptions
+from lib.keys import key_of_seed
 from lib.settings import settings_of
 from lib.velocity import UNet
 from xp_gmm_source import gmm_files, gmm_fit, metrics
@@ -246,7 +247,7 @@ def run_flow(
     split = read(config, data_root)
     judged_by = reference(config, split, results)
     source = source_of(config, split.train, results, show_progress=show_progress)
-    train_key, judge_key = jax.random.split(jax.random.key(1000 + seed))
+    train_key, judge_key = jax.random.split(key_of_seed(seed, shift=1000))
     began = time.perf_counter()
     trained = flow_matching.fit(
         train_key,

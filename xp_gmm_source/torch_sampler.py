@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lib import gmm as mixtures
+from lib.keys import check_seed
 from xp_gmm_source import gmm_files
 from xp_gmm_source.sources import SMALLEST_DEVIATION
 
@@ -113,7 +114,7 @@ class GMM_TORCH:
         self._std = torch.where(std > smallest, std, 1).to(self.device, torch.float32)
         self._generator = None
         if seed is not None:
-            self._generator = torch.Generator(device).manual_seed(seed)
+            self._generator = torch.Generator(device).manual_seed(check_seed(seed))
 
     def sample(self, batch_size: int) -> torch.Tensor:
         """(batch_size, channels, H, W): standardised draws, float32, on the device."""

@@ -24,6 +24,7 @@ from lib import classification, datasets, hosts, optimisers, runs
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
+from lib.keys import key_of_seed
 from lib.networks import LeNet5
 from xp_transfer_learning import methods, plot, tables
 from xp_transfer_learning.config import (
@@ -47,7 +48,7 @@ def data(seed: int, config: TransferConfig, data_root: Path | None):
     target = load(config.target, "train", data_root)
     shape = (*source.image_shape[:2], min(source.image_shape[2], target.image_shape[2]))
     LeNet5.check(shape)  # before the flow, not after it
-    key_source, key_target = jax.random.split(jax.random.PRNGKey(seed))
+    key_source, key_target = jax.random.split(key_of_seed(seed))
     x0 = datasets.draw(key_source, shaped(source, shape), config.num_per_class)
     return x0, datasets.draw(key_target, shaped(target, shape), config.k_shot), shape
 
@@ -97,7 +98,7 @@ def accuracies(
     images, labels, test_images, test_labels, config: TrainingConfig, *, seed: int
 ) -> np.ndarray:
     """Test accuracy of `config.num_trainings` networks trained from keys of their own."""
-    keys = jax.random.split(jax.random.PRNGKey(1_000_000 + seed), config.num_trainings)
+    keys = jax.random.split(key_of_seed(seed, shift=1_000_000), config.num_trainings)
     network = LeNet5(num_classes=int(max(labels.max(), test_labels.max())) + 1)
     parameters, _ = classification.train_seeds(
         keys,
