@@ -63,7 +63,7 @@ def test_what_is_saved_is_loaded_bit_for_bit_and_is_a_folder_of_images(tmp_path,
 def test_the_metadata_of_the_archive_are_those_of_the_file_and_say_it_all(tmp_path):
     export.save(tmp_path / "set", condensed())
     metadata = json.loads((tmp_path / "set" / "metadata.json").read_text())
-    assert metadata == condensed_numpy.load(tmp_path / "set")[2]
+    assert metadata == condensed_numpy.read(tmp_path / "set")[2]
     assert metadata["mean"] == [0.1307, 0.5, 0.25]
     assert metadata["std"] == [0.3081, 0.2, 0.1]
     assert metadata["factor"] == 2
@@ -175,7 +175,31 @@ def test_decoding_with_numpy_is_that_of_the_runs(tmp_path, shape, cells):
     assert images.dtype == np.float32
     np.testing.assert_allclose(images, wanted.reshape(-1, *shape), rtol=0, atol=1e-6)
     np.testing.assert_array_equal(labels, np.repeat(np.arange(3), 2 * cells**2))
-    assert labels.dtype == np.int32
+
+
+@pytest.mark.parametrize("path", [".", "condensed.npz"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("cells", [1, 2])
+def test_what_is_loaded_trains_a_network_of_torch_as_it_is(tmp_path, path, channels, cells):
+    """Images normalised as the docstring says, in either order of the axes."""
+    torch = pytest.importorskip("torch")
+    stored = condensed(shape=(8, 6, channels), cells=cells)
+    export.save(tmp_path / "set", stored)
+    images, labels, metadata = condensed_numpy.load(tmp_path / "set" / path)
+    mean, std = metadata["mean"], metadata["std"]
+    assert (mean.dtype, std.dtype, mean.shape, std.shape) == (np.float32,) * 2 + ((channels,),) * 2
+    inputs = (images - mean) / std
+    wanted = (images.astype(float) - np.float64(stored.mean)) / np.float64(stored.std)
+    np.testing.assert_allclose(inputs, wanted, rtol=1e-5, atol=1e-5)
+    inputs = torch.from_numpy(inputs.transpose(0, 3, 1, 2).copy())
+    mean, std = (torch.from_numpy(x)[:, None, None] for x in (mean, std))
+    by_torch = (torch.from_numpy(images.transpose(0, 3, 1, 2).copy()) - mean) / std
+    torch.testing.assert_close(by_torch, inputs)
+    layers = torch.nn.Conv2d(channels, 2, 3), torch.nn.Flatten(), torch.nn.LazyLinear(3)
+    network = torch.nn.Sequential(*layers)
+    loss = torch.nn.functional.cross_entropy(network(inputs), torch.from_numpy(labels))
+    loss.backward()
+    assert torch.isfinite(loss)
 
 
 def test_the_reader_needs_numpy_and_nothing_else(tmp_path):

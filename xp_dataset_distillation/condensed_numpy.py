@@ -4,6 +4,7 @@
 
     images, labels, metadata = load("condensed.npz")
     inputs = (images - metadata["mean"]) / metadata["std"]  # what networks were trained on
+    torch.from_numpy(inputs.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels)  # for PyTorch
 
 condensed.npz has three members, none of them pickled: `images` [N, H, W, channels] float32 in
 [0, 1], as stored; `labels` [N] int32, sorted, each as often as the others; `metadata`, a string of
@@ -28,19 +29,20 @@ DECODE = (
 
 
 def load(path):
-    """(images [N factor^2, H, W, channels] float32 in [0, 1], labels int32, metadata): decoded,
-    ready for training.
+    """(images [N factor^2, H, W, channels] float32 in [0, 1], labels int64, metadata): decoded,
+    ready for training. `mean` and `std` of the metadata are arrays [channels] in float32.
 
     `path` is a condensed.npz or the folder that it is in. Raises FileNotFoundError, or ValueError
     naming the file and what is wrong with it.
     """
     images, labels, metadata = read(path)
     factor = metadata["factor"]
-    return decode(images, factor), np.repeat(labels, factor**2), metadata
+    metadata |= {key: np.array(metadata[key], np.float32) for key in ("mean", "std")}
+    return decode(images, factor), np.repeat(labels.astype(np.int64), factor**2), metadata
 
 
 def read(path):
-    """(images [N, H, W, channels] float32 as stored, labels [N] int32, metadata); see `load`."""
+    """(images [N, H, W, channels] float32, labels [N] int32, metadata), all as stored: see `load`."""
     path = Path(path)
     if path.is_dir():
         path = path / "condensed.npz"
@@ -151,5 +153,5 @@ def _enlarged(images, size, *, axis):
     position = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
     before = np.floor(position).astype(int)
     after = np.minimum(before + 1, length - 1)
-    share = np.expand_dims(position - before, [i for i in range(images.ndim) if i != axis])
+    share = np.expand_dims(position - before, tuple(i for i in range(images.ndim) if i != axis))
     return (1 - share) * images.take(before, axis) + share * images.take(after, axis)
