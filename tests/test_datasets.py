@@ -5,7 +5,9 @@ import gzip
 import hashlib
 import io
 import math
+import os
 import pickle
+import stat
 import struct
 import subprocess
 import sys
@@ -495,6 +497,214 @@ def test_damaged_folders(folder, as_zip, damage, message):
     with pytest.raises(ValueError, match=message) as info:
         datasets.load(path)
     assert "pets" in str(info.value)
+
+
+# As cameras, phones, editors and file managers leave them
+
+
+def forms(folder: Path):
+    """The folder and a zip of it."""
+    return folder, zipped(folder)
+
+
+@pytest.mark.parametrize(
+    "suffix", ["jfif", "JPE", "JPG", "apng", "avif", "pbm", "TIF", "webp", "j2k", "tga", "qoi"]
+)
+def test_every_picture_that_pillow_knows_is_read(tmp_path, suffix):
+    root = write_images(tmp_path / "x", {"a/0.png": colour(90), "a/2.png": colour(90)})
+    form = Image.registered_extensions()[f".{suffix.lower()}"]
+    Image.fromarray(colour(90)).save(root / "a" / f"1.{suffix}", form)
+    for path in forms(root):
+        np.testing.assert_allclose(datasets.load(path).images, np.full((3, 4, 3, 3), 90), atol=2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+def test_pictures_are_turned_as_their_metadata_say(tmp_path, orientation, suffix):
+    """What is stored turned beside what is upright, against the standard's table of corners."""
+    upright = np.repeat(np.arange(6, dtype=np.uint8).reshape(3, 2) * 40, 16, axis=0).repeat(16, 1)
+    # The turn that undoes the one of the metadata (TIFF 6.0, tag 274).
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[274] = orientation
+    root = write_images(tmp_path / "x", {"a/0.png": upright})
+    picture = Image.fromarray(np.ascontiguousarray(turned))
+    picture = picture.convert("RGB") if suffix == "webp" else picture
+    if suffix == "webp":
+        Image.fromarray(upright).convert("RGB").save(root / "a" / "0.png")
+    picture.save(root / "a" / f"1.{suffix}", exif=exif, quality=100, lossless=True)
+    for path in forms(root):
+        found = datasets.load(path).images[..., 0].astype(int)
+        np.testing.assert_allclose(found[1], upright, atol=3)
+
+
+def test_names_that_differ_in_unicode_form_alone_are_one_class(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    root = write_images(
+        tmp_path / "x",
+        {
+            f"train/{composed}/1.png": gray(1),
+            f"train/{apart}/2.png": gray(2),
+            f"test/{apart}/0.png": gray(3),
+            "train/dog/0.png": gray(4),
+            "test/dog/0.png": gray(5),
+        },
+    )
+    for path in forms(root):
+        for split, labels in (("train", [0, 0, 1]), ("test", [0, 1])):
+            found = datasets.load(path, split=split)
+            assert found.class_names == (composed, "dog")
+            np.testing.assert_array_equal(found.labels, labels)
+
+
+def test_links_are_followed_and_those_upwards_are_named(tmp_path):
+    root = write_images(tmp_path / "x" / "imgs", {"a/0.png": gray(1), "b/0.png": gray(2)})
+    write_images(tmp_path / "elsewhere", {"0.png": gray(3), "deep/0.png": gray(4)})
+    (root / "c").symlink_to(tmp_path / "elsewhere" / "deep")
+    (root / "a" / "1.png").symlink_to(tmp_path / "elsewhere" / "0.png")
+    np.testing.assert_array_equal(datasets.load(root).images[:, 0, 0, 0], [1, 3, 2, 4])
+    for target in (".", "..", "../..", "../../..", "/", "../b/../.."):
+        (root / "b" / "up").symlink_to(target)
+        with pytest.raises(ValueError, match="b/up is a link to a folder that it lies in"):
+            datasets.load(root)
+        (root / "b" / "up").unlink()
+    (root / "a" / "x").symlink_to("../b")
+    (root / "b" / "y").symlink_to("../a")
+    with pytest.raises(ValueError, match=r"(a/x/y|b/y/x) is a link to a folder"):
+        datasets.load(root)
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    root = write_images(tmp_path / "x", {"a/0.png": gray(1)})
+    odd = root / "a" / "1.png"
+    for make in (
+        lambda: os.mkfifo(odd),
+        lambda: odd.symlink_to("gone.png"),
+        lambda: odd.symlink_to("1.png"),
+        lambda: odd.symlink_to("/dev/zero"),
+        lambda: os.mknod(odd, stat.S_IFSOCK | 0o600),
+    ):
+        make()
+        for read in (datasets.load, datasets.identity):
+            with pytest.raises(ValueError, match=r"cannot read the image a/1\.png: it is no file"):
+                read(root)
+        odd.unlink()
+    os.mkfifo(root / "a" / "pipe")
+    np.testing.assert_array_equal(datasets.load(root).images[:, 0, 0, 0], [1])
+    with pytest.raises(ValueError, match="pipe is neither a folder nor a file"):
+        datasets.load(root / "a" / "pipe")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    root = write_images(tmp_path / "x", {"a/0.png": gray(1), "b/0.png": gray(1)})
+    scandir = os.scandir
+
+    def refused(path):
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ValueError, match="cannot read the folder b/: Permission denied"):
+        datasets.load(root)
+
+
+def test_what_is_ignored_is_counted_once(folder, capsys):
+    for name in ("Thumbs.db", "desktop.ini", "IMG_1.CR2", "cat.psd"):
+        (folder / "train" / "cat" / name).write_bytes(b"x")
+    (folder / "train" / "cat" / ".DS_Store").write_bytes(b"x")
+    (folder / "README.txt").write_bytes(b"x")
+    write_images(folder, {"val/cat/0.png": gray(1), "1.png": gray(1)})
+    for path in forms(folder):
+        for split in ("train", "test"):
+            datasets.load(path, split=split)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2
+        assert lines[0].startswith(f"{path}: ignored 5 files not named as an image: README.txt, ")
+        assert "outside of train/ and test/: 1.png, val/cat/0.png" in lines[1]
+        assert "ignored 2 images" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["IMG_1.HEIC", "IMG_1.heif"])
+def test_pictures_that_pillow_cannot_read_are_named(folder, name):
+    (folder / "train" / "cat" / name).write_bytes(b"ftypheic")
+    for path in forms(folder):
+        with pytest.raises(ValueError, match=rf"train/cat/{name} is in a format .* convert it to"):
+            datasets.load(path)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tiff", "png"])
+def test_of_several_frames_the_first_is_read_and_they_are_counted(tmp_path, capsys, suffix):
+    root = write_images(tmp_path / "x", {"a/0.png": colour(1)})
+    frames = [Image.fromarray(colour(value)) for value in (10, 20, 30)]
+    frames[0].save(root / "a" / f"1.{suffix}", save_all=True, append_images=frames[1:])
+    for path in forms(root):
+        np.testing.assert_array_equal(datasets.load(path).images[:, 0, 0, 0], [1, 10])
+        said = f"{path}: took the first frame of 1 animated or many-paged image: a/1.{suffix}"
+        assert said in capsys.readouterr().err
+
+
+def test_a_phones_picture_with_a_second_one_is_a_picture(tmp_path, capsys):
+    root = write_images(tmp_path / "x", {"a/0.png": colour(10)})
+    frames = [Image.fromarray(colour(value)) for value in (10, 200)]
+    frames[0].save(root / "a" / "1.jpg", "mpo", save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(datasets.load(root).images, np.full((2, 4, 3, 3), 10), atol=2)
+    assert capsys.readouterr().err == ""
+
+
+def test_cmyk_and_empty_files(tmp_path):
+    root = write_images(tmp_path / "x", {"a/0.png": colour(200)})
+    Image.fromarray(colour(200)).convert("CMYK").save(root / "a" / "1.jpg")
+    np.testing.assert_allclose(datasets.load(root).images, np.full((2, 4, 3, 3), 200), atol=2)
+    (root / "a" / "2 \U0001f600.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot read the image a/2 \U0001f600"):
+        datasets.load(root)
+
+
+def zip_of(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_names_in_zips(tmp_path):
+    stream = io.BytesIO()
+    Image.fromarray(gray(7)).save(stream, "png")
+    png = stream.getvalue()
+    for prefix, separator in (("", "\\"), ("C:\\pets\\", "\\"), ("/", "/"), ("./", "/")):
+        names = [
+            separator.join((split, name, "0.png")) for split in ("train", "test") for name in "ab"
+        ]
+        path = zip_of(tmp_path / "names.zip", {f"{prefix}{name}": png for name in names})
+        assert datasets.load(path, split="test").class_names == ("a", "b")
+        assert datasets.identity(path) == datasets.identity(zip_of(tmp_path / "plain.zip", {
+            name.replace(separator, "/"): png for name in names}))  # fmt: skip
+    path = zip_of(tmp_path / "out.zip", {"train/a/0.png": png, "train/../../a/1.png": png})
+    for read in (datasets.load, datasets.identity):
+        with pytest.raises(ValueError, match=r"train/\.\./\.\./a/1\.png leads out of the zip"):
+            read(path)
+
+
+def test_an_encrypted_zip_names_the_file(tmp_path):
+    stream = io.BytesIO()
+    Image.fromarray(gray(7)).save(stream, "png")
+    path = zip_of(tmp_path / "x.zip", {"a/0.png": stream.getvalue()})
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= 1  # the flag of encryption
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read the image a/0\.png: .*encrypted"):
+        datasets.load(path)
 
 
 def test_no_class_at_all(tmp_path):
