@@ -23,19 +23,25 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float32, Int32, Integer, PRNGKeyArray, Real, UInt8
 from PIL import Image
 
-from lib.image_folders import SPLITS, read_image_folder
+from lib.image_folders import SPLITS, fingerprint, read_image_folder
+from lib.runs import CONTENT
 from lib.synthetic import gaussian_mixture, gaussians, rings, rings_even  # noqa: F401  exported
 
 Split = Literal["train", "test"]
 
 
 class Dataset(NamedTuple):
-    """Labelled images: `labels[i]` is the index in `class_names` of the class of `images[i]`."""
+    """Labelled images: `labels[i]` is the index in `class_names` of the class of `images[i]`.
+
+    `origin` is the one of `NAMES` that they are from, None of a folder or zip whatever it is
+    called. What changes images changes `name`, and keeps `origin`.
+    """
 
     name: str
     images: UInt8[np.ndarray, "n height width channels"]
     labels: Int32[np.ndarray, "n"]
     class_names: tuple[str, ...]
+    origin: str | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -105,32 +111,69 @@ def load(
 
     Anything else is a path (absolute, from here, or from `data_root`) to a folder of images or a
     zip of one, laid out as train/CLASS/FILE and test/CLASS/FILE; or as CLASS/FILE, which is all
-    train. Classes are sorted by name, files by name within a class; hidden files, __MACOSX and
-    files that are no images are ignored. A zip is read in place. A grey image has one channel and
-    a colour image three; all have one size.
+    train. Classes are sorted by name, files by name within a class; a name is the same whichever
+    way its accents are written. Files are images by their suffix, as Pillow knows it (jpg, jfif,
+    png, webp, tiff, ...); a line on stderr counts what is ignored, but for hidden files and
+    __MACOSX. Images are turned as their metadata say, and of several frames the first is read. A
+    zip is read in place. A grey image has one channel and a colour image three; all have one size.
 
     Raises:
       FileNotFoundError: there is no such path, or a named set is missing and the download failed.
       ValueError: a corrupt, truncated or transparent image or data file, which is named; mixed
-        sizes, or grey mixed with colour; a class without images; another layout; no such split.
+        sizes, or grey mixed with colour; a class without images; another layout; a link to a
+        folder that it lies in; no such split.
     """
     if split not in SPLITS:
         raise ValueError(f"split is 'train' or 'test', not {split!r}")
-    root = Path(data_root or os.environ.get("DATA_ROOT") or "data").expanduser()
+    root = _root(data_root)
     name = _canonical(str(name_or_path))
     if name == "digits":
         return _load_digits(split)
     if name:
         return _load_with_torchvision(name, split, root.resolve())
+    path = _find(name_or_path, root)
+    return Dataset(_name(path), *read_image_folder(path, split))
+
+
+def _root(data_root: str | Path | None) -> Path:
+    return Path(data_root or os.environ.get("DATA_ROOT") or "data").expanduser()
+
+
+def _find(name_or_path: str | Path, root: Path) -> Path:
     path = Path(name_or_path).expanduser()
     for candidate in (path, root / path):
         if candidate.exists():
-            name = candidate.resolve().name if candidate.is_dir() else candidate.stem
-            return Dataset(name, *read_image_folder(candidate, split))
+            return candidate
     raise FileNotFoundError(
         f"unknown data set {str(name_or_path)!r}: the names are {', '.join(NAMES)}, and there is "
         f"no such folder or zip of images, here or in {root}"
     )
+
+
+def _name(path: Path) -> str:
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def identity(name_or_path: str | Path, *, data_root: str | Path | None = None) -> str:
+    """What results from a data set are known by: a name as it is given; of a folder or zip of
+    images `lib.runs.CONTENT` and a `fingerprint` of both splits, wherever it lies.
+
+    Reads the files, as fast as the disk gives them (of a zip its directory alone). Raises as `load`
+    where there are none.
+    """
+    if _canonical(str(name_or_path)):
+        return str(name_or_path)
+    path = _find(name_or_path, _root(data_root))
+    return f"{CONTENT}{fingerprint(path)[:16]}"
+
+
+def file_stem(name_or_path: str | Path, *, data_root: str | Path | None = None) -> str:
+    """For names of files: a data set's name; of a folder or zip the last part of its path and of
+    its `identity`, so that two that are called alike do not share a file."""
+    known_by = identity(name_or_path, data_root=data_root)
+    if not known_by.startswith(CONTENT):
+        return known_by
+    return f"{_name(_find(name_or_path, _root(data_root)))}-{known_by[len(CONTENT) :][:8]}"
 
 
 def _load_digits(split: Split) -> Dataset:
@@ -144,7 +187,7 @@ def _load_digits(split: Split) -> Dataset:
         rank_in_class[members] = np.arange(members.sum())
     chosen = (rank_in_class % 5 == 4) == (split == "test")
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    return Dataset("digits", images[chosen], labels[chosen], tuple("0123456789"))
+    return Dataset("digits", images[chosen], labels[chosen], tuple("0123456789"), "digits")
 
 
 @functools.cache
@@ -201,7 +244,7 @@ def _load_with_torchvision(name: str, split: Split, root: Path) -> Dataset:
             f"{name}: {len(images)} images and {len(labels)} labels, or labels beyond "
             f"{len(classes)} classes, in {', '.join(map(str, paths))}"
         )
-    return Dataset(name, images, labels, classes)
+    return Dataset(name, images, labels, classes, name)
 
 
 def _check_idx(path: Path) -> None:

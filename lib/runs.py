@@ -14,6 +14,9 @@ Every file but metrics.jsonl is written atomically (`lib.files`). metrics.jsonl 
 lines; a line that a killed process left without its end does not count. Beside the checkpoint lies
 the one before it (checkpoint.previous.npz), to resume from should the last one be damaged.
 
+Where the configuration names data of the user's own, it does so by their content (`CONTENT`), not
+by a path: the same data elsewhere have the same folder, other data another one.
+
 One process at a time may hold an unfinished run: `open_run` locks its folder (`lib.run_locks`),
 and the lock goes with the `Run`. To read a run that may be going on elsewhere, make `Run(folder)`
 directly: only `open_run` writes. Of several processes that work on one command (`lib.hosts`) the
@@ -23,11 +26,13 @@ first one writes, and the others wait for it.
 import contextlib
 import dataclasses
 import datetime
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -51,6 +56,8 @@ from lib.files import (
 from lib.keys import check_seed
 from lib.run_locks import FolderLock, lock_folder
 
+CONTENT = "content:"
+"""What a value of a configuration begins with that stands for the content of data."""
 NOT_HASHED = ("seed", "progress", "results")
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "jaxopt", "scikit-learn", "torch")
 
@@ -60,8 +67,11 @@ def config_hash(config: Any, *, exclude: Iterable[str] = NOT_HASHED) -> str:
 
     The order of fields does not count, nor do the top-level fields named in `exclude`.
     """
-    text = json.dumps(_hashed(config, exclude), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return hashlib.sha256(_canonical(_hashed(config, exclude)).encode()).hexdigest()[:10]
+
+
+def _canonical(plain: Any) -> str:
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"))
 
 
 def _hashed(config: Any, exclude: Iterable[str]) -> dict[str, Any]:
@@ -234,13 +244,16 @@ def open_run(
     by-products that several runs share), waited for. A finished run may be opened by anyone; what
     a writer that was killed in `Run.finish` left to resume from is deleted.
 
+    Data of the user's own are known by their content: the folder of the same data and settings is
+    reopened under whatever name it has, and where the data are others than those of a folder that
+    is there, a line on stderr says so.
+
     Raises RunFileError if config.json holds something else, FolderBusyError, OSError where the
     folder cannot be written, and ValueError for a seed as `lib.keys.check_seed` does.
     """
     seed = check_seed(seed)
     exclude = tuple(exclude)
-    folder = Path(results_root, experiment, f"{name}-{config_hash(config, exclude=exclude)}")
-    folder = folder / f"seed{seed}"
+    folder = _folder(Path(results_root, experiment), name, config, exclude) / f"seed{seed}"
     run = Run(folder)
     with hosts.first_alone(f"opening {folder}") as first:
         if first:
@@ -266,6 +279,30 @@ def open_run(
     if not (folder / "env.json").exists():
         write_json(folder / "env.json", environment())
     return run
+
+
+def _folder(parent: Path, name: str, config: Any, exclude: Iterable[str]) -> Path:
+    """Where the runs of a configuration lie; a line says so where other data have some."""
+    digest = config_hash(config, exclude=exclude)
+    folder = parent / f"{name}-{digest}"
+    settings = _canonical(_hashed(config, exclude))
+    if CONTENT not in settings or folder.exists():
+        return folder
+    for same in sorted(parent.glob(f"*-{digest}")):
+        return same
+    for other in sorted(parent.glob(f"{glob.escape(name)}-*/seed*/config.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            stored = _hashed(json.loads(other.read_bytes()), (*exclude, "seed"))
+            if _without_data(_canonical(stored)) == _without_data(settings):
+                if hosts.is_first():
+                    was = f"the data are no longer those of {other.parents[1]}"
+                    print(f"{was}: a new result, {folder}", file=sys.stderr, flush=True)
+                break
+    return folder
+
+
+def _without_data(settings: str) -> str:
+    return re.sub(rf'"{CONTENT}[0-9a-f]*"', f'"{CONTENT}"', settings)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Real images by class: sorted, held out, drawn; every error by its words."""
 
+import math
 from functools import partial
 
 import jax
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from lib import datasets
+from lib import augment, datasets
 from lib.datasets import Dataset, Normalisation
-from xp_dataset_distillation import real_data
+from xp_dataset_distillation import condense, evaluation, real_data
+from xp_dataset_distillation.config import EVALUATORS, BaselineConfig, CondenseConfig
 
 KEY = jax.random.key(0)
 COUNTS = 7, 5, 9
@@ -59,7 +61,7 @@ def test_digits_are_normalised_by_their_own_constants():
 
 
 def test_published_constants_are_those_of_the_literature_and_can_be_replaced():
-    dataset = toy(shape=(3, 2, 3))._replace(name="cifar10")
+    dataset = toy(shape=(3, 2, 3))._replace(name="cifar10", origin="cifar10")
     real = real_data.from_dataset(dataset)
     assert real.mean == (0.4914, 0.4822, 0.4465)
     assert real.std == (0.2023, 0.1994, 0.2010)
@@ -122,7 +124,85 @@ def test_held_out_images_and_the_rest_are_the_whole():
         np.testing.assert_array_equal(labels_of(rest.images), rest.labels)
         together = np.concatenate([numbers(rest.images), numbers(images)])
         np.testing.assert_array_equal(np.sort(together), np.arange(21))
-        assert (rest.mean, rest.std) == (real.mean, real.std)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"held_out": 2}, {"num_per_class": 3}, {"held_out": 1, "num_per_class": 3}]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_constants_are_of_the_images_that_may_be_used(monkeypatch, entry, channels):
+    """Of nothing else: images that are held out may be anything."""
+    dataset = toy(shape=(3, 2, channels))
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: dataset)
+    config = BaselineConfig("imgs", **entry)
+    real, kept = condense.training_images(config, None)
+    for channel in range(channels):
+        values = [float(v) / 255 for v in real.images[..., channel].ravel()]
+        mean = math.fsum(values) / len(values)
+        variance = math.fsum((v - mean) ** 2 for v in values) / len(values)
+        assert real.mean[channel] == pytest.approx(mean, rel=1e-12)
+        assert real.std[channel] == pytest.approx(math.sqrt(variance), rel=1e-12)
+    if kept is not None:  # and they are judged with the constants of the others
+        unused = np.setdiff1d(numbers(dataset.images), numbers(real.images))
+        dataset.images[unused, 2, 1] = 255 - dataset.images[unused, 2, 1]
+        again, _ = condense.training_images(config, None)
+        assert (again.mean, again.std) == (real.mean, real.std)
+        assert evaluation.judge(config, again, kept, None).setting.mean == real.mean
+
+
+def test_published_constants_stay_those_whatever_is_held_out():
+    dataset = toy()._replace(name="mnist", origin="mnist")
+    own = Normalisation((0.25,), (2.0,))
+    for real in (
+        real_data.from_dataset(dataset),
+        real_data.from_dataset(toy(), normalisation=own),
+    ):
+        rest, *_ = real_data.held_out(KEY, real, num_per_class=2)
+        part = real_data.subset(KEY, real, 2)
+        assert (rest.mean, rest.std) == (part.mean, part.std) == (real.mean, real.std)
+
+
+def test_a_folder_that_is_called_like_a_data_set_is_not_one():
+    own = real_data.from_dataset(toy()._replace(name="mnist"))
+    assert (own.mean, own.std) != real_data.PUBLISHED["mnist"]
+    assert (own.mean, own.std) == datasets.normalisation_constants(toy())
+
+
+CHANGES = {
+    "resize": lambda dataset: datasets.resize(dataset, (4, 5)),
+    "to_rgb": datasets.to_rgb,
+    "to_gray": datasets.to_gray,
+    "rotate": lambda dataset: datasets.rotate(dataset, 1),
+    "invert": datasets.invert,
+}
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    origin=st.sampled_from([*datasets.NAMES, None]),
+    changes=st.lists(st.sampled_from(sorted(CHANGES)), max_size=4),
+    names=st.sampled_from([("cat", "dog", "emu"), ("0", "1", "2"), ("a", "7", "é")]),
+)
+def test_digits_and_letters_are_never_mirrored(origin, changes, names):
+    """By what they are, whatever is done to the images and to their name."""
+    dataset = toy()._replace(name=origin or "imgs", origin=origin, class_names=names)
+    for change in changes:
+        dataset = CHANGES[change](dataset)
+    real = real_data.subset(KEY, real_data.from_dataset(dataset), 3)
+    wanted = origin in (None, "fashion_mnist", "cifar10", "cifar100") and names[0] == "cat"
+    for entry in (CondenseConfig("x"), BaselineConfig("x")):
+        assert condense.setting_of(entry, real).flips == wanted
+    for flips in (True, False):
+        assert condense.setting_of(CondenseConfig("x", flips=flips), real).flips == flips
+
+
+def test_resized_digits_are_judged_without_mirrored_ones():
+    entry = BaselineConfig("digits", size=12)
+    real, kept = condense.training_images(entry, None)
+    about = evaluation.judge(entry, real, kept, None).setting
+    for evaluator in EVALUATORS.values():
+        parsed = augment.parse("color_flip", dialect=evaluator.dialect, flips=about.flips)
+        assert "flip" not in parsed.operations
 
 
 def test_another_key_holds_out_other_images():

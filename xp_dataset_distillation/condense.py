@@ -13,14 +13,14 @@ their accuracy on the test split.
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import hosts, runs
+from lib import datasets, hosts, runs
 from lib.commands import run_command
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
@@ -33,7 +33,10 @@ from xp_dataset_distillation.factor import check_factor, encode
 from xp_dataset_distillation.objectives import Setting, Target, objective, optimizer, step_of
 
 WITHOUT_FLIPS = ("digits", "mnist", "svhn", "usps", "kmnist")
-"""A mirrored digit or letter is another one or none."""
+"""A mirrored digit or letter is another one or none: data sets of these, in whatever size."""
+
+
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 class Keys(NamedTuple):
@@ -70,11 +73,16 @@ def training_images(
     return real, kept
 
 
+def _names_characters(class_names: tuple[str, ...]) -> bool:
+    """Whether each class is called by one digit or letter, as in a folder of images of these."""
+    return all(len(name) == 1 and name.isalnum() for name in class_names)
+
+
 def setting_of(entry: Entry, real: real_data.RealData) -> Setting:
     """What objective and classifiers must know of the data."""
     flips = getattr(entry, "flips", None)
     if flips is None:
-        flips = real.name not in WITHOUT_FLIPS
+        flips = not (real.origin in WITHOUT_FLIPS or _names_characters(real.class_names))
     return Setting(real.num_classes, real.image_shape, real.mean, real.std, flips)
 
 
@@ -103,6 +111,12 @@ def start(key: jax.Array, config: CondenseConfig, real: real_data.RealData) -> n
     return np.asarray(encode(images, config.factor) if config.start == "mixed" else images)
 
 
+def known_by_content(entry: AnyEntry, data_root: Path | None) -> AnyEntry:
+    """The settings by which results are known: `lib.datasets.identity` in place of a path."""
+    known_by = datasets.identity(entry.dataset, data_root=data_root)
+    return dataclasses.replace(entry, dataset=known_by)
+
+
 def condense(
     config: CondenseConfig,
     *,
@@ -115,7 +129,8 @@ def condense(
     records [.., classes, n, H, W, c] uint8 at `steps`, losses [iterations], seconds; and the
     exported set in `condensed/`."""
     name = f"{Path(config.dataset).stem}-{config.method}-ipc{config.images_per_class}"
-    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
+    known = known_by_content(config, data_root)
+    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed)
     if run.finished:
         return run
     real, setting = problem(config, data_root)
@@ -142,7 +157,7 @@ def condense(
     )
     seconds = time.perf_counter() - began
     records = particles.reshape(-1, classes, n, *shape)
-    export.save(run.folder / "condensed", condensed_set(records[-1], config, real, seed))
+    export.save(run.folder / "condensed", condensed_set(records[-1], known, real, seed))
     run.finish(
         images=records[-1],
         records=np.rint(records * 255).astype(np.uint8),

@@ -61,7 +61,8 @@ class CondenseConfig:
     augmentation: str = "color_crop_cutout"
     dialect: Dialect = "idc"
     flips: bool | None = None
-    """None: never for digits (the data sets digits, mnist, svhn, usps and kmnist)."""
+    """None: never for digits and letters (the data sets digits, mnist, svhn, usps and kmnist in any
+    size; a folder or zip whose classes are all called by one digit or letter, 0 to 9 say)."""
     network: NetworkName = "convnet"
     width: int = 128
     depth: int = 3

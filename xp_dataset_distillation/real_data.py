@@ -26,7 +26,7 @@ PUBLISHED = {
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("images",),
-    meta_fields=("counts", "class_names", "name", "mean", "std"),
+    meta_fields=("counts", "class_names", "name", "mean", "std", "origin", "own_constants"),
 )
 @dataclasses.dataclass(frozen=True)
 class RealData:
@@ -34,7 +34,8 @@ class RealData:
 
     A pytree of one leaf, the images; the rest is static, so that it goes through jit as an
     argument. `jax.device_put` moves it to the device once. `mean` and `std` are by channel, of
-    values in [0, 1].
+    values in [0, 1]; with `own_constants` those of these images, and of a part of them its own.
+    `origin` is as in `lib.datasets.Dataset`.
     """
 
     images: UInt8[np.ndarray | Array, "n height width channels"]
@@ -43,6 +44,8 @@ class RealData:
     name: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    origin: str | None = None
+    own_constants: bool = False
 
     @property
     def starts(self) -> Int[np.ndarray, " classes"]:
@@ -72,7 +75,8 @@ def load(
     """The training images of `lib.datasets.load`, resized to `size` x `size` if that is given.
 
     Normalisation is the published one for the data sets of `PUBLISHED` in their own size, else
-    that of the images; or the one given. Raises as `lib.datasets.load` and `from_dataset`.
+    that of the images (after `subset` and `held_out`, of those that are left); or the one given.
+    Raises as `lib.datasets.load` and `from_dataset`.
     """
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
@@ -101,22 +105,28 @@ def from_dataset(dataset: Dataset, *, normalisation: Normalisation | None = None
         raise ValueError(
             f"class {names[label]!r} of {dataset.name} has no image: no label is {label}"
         )
-    if normalisation is None:
+    if normalisation is None and dataset.name == dataset.origin:
         normalisation = PUBLISHED.get(dataset.name)
-    if normalisation is None:
-        normalisation = datasets.normalisation_constants(dataset)
-        for channel in np.flatnonzero(np.array(normalisation.std) == 0):
-            raise ValueError(
-                f"channel {channel} of {dataset.name} is the same in every pixel of every image"
-            )
+    constants = normalisation or _constants(dataset)
     return RealData(
         images=dataset.images[np.argsort(labels, kind="stable")],
         counts=tuple(counts.tolist()),
         class_names=tuple(names),
         name=dataset.name,
-        mean=tuple(normalisation.mean),
-        std=tuple(normalisation.std),
+        mean=tuple(constants.mean),
+        std=tuple(constants.std),
+        origin=dataset.origin,
+        own_constants=normalisation is None,
     )
+
+
+def _constants(dataset: Dataset) -> Normalisation:
+    found = datasets.normalisation_constants(dataset)
+    for channel in np.flatnonzero(np.array(found.std) == 0):
+        raise ValueError(
+            f"channel {channel} of {dataset.name} is the same in every pixel of every image"
+        )
+    return found
 
 
 def check_images_per_class(real: RealData, num: int) -> None:
@@ -130,9 +140,14 @@ def check_images_per_class(real: RealData, num: int) -> None:
             )
 
 
+def _as_dataset(real: RealData) -> Dataset:
+    images = np.asarray(real.images)
+    return Dataset(real.name, images, real.labels, real.class_names, real.origin)
+
+
 def _shuffled_places(key: PRNGKeyArray, real: RealData) -> list[Int[np.ndarray, " count"]]:
     """Of every class, where its images are, shuffled; keyed by its label."""
-    dataset = Dataset(real.name, np.asarray(real.images), real.labels, real.class_names)
+    dataset = _as_dataset(real)
     return [
         datasets.draw_indices(key, dataset, count, classes=[label])[0]
         for label, count in enumerate(real.counts)
@@ -142,11 +157,15 @@ def _shuffled_places(key: PRNGKeyArray, real: RealData) -> list[Int[np.ndarray, 
 def _chosen(real: RealData, places: list[np.ndarray]) -> RealData:
     """The images at these places of every class, in the order of before."""
     places = [np.sort(of_class) for of_class in places]
-    return dataclasses.replace(
+    part = dataclasses.replace(
         real,
         images=np.asarray(real.images)[np.concatenate(places)],
         counts=tuple(len(of_class) for of_class in places),
     )
+    if not real.own_constants:
+        return part
+    constants = _constants(_as_dataset(part))
+    return dataclasses.replace(part, mean=constants.mean, std=constants.std)
 
 
 def subset(key: PRNGKeyArray, real: RealData, num_per_class: int) -> RealData:
@@ -182,9 +201,9 @@ def held_out(
         if num >= count:
             raise ValueError(f"holding out {num} of the {count} images of {name!r} leaves none")
     shuffled = _shuffled_places(key, real)
-    out = _chosen(real, [places[:num] for places, num in zip(shuffled, nums)])
+    out = np.concatenate([np.sort(places[:num]) for places, num in zip(shuffled, nums)])
     rest = _chosen(real, [places[num:] for places, num in zip(shuffled, nums)])
-    return rest, out.images, out.labels
+    return rest, np.asarray(real.images)[out], real.labels[out]
 
 
 def draw_indices(key: PRNGKeyArray, counts: tuple[int, ...], num: int) -> Int[Array, "classes num"]:
