@@ -8,7 +8,7 @@ The groups and their settings are in `config.py`. What is finished is skipped.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import tyro
 
 from lib import runs, settings
 from lib.commands import run_command
+from lib.datasets import identity
 from lib.files import rounded, write_bytes, write_json
 from lib.hosts import DeviceOptions
 from xp_data_mixing import coverage, downstream, plot, recovery, solvers, tables
@@ -46,7 +47,9 @@ class Arguments(DeviceOptions):
 def run_one(group: str, config: Config, seed: int, arguments: Arguments) -> runs.Run:
     """Measures, or finds it done; the folder holds what the group's function returns, and the
     seconds of CPU time it took."""
-    run = runs.open_run(arguments.results, EXPERIMENT, group, config, seed=seed)
+    known_by = identity(config.samples.dataset, data_root=arguments.data_root)
+    known = replace(config, samples=replace(config.samples, dataset=known_by))
+    run = runs.open_run(arguments.results, EXPERIMENT, group, known, seed=seed)
     if not run.finished:
         began = time.process_time()
         found = MEASURES[group](config, seed, arguments.data_root)

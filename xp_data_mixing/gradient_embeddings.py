@@ -354,6 +354,7 @@ def main(arguments: Arguments) -> Path:
         print(path, files[path.name], flush=True)
     summary = arguments.out_dir / "embeddings.json"
     about = {"arguments": arguments, "environment": runs.environment(), "accuracy": accuracy}
+    about["data"] = datasets.identity(arguments.dataset, data_root=arguments.data_root)
     shares = dict(zip(train.class_names, counts / arguments.num_target))
     write_json(summary, {**about, "files": files, "target_mixture": shares})
     print(f"the target's mixture, and the rest: {summary}")

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from tyro.conf import subcommand
 
-from lib import runs
+from lib import datasets, runs
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
@@ -205,7 +205,8 @@ def run_moments(arguments: Moments) -> Path:
         )
     says = "How far moments of the condensed images' features are from those of the real ones."
     heads = ["condensed by", *MOMENTS]
-    name = f"check_moments_{Path(arguments.dataset).stem}"
+    stem = datasets.file_stem(arguments.dataset, data_root=arguments.data_root)
+    name = f"check_moments_{stem}"
     return written(name, {"rows": rows}, arguments, says=says, heads=heads, form=".4g")
 
 

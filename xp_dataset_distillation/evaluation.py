@@ -21,7 +21,12 @@ from lib.cutmix import cutmix
 from lib.keys import key_of_seed
 from lib.networks import network_by_name
 from xp_dataset_distillation import baselines, real_data
-from xp_dataset_distillation.condense import condense, setting_of, training_images
+from xp_dataset_distillation.condense import (
+    condense,
+    known_by_content,
+    setting_of,
+    training_images,
+)
 from xp_dataset_distillation.config import (
     EXPERIMENT,
     BaselineConfig,
@@ -231,7 +236,8 @@ def evaluate(
         evaluator = replace(evaluator, num_epochs=judged.whole_epochs)
     kind = entry.kind if isinstance(entry, BaselineConfig) else entry.method
     name = f"accuracy-{Path(entry.dataset).stem}-{kind}-ipc{entry.images_per_class}"
-    settings = {"entry": entry, "evaluator": evaluator, "num_networks": judged.num_networks}
+    known = known_by_content(entry, data_root)
+    settings = {"entry": known, "evaluator": evaluator, "num_networks": judged.num_networks}
     run = runs.open_run(results, EXPERIMENT, name, settings, seed=seed)
     if not run.finished:
         real, kept = training_images(entry, data_root)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from lib import runs, settings
+from lib import datasets, runs, settings
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
@@ -99,8 +99,10 @@ def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:
                 shown = 100 * np.mean(rows[key]["accuracies"][seed])
                 print(f"seed {seed}, {number} a class, {label}: {shown:.1f}%", flush=True)
     listed = [row | {"accuracies": list(row["accuracies"].values())} for row in rows.values()]
-    held_out = "_held_out" if arguments.held_out else ""
-    summary = arguments.results / EXPERIMENT / f"{name}_{arguments.preset}{held_out}.json"
+    file_name = f"{name}_{arguments.preset}" + ("_held_out" if arguments.held_out else "")
+    if arguments.dataset is not None:
+        file_name += f"_{datasets.file_stem(arguments.dataset, data_root=arguments.data_root)}"
+    summary = arguments.results / EXPERIMENT / f"{file_name}.json"
     about = {"group": name, "seeds": arguments.seeds, "environment": runs.environment()}
     about["judged_on"] = "held-out training images" if arguments.held_out else "the test split"
     write_json(summary, {**about, "rows": listed})

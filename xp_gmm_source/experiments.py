@@ -20,11 +20,19 @@ from matplotlib import pyplot as plt
 
 from lib import plotting, runs, settings
 from lib.commands import run_command
+from lib.datasets import file_stem
 from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
 from xp_gmm_source import metrics, plot, tables
 from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
-from xp_gmm_source.flow import Split, fitted_mixture, read, reference, run_flow
+from xp_gmm_source.flow import (
+    Split,
+    fitted_mixture,
+    known_by_content,
+    read,
+    reference,
+    run_flow,
+)
 from xp_gmm_source.gmm_files import ImageMixture
 from xp_gmm_source.sources import mixture_source
 
@@ -77,7 +85,10 @@ def run_group(group: str, flows: dict[str, FlowConfig], arguments: Arguments) ->
         folders = [run.folder.relative_to(arguments.results).as_posix() for run in done[label]]
         for row in tables.rows_of(label, stored):
             rows.append(row | {"settings": config, "folders": folders})
-    summary = arguments.results / EXPERIMENT / f"{group}_{arguments.preset}.json"
+    name = f"{group}_{arguments.preset}"
+    if arguments.dataset is not None:
+        name += f"_{file_stem(arguments.dataset, data_root=arguments.data_root)}"
+    summary = arguments.results / EXPERIMENT / f"{name}.json"
     mixtures = fitted_mixtures(flows, arguments)
     about: dict[str, Any] = {
         "group": group,
@@ -109,6 +120,7 @@ def fitted_mixtures(flows: dict[str, FlowConfig], arguments: Arguments) -> Mixtu
         name = f"{config.n_components}_{config.covariance_type}"
         if config.source == "gmm" and name not in found:
             split = read(config, arguments.data_root)
+            config = known_by_content(config, arguments.data_root)
             found[name] = config, split, fitted_mixture(config, split.train, arguments.results)
     return found
 

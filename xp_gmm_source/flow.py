@@ -21,7 +21,7 @@ import tyro
 
 from lib import convolution, files, flow_matching, flow_sampling, hosts, runs
 from lib.commands import run_command
-from lib.datasets import Dataset, load
+from lib.datasets import Dataset, identity, load
 from lib.hosts import DeviceOptions
 from lib.keys import key_of_seed
 from lib.settings import settings_of
@@ -96,7 +96,13 @@ def read(config: FlowConfig, data_root: Path | None) -> Split:
     return Split(train, test)
 
 
-# ---- What is fitted once for all seeds
+def known_by_content(config: FlowConfig, data_root: Path | None) -> FlowConfig:
+    """The settings by which results are known: `lib.datasets.identity` in place of a path."""
+    known_by = identity(config.dataset, data_root=data_root)
+    return dataclasses.replace(config, dataset=known_by)
+
+
+# ---- What is fitted once for all seeds; of all these functions `config` is known by its content
 
 
 def fitted_mixture(
@@ -241,10 +247,12 @@ def run_flow(
     """Trains one model, or finds it done. See `judge_flow` for what its folder holds, beside
     losses [num_steps] and train_seconds."""
     name = f"{Path(config.dataset).stem}-{config.source}-{config.coupling}"
-    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
+    known = known_by_content(config, data_root)
+    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed)
     if run.finished:
         return run
     split = read(config, data_root)
+    config = known
     judged_by = reference(config, split, results)
     source = source_of(config, split.train, results, show_progress=show_progress)
     train_key, judge_key = jax.random.split(key_of_seed(seed, shift=1000))

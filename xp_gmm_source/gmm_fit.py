@@ -6,7 +6,9 @@
 
 Writes NAME = {dataset}_gmm{K}_pca{D}_{covariance_type} to --output_dir: NAME.pkl and NAME_stats.pt,
 which PyTorch code reads as the published ones, and NAME.npz, the same without pickle, which is
-written last. Pixels are in [-1, 1]. An interrupted fit resumes when the command is given again.
+written last. {dataset} is a name, or the last part of a path and eight digits of a hash of the
+images: other images of the same name have files of their own. Pixels are in [-1, 1]. An
+interrupted fit resumes when the command is given again.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ import tyro
 
 from lib import gmm, hosts, runs
 from lib.commands import run_command
-from lib.datasets import load
+from lib.datasets import file_stem, identity, load
 from lib.gmm_covariances import diagonal, full, low_rank, spherical, tied
 from lib.gmm_em import fit, mean_log_likelihood
 from lib.gmm_rows import Rows, rows
@@ -298,19 +300,22 @@ def _finished(path: Path, settings: dict[str, Any]) -> bool:
 def main(arguments: Arguments) -> Path:
     """Fits, writes the three files, says where they lie; returns the path of the npz."""
     config = settings_of(FitConfig, arguments)
-    train = load(config.dataset, data_root=arguments.data_root)
+    where: dict[str, Any] = {"data_root": arguments.data_root}
+    train = load(config.dataset, **where)
     d = int(np.prod(train.image_shape))
-    name = f"{train.name}_gmm{config.n_components}_pca{config.n_pca or d}_{config.covariance_type}"
-    path = arguments.output_dir / f"{name}.npz"
-    settings = dataclasses.asdict(config)
+    kind = f"gmm{config.n_components}_pca{config.n_pca or d}_{config.covariance_type}"
+    stem = train.origin or file_stem(config.dataset, **where)
+    path = arguments.output_dir / f"{stem}_{kind}.npz"
+    known = dataclasses.replace(config, dataset=identity(config.dataset, **where))
+    settings = dataclasses.asdict(known)
     if _finished(path, settings):
         print(f"there already, with these settings: {path}")
         return path
     try:
-        test_images = load(config.dataset, split="test", data_root=arguments.data_root).images
+        test_images = load(config.dataset, split="test", **where).images
     except (FileNotFoundError, ValueError):
         test_images = None  # a folder of images need not have any
-    run = runs.open_run(arguments.results, EXPERIMENT, f"fit-{name}", config, seed=0)
+    run = runs.open_run(arguments.results, EXPERIMENT, f"fit-{train.name}_{kind}", known, seed=0)
     print(
         f"{train.name}: {len(train.images)} images of {d} pixels, K = {config.n_components}, "
         f"{config.covariance_type}, {config.engine}"
@@ -324,7 +329,7 @@ def main(arguments: Arguments) -> Path:
     if config.n_stat_samples:
         key = jax.random.fold_in(jax.random.key(config.random_state), 2)
         mean, std = sampled_moments(key, stored, config.n_stat_samples, config.batch_size)
-    stats = path.with_name(f"{name}_stats.pt")
+    stats = path.with_name(f"{path.stem}_stats.pt")
     gmm_files.save_published(path.with_suffix(".pkl"), stored, regularisation=config.reg_covar)
     gmm_files.save_stats(stats, mean, std, train.image_shape)
     gmm_files.save(path, stored)

@@ -27,7 +27,7 @@ from lib.gd import DivergedError, flow_init, flow_step
 from lib.hosts import DeviceOptions
 from xp_transfer_learning import domain_adaptation, methods, tables
 from xp_transfer_learning.config import ABLATION, EXPERIMENT, AdaptationConfig
-from xp_transfer_learning.data import pair_name
+from xp_transfer_learning.data import summary_name
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def main(arguments: Arguments) -> Path:
             row = {"diverged": str(error)}
         rows.append({"option": option, "settings": asdict(flow), **row})
         print(tables.ablation_line(rows[-1]), flush=True)
-    pair = pair_name(arguments.src_dataset, arguments.tgt_dataset)
+    pair = summary_name(arguments.src_dataset, arguments.tgt_dataset, arguments.data_root)
     kind = "step_sizes" if arguments.lr else "ablation"
     summary = arguments.results / EXPERIMENT / f"{kind}_{pair}.json"
     about = {"arguments": arguments, "environment": runs.environment()}

@@ -1,11 +1,22 @@
 """The data sets of these experiments, brought to one image shape."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lib import datasets
-from xp_transfer_learning.config import INVERTED, ROTATED
+from xp_transfer_learning.config import (
+    INVERTED,
+    NOISE,
+    ROTATED,
+    AdaptationConfig,
+    ImageFlowConfig,
+    TransferConfig,
+)
+
+MADE_HERE = (NOISE, ROTATED, INVERTED)
+Config = TypeVar("Config", ImageFlowConfig, TransferConfig, AdaptationConfig)
 
 
 def load(name: str, split: datasets.Split, data_root: Path | None) -> datasets.Dataset:
@@ -15,6 +26,15 @@ def load(name: str, split: datasets.Split, data_root: Path | None) -> datasets.D
     if name == INVERTED:
         return datasets.invert(datasets.load("digits", split=split))
     return datasets.load(name, split=split, data_root=data_root)
+
+
+def known_by_content(config: Config, data_root: Path | None) -> Config:
+    """The settings by which results are known: `lib.datasets.identity` in place of paths."""
+
+    def known_by(name: str) -> str:
+        return name if name in MADE_HERE else datasets.identity(name, data_root=data_root)
+
+    return replace(config, source=known_by(config.source), target=known_by(config.target))
 
 
 def stored_shape(arrays: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -44,3 +64,13 @@ def stem(name: str) -> str:
 def pair_name(source: str, target: str) -> str:
     """Two data sets' names or paths, fit for a folder's name."""
     return f"{stem(source)}-{stem(target)}"
+
+
+def summary_name(source: str, target: str, data_root: Path | None) -> str:
+    """As `pair_name`, for a file that no hash of settings tells from others: with a part of the
+    content of what is no named data set (`lib.datasets.file_stem`)."""
+    stems = (
+        name if name in MADE_HERE else datasets.file_stem(name, data_root=data_root)
+        for name in (source, target)
+    )
+    return "-".join(stems).replace(":", "_")

@@ -32,7 +32,14 @@ from xp_transfer_learning.config import (
     FlowSettings,
     Preset,
 )
-from xp_transfer_learning.data import load, pair_name, resized, shaped
+from xp_transfer_learning.data import (
+    known_by_content,
+    load,
+    pair_name,
+    resized,
+    shaped,
+    summary_name,
+)
 from xp_transfer_learning.labels import class_costs, match_classes
 
 
@@ -58,11 +65,13 @@ def data(seed: int, config: AdaptationConfig, data_root: Path | None):
 def frozen_classifier(config: AdaptationConfig, data_root: Path | None):
     """(network, parameters, accuracy on the target's test split): one for all tries and flows."""
     # Source and flow have no part in it: left out, so that they do not train it anew.
-    return _classifier(replace(config, source=config.target, flow=FlowSettings()), data_root)
+    config = replace(config, source=config.target, flow=FlowSettings())
+    return _classifier(config, known_by_content(config, data_root), data_root)
 
 
 @cache
-def _classifier(config: AdaptationConfig, data_root: Path | None):
+def _classifier(config: AdaptationConfig, known: AdaptationConfig, data_root: Path | None):
+    # `known` is for the cache: a path may hold other images by now.
     x_tgt, image_shape = target_data(config, data_root)
     num_classes, n, _ = x_tgt.shape
     network = LeNet5(num_classes)
@@ -86,7 +95,7 @@ def run_try(
     """One flow. Its folder holds accuracies [records], steps, losses [T], matched [C] (the target
     class of each source class), classifier_accuracy and samples [records, C, d]."""
     name = f"adaptation_{pair_name(config.source, config.target)}"
-    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
+    run = runs.open_run(results, EXPERIMENT, name, known_by_content(config, data_root), seed=seed)
     if run.finished:
         print(f"{run.folder}: done before")
         return run
@@ -174,7 +183,8 @@ def main(arguments: Arguments) -> list[Path]:
         ]
         stored = [runs.Run(folder).load_arrays() for folder in folders]
         accuracies = np.stack([one["accuracies"] for one in stored])
-        name = f"adaptation_{pair_name(config.source, config.target)}"
+        pair = summary_name(config.source, config.target, arguments.data_root)
+        name = f"adaptation_{pair}"
         summary = arguments.results / EXPERIMENT / f"{name}.json"
         write_json(
             summary,

@@ -32,7 +32,7 @@ from xp_transfer_learning.config import (
     ImageFlowConfig,
     Preset,
 )
-from xp_transfer_learning.data import load, pair_name, shaped, stem
+from xp_transfer_learning.data import known_by_content, load, pair_name, shaped, stem
 from xp_transfer_learning.labels import nearest
 
 
@@ -56,7 +56,8 @@ def run_flow(
     """Runs one flow, or finds it done. Its folder holds losses [T], particles
     [records, C, n, d], steps, x_tgt and image_shape."""
     name = pair_name(config.source, config.target)
-    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed)
+    known = known_by_content(config, data_root)
+    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed)
     if run.finished:
         print(f"{run.folder}: done before")
         return run

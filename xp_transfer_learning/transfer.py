@@ -37,7 +37,15 @@ from xp_transfer_learning.config import (
     TrainingConfig,
     TransferConfig,
 )
-from xp_transfer_learning.data import load, pair_name, resized, shaped, stored_shape
+from xp_transfer_learning.data import (
+    known_by_content,
+    load,
+    pair_name,
+    resized,
+    shaped,
+    stored_shape,
+    summary_name,
+)
 from xp_transfer_learning.labels import agreement, label_particles
 
 
@@ -61,7 +69,8 @@ def flow(config: TransferConfig, *, seed: int, results: Path, data_root: Path | 
     """The flowed images of one try: particles [records, C, n, d] (none for target_only), steps,
     losses, x_tgt, image_shape. Stored, and read back if done before."""
     name = f"transfer_{_setting(config)}"
-    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed, wait=True)
+    known = known_by_content(config, data_root)
+    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed, wait=True)
     if not run.finished:
         x0, x_tgt, image_shape = data(seed, config, data_root)
         stored = {"x_tgt": np.asarray(x_tgt), "image_shape": np.asarray(image_shape)}
@@ -130,7 +139,8 @@ def run_try(
     """One try: accuracies [records, trainings] and label_agreement [records] at `steps`, the last
     record alone unless `along`; the flow's losses."""
     name = f"transfer_accuracy_{_setting(config)}"
-    settings = {"transfer": config, "training": training, "along": along}
+    known = known_by_content(config, data_root)
+    settings = {"transfer": known, "training": training, "along": along}
     run = runs.open_run(results, EXPERIMENT, name, settings, seed=seed)
     if not run.finished:
         flowed = flow(config, seed=seed, results=results, data_root=data_root)
@@ -259,7 +269,7 @@ def run_table(arguments: Arguments) -> Path:
                     row["label_agreement"] = [t["label_agreement"][-1] for t in tries]
                 rows.append(row)
                 print(describe(row), flush=True)
-    pair = pair_name(arguments.src_dataset, arguments.tgt_dataset)
+    pair = summary_name(arguments.src_dataset, arguments.tgt_dataset, arguments.data_root)
     stem = f"{pair}-k{'_'.join(map(str, arguments.k_shot))}-{'_'.join(arguments.method)}"
     if arguments.lr_nn != TrainingConfig.lr:
         stem += f"-lr_nn{arguments.lr_nn:g}"
