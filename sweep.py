@@ -9,13 +9,16 @@
 The same sweep again runs what is missing. What it keeps of a command is in `lib/sweeps.py`.
 """
 
+import contextlib
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from lib import console, runs, sweeps
+from lib import console, datasets, runs, sweeps
+from lib.row_files import open_rows
 
 AT_ONCE_ON_SLURM = 256
 
@@ -36,6 +39,38 @@ class Arguments:
     """The folder of the commands' states, from the repository's root as in the commands."""
 
 
+def known_by(command: sweeps.Command) -> sweeps.Command:
+    """The command with the content of data in place of the paths that lead to them, so that other
+    data there make another command; as it is where it names no data of the user's own."""
+    words = [
+        part
+        for word in command
+        for part in (word.split("=", 1) if word.startswith("--") else [word])
+    ]
+    data_root = dict(itertools.pairwise(words)).get("--data_root")
+    known, option = [], ""
+    with contextlib.chdir(sweeps.ROOT):  # where the command looks for them
+        for word in words:
+            if word.startswith("--"):
+                option = word.replace("-", "_").strip("_")
+                known.append(word)
+            else:
+                known.append(_content(option, word, data_root))
+    return command if known == words else tuple(known)
+
+
+def _content(option: str, word: str, data_root: str | None) -> str:
+    """What stands for a value of an option."""
+    try:
+        if option.endswith("dataset"):
+            return datasets.identity(word, data_root=data_root)
+        if option in ("train_paths", "val_paths"):
+            return f"{runs.CONTENT}{open_rows(word).fingerprint()}"
+    except (OSError, ValueError):
+        pass  # the command says what is wrong with it
+    return word
+
+
 def main(arguments: Arguments, template: list[str]) -> int:
     """Runs the sweep; returns the exit status, 1 unless all is finished, 130 after a stop."""
     if template[:1] == ["python"]:
@@ -52,7 +87,7 @@ def main(arguments: Arguments, template: list[str]) -> int:
         raise ValueError(f"workers must be at least 1, got {workers}")
     folder = (sweeps.ROOT / arguments.results / "sweeps").resolve()
     entries = [
-        sweeps.Entry(command, folder / runs.config_hash({"command": command}))
+        sweeps.Entry(command, folder / runs.config_hash({"command": known_by(command)}))
         for command in sweeps.expand(template, arguments.grid)
     ]
     missing = [entry for entry in entries if not entry.done.exists()]

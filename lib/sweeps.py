@@ -1,6 +1,6 @@
 """Sweeps: a command for every point of a grid, run by submitit, here or on Slurm.
 
-    results/sweeps/<hash of the command>/
+    results/sweeps/<hash of the command, and of the content of the data that it names>/
         log.txt      the command and what it printed, one start after the other
         done.json    that it ended with exit status 0, when, after how long; written last
 

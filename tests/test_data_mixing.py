@@ -768,6 +768,9 @@ def test_everything_on_the_command_line(files, tmp_path, capsys):
     assert document["manifest"]["seed"] == 3
     assert document["manifest"]["files"][2]["dtype"] == "bfloat16"
     assert document["manifest"]["files"][0]["shape"] == [60, 3]
+    assert len({file["content"] for file in document["manifest"]["files"]}) == (
+        len(document["manifest"]["files"])
+    )
     assert document["manifest"]["environment"]["versions"]["jax"] == jax.__version__
     assert "(intervals at 0.8)" in capsys.readouterr().out
     page = (tmp_path / "out.html").read_text()

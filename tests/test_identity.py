@@ -1,6 +1,7 @@
 """What a result is known by: a name, or the content of one's own data, for every command."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 import zipfile
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib import datasets, runs
+from lib.row_files import open_rows
 from xp_data_mixing import experiments as mixing
 from xp_data_mixing.config import Samples, SolversConfig
 from xp_dataset_distillation import condense, evaluation
@@ -30,6 +32,9 @@ from xp_transfer_learning.config import (
 )
 
 ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("sweep", ROOT / "sweep.py")
+sweep = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sweep)
 
 
 def write_images(root: Path, seed: int = 0, num: int = 3) -> Path:
@@ -191,6 +196,21 @@ def test_runs_are_known_by_the_content_of_their_data(tmp_path, monkeypatch, comm
     assert run_of("imgs") == others
 
 
+def test_the_classifier_of_other_images_is_another(tmp_path, monkeypatch):
+    """Within one process too, where it is kept."""
+    trained = []
+    classification = domain_adaptation.classification
+    monkeypatch.setattr(classification, "train", lambda *_, **__: trained.append(1) or (None, None))
+    monkeypatch.setattr(classification, "accuracy", lambda *_: 0.0)
+    path = write_images(tmp_path / "imgs")
+    config = AdaptationConfig("digits", str(path), num_per_class=2)
+    for wanted in (1, 1, 2):
+        if wanted == 2:
+            one_pixel(None, path / "train" / "cat" / "0.bmp")
+        domain_adaptation.frozen_classifier(config, None)
+        assert len(trained) == wanted
+
+
 def test_published_runs_keep_their_folders():
     """Named data sets add nothing to the hash of their settings."""
     for file in sorted(ROOT.glob("xp_gmm_source/published/*.json")):
@@ -200,6 +220,50 @@ def test_published_runs_keep_their_folders():
             known = source_flow.known_by_content(config, None)
             for folder in row["folders"]:
                 assert Path(folder).parent.name.endswith(runs.config_hash(known))
+
+
+def test_a_sweep_knows_commands_by_the_content_of_their_data(tmp_path, monkeypatch):
+    def hash_of(command):
+        return runs.config_hash({"command": sweep.known_by(tuple(command.split()))})
+
+    named = ("xp/condense.py", "echo", "--dataset=digits", "--seed", "3")
+    assert sweep.known_by(named) is named
+    monkeypatch.setattr(sweep.sweeps, "ROOT", tmp_path)
+    write_images(tmp_path / "imgs")
+    np.save(tmp_path / "rows.npy", np.zeros((3, 2), np.float32))
+    commands = [
+        "x.py --dataset imgs --seed 0",
+        "x.py --seed 0 --src_dataset=imgs",
+        f"x.py --tgt-dataset {tmp_path / 'imgs'}",
+        "x.py --train_paths rows.npy missing.npy --val_paths other.npy",
+    ]
+    before = [hash_of(command) for command in commands]
+    assert before == [hash_of(command) for command in commands]
+    assert len(set(before)) == 4
+    one_pixel(None, tmp_path / "imgs" / "train" / "cat" / "0.bmp")
+    np.save(tmp_path / "rows.npy", np.ones((3, 2), np.float32))
+    for command, was in zip(commands, before):
+        assert hash_of(command) != was
+
+
+def test_files_of_rows_are_known_by_their_content(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(9, 4))
+    paths = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    np.save(paths[0], rows)
+    shutil.copy(*paths)
+    first, second = (open_rows(path).fingerprint() for path in paths)
+    assert first == second
+    rows[4, 2] = np.nextafter(rows[4, 2], 9)
+    np.save(paths[1], rows)
+    assert open_rows(paths[1]).fingerprint() != first
+    # Of a large file blocks from end to end: 80 MB that are not written take no disk.
+    large = np.lib.format.open_memmap(tmp_path / "c.npy", "w+", np.float32, (10_000_000, 2))
+    known = [open_rows(tmp_path / "c.npy").fingerprint()]
+    for row in (0, 5_000_000, 9_999_999):
+        large[row : row + 200_000] = 1
+        large.flush()
+        known.append(open_rows(tmp_path / "c.npy").fingerprint())
+    assert len(set(known)) == 4
 
 
 # ---- Run folders

@@ -100,7 +100,12 @@ def document(
             "options": options,
             "mean_kernel_value": _finite(result.kernel_mean),
             "files": [
-                {"path": file.name, "shape": list(file.shape), "dtype": file.dtype}
+                {
+                    "path": file.name,
+                    "shape": list(file.shape),
+                    "dtype": file.dtype,
+                    "content": file.fingerprint(),
+                }
                 for file in [*train, *val]
             ],
             "environment": environment,
