@@ -15,7 +15,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 SPLITS = ("train", "test")
 
-# Pillow's formats of pictures; the others are icons, videos, documents, projects of an editor. HEIF
-# is Pillow's where a plugin is registered.
+# Pillow's formats of pictures, in the order in which they are tried; its others are icons, videos,
+# documents, projects of an editor. HEIF is among Pillow's where a plugin is registered.
 _FORMATS = (
-    "AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM",
-    "QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM",
+    "JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "HEIF", "JPEG2000", "TGA", "DDS",
+    "DIB", "PCX", "QOI", "SGI", "XBM",
 )  # fmt: skip
 _PHONES = (".heic", ".heif", ".hif", ".avif")  # pictures that Pillow may not be able to read
 _GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes
@@ -71,7 +71,9 @@ def read_image_folder(path: Path, split: str) -> tuple[np.ndarray, np.ndarray, t
         for i, (entry, _) in enumerate(progress):
             try:
                 # From memory: a read of the 4 GB that a damaged file promises takes none there.
-                with tree.open(entry) as file, Image.open(io.BytesIO(file.read())) as opened:
+                with tree.open(entry) as file:
+                    content = io.BytesIO(file.read())
+                with Image.open(content, formats=_formats()) as opened:
                     shape = (opened.height, opened.width, len(opened.getbands()))
                     # Nor are pixels made up for a size that is another one, however it is turned.
                     if images is None or sorted(shape[:2]) == sorted(images.shape[1:3]):
@@ -144,7 +146,7 @@ def _open_tree(path: Path, stack: contextlib.ExitStack) -> _Tree:
         if info.compress_size > size:  # a read takes what an entry promises
             raise ValueError(f"{path}: {info.filename} is said to be longer than the whole zip")
         name = info.filename.replace("\\", "/")  # as some programs for Windows write it
-        if ".." in PurePosixPath(name).parts:
+        if ".." in _parts(name):
             raise ValueError(f"{path}: {info.filename} leads out of the zip: pack it anew")
         entries[name] = info
     return _Tree(
@@ -200,15 +202,25 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+def _parts(entry: str) -> tuple[str, ...]:
+    return tuple(part for part in entry.split("/") if part not in ("", "."))
+
+
 def _composed(text: str) -> str:
     """One form of the accents that some systems write apart from their letters (Unicode's NFC)."""
-    return unicodedata.normalize("NFC", text)
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 @functools.cache
 def _suffixes() -> tuple[str, ...]:
-    known = Image.registered_extensions().items()
-    return tuple(suffix for suffix, form in known if form in _FORMATS and form in Image.OPEN)
+    readable = (*_formats(), "MPO")  # JPEG's reader knows it
+    return tuple(s for s, name in Image.registered_extensions().items() if name in readable)
 
 
 @functools.cache
@@ -228,7 +240,7 @@ def _find_pictures(where: Path, entries: Iterable[str]) -> _Pictures:
     """The images of both splits. Says which files are not among them."""
     folders = {}  # of every entry, the folders that it is in; of a folder, itself too
     for entry in entries:
-        parts = PurePosixPath(_composed(entry)).parts
+        parts = _parts(_composed(entry))
         if not any(map(_hidden, parts)):
             folders[entry] = parts if entry.endswith("/") else parts[:-1]
     suffixes = _suffixes()

@@ -508,7 +508,8 @@ def forms(folder: Path):
 
 
 @pytest.mark.parametrize(
-    "suffix", ["jfif", "JPE", "JPG", "apng", "avif", "pbm", "TIF", "webp", "j2k", "tga", "qoi"]
+    "suffix",
+    ["jfif", "mpo", "JPE", "JPG", "apng", "avif", "pbm", "TIF", "webp", "j2k", "tga", "qoi"],
 )
 def test_every_picture_that_pillow_knows_is_read(tmp_path, suffix):
     root = write_images(tmp_path / "x", {"a/0.png": colour(90), "a/2.png": colour(90)})
