@@ -30,7 +30,7 @@ class RowFile:
     values: Plain | Compressed = dataclasses.field(repr=False)
 
     def fingerprint(self) -> str:
-        """What the file holds: SHA-256, in hex, of its size and its bytes.
+        """What the file holds: SHA-256, in hex, of its size, the key and its bytes.
 
         Of more than 64 MiB only of 64 blocks of 1 MiB, spread evenly from the first byte to the
         last: what differs between them alone is not seen. Raises OSError.
@@ -39,7 +39,7 @@ class RowFile:
         starts = np.arange(0, size, block)
         if len(starts) > 64:
             starts = np.linspace(0, size - block, 64).astype(np.int64)
-        digest = hashlib.sha256(str(size).encode())
+        digest = hashlib.sha256(f"{size} {self.key}".encode())
         with self.path.open("rb", buffering=0) as file:
             for start in starts:
                 file.seek(int(start))
