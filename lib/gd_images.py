@@ -1,15 +1,74 @@
-"""The engine of `lib.gd` with the defaults of long image flows: about a hundred records."""
+"""Flows of images by the engine of `lib.gd`, with the published results: the last particles, or
+some of them on the way, where `lib.gd` keeps every step."""
 
-from functools import wraps
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
 
 from lib import gd
 
 
-@wraps(gd.wasserstein_gradient_descent)
 def wasserstein_gradient_descent(
-    x0, x_tgt, target_value_and_grad, rng, n_epochs=101, *args, **options
-):
-    options.setdefault("record_every", max(1, n_epochs // 100))
-    return gd.wasserstein_gradient_descent(
-        x0, x_tgt, target_value_and_grad, rng, n_epochs, *args, **options
+    x0: Array,
+    x_tgt: PyTree,
+    target_value_and_grad: gd.TargetValueAndGrad,
+    rng: Array,
+    n_epochs: int = 101,
+    lr: float | int | Callable[[Array], Array] = 1,
+    m: float | int = 0,
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(losses [n_epochs], the last particles, of x0's shape).
+
+    Arguments and errors as `lib.gd.wasserstein_gradient_descent`, whose other options it takes
+    except `record_every`.
+    """
+    losses, particles = gd.wasserstein_gradient_descent(
+        x0, x_tgt, target_value_and_grad, rng, n_epochs, lr, m, record_every=n_epochs, **options
+    )
+    return losses, particles[-1]
+
+
+def wasserstein_gradient_descent_save(
+    x0: Array,
+    x_tgt: PyTree,
+    target_value_and_grad: gd.TargetValueAndGrad,
+    rng: Array,
+    n_epochs: int = 101,
+    lr: float | int | Callable[[Array], Array] = 1,
+    m: float | int = 0,
+    save_interval: int = 1,
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(losses [n_epochs], particles [n_epochs // save_interval + 1, ...]).
+
+    `particles[i]` are those after i `save_interval` steps, the first x0 (which the published
+    function overwrites), except the last, which are those after all steps. Arguments and errors as
+    `wasserstein_gradient_descent`.
+    """
+    losses, particles = gd.wasserstein_gradient_descent(
+        x0, x_tgt, target_value_and_grad, rng, n_epochs, lr, m, record_every=save_interval,
+        **options,
+    )  # fmt: skip
+    if n_epochs % save_interval:
+        # `lib.gd` has one more, the last multiple of the interval before the end.
+        particles = np.delete(particles, -2, axis=0)
+    return losses, particles
+
+
+def wasserstein_gradient_descent_optax(
+    x0: Array,
+    x_tgt: PyTree,
+    target_value_and_grad: gd.TargetValueAndGrad,
+    rng: Array,
+    optimizer: optax.GradientTransformation,
+    n_epochs: int = 101,
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `wasserstein_gradient_descent`, with the steps of an optax optimizer."""
+    return wasserstein_gradient_descent(
+        x0, x_tgt, target_value_and_grad, rng, n_epochs, optimizer=optimizer, **options
     )

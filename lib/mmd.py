@@ -36,6 +36,7 @@ from lib.wow import (  # noqa: F401  part of this module's interface
     sliced_riesz,
     subsample_classes,
     target_value_and_grad_gaussian,
+    target_value_and_grad_gaussian_by_hand,
     target_value_and_grad_imq,
     target_value_and_grad_laplace,
     target_value_and_grad_riesz,

@@ -7,7 +7,8 @@ Datasets with Wasserstein over Wasserstein Gradient Flows, ICML 2025). `lib.mmd`
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import wraps
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ from lib.sliced_wasserstein import (
 )
 from lib.sorting import sort_columns
 
+Target = TypeVar("Target", bound=Callable)
+
 # Kernels between measures
 
 
@@ -40,8 +43,17 @@ class SlicedKernel(NamedTuple):
     p: int
 
 
+def _check_one_number(name: str, value) -> None:
+    if np.ndim(value):
+        raise ValueError(
+            f"{name} must be one number, got shape {np.shape(value)}; weights of classes are "
+            "x_weights and y_weights"
+        )
+
+
 def _positive(name: str, value):
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+    _check_one_number(name, value)
+    if not isinstance(value, jax.core.Tracer) and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
     return plain_number(value)
 
@@ -70,7 +82,8 @@ def sliced_riesz(r=1.0) -> SlicedKernel:
     Its slope in SW_2^2, infinite at 0, is set to 0 there: equal measures do not push each other,
     unless their projections are rounded differently, as those of points in another order may be.
     """
-    if not isinstance(r, jax.core.Tracer) and not np.all((np.asarray(r) > 0) & (np.asarray(r) < 2)):
+    _check_one_number("r", r)
+    if not isinstance(r, jax.core.Tracer) and not 0 < r < 2:
         raise ValueError(f"r must lie in (0, 2), got {r}")
     r = plain_number(r)
 
@@ -149,9 +162,9 @@ def _check_measures(x, y, directions, x_weights, y_weights) -> None:
             f"x {x.shape}, y {y.shape} and directions {directions.shape} must share their last axis"
         )
     for name, weights, points in (("x_weights", x_weights, x), ("y_weights", y_weights, y)):
-        if weights is not None and weights.shape != points.shape[:1]:
+        if weights is not None and np.shape(weights) != points.shape[:1]:
             raise ValueError(
-                f"{name} {weights.shape} must hold one weight per class of {points.shape}"
+                f"{name} {np.shape(weights)} must hold one weight per class of {points.shape}"
             )
 
 
@@ -233,6 +246,19 @@ def _target_value_and_grad(
     )
 
 
+def _h_may_come_fourth(function: Target) -> Target:
+    """The published Laplace and IMQ functions take no weights: there h follows rng. A single number
+    is no weights [C], so in fourth place it is h, and what follows moves up."""
+
+    @wraps(function)
+    def either(*arguments, **options):
+        if len(arguments) > 3 and arguments[3] is not None and np.ndim(arguments[3]) == 0:
+            arguments = (*arguments[:3], options.pop("x_weights", None), *arguments[3:])
+        return function(*arguments, **options)
+
+    return cast(Target, either)
+
+
 def target_value_and_grad_gaussian(
     x: Float[Array, "C n d"],
     y: Float[Array, "D m d"],
@@ -268,6 +294,20 @@ def target_value_and_grad_gaussian(
     )  # fmt: skip
 
 
+def target_value_and_grad_gaussian_by_hand(
+    x: Float[Array, "C n d"],
+    y: Float[Array, "D m d"],
+    rng: PRNGKey,
+    h: ScalarLike = 0.1,
+    n_projs: int = 500,
+) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
+    """`target_value_and_grad_gaussian` in the signature of the published function of this name,
+    which writes the gradient out. So does every function here: the derivative of a sliced distance
+    in the points is in closed form, nothing is differentiated through a sort."""
+    return target_value_and_grad_gaussian(x, y, rng, h=h, n_projs=n_projs)
+
+
+@_h_may_come_fourth
 def target_value_and_grad_laplace(
     x: Float[Array, "C n d"],
     y: Float[Array, "D m d"],
@@ -283,13 +323,18 @@ def target_value_and_grad_laplace(
     block_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
-    """F and its WoW gradient with K = exp(-SW_1 / h); arguments as the Gaussian one."""
+    """F and its WoW gradient with K = exp(-SW_1 / h); arguments as the Gaussian one.
+
+    The published order, (x, y, rng, h, n_projs, n_sample_batch), is taken too: a number in place of
+    x_weights is h.
+    """
     return _target_value_and_grad(
         sliced_laplace(h), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
         draw_directions, num_levels, block_size, mesh,
     )  # fmt: skip
 
 
+@_h_may_come_fourth
 def target_value_and_grad_imq(
     x: Float[Array, "C n d"],
     y: Float[Array, "D m d"],
@@ -305,7 +350,8 @@ def target_value_and_grad_imq(
     block_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
-    """F and its WoW gradient with K = (h + SW_2^2)^(-1/2); arguments as the Gaussian one."""
+    """F and its WoW gradient with K = (h + SW_2^2)^(-1/2); arguments, in either order, as the Laplace
+    one."""
     return _target_value_and_grad(
         sliced_imq(h), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
         draw_directions, num_levels, block_size, mesh,

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import re
 from functools import partial
 
 import jax
@@ -20,6 +21,7 @@ from lib.mmd import (
     sliced_riesz,
     subsample_classes,
     target_value_and_grad_gaussian,
+    target_value_and_grad_gaussian_by_hand,
     target_value_and_grad_imq,
     target_value_and_grad_laplace,
     target_value_and_grad_riesz,
@@ -27,6 +29,7 @@ from lib.mmd import (
 )
 from lib.sliced_wasserstein import percentile_coupling
 
+KEY = jax.random.key(0)
 x64 = pytest.mark.usefixtures("x64")
 
 # The kernel, its formula in numpy, the power of the distance it takes.
@@ -132,9 +135,13 @@ def test_profiles_are_the_published_formulas(name):
 
 def test_parameters_out_of_range_raise():
     for kernel in (sliced_gaussian, sliced_laplace, sliced_imq):
-        for h in (0, -1.0, np.nan, np.array([0.1, 0.0])):
+        for h in (0, -1.0, np.nan, np.array(0.0)):
             with pytest.raises(ValueError, match="h must be positive"):
                 kernel(h)
+    for kernel in (sliced_gaussian, sliced_laplace, sliced_imq, sliced_riesz):
+        for wrong in (np.array([0.1, 0.2]), jnp.ones(1), [0.5]):
+            with pytest.raises(ValueError, match=r"must be one number, got shape \([12],\)"):
+                kernel(wrong)
     for r in (0, 2, -1.0, np.nan):
         with pytest.raises(ValueError, match=r"r must lie in \(0, 2\)"):
             sliced_riesz(r)
@@ -378,6 +385,50 @@ def test_published_positional_arguments():
     expected = wow("imq", x, y, directions, a, b)
     np.testing.assert_allclose(value, expected[0], rtol=1e-12)
     np.testing.assert_allclose(gradient, expected[1], rtol=1e-11, atol=1e-13)
+
+
+def program(function, *arguments, **options):
+    """What `function` computes, as text: equal texts are equal bits."""
+    x, y, _ = (jnp.float32(v) for v in measures())
+    text = str(jax.make_jaxpr(lambda key: function(x, y, key, *arguments, **options))(KEY))
+    return re.sub("0x[0-9a-f]+", "", text)  # where functions lie
+
+
+@pytest.mark.parametrize("name", ["laplace", "imq"])
+def test_a_number_in_place_of_weights_is_the_published_h(name):
+    """(x, y, rng, h, n_projs, n_sample_batch) there, with x_weights before h here."""
+    target, a = TARGETS[name], jnp.float32(UNEQUAL[0])
+    expected = program(target, h=0.7, n_projs=6, n_sample_batch=3)
+    assert program(target, 0.7, 6, 3) == program(target, None, 0.7, 6, 3) == expected
+    assert program(target, 0.7, n_sample_batch=3, n_projs=6) == expected
+    assert program(target, np.float64(0.7), 6, 3) == expected
+    weighted = program(target, x_weights=a, h=0.7, n_projs=6)
+    assert program(target, a, 0.7, 6) == weighted
+    assert program(target, 0.7, 6, x_weights=a) == weighted
+    assert program(lambda *z: jax.jit(lambda h: target(*z, h, 6))(0.7)) == program(
+        lambda *z: jax.jit(lambda h: target(*z, h=h, n_projs=6))(0.7)
+    )
+
+
+def test_the_gaussian_gradient_by_hand_is_the_gaussian_one():
+    parameters = inspect.signature(target_value_and_grad_gaussian_by_hand).parameters
+    assert list(parameters) == ["x", "y", "rng", "h", "n_projs"]
+    by_hand, gaussian = target_value_and_grad_gaussian_by_hand, target_value_and_grad_gaussian
+    assert program(by_hand) == program(gaussian)
+    assert program(by_hand, 0.7, 6) == program(gaussian, None, 0.7, 6)
+
+
+@pytest.mark.usefixtures("unannotated")
+def test_neither_weights_nor_h_is_taken_for_the_other():
+    x, y, _ = (jnp.float32(v) for v in measures())
+    for target in (target_value_and_grad_gaussian, target_value_and_grad_riesz):
+        with pytest.raises(ValueError, match=r"x_weights \(\) must hold one weight per class"):
+            target(x, y, KEY, 0.7)
+    for target in (*TARGETS.values(), target_value_and_grad_gaussian_by_hand):
+        name = "r" if target is target_value_and_grad_riesz else "h"
+        weights = jnp.ones(3) / 3
+        with pytest.raises(ValueError, match=rf"{name} must be one number, got shape \(3,\)"):
+            target(x, y, KEY, **{name: weights})
 
 
 @x64

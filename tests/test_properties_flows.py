@@ -31,9 +31,12 @@ COVERS = {
     ),
     "lib.gd": (
         "FlowState", "FlowResult", "DivergedError", "recorded_steps", "flow_init", "flow_step",
-        "wasserstein_gradient_descent",
+        "wasserstein_gradient_descent", "wasserstein_gradient_descent_lbfgs",
     ),
-    "lib.gd_images": ("wasserstein_gradient_descent",),
+    "lib.gd_images": (
+        "wasserstein_gradient_descent", "wasserstein_gradient_descent_save",
+        "wasserstein_gradient_descent_optax",
+    ),
     "lib.synthetic": ("rings", "rings_even", "gaussians", "gaussian_mixture",),
     "lib.settings": (
         "check_sizes", "check_positive", "check_not_negative", "settings_of", "chosen",
@@ -295,7 +298,7 @@ def test_recorded_steps_are_multiples_and_the_last(n_epochs, every):
 @given(st.sampled_from([(np.float32, 1, True), (np.float64, 3, False)]), EXPONENTS, SEEDS)
 def test_descent_is_a_loop(case, exponent, seed):
     """Heavy ball in NumPy, off by 4 roundings a step; a schedule does not widen float32. Records
-    are those of every step; the engine of long flows keeps a hundred."""
+    are those of every step or of some; L-BFGS arrives."""
     dtype, every, schedule = case
     rng, eps, steps = np.random.default_rng(seed), np.finfo(dtype).eps, 7
     x0, target = (sample(rng, 6, 2, exponent, dtype).reshape(2, 3, 2) for _ in range(2))
@@ -305,10 +308,18 @@ def test_descent_is_a_loop(case, exponent, seed):
         found = gd.wasserstein_gradient_descent(
             jnp.asarray(x0), jnp.asarray(target), pull, KEY, steps, record_every=every, **options
         )
-        other = gd_images.wasserstein_gradient_descent(
-            jnp.asarray(x0), jnp.asarray(target), pull, KEY, steps, **options
+        arguments = jnp.asarray(x0), jnp.asarray(target), pull, KEY
+        saved = gd_images.wasserstein_gradient_descent_save(
+            *arguments, steps, save_interval=every, **options
         )
         optimizer = optax.sgd(rate, momentum=0.5)
+        ends = [
+            gd_images.wasserstein_gradient_descent(*arguments, steps, **options),
+            gd_images.wasserstein_gradient_descent_optax(
+                *arguments, optimizer, steps, show_progress=False
+            ),
+        ]
+        arrived = gd.wasserstein_gradient_descent_lbfgs(*arguments, 12, show_progress=False)
         state = gd.flow_init(optimizer, jnp.asarray(x0))
         step = jax.jit(gd.flow_step(pull, optimizer))
         for _ in range(steps):
@@ -326,13 +337,19 @@ def test_descent_is_a_loop(case, exponent, seed):
     # Each step's rounding is carried on by factors below 1 in norm, but for a transient of 4.
     bound = 16 * (steps + 1) * eps * (np.abs(x0).max() + np.abs(target).max())
     assert found.losses.dtype == found.particles.dtype == last.dtype == dtype
-    for result, stride in ((found, every), (other, 1)):
-        expected = [states[i] for i in gd.recorded_steps(steps, stride)]
-        np.testing.assert_allclose(result.particles, expected, rtol=0, atol=bound)
+    some = [states[i] for i in range(0, steps, every)][: steps // every]
+    for result, expected in (
+        (found, [states[i] for i in gd.recorded_steps(steps, every)]),
+        (saved, [*some, x]),
+        *((end, x) for end in ends),
+    ):
+        np.testing.assert_allclose(result[1], expected, rtol=0, atol=bound)
         np.testing.assert_allclose(
-            result.losses, losses, rtol=0, atol=12 * bound * np.sqrt(12 * max(losses)) + bound**2
+            result[0], losses, rtol=0, atol=12 * bound * np.sqrt(12 * max(losses)) + bound**2
         )
     np.testing.assert_allclose(last, x, rtol=0, atol=bound)
+    # Newton's steps, once a pair of the length of rounding has been left behind.
+    np.testing.assert_allclose(arrived.particles[-1], target, rtol=0, atol=bound)
 
 
 def falling(step):

@@ -37,6 +37,7 @@ from lib.wow import (
     sliced_riesz,
     subsample_classes,
     target_value_and_grad_gaussian,
+    target_value_and_grad_gaussian_by_hand,
     target_value_and_grad_imq,
     target_value_and_grad_laplace,
     target_value_and_grad_riesz,
@@ -46,7 +47,8 @@ from lib.wow import (
 COVERS = {
     "lib.wow": (
         "mmd_squared_measures", "sliced_gaussian", "sliced_imq", "sliced_laplace", "sliced_riesz",
-        "subsample_classes", "target_value_and_grad_gaussian", "target_value_and_grad_imq",
+        "subsample_classes", "target_value_and_grad_gaussian",
+        "target_value_and_grad_gaussian_by_hand", "target_value_and_grad_imq",
         "target_value_and_grad_laplace", "target_value_and_grad_riesz", "wow_value_and_grad",
     ),
     "lib.synthetic": ("gaussian_mixture", "gaussians", "rings", "rings_even"),
@@ -226,11 +228,12 @@ def test_published_targets_keep_the_dtype(dtype, number):
         partial(target_value_and_grad_imq, h=number),
         partial(target_value_and_grad_riesz, r=number),
     )
-    for target in with_parameters:
-        for levels in (None, 3):
-            call = partial(target, n_projs=2, num_levels=levels)
-            value, gradient = jax.eval_shape(call, x, y, jax.random.key(0))
-            assert value.dtype == gradient.dtype == dtype
+    calls = [
+        partial(target, num_levels=levels) for target in with_parameters for levels in (None, 3)
+    ]
+    for call in (*calls, partial(target_value_and_grad_gaussian_by_hand, h=number)):
+        value, gradient = jax.eval_shape(partial(call, n_projs=2), x, y, jax.random.key(0))
+        assert value.dtype == gradient.dtype == dtype
 
 
 # Made-up sets
