@@ -350,8 +350,7 @@ def target_value_and_grad_imq(
     block_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
-    """F and its WoW gradient with K = (h + SW_2^2)^(-1/2); arguments, in either order, as the Laplace
-    one."""
+    """F and its WoW gradient with K = (h + SW_2^2)^(-1/2); arguments as the Laplace one."""
     return _target_value_and_grad(
         sliced_imq(h), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
         draw_directions, num_levels, block_size, mesh,

@@ -713,7 +713,7 @@ def test_image_flows_return_the_last_particles(whole):
 
 
 class Landscape(NamedTuple):
-    """Weights of a quadratic of curvatures 1 and 100 about y, a push drawn at each step, cosines."""
+    """Weights of a quadratic about y of curvatures 1 and 100, a push drawn anew, cosines."""
 
     y: jax.Array
     square: float = 0.0
