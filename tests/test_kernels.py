@@ -43,6 +43,10 @@ from lib.sliced_wasserstein import sliced_wasserstein
 FACTORIES = {
     "gaussian": (gaussian(1.3), lambda x, y: rbf_kernel(x, y, gamma=1 / (2 * 1.3**2))),
     "laplace": (laplace(0.7), lambda x, y: np.exp(-cdist(x, y) / 0.7)),
+    "laplace, l1": (
+        laplace(0.7, distance="l1"),
+        lambda x, y: np.exp(-cdist(x, y, "cityblock") / 0.7),
+    ),
     "imq": (imq(2.0), lambda x, y: 1 / np.sqrt(1 + cdist(x, y) ** 2 / 4)),
     "imq, exponent": (imq(0.5, exponent=1.2), lambda x, y: (1 + 4 * cdist(x, y) ** 2) ** -1.2),
     "riesz": (riesz(), lambda x, y: -cdist(x, y)),
@@ -197,7 +201,10 @@ def test_gaussian_mixed_derivative_at_identical_points(dimension):
     np.testing.assert_allclose(mixed, 4 * np.eye(dimension), atol=1e-5)
 
 
-@pytest.mark.parametrize(("kernel", "dimension"), [(laplace(1.0), 20), (riesz(0.5), 2)])
+@pytest.mark.parametrize(
+    ("kernel", "dimension"),
+    [(laplace(1.0), 20), (laplace(1.0, distance="l1"), 3), (riesz(0.5), 2)],
+)
 def test_no_nan_in_any_derivative_at_identical_points(kernel, dimension):
     x = jnp.asarray(normal(0, 2, dimension), jnp.float32)
 
@@ -230,6 +237,12 @@ def test_impossible_bandwidths_raise(factory, value):
 def test_impossible_hyperparameters_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.usefixtures("unannotated")
+def test_an_unknown_distance_raises():
+    with pytest.raises(ValueError, match="distance must be l2 or l1, not 'L1'"):
+        laplace(1.0, distance="L1")
 
 
 def test_mixture_is_a_plain_sum_by_default():
