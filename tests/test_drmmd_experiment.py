@@ -14,11 +14,13 @@ import pytest
 import tyro
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from scipy.stats import norm
+from scipy.stats import kstest, norm, truncnorm
+from scipy.stats import t as t_distribution
 
+from lib import runs
 from lib.gd import DivergedError
-from xp_drmmd import analytic, experiments, flows, metrics, plot, tables
-from xp_drmmd.config import ABLATIONS, GROUPS, FlowConfig, presets
+from xp_drmmd import analytic, experiments, flows, metrics, plot, student_teacher, tables
+from xp_drmmd.config import ABLATIONS, GROUPS, FlowConfig, StudentConfig, presets
 from xp_drmmd.problems import problem
 from xp_drmmd.run import Arguments, config_of, run_flow
 
@@ -335,6 +337,131 @@ def test_the_published_flags(tmp_path):
     assert "gamma 0.0001" in done.stdout
     assert "w1" in done.stdout
     assert list(tmp_path.glob("xp_drmmd/ThreeRing-drmmd-*/seed42/arrays.npz"))
+
+
+# What the paper's repository prints, and the other flags of its run.py.
+PUBLISHED = {
+    "--dataset ThreeRing --flow drmmd --kernel Gaussian --lmbda 0.001 --step_size 0.1 --bandwidth "
+    "0.15 --step_num 20000 --source_particle_num 300 --opt sgd --seed 42": FlowConfig(),
+    "--dataset ThreeRing --flow drmmd --kernel Gaussian --lmbda 0.1 --step_size 0.1 --bandwidth "
+    "0.3 --step_num 100000 --adaptive_lmbda --opt sgd --seed 43": FlowConfig(
+        lmbda=0.1, gamma=0.01, bandwidth=0.3, step_num=100_000, adaptive="published"
+    ),
+    "--dataset MixGaussian --flow drmmd_spectral --spectral showalter --kernel Energy": FlowConfig(
+        dataset="FourGaussian", spectral_filter="showalter", kernel="Energy"
+    ),
+    "--nystrom 150 --inject_noise_scale 0.5 --diffusion_noise_scale 1.0": FlowConfig(
+        approximation="nystrom", rank=150, noise=0.5
+    ),
+    "--flow ula --dataset Gaussian2d --logccv 4 --diffusion_noise_scale 0.5": FlowConfig(
+        flow="ula", dataset="Gaussian2d", target_scale=4.0, diffusion_noise_scale=0.5
+    ),
+    "--dataset Student --kernel Laplace --distance l1": FlowConfig(
+        dataset="Student", kernel="Laplace", distance="l1"
+    ),
+    "--dataset Gaussian1d --nystrom 0": FlowConfig(dataset="Gaussian1d"),
+}
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_published_command_lines_parse_as_printed(command):
+    arguments = tyro.cli(Arguments, args=[*command.split(), "--save_path", "./results_new/"])
+    assert arguments.results == Path("results_new")
+    config = config_of(arguments)
+    assert replace(config, gamma=1) == replace(PUBLISHED[command], gamma=1)
+    assert config.gamma == pytest.approx(PUBLISHED[command].gamma)
+
+
+def test_the_published_student_command_parses_as_printed():
+    command = "--device 0 --lmbda 0.1 --loss drmmd --lr 0.1 --with_noise {} --noise_decay_freq 500"
+    for with_noise, noise in (("false", 0.0), ("true", 1.0)):
+        line = f"{command.format(with_noise)} --seed 42 --log_in_file"
+        arguments = tyro.cli(student_teacher.Arguments, args=line.split())
+        expected = StudentConfig(lmbda=0.1, lr=0.1, noise=noise, halve_every=500)
+        assert student_teacher.config_of(arguments) == expected
+        assert arguments.seed == 42
+
+
+@pytest.mark.parametrize(
+    ("parser", "command", "message"),
+    [
+        (Arguments, "--distance l1", "distance l1 has no effect without --kernel Laplace"),
+        (Arguments, "--diffusion_noise_scale 2", "2.0 has no effect without --flow ula"),
+        (Arguments, "--logccv 2", "target_scale 2.0 has no effect without --dataset Gaussian2d"),
+        (Arguments, "--adaptive_lmbda --flow mmd", "is of the flow drmmd, not of mmd"),
+        (Arguments, "--adaptive_lmbda --adaptive paper", "is --adaptive published, not --adaptive"),
+        (Arguments, "--nystrom -1", "nystrom is a number of columns, 0 for none"),
+        (Arguments, "--nystrom 9 --approximation rff", "without --approximation rff: got 9"),
+        (Arguments, "--flow svgd --kernel Energy", "svgd needs a kernel of x - y"),
+        (student_teacher.Arguments, "--device 1", "CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_flags_that_do_not_fit_together_end_in_a_line_before_anything_is_done(
+    parser, command, message, capsys
+):
+    with pytest.raises(SystemExit):
+        tyro.cli(parser, args=command.split())
+    errors = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+@x64
+def test_kernels_are_the_published_formulas():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
+    from_origin = np.linalg.norm(x, axis=1)[:, None] + np.linalg.norm(y, axis=1)
+    for kernel, distance, expected in (
+        ("Laplace", "l1", np.exp(-cdist(x, y, "cityblock") / 0.7)),
+        ("Laplace", "l2", np.exp(-cdist(x, y) / 0.7)),
+        ("Energy", "l2", (from_origin - cdist(x, y)) / 1.4),
+    ):
+        config = FlowConfig(kernel=kernel, distance=distance, bandwidth=0.7)
+        gram = flows.kernel_of(config)(jnp.asarray(x), jnp.asarray(y))
+        np.testing.assert_allclose(gram, expected, rtol=1e-12, atol=1e-14)
+        assert f"({distance})" in flows.kernel_line(config)
+    positive = np.linalg.eigvalsh(flows.kernel_of(config)(jnp.asarray(x), jnp.asarray(x)))
+    assert positive.min() > 0
+
+
+def test_a_run_stores_the_distance_of_its_kernel_and_keeps_its_name_without_one(tmp_path):
+    """The folder of the published rings is named as when they were run."""
+    assert FlowConfig(flow="ula", dataset="FourGaussian").without_effect() == (
+        "distance", "diffusion_noise_scale", "target_scale",
+    )  # fmt: skip
+    exclude = (*runs.NOT_HASHED, *FlowConfig().without_effect())
+    assert runs.config_hash(ABLATIONS["Tikhonov"], exclude=exclude) == "e7ad1dae08"
+    published, ours = (replace(SMALL, kernel="Laplace", distance=d) for d in ("l1", "l2"))
+    run = run_flow(published, seed=0, results=tmp_path)
+    assert json.loads((run.folder / "config.json").read_text())["distance"] == "l1"
+    hashes = {runs.config_hash(c, exclude=c.without_effect()) for c in (published, ours)}
+    assert len(hashes) == 2
+
+
+@x64
+@pytest.mark.parametrize(
+    "name", ["Gaussian1d", "Gaussian2d", pytest.param("Student", marks=pytest.mark.slow)]
+)
+def test_published_data_sets_are_what_they_are_called(name):
+    config = FlowConfig(
+        dataset=name, target_particle_num=4000, source_particle_num=4000,
+        target_scale=4.0 if name == "Gaussian2d" else 1.0,
+    )  # fmt: skip
+    posed = problem(config, 0)
+    target, centre = np.asarray(posed.target), {"Gaussian1d": 0, "Gaussian2d": 1, "Student": 2.5}
+    assert target.shape == (4000, 1 if name == "Gaussian1d" else 2)
+    spread = 0.01 if name == "Gaussian1d" else 1.0
+    normalised = (np.asarray(posed.start) - centre[name]) / spread
+    assert kstest(normalised.ravel(), "norm").pvalue > 1e-3
+    if name == "Gaussian1d":
+        assert kstest(target[:, 0], truncnorm(-1, 1).cdf).pvalue > 1e-3
+    elif name == "Gaussian2d":
+        assert kstest(target.ravel() / 4, "norm").pvalue > 1e-3
+    else:
+        assert np.abs(target).max() <= 10
+        # Turned back, each coordinate is Student's but for the one in fifty that lies outside.
+        for column in (target @ [[1, 1], [-1, 1]] / np.sqrt(2)).T:
+            assert kstest(column, t_distribution(2).cdf).statistic < 0.05
 
 
 def test_step_size_is_times_lambda_and_gamma_outright():

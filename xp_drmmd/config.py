@@ -11,10 +11,11 @@ EXPERIMENT = "xp_drmmd"
 
 IMAGES = ("digits", "mnist", "fashion_mnist")
 DatasetName = Literal[
-    "ThreeRing", "FourGaussian", "Gaussian1D", "Gaussian1DExact", "digits", "mnist", "fashion_mnist"
-]
+    "ThreeRing", "FourGaussian", "Gaussian1D", "Gaussian1DExact", "Gaussian1d", "Gaussian2d",
+    "Student", "digits", "mnist", "fashion_mnist",
+]  # fmt: skip
 FlowName = Literal["drmmd", "mmd", "kale", "ula", "svgd"]
-KernelName = Literal["Gaussian", "Laplace", "IMQ"]
+KernelName = Literal["Gaussian", "Laplace", "IMQ", "Energy"]
 FilterName = Literal["tikhonov", "showalter", "cutoff"]
 OptimizerName = Literal["sgd", "momentum", "adam"]
 
@@ -24,8 +25,15 @@ class FlowConfig:
     """One flow of particles (section 7 of Chen et al., 2025)."""
 
     dataset: DatasetName = "ThreeRing"
+    """Gaussian1d, Gaussian2d and Student are those of the published code. Its Gaussian1d is N(0, 1)
+    within [-1, 1] from N(0, .01^2); the Gaussian1D here is N(0, 1) from N(0, 1/2)."""
     flow: FlowName = "drmmd"
     kernel: KernelName = "Gaussian"
+    """All but Energy are functions of |x - y|, the Euclidean distance; see `distance`. Energy is
+    (|x| + |y| - |x - y|) / (2 sigma)."""
+    distance: Literal["l2", "l1"] = "l2"
+    """Of the Laplace kernel, exp(-|x - y| / sigma): l2 is Euclidean; l1, the sum of absolute
+    differences, is what the published code calls Laplace."""
     bandwidth: float = 0.15
     """sigma, a length: exp(-|x - y|^2 / (2 sigma^2)) for the Gaussian. 0: the median distance of
     the target."""
@@ -53,6 +61,10 @@ class FlowConfig:
     noise: float = 0.0
     """Standard deviation of the noise injected where the velocity is evaluated (Arbel et al.,
     2019); it falls as 1 / sqrt(step)."""
+    diffusion_noise_scale: float = 1.0
+    """Factor of the noise of the Langevin flow, ula."""
+    target_scale: float = 1.0
+    """Standard deviation of the target Gaussian2d."""
     approximation: Literal["none", "nystrom", "rff"] = "none"
     """Of the kernel, by `rank` features, for samples too large for a Gram matrix: MMD and DrMMD
     then cost O(N rank) a step, nystrom O(M rank^2): its landmarks are target points and, anew at
@@ -64,10 +76,20 @@ class FlowConfig:
     """Principal components of images."""
 
     def __post_init__(self):
-        check_positive(self, "lmbda", "largest_gamma", "regularity")
+        check_positive(self, "lmbda", "largest_gamma", "regularity", "target_scale")
         if self.gamma is not None:  # run.py: to be made from its step_size
             check_positive(self, "gamma")
-        check_not_negative(self, "bandwidth", "noise")
+        check_not_negative(self, "bandwidth", "noise", "diffusion_noise_scale")
+        for name, fits, where in (
+            ("distance", self.kernel == "Laplace", "--kernel Laplace"),
+            ("diffusion_noise_scale", self.flow == "ula", "--flow ula"),
+            ("target_scale", self.dataset == "Gaussian2d", "--dataset Gaussian2d"),
+        ):
+            value = getattr(self, name)
+            if not fits and value != getattr(FlowConfig, name):
+                raise ValueError(f"{name} {value} has no effect without {where}")
+        if self.flow == "svgd" and self.kernel == "Energy":
+            raise ValueError("svgd needs a kernel of x - y, which Energy is not")
         check_sizes(
             self,
             "rank",
@@ -76,6 +98,14 @@ class FlowConfig:
             "target_particle_num",
             "records",
             "components",
+        )
+
+    def without_effect(self) -> tuple[str, ...]:
+        """The later settings that change nothing here: a run made before them keeps its name."""
+        return (
+            *(() if self.kernel == "Laplace" else ("distance",)),
+            *(() if self.diffusion_noise_scale != 1 else ("diffusion_noise_scale",)),
+            *(() if self.dataset == "Gaussian2d" else ("target_scale",)),
         )
 
 

@@ -15,9 +15,47 @@ from lib.drmmd_features import FeatureTarget, FeatureWitness
 from lib.nystrom import landmark_basis, nystrom_features
 from xp_drmmd.config import FlowConfig
 
-KERNELS = {"Gaussian": kernels.gaussian, "Laplace": kernels.laplace, "IMQ": kernels.imq}
 FILTERS = {"tikhonov": drmmd.tikhonov, "showalter": drmmd.showalter, "cutoff": drmmd.cutoff}
 SMALLEST_PUBLISHED_STEP = 1e-4
+
+
+def kernel_of(config: FlowConfig) -> kernels.Kernel:
+    """The kernel of the config's name, distance and bandwidth."""
+    if config.kernel == "Laplace":
+        return kernels.laplace(config.bandwidth, distance=config.distance)
+    makers = {"Gaussian": kernels.gaussian, "IMQ": kernels.imq, "Energy": _energy}
+    return makers[config.kernel](config.bandwidth)
+
+
+def _energy(bandwidth: float) -> kernels.Kernel:
+    """k(x, y) = (|x| + |y| - |x - y|) / (2 sigma), whose MMD^2 is that of -|x - y| / (2 sigma), and
+    whose Gram matrices, other than that kernel's, are positive (Sejdinovic et al., Annals of
+    Statistics 2013). The published code adds 1e-8 below each root."""
+    minus_distance = kernels.riesz()
+
+    def kernel(x, y):
+        origin = jnp.zeros_like(x[:1])
+        twice = minus_distance(x, y) - minus_distance(x, origin) - minus_distance(origin, y)
+        return twice / (2 * bandwidth)
+
+    return kernel
+
+
+def kernel_line(config: FlowConfig) -> str:
+    """The kernel's formula, distance and bandwidth, for people."""
+    formula = {
+        "Gaussian": "exp(-|x - y|^2 / (2 sigma^2))",
+        "Laplace": "exp(-|x - y| / sigma)",
+        "IMQ": "(1 + |x - y|^2 / sigma^2)^(-1/2)",
+        "Energy": "(|x| + |y| - |x - y|) / (2 sigma)",
+    }[config.kernel]
+    distance = "Euclidean distance (l2)"
+    if config.kernel == "Laplace":
+        distance += "; the published code's is --distance l1"
+        if config.distance == "l1":
+            distance = "sum of absolute differences (l1)"
+    sigma = f"{config.bandwidth:g}" if config.bandwidth else "the target's median distance"
+    return f"{config.kernel} kernel {formula}, {distance}, sigma {sigma}"
 
 
 class Fourier(NamedTuple):
@@ -59,7 +97,7 @@ def aim(
     config: FlowConfig, target: Array, weights: Array | None = None, *, num_flows: int = 1
 ) -> Aim:
     """The precomputed target, with the config's lambda and step size for every flow."""
-    kernel = KERNELS[config.kernel](config.bandwidth)
+    kernel = kernel_of(config)
     if config.approximation == "none":
         prepared = drmmd.prepare_target(kernel, target, weights)
     else:
@@ -160,7 +198,7 @@ def _witness_flow(config, log_density, y, target, lmbda, gamma, key, memory):
 
 def _exact(config, target: Target, y):
     """(solve: (lambda, memory) -> (witness, memory), velocity_at: (witness, points) -> grad h)."""
-    kernel = KERNELS[config.kernel](config.bandwidth)
+    kernel = kernel_of(config)
     statistics, pull = drmmd.particle_statistics(kernel, y, target)
 
     def solve(lmbda, memory: Memory) -> tuple[Witness, Memory]:
@@ -197,7 +235,7 @@ def _with_fourier(config, approximation: Fourier, y):
 
 def _with_landmarks(config, approximation: Landmarks, y):
     """As `_exact`, in Nystrom features of this step's landmarks: O(M rank^2 + N rank)."""
-    kernel = KERNELS[config.kernel](config.bandwidth)
+    kernel = kernel_of(config)
     landmarks = jnp.concatenate([approximation.of_target, y[approximation.of_particles]])
     basis = landmark_basis(kernel, landmarks)
 
@@ -266,16 +304,17 @@ def _step_size(config, value, lmbda, gamma, memory):
 
 
 def _langevin(config, log_density, y, target, lmbda, gamma, key, memory):
-    """Unadjusted Langevin: y + gamma grad log pi + sqrt(2 gamma) N(0, I)."""
+    """Unadjusted Langevin: y + gamma grad log pi + s sqrt(2 gamma) N(0, I), s = 1 unless set."""
     score = jax.vmap(jax.grad(log_density))(y)
-    noise = jnp.sqrt(2 / gamma) * jax.random.normal(key, y.shape, y.dtype)
+    spread = config.diffusion_noise_scale * jnp.sqrt(2 / gamma)
+    noise = spread * jax.random.normal(key, y.shape, y.dtype)
     return jnp.stack([jnp.zeros_like(gamma), lmbda, gamma]), -gamma * (score + noise), memory
 
 
 def _stein(config, log_density, y, target, lmbda, gamma, key, memory):
     """Stein variational gradient descent (Liu and Wang, NIPS 2016):
     y_i + gamma mean_j [k(y_j, y_i) grad log pi(y_j) + grad_{y_j} k(y_j, y_i)]."""
-    kernel = KERNELS[config.kernel](config.bandwidth)
+    kernel = kernel_of(config)
     score = jax.vmap(jax.grad(log_density))(y)
     gram, transpose = jax.vjp(lambda z: kernel(z, y), y)
     # The kernel is even: its gradient in the first argument is minus that in the second, so the

@@ -18,6 +18,7 @@ from xp_drmmd.config import IMAGES, FlowConfig
 RING_CENTRES = ((0.0, 0.0), (0.0, -0.75), (0.0, -1.5))
 FOUR_MEANS = np.array([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])
 FOUR_VARIANCE = 0.3
+STUDENT_BOUND = 10.0
 
 
 class Basis(NamedTuple):
@@ -72,9 +73,31 @@ def problem(config: FlowConfig, seed: int, data_root: Path | None = None) -> Pro
             nodes, weights = np.polynomial.hermite_e.hermegauss(m)
             target, weights = jnp.asarray(nodes)[:, None], jnp.asarray(weights / weights.sum())
         return Problem(start, target, weights, lambda z: -jnp.sum(z**2) / 2)
+    if config.dataset == "Gaussian1d":
+        return Problem(normal(0.01, (0.0,)), jax.random.truncated_normal(key_target, -1, 1, (m, 1)))
+    if config.dataset == "Gaussian2d":
+        scale = config.target_scale
+        target = scale * jax.random.normal(key_target, (m, 2), float)
+        return Problem(
+            normal(1.0, (1.0, 1.0)),
+            target,
+            log_density=lambda z: -jnp.sum(z**2) / (2 * scale**2),
+        )
+    if config.dataset == "Student":
+        return Problem(normal(1.0, (2.5, 2.5)), _student(key_target, m))
     if config.dataset in IMAGES:
         return _images(config, normal, key_target, data_root)
     raise ValueError(f"no data set {config.dataset!r}")
+
+
+def _student(key, num: int) -> Array:
+    """Two independent Student variables of two degrees of freedom, turned by 45 degrees, given that
+    both coordinates lie in [-10, 10]. (The published code draws `num` and drops those outside.)"""
+    turn = np.sqrt(0.5) * np.array([[1.0, -1.0], [1.0, 1.0]])
+    # One in fifty lies outside.
+    drawn = jax.random.t(key, 2.0, (2 * num + 100, 2), float)
+    points = jnp.matmul(drawn, turn, precision=jax.lax.Precision.HIGHEST)
+    return points[jnp.all(jnp.abs(points) <= STUDENT_BOUND, axis=1)][:num]
 
 
 def _images(config, normal, key_target, data_root) -> Problem:

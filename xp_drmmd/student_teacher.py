@@ -6,14 +6,15 @@ A particle theta = (W, w), W [3, 50] and w [3], is the small network psi(x, thet
 G(t) = exp(-t^2 / 4); student and teacher are means over their particles. On a batch of B inputs the
 features psi(x_b, theta) / sqrt(B) have the kernel E_x psi(x, theta) psi(x, theta'), whose MMD^2 is
 the mean squared difference of the two networks (Arbel et al., 2019), so that DrMMD costs O(N B) and
-the spectrum of B x B. The published form shares W between all particles and has one teacher.
+the spectrum of B x B. The published form (`--form dense`) shares W between all
+particles and has one teacher. The command of the published README is taken as printed there.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,13 +156,42 @@ def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
 
 @dataclass(frozen=True)
 class Arguments(DeviceOptions, StudentConfig):
+    flow: Annotated[Literal["mmd", "drmmd"], tyro.conf.arg(aliases=("--loss",))] = "drmmd"
+    noise: Annotated[float, tyro.conf.arg(aliases=("--noise-level",))] = 0.0
+    """Standard deviation of the noise injected at first; halved every `halve_every` epochs."""
+    halve_every: Annotated[int, tyro.conf.arg(aliases=("--noise-decay-freq",))] = 1000
+    n_epochs: Annotated[int, tyro.conf.arg(aliases=("--total-epochs",))] = 15_000
+    with_noise: Literal["true", "false"] | None = None
+    """As published: true is a noise of 1 unless `noise` says another, false is none."""
+    device: int = 0
+    """As published, and only 0: which device it is, is up to the environment."""
+    log_in_file: bool = False
+    """As published: results are written to files in any case."""
     seed: int = 0
-    results: Path = Path("results")
+    results: Annotated[Path, tyro.conf.arg(aliases=("--log-dir",))] = Path("results")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.device:
+            raise ValueError(
+                f"device {self.device} is not chosen here: set JAX_PLATFORMS=cpu for the CPU, or "
+                "CUDA_VISIBLE_DEVICES to the number of a GPU"
+            )
+
+
+def config_of(arguments: Arguments) -> StudentConfig:
+    """The training that the arguments describe."""
+    config = settings_of(StudentConfig, arguments)
+    if arguments.with_noise is None:
+        return config
+    return replace(config, noise=(config.noise or 1.0) if arguments.with_noise == "true" else 0.0)
 
 
 def main(arguments: Arguments) -> Path:
     """Trains one student and prints its validation error."""
-    config = settings_of(StudentConfig, arguments)
+    config = config_of(arguments)
+    form = "each of its own weights" if config.form == "particles" else "with one shared layer"
+    print(f"{config.flow}, noise {config.noise:g}, {config.students} particles {form}", flush=True)
     run = run_student(config, seed=arguments.seed, results=arguments.results)
     stored = run.load_arrays()
     for i in np.unique(np.linspace(0, len(stored["steps"]) - 1, 11).round().astype(int)):
