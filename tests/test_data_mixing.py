@@ -18,6 +18,7 @@ import torch
 import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.distance import pdist
 
 from lib.rff import gaussian_frequencies
 from lib.row_files import open_rows
@@ -34,7 +35,13 @@ from xp_data_mixing.block_moments import (
 )
 from xp_data_mixing.mixing import FOLDS, estimate
 from xp_data_mixing.mixing_warnings import find_warnings
-from xp_data_mixing.mmd_data_mixing import Arguments, MMDDataMixer, MMDDataMixerRBF, main
+from xp_data_mixing.mmd_data_mixing import (
+    Arguments,
+    MMDDataMixer,
+    MMDDataMixerRBF,
+    main,
+    open_files,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDER = REPOSITORY / "xp_data_mixing"
@@ -462,6 +469,31 @@ def test_weights_of_files_are_those_of_arrays(files):
     np.testing.assert_allclose(list(weights.values()), expected.weights, rtol=0, atol=1e-4)
 
 
+def test_the_published_auto_sigma_is_the_median_of_a_sample(files, monkeypatch):
+    opened = [file for side in open_files(*files) for file in side]
+    rows = np.concatenate([file.take(range(file.shape[0])) for file in opened])
+    found = MMDDataMixer(auto_sigma=True).mix(*files)  # of more rows than there are: all of them
+    assert found.bandwidth == pytest.approx(np.median(pdist(rows)), rel=1e-5)
+    assert MMDDataMixer(sigma_sample_size=8).mix(*files).bandwidth == 3.0
+
+    def draw(key, groups, *, num_points):
+        raise ValueError(f"{num_points} rows are drawn")
+
+    monkeypatch.setattr("xp_data_mixing.mixing.streamed_median_bandwidth", draw)
+    for options in ({"auto_sigma": True}, {"sigma_bandwidth": "auto"}):
+        with pytest.raises(ValueError, match="^8 rows are drawn$"):
+            MMDDataMixer(sigma_sample_size=8, **options).mix(*files)
+
+
+def test_no_seed_is_a_seed_drawn_and_recorded(files):
+    mixers = [MMDDataMixer(random_seed=None) for _ in range(3)]
+    assert len({mixer.random_seed for mixer in mixers}) == 3
+    assert all(0 <= mixer.random_seed < 2**31 for mixer in mixers)
+    found = mixers[0].mix(*files).weights
+    again = MMDDataMixer(random_seed=mixers[0].random_seed).mix(*files).weights
+    np.testing.assert_array_equal(again, found)
+
+
 def test_several_validation_files_are_pooled(files, tmp_path):
     train_paths, val_paths = files
     pooled = torch.cat([torch.load(path) for path in val_paths])
@@ -585,6 +617,9 @@ def test_bad_paths_raise(files, tmp_path):
         ({"sigma_bandwidth": -1.0}, "sigma_bandwidth must be positive"),
         ({"sigma_bandwidth": float("nan")}, "sigma_bandwidth must be positive"),
         ({"sigma_bandwidth": "median"}, "or auto, got 'median'"),
+        ({"sigma_sample_size": 1}, r"integer in \[2, 10000\], .* got 1$"),
+        ({"sigma_sample_size": 1e3}, "sigma_sample_size must be an integer .* got 1000.0"),
+        ({"sigma_sample_size": 10**6}, "distances fit into memory, got 1000000"),
         ({"rff_dimension": 0}, "rff_dimension must be at least 1"),
         ({"ridge_penalty": -1e-5}, "ridge_penalty must lie in"),
         ({"statistic": "w"}, "statistic must be one of"),
@@ -779,17 +814,21 @@ def test_everything_on_the_command_line(files, tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_one_set_and_a_strange_name(files, tmp_path):
+def test_one_set_and_a_strange_name(files, tmp_path, capsys):
+    """With a seed that is drawn, printed and written."""
     strange = tmp_path / "<b>&.pt"
     Path(files[0][0]).rename(strange)
     command_line(
-        "--train_paths", strange, "--val_paths", files[1][0], "--exact",
+        "--train_paths", strange, "--val_paths", files[1][0], "--exact", "--random_seed", None,
+        "--auto_sigma", "--sigma_sample_size", 20,
         "--output_file", tmp_path / "out.json", "--report", tmp_path / "out.html",
     )  # fmt: skip
     document = check_document(tmp_path / "out.json", 1)
     assert document["mixing_ratios"]["<b>&"]["weight"] == 1.0
     assert document["mixing_ratios"]["<b>&"]["marginal_value"] is None
     assert document["manifest"]["options"]["estimator"] == "exact"
+    assert f"seed {document['manifest']['seed']}\n" in capsys.readouterr().out
+    assert document["manifest"]["options"]["random_seed"] == document["manifest"]["seed"] >= 0
     page = (tmp_path / "out.html").read_text()
     assert "<b>" not in page
     assert "&lt;b&gt;&amp;" in page

@@ -119,6 +119,7 @@ def estimate(
     target: Any,
     *,
     bandwidth: float | Literal["auto"] = "auto",
+    bandwidth_rows: int = 1000,
     num_features: int = 1000,
     estimator: Literal["rff", "exact"] = "rff",
     statistic: Literal["v", "u"] = "v",
@@ -141,8 +142,9 @@ def estimate(
 
     Sets and target are arrays [n, d] or `lib.rows.Rows` such as `lib.row_files.open_rows` gives; a
     list as target is pooled. `bandwidth` is sigma in the units of the rows, "auto" the median
-    distance of a subsample. `num_features` frequencies, each a cosine and a sine; they depend on
-    `key` and d alone. `estimator` "exact" takes the kernel itself, quadratic in the rows.
+    distance of a subsample of `bandwidth_rows`. `num_features` frequencies, each a cosine and a
+    sine; they depend on `key` and d alone. `estimator` "exact" takes the kernel itself, quadratic
+    in the rows.
 
     `statistic` "u" leaves out the pairs of a row with itself, which in "v" add (1 - A_ii) / n_i to
     small sets' distances. `ridge`, `prior`, pulls, `floors` and `caps` are those of
@@ -181,7 +183,7 @@ def estimate(
     median_rule = bandwidth == "auto"
     if median_rule:
         with counting_bad_rows(groups):
-            bandwidth = streamed_median_bandwidth(bandwidth_key, groups)
+            bandwidth = streamed_median_bandwidth(bandwidth_key, groups, num_points=bandwidth_rows)
     num_blocks = num_blocks if bootstrap else FOLDS
     if estimator == "exact":
         with counting_bad_rows(groups):

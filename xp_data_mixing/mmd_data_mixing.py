@@ -12,6 +12,7 @@ level DEBUG says what was read.
 
 import logging
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 SHOWN_FROM = 20_000_000
 """Numbers to read from which the progress is shown."""
+MOST_SAMPLED = 10_000
+"""Rows of which the distances of all pairs take 2 GB."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class MMDDataMixer:
     """sigma, a length in units of the rows; auto: the median distance of a subsample."""
     ridge_penalty: float = 1e-5
     """rho of rho |w|^2, in units of the kernel, whose values are at most 1."""
-    random_seed: int = 42
-    """Of frequencies, blocks, bootstrap."""
+    random_seed: int | None = 42
+    """Of frequencies, blocks, bootstrap; None: drawn by the operating system, and from then on kept
+    here, printed and written with the results, so that they can be had again."""
     statistic: Literal["v", "u"] = "v"
     """u: unbiased, without the pairs of a row with itself, which in v count against small sets."""
     prior: Literal["uniform", "size"] | tuple[float, ...] = "uniform"
@@ -85,13 +89,25 @@ class MMDDataMixer:
     """Further frequencies for the held-out MMD^2; 0: leave it out."""
     chunk_size: int = 1024
     """Rows in memory at a time."""
+    auto_sigma: bool = False
+    """As published: the same as a `sigma_bandwidth` of auto, whatever number that has."""
+    sigma_sample_size: int = 1000
+    """Rows of the subsample of auto, of all sets together (the published class: of each)."""
 
     def __post_init__(self):
+        if self.random_seed is None:
+            object.__setattr__(self, "random_seed", secrets.randbits(31))
         sigma = self.sigma_bandwidth
         if sigma != "auto" and not (isinstance(sigma, int | float) and 0 < sigma < math.inf):
             raise ValueError(f"sigma_bandwidth must be positive and finite or auto, got {sigma!r}")
         check_sizes(self, "rff_dimension", "chunk_size")
         check_seed(self.random_seed, "random_seed")
+        rows = self.sigma_sample_size
+        if not (isinstance(rows, int) and 2 <= rows <= MOST_SAMPLED):
+            raise ValueError(
+                f"sigma_sample_size must be an integer in [2, {MOST_SAMPLED}], of which all "
+                f"distances fit into memory, got {rows!r}"
+            )
         for name in ("ridge_penalty", "prior_strength"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must lie in [0, inf), got {getattr(self, name)}")
@@ -126,6 +142,7 @@ class MMDDataMixer:
         train, val = open_files(train_paths, val_paths)
         sizes = np.array([file.shape[0] for file in train])
         total = int(sizes.sum()) + sum(file.shape[0] for file in val)
+        assert self.random_seed is not None  # drawn in __post_init__
         prior = self._prior(sizes)
         strength: dict[str, Any] = {f"{self.pull}_pull": self.prior_strength}
         # The exact kernel reads the rows once for each block of them, from that block on.
@@ -137,7 +154,8 @@ class MMDDataMixer:
                 jax.random.key(self.random_seed),
                 train,
                 val,
-                bandwidth=self.sigma_bandwidth,
+                bandwidth="auto" if self.auto_sigma else self.sigma_bandwidth,
+                bandwidth_rows=self.sigma_sample_size,
                 num_features=self.rff_dimension,
                 estimator=self.estimator,
                 statistic=self.statistic,

@@ -136,7 +136,8 @@ def text(document: dict[str, Any]) -> str:
     certificate = document["certificate"]
     lines.append(
         f"objective {certificate['objective']:.6e}, at most {certificate['frank_wolfe_gap']:.1e} "
-        f"above the minimum; sigma {document['manifest']['sigma']:.4g}"
+        f"above the minimum; sigma {document['manifest']['sigma']:.4g}, "
+        f"seed {document['manifest']['seed']}"
     )
     return "\n".join(lines + [f"warning: {warning}" for warning in document["warnings"]])
 
