@@ -481,7 +481,7 @@ def test_the_published_auto_sigma_is_the_median_of_a_sample(files, monkeypatch):
 
     monkeypatch.setattr("xp_data_mixing.mixing.streamed_median_bandwidth", draw)
     for options in ({"auto_sigma": True}, {"sigma_bandwidth": "auto"}):
-        with pytest.raises(ValueError, match="^8 rows are drawn$"):
+        with pytest.raises(ValueError, match=r"^8 rows are drawn$"):
             MMDDataMixer(sigma_sample_size=8, **options).mix(*files)
 
 
