@@ -466,25 +466,3 @@ def adaptive_lambda(
     # A flow that starts at the target has a first value of 0.
     share = jnp.maximum(value, 0) / jnp.maximum(first_value, 1e-30)
     return jnp.minimum(largest, first_lambda * share ** (1 / (regularity + 1)))
-
-
-def largest_step(
-    value: ScalarLike,
-    lmbda: ScalarLike,
-    dimension: int,
-    bandwidth: ScalarLike,
-    *,
-    zeta: float = 1.5,
-) -> Array:
-    """The largest step size with guaranteed descent, Gaussian kernel of that bandwidth:
-
-        (zeta - 1) / (2 zeta (1 + lambda)) sqrt(lambda / (chi^2 K)),  K = (d^2 + 2 d) / bandwidth^4,
-
-    1 < zeta < 2, with chi^2 replaced by its lower bound DrMMD / (1 + lambda) = `value` / (1 +
-    lambda). It grows as the flow nears the target, where it is infinite.
-    """
-    value, lmbda, bandwidth, zeta = map(plain_number, (value, lmbda, bandwidth, zeta))
-    chi_squared = jnp.maximum(value, 0) / (1 + lmbda)
-    curvature = (dimension**2 + 2 * dimension) / bandwidth**4
-    factor = (zeta - 1) / (2 * zeta * (1 + lmbda))
-    return jnp.sqrt(lmbda / (chi_squared * curvature)) * factor

@@ -15,7 +15,6 @@ from lib.drmmd import (
     density_ratio,
     drmmd_witness,
     kale_witness,
-    largest_step,
     mmd_witness,
     particle_statistics,
     prepare_target,
@@ -310,12 +309,6 @@ def test_adaptive_lambda_starts_where_told_and_follows_the_value():
     assert adaptive_lambda(2e4, 2.0, 0.1) == 1.0
     assert adaptive_lambda(2e4, 2.0, 0.1, largest=np.inf) == pytest.approx(10)
     assert adaptive_lambda(-1e-18, 2.0, 0.1) == 0.0
-
-
-def test_largest_step_is_the_bound():
-    # (1.5 - 1) / (3 * 1.01) sqrt(.01 / (chi^2 8 / .2^4)), chi^2 = 3 / 1.01
-    expected = 0.5 / 3.03 * np.sqrt(0.01 / (3 / 1.01 * 8 / 0.0016))
-    assert largest_step(3.0, 0.01, 2, 0.2) == pytest.approx(expected)
 
 
 # At the door

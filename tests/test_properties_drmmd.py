@@ -24,7 +24,6 @@ from lib.drmmd import (
     density_ratio,
     drmmd_witness,
     kale_witness,
-    largest_step,
     mmd_witness,
     particle_statistics,
     prepare_target,
@@ -45,7 +44,7 @@ from lib.kernels import gaussian
 COVERS = {
     "lib.drmmd": (
         "adaptive_lambda", "check_lambda", "cutoff", "density_ratio", "drmmd_witness",
-        "kale_witness", "largest_step", "mmd_witness", "particle_statistics", "as_target",
+        "kale_witness", "mmd_witness", "particle_statistics", "as_target",
         "prepare_target", "prepare_target_nystrom", "product", "showalter", "tikhonov",
         "witness_function",
     ),
@@ -226,11 +225,10 @@ def test_kale_is_between_its_dual_and_its_primal(flow, cold):
 
 
 @few
-@given(SEEDS, DTYPES, EXPONENTS)
-def test_rules_along_a_flow(seed, dtype, exponent):
+@given(SEEDS, DTYPES)
+def test_rules_along_a_flow(seed, dtype):
     rng, eps = np.random.default_rng(seed), np.finfo(dtype).eps
-    value, first, lmbda, bandwidth = (dtype(10.0 ** rng.uniform(-6, 6)) for _ in range(4))
-    bandwidth = dtype(10.0**exponent)
+    value, first, lmbda = (dtype(10.0 ** rng.uniform(-6, 6)) for _ in range(3))
     on_device = jnp.asarray(value)
     found = adaptive_lambda(on_device, jnp.asarray(first), jnp.asarray(lmbda), largest=1e3)
     expected = min(1e3, float(lmbda) * math.sqrt(float(value) / float(first)))
@@ -240,13 +238,6 @@ def test_rules_along_a_flow(seed, dtype, exponent):
         nothing = jnp.asarray(nothing, dtype)
         assert adaptive_lambda(nothing, on_device, 0.1) == 0
         assert adaptive_lambda(nothing, nothing, 0.1) == 0
-        assert largest_step(nothing, 0.1, 2, 1.0) == np.inf
-    for d in (1, 9):
-        step = largest_step(on_device, float(lmbda), d, float(bandwidth), zeta=1.25)
-        value, lmbda, sigma = float(value), float(lmbda), float(bandwidth)
-        curvature = value / (1 + lmbda) * (d * d + 2 * d) / sigma**4
-        expected = 0.1 / (1 + lmbda) * math.sqrt(lmbda / curvature)
-        assert_within(step, expected, 8 * eps * expected, dtype)
     for bad in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="lambda must be positive"):
             check_lambda(bad)
@@ -263,7 +254,6 @@ def test_plain_numbers_do_not_promote(dtype, number):
     found = [
         kale_witness(target, particles, number, jnp.zeros(4, dtype)),
         adaptive_lambda(value, number, number, regularity=share, largest=share),
-        largest_step(value, number, 2, number),
     ]
     features = prepare_target_features(lambda points: points, y)
     for spectral_filter in FILTERS.values():

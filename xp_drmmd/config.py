@@ -54,7 +54,8 @@ class FlowConfig:
     regularity: float = 1.0
     """r of the paper's rule."""
     step_rule: Literal["fixed", "normalised"] = "fixed"
-    """normalised: gamma sqrt(lambda / DrMMD_n), as the stability bound has it."""
+    """normalised: gamma sqrt(lambda / DrMMD_n). The paper's bound for descent has chi^2 there, of
+    which DrMMD / (1 + lambda) is only a lower bound: no descent is guaranteed."""
     largest_gamma: float = 0.1
     """Of the normalised step."""
     spectral_filter: FilterName = "tikhonov"
