@@ -5,10 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from lib.gd import wasserstein_gradient_descent
 from xp_transfer_learning import ablation, domain_adaptation, methods, transfer
@@ -94,14 +97,57 @@ def test_training_set_clips_and_labels():
     assert np.isnan(right)
 
 
-def test_without_flowed_images_the_same_epochs_and_the_same_gradient_steps():
-    arguments = transfer.Arguments(n_epochs_nn=50, num_per_class=200)
-    same_epochs, same_steps = transfer.trainings("target_only", 5, arguments)
-    assert same_epochs.n_epochs == 50
-    # 50 images are one batch of 64; 2,050 are 33.
-    assert same_steps.n_epochs == 50 * 33
-    (one,) = transfer.trainings("mmdsw", 5, arguments)
-    assert one.n_epochs == 50
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 120), st.integers(1, 300),
+    st.integers(1, 60),
+)  # fmt: skip
+@example(10, 10, 5, 200, 50)
+@example(3, 26, 100, 200, 50)
+def test_without_flowed_images_the_same_epochs_and_the_same_gradient_steps(
+    of_source, of_target, k, n, epochs
+):
+    """Steps counted one by one: an epoch's batches begin at 0, 64, 128, ..."""
+
+    def steps(images, epochs):
+        return epochs * len(range(0, images, TrainingConfig.batch_size))
+
+    arguments = transfer.Arguments(n_epochs_nn=epochs, num_per_class=n)
+    num_classes = of_source, of_target
+    same_epochs, same_steps = transfer.trainings("target_only", k, arguments, num_classes)
+    (one,) = transfer.trainings("mmdsw", k, arguments, num_classes)
+    assert same_epochs.n_epochs == one.n_epochs == epochs
+    wanted = steps(of_target * k + of_source * n, epochs)
+    alone = of_target * k
+    assert steps(alone, same_steps.n_epochs) <= wanted < steps(alone, same_steps.n_epochs + 1)
+
+
+def test_the_published_numbers_of_epochs():
+    """Of ten classes each, 200 flowed images a class."""
+    found = [transfer.trainings("target_only", k, transfer.Arguments(), (10, 10))[1].n_epochs
+             for k in (1, 5, 10, 100)]  # fmt: skip
+    assert found == [1600, 1650, 825, 146]
+
+
+def test_the_classes_that_count_are_those_of_the_data(tmp_path, monkeypatch):
+    classes, asked = {"ten": range(10), "three": range(3)}, []
+
+    def run_try(config, training, **_):
+        asked.append(training.n_epochs)
+        return {"accuracies": np.zeros((1, 1)), "steps": np.zeros(1, int), "losses": []}
+
+    monkeypatch.setattr(
+        transfer, "load", lambda name, *_: SimpleNamespace(class_names=classes[name])
+    )
+    monkeypatch.setattr(transfer, "run_try", run_try)
+    (tmp_path / transfer.EXPERIMENT).mkdir()
+    options = {"method": ("target_only",), "num_per_class": 20, "n_epochs_nn": 7, "ntry": 1}
+    transfer.run_table(
+        transfer.Arguments(
+            src_dataset="ten", tgt_dataset="three", k_shot=(2,), results=tmp_path, **options
+        )
+    )
+    # 6 images are a batch, 206 are four.
+    assert asked == [7, 28]
 
 
 @pytest.mark.parametrize(("labelling", "share"), [("transport", 1), ("particles", 1), ("axis", 0)])

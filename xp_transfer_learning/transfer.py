@@ -8,7 +8,8 @@ labels the particles, trains LeNet-5 several times on target and flowed images, 
 accuracy on the target's whole test split after the last epoch. Nothing is chosen by that accuracy.
 
 The flowed images make an epoch longer. So `target_only`, training on the target images alone, comes
-twice: for the same number of epochs, as published, and for as many gradient steps as the others.
+twice: for the same number of epochs, as published, and for as many gradient steps as the others,
+in whole epochs.
 """
 
 from dataclasses import dataclass, replace
@@ -236,6 +237,11 @@ def run_table(arguments: Arguments) -> Path:
     given = {name: value for name, value in given.items() if value is not None}
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
     where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
+    num_classes = 0, 0
+    if "target_only" in arguments.method:
+        named = arguments.src_dataset, arguments.tgt_dataset
+        source, target = (load(name, "train", arguments.data_root) for name in named)
+        num_classes = len(source.class_names), len(target.class_names)
     rows = []
     for k in arguments.k_shot:
         for method in arguments.method:
@@ -250,7 +256,7 @@ def run_table(arguments: Arguments) -> Path:
                 size=arguments.size,
                 flow=settings,
             )
-            for training in trainings(method, k, arguments):
+            for training in trainings(method, k, arguments, num_classes):
                 tries = [
                     run_try(config, training, seed=seed, along=arguments.along, **where)
                     for seed in seeds
@@ -285,9 +291,13 @@ def run_table(arguments: Arguments) -> Path:
     return summary
 
 
-def trainings(method: Method, k: int, arguments: Arguments) -> list[TrainingConfig]:
+def trainings(
+    method: Method, k: int, arguments: Arguments, num_classes: tuple[int, int]
+) -> list[TrainingConfig]:
     """How the classifier is trained: once for each labelling, or, without flowed images, for the
-    same epochs and for the same gradient steps."""
+    same epochs and for as many whole epochs as take no more gradient steps than training on the
+    flowed images too. `num_classes` are those of the source and of the target, which count only
+    there."""
     base = TrainingConfig(
         n_epochs=arguments.n_epochs_nn,
         lr=arguments.lr_nn,
@@ -295,9 +305,11 @@ def trainings(method: Method, k: int, arguments: Arguments) -> list[TrainingConf
     )
     if method != "target_only":
         return [replace(base, labelling=labelling) for labelling in arguments.labelling]
-    per_class = np.asarray([k, k + arguments.num_per_class])
-    batches = -(-10 * per_class // base.batch_size)
-    return [base, replace(base, n_epochs=int(base.n_epochs * batches[1] // batches[0]))]
+    of_source, of_target = num_classes
+    without = classification.steps_per_epoch(of_target * k, base.batch_size)
+    flowed = of_source * arguments.num_per_class
+    together = classification.steps_per_epoch(of_target * k + flowed, base.batch_size)
+    return [base, replace(base, n_epochs=base.n_epochs * together // without)]
 
 
 def describe(row: dict) -> str:
