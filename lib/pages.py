@@ -16,6 +16,8 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from lib.spreads import mean_and_spread
+
 STYLE = Path(__file__).with_name("page.css")
 SETTINGS = ("environment", "config", "arguments", "settings", "group", "preset", "seed", "seeds")
 """What is no result in a summary."""
@@ -164,7 +166,7 @@ def _head(name: str, values: list[Any], seeds: Any) -> str:
         return name
     ours = isinstance(seeds, list) and counts == {len(seeds)}
     count = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return f"{name}, mean ± std over {count} {'seeds' if ours else 'values'}"
+    return f"{name}, mean ± sample std over {count} {'seeds' if ours else 'values'}"
 
 
 def _cell(value: Any) -> str:
@@ -176,10 +178,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if numbers := _floats(value):
-        if len(numbers) == 1:
-            return f"{numbers[0]:.4g}"
         with np.errstate(all="ignore"):  # infinities are shown as such
-            return f"{np.mean(numbers):.4g} ± {np.std(numbers, ddof=1):.2g}"
+            return mean_and_spread(numbers, ".4g", ".2g")
     if value and isinstance(value[0], list | dict):
         shape = []
         while isinstance(value, list) and value:

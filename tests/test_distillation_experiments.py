@@ -275,9 +275,9 @@ def test_tables_by_hand():
     assert whole["share_of_whole"] == 1
     assert ten["over_random"] is None
     # Over sets .6 and .7: 65 ± 7.1; of one set over classifiers.
-    assert tables.spread(rows[0]["accuracies"]) == "65.0 ± 7.1"
-    assert tables.spread([[0.5, 0.7]]) == "60.0 ± 14.1"
-    assert tables.spread([[0.5]]) == "50.0"
+    assert tables.cell(rows[0]["accuracies"]) == "65.0 ± 7.1"
+    assert tables.cell([[0.5, 0.7]]) == "60.0 ± 14.1"
+    assert tables.cell([[0.5]]) == "50.0"
     lines = tables.markdown(rows).splitlines()
     assert lines[0] == "| idc | 1 a class | 10 a class | over Random | of the whole set |"
     assert lines[2] == "| ECHO | 65.0 ± 7.1 | 80.0 ± 0.0 | +25.0 /  | 81% / 100% |"

@@ -147,8 +147,8 @@ def test_the_rate_warms_up_and_falls():
 
 
 def test_tables_show_mean_and_spread():
-    assert tables.spread(np.array([1.0, 2.0, 3.0])) == "2 ± 1"
-    assert tables.spread(np.array([0.12345])) == "0.123"
+    assert tables.cell(np.array([1.0, 2.0, 3.0])) == "2 ± 1"
+    assert tables.cell(np.array([0.12345])) == "0.123"
     stored = {
         "methods": np.array(["euler", "heun"]),
         "evaluations": np.array([5, 20]),

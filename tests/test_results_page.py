@@ -138,7 +138,7 @@ def test_a_table_with_too_many_cells_is_shown_as_it_is(results):
 
 def test_a_summary_without_tables_is_shown_by_its_rows(results):
     table = Parsed(results_page.write_page(results)).table("label")
-    assert table[0] == ["label", "loss, mean ± std over 3 seeds", "steps", "rate"]
+    assert table[0] == ["label", "loss, mean ± sample std over 3 seeds", "steps", "rate"]
     losses = [0.5, 0.25, 1.5]
     spread = f"{statistics.mean(losses):.4g} ± {statistics.stdev(losses):.2g}"
     assert table[1] == ["ours", spread, "1,000", "–"]
@@ -155,7 +155,7 @@ def test_other_values_are_listed_by_name():
         ["names", "a, b"],
         ["grid", "2 × 3 values"],
         ["converged", "yes"],
-        ["ends, mean ± std over 2 values", "1.5 ± 0.71"],
+        ["ends, mean ± sample std over 2 values", "1.5 ± 0.71"],
     ]
     assert table.numeric == [False, False]
     assert pages.Table(["", "n"], [["a", "1.5 ± 2"], ["b"], ["c", "-"], ["d", "9e-05"]]).numeric[1]

@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lib import plotting
+from lib.spreads import spread, standard_error
 from xp_data_mixing import tables
 from xp_data_mixing.config import SIGMAS
 
@@ -25,7 +26,7 @@ def recovery(rows: list[dict]) -> Figure:
         found = tables.variations(row)
         for column, colour in zip(tables.kernel_columns(row), plotting.CLASS_COLOURS):
             values = np.stack([found[f"{column}, σ = {sigma:g}"].ravel() for sigma in SIGMAS])
-            mean, error = values.mean(1), values.std(1) / np.sqrt(values.shape[1])
+            mean, error = values.mean(1), standard_error(values, 1)
             axis.semilogx(SIGMAS, mean, color=colour, label=column)
             axis.fill_between(SIGMAS, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
         for name, (colour, style) in zip(tables.others(row)[1:], LINES):
@@ -83,7 +84,7 @@ def downstream(rows: list[dict]) -> Figure:
     ):
         values = np.asarray(row[name])
         axis.plot(values.T, color="0.8", lw=0.7)
-        error = values.std(0) / np.sqrt(len(values))
+        error = standard_error(values, 0)
         axis.errorbar(
             range(len(names)), values.mean(0), error, fmt="o", color=plotting.CLASS_COLOURS[0]
         )
@@ -105,7 +106,7 @@ def ablation(rows: list[dict]) -> Figure:
     for n, (axis, size) in enumerate(zip(axes[0], sizes)):
         for d, (label, colour) in enumerate(zip(labels, plotting.CLASS_COLOURS)):
             values = tv[:, n, d].swapaxes(0, 1).reshape(len(SIGMAS), -1)
-            mean, std = values.mean(1), values.std(1)
+            mean, std = values.mean(1), spread(values, 1)
             axis.loglog(SIGMAS, mean, color=colour, label=label)
             axis.fill_between(SIGMAS, mean - std, mean + std, color=colour, alpha=0.12, lw=0)
         axis.set_title(f"{size} rows a set")

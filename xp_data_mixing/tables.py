@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.spreads import mean_and_spread
 from xp_data_mixing.config import SIGMAS
 
 KERNEL_COLUMNS = ("exact V", "exact U")
@@ -26,8 +27,8 @@ def _markdown(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 
 def _spread(values, *, digits: int = 3) -> str:
-    """mean ± standard deviation over all values."""
-    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+    """mean ± sample standard deviation."""
+    return mean_and_spread(values, f".{digits}f")
 
 
 # Recovery
@@ -50,7 +51,7 @@ def others(row: dict) -> list[str]:
 
 
 def bandwidth_table(summary: Path, label: str, *, sigmas: tuple[float, ...] = SIGMAS) -> str:
-    """Total variation by bandwidth and estimator, mean ± std over seeds and targets."""
+    """Total variation by bandwidth and estimator; spread over all seeds and targets."""
     row = _row(summary, label)
     found, columns = variations(row), kernel_columns(row)
     return _markdown(
@@ -63,7 +64,7 @@ def bandwidth_table(summary: Path, label: str, *, sigmas: tuple[float, ...] = SI
 
 
 def recovery_table(summary: Path) -> str:
-    """Total variation of what has no bandwidth to choose, mean ± std over seeds and targets."""
+    """Total variation of what has no bandwidth to choose; spread over all seeds and targets."""
     rows = rows_of(summary)
     names = others(rows[0])
     return _markdown(
@@ -99,7 +100,7 @@ def coverage_table(summary: Path) -> str:
 
 def downstream_table(summary: Path) -> str:
     """A line a mixture: loss, its difference to uniform of the same seed, accuracy, and total
-    variation; mean ± std over seeds."""
+    variation; spread over seeds."""
     row = rows_of(summary)[0]
     loss, accuracy = np.asarray(row["loss"]), 100 * np.asarray(row["accuracy"])
     more, tv = loss - loss[:, :1], np.asarray(row["tv"])
@@ -120,7 +121,7 @@ def downstream_table(summary: Path) -> str:
 
 def ablation_table(summary: Path) -> str:
     """A line a size of the sets: for each number of features the best mean total variation over
-    bandwidths, mean ± std over seeds and targets, and its bandwidth."""
+    bandwidths, spread over all seeds and targets, and its bandwidth."""
     row = rows_of(summary)[0]
     tv, settings = np.asarray(row["tv"]), row["settings"]
     heads = [f"D = {count}" for count in settings["num_features"]] + ["exact"]
@@ -169,7 +170,8 @@ def page(summary: Path) -> str:
     """Markdown: all tables of a summary, and what stands in them."""
     about = json.loads(Path(summary).read_text())
     seeds = f"{len(about['seeds'])} seed{'s' * (len(about['seeds']) > 1)}"
-    over, targets = f"mean ± std over {seeds}", f"mean ± std over the targets of {seeds}"
+    over = f"mean ± sample standard deviation over {seeds}"
+    targets = f"mean ± sample standard deviation over all targets of {seeds}"
     if about["group"] == "recovery":
         parts = [
             f"Total variation to the truth, {targets}.",

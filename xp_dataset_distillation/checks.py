@@ -23,6 +23,7 @@ from lib import datasets, runs
 from lib.commands import run_command
 from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
+from lib.spreads import spread
 from xp_dataset_distillation import condense, losses, moments
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, KernelName, Start
 from xp_dataset_distillation.factor import decode
@@ -100,7 +101,7 @@ def mmd_table(
         loss_keys = jax.random.split(jax.random.key(1), len(y))
         found = np.asarray(values(loss_keys, pairs)).reshape(len(DIFFERENCES), repeats)
         null = found[DIFFERENCES.index("equal")]
-        sizes = (found.mean(axis=1) - null.mean()) / null.std(ddof=1)
+        sizes = (found.mean(axis=1) - null.mean()) / spread(null)
         table[kernel] = dict(zip(DIFFERENCES, sizes.tolist()))
     return table
 

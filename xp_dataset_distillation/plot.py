@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lib import plotting
 from lib.runs import Run
+from lib.spreads import spread
 from xp_dataset_distillation import export, tables
 
 MOST_SHOWN = 10
@@ -61,7 +62,7 @@ def run_figures(run: Run, images: Path, course: Path, *, label: str = "") -> lis
 
 def accuracies(rows: list[dict]) -> Figure:
     """A panel a judge: accuracy of every entry, a marker a number of images a class; bars are the
-    sample standard deviation over sets."""
+    sample standard deviation over sets, or over the classifiers of one set."""
     judges = list(dict.fromkeys(row["judge"] for row in rows))
     labels = list(dict.fromkeys(row["label"] for row in rows))
     size = (3.4 * len(judges) + 1.2, 0.32 * len(labels) + 1.2)
@@ -69,16 +70,14 @@ def accuracies(rows: list[dict]) -> Figure:
     numbers = sorted({row["images_per_class"] for row in rows if row["images_per_class"]})
     for axis, judge in zip(axes[0], judges):
         for row in (row for row in rows if row["judge"] == judge):
-            values = 100 * np.atleast_2d(row["accuracies"])
-            each = values.mean(axis=1) if len(values) > 1 else values[0]
-            error = each.std(ddof=1) if len(each) > 1 else 0
+            values = tables.each(row["accuracies"])
             n = row["images_per_class"]
             if n is None:
                 axis.axvline(values.mean(), color="0.6", ls=":")
                 continue
             colour = plotting.CLASS_COLOURS[numbers.index(n)]
             place = labels.index(row["label"])
-            axis.errorbar(values.mean(), place, xerr=error, fmt="o", ms=4, color=colour)
+            axis.errorbar(values.mean(), place, xerr=spread(values), fmt="o", ms=4, color=colour)
         axis.set(title=judge, xlabel="accuracy, %")
         axis.grid(axis="x", lw=0.3)
     shown = [label for label in labels if label != "whole set"]

@@ -4,15 +4,19 @@ from typing import Any
 
 import numpy as np
 
+from lib.spreads import mean_and_spread
 
-def spread(values: np.ndarray) -> str:
-    """Percent: mean over sets and classifiers ± sample standard deviation over sets of the mean
-    over classifiers; of one set, over classifiers."""
-    values = 100 * np.atleast_2d(np.asarray(values, float))
-    each = values.mean(axis=1) if len(values) > 1 else values[0]
-    if len(each) < 2:
-        return f"{values.mean():.1f}"
-    return f"{values.mean():.1f} ± {each.std(ddof=1):.1f}"
+
+def each(accuracies: Any) -> np.ndarray:
+    """Percent: of accuracies [sets, classifiers] or [classifiers] each set's mean over classifiers,
+    of one set each classifier's."""
+    values = 100 * np.atleast_2d(np.asarray(accuracies, float))
+    return values.mean(axis=1) if len(values) > 1 else values[0]
+
+
+def cell(accuracies: Any) -> str:
+    """mean ± sample standard deviation of `each`."""
+    return mean_and_spread(each(accuracies), ".1f")
 
 
 def mean(row: dict[str, Any]) -> float:
@@ -41,8 +45,11 @@ def relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def page(document: dict[str, Any]) -> str:
     """Markdown: the tables of a summary's content and what stands in them."""
-    of = "sets" if len(document["seeds"]) > 1 else "classifiers"
-    words = f"Accuracy in percent on {document['judged_on']}, mean ± std over {of}."
+    of = "classifiers"
+    if len(document["seeds"]) > 1:
+        of = "sets (of the means over their classifiers)"
+    words = f"Accuracy in percent on {document['judged_on']}, mean ± sample standard deviation"
+    words += f" over {of}."
     return f"{words}\n\n{markdown(document['rows'])}\n"
 
 
@@ -60,10 +67,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         for label in dict.fromkeys(row["label"] for row in these):
             own = {row["images_per_class"]: row for row in these if row["label"] == label}
             if None in own:
-                cells = [spread(own[None]["accuracies"])] + [""] * (len(numbers) - 1)
+                cells = [cell(own[None]["accuracies"])] + [""] * (len(numbers) - 1)
                 lines.append(f"| {label} | {' | '.join(cells)} | | 100% |")
                 continue
-            cells = [spread(own[n]["accuracies"]) if n in own else "" for n in numbers]
+            cells = [cell(own[n]["accuracies"]) if n in own else "" for n in numbers]
             over = _joined(own, numbers, "over_random", "{:+.1f}")
             share = _joined(own, numbers, "share_of_whole", "{:.0f}%")
             lines.append(f"| {label} | {' | '.join(cells)} | {over} | {share} |")

@@ -5,16 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.spreads import mean_and_spread
+
 NAMES = {"mmd2": "MMD²", "w1": "W1", "w2": "W2", "kl": "KL", "validation": "validation error"}
 
 
 def _spread(values: np.ndarray) -> str:
-    """mean ± std over seeds, or the one value."""
-    mean, std = np.mean(values), np.std(values)
-    digits = f"{mean:.4f}" if 1e-3 <= abs(mean) < 10 else f"{mean:.1e}"
-    if len(values) == 1:
-        return digits
-    return f"{digits} ± {f'{std:.4f}' if 1e-3 <= abs(mean) < 10 else f'{std:.0e}'}"
+    forms = (".4f", ".4f") if 1e-3 <= abs(np.mean(values)) < 10 else (".1e", ".0e")
+    return mean_and_spread(values, *forms)
 
 
 def line(row: dict) -> str:
@@ -34,13 +32,14 @@ def first_below(row: dict, name: str, level: float) -> int | None:
 def page(summary: Path) -> str:
     """Markdown: the table of a summary and what stands in it."""
     seeds = len(json.loads(Path(summary).read_text())["seeds"])
-    spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ""
+    spread = f", mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else ""
     return f"Where each flow ends{spread}.\n\n{table(summary)}\n"
 
 
 def table(summary: Path, *, names: tuple[str, ...] = tuple(NAMES), w1: float | None = None) -> str:
-    """Markdown: a line a flow, those of the distances `names` that it has at its end, mean ± std
-    over seeds; with `w1` also the first recorded step at which the mean W1 is at most that."""
+    """Markdown: a line a flow, those of the distances `names` that it has at its end, mean ±
+    sample standard deviation over seeds; with `w1` also the first recorded step at which the mean
+    W1 is at most that."""
     rows = json.loads(Path(summary).read_text())["rows"]
     names = [name for name in names if name in rows[0]]
     unit = "epochs" if "validation" in names else "steps"

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from lib.spreads import mean_and_spread
+
 MEASURES = {
     "frechet": "Fréchet distance of features",
     "sliced_wasserstein": "sliced Wasserstein, pixels",
@@ -42,17 +44,16 @@ def floor_of(stored: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def spread(values: np.ndarray, digits: int = 3) -> str:
-    """mean ± sample standard deviation over seeds; the value alone of one seed."""
-    values = np.asarray(values, float)
-    mean = f"{values.mean():.{digits}g}"
-    return mean if len(values) < 2 else f"{mean} ± {values.std(ddof=1):.1g}"
+def cell(values: np.ndarray) -> str:
+    """mean ± sample standard deviation over seeds."""
+    return mean_and_spread(values, ".3g", ".1g")
 
 
 def page(document: dict[str, Any]) -> str:
     """Markdown: the tables of a summary's content and what stands in them."""
     words = f"{MEASURES['frechet']} after so many evaluations, straightness and cost of the paths"
-    spread = f", mean ± std over {len(document['seeds'])} seeds" * (len(document["seeds"]) > 1)
+    seeds = len(document["seeds"])
+    spread = f", mean ± sample standard deviation over {seeds} seeds" * (seeds > 1)
     parts = [f"{words}{spread}.", markdown(document["rows"], document["floor"])]
     if document["mixtures"]:
         lines = [
@@ -74,8 +75,8 @@ def markdown(rows: list[dict[str, Any]], floor: dict[str, float], measure: str =
     ]
     for row in rows:
         values = np.asarray(row[measure])
-        cells = [spread(values[:, j]) for j in range(values.shape[1])]
-        cells += [spread(row["normalised_straightness"]), spread(row["transport_cost"])]
+        cells = [cell(values[:, j]) for j in range(values.shape[1])]
+        cells += [cell(row["normalised_straightness"]), cell(row["transport_cost"])]
         lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     blank = " |" * (len(names) + 1)
     lines.append(f"| as many training images | {floor[measure]:.3g} |{blank}")

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lib import plotting, runs
 from lib.datasets import as_images
+from lib.spreads import spread
 from xp_transfer_learning.data import stored_shape
 
 
@@ -158,14 +159,14 @@ def animate_images(
 
 
 def along_curves(rows: list[dict]) -> Figure:
-    """Accuracy (mean and std over tries and trainings) and loss along the flows of those rows of
-    transfer summaries that have them."""
+    """Accuracy (mean and sample standard deviation over all tries and trainings) and loss along the
+    flows of those rows of transfer summaries that have them."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3))
     for row in rows:
         if len(row["steps"]) < 2:
             continue
         every, steps = 100 * np.asarray(row["accuracies"]), np.asarray(row["steps"])
-        mean, std = every.mean(axis=(0, 2)), every.std(axis=(0, 2))
+        mean, std = every.mean(axis=(0, 2)), spread(every, (0, 2))
         name = f"{row['target']}, k = {row['k']}, {row['method']}"
         axes[0].plot(steps, mean, ".-", label=name)
         axes[0].fill_between(steps, mean - std, mean + std, alpha=0.3)
@@ -214,11 +215,12 @@ PUBLISHED_ADAPTATION = {
 
 
 def adaptation_curve(stored: dict) -> Figure:
-    """Accuracy along the flow of one summary, beside the published one where there is one."""
+    """Accuracy along the flow of one summary, mean and sample standard deviation over tries, beside
+    the published one where there is one."""
     config, steps = stored["config"], np.asarray(stored["steps"])
     accuracies = 100 * np.asarray(stored["accuracies"])
     figure, axis = plt.subplots(figsize=(4.5, 3))
-    mean, std = accuracies.mean(axis=0), accuracies.std(axis=0)
+    mean, std = accuracies.mean(axis=0), spread(accuracies, 0)
     draws = f"{len(accuracies)} draw{'s' if len(accuracies) > 1 else ''}"
     axis.plot(steps, mean, ".-", label=f"ours, {draws} of the source")
     axis.fill_between(steps, mean - std, mean + std, alpha=0.3)

@@ -7,6 +7,7 @@ from typing import get_args
 
 import numpy as np
 
+from lib.spreads import mean_and_spread, spread
 from xp_transfer_learning.config import METHODS, Labelling, TrainingConfig
 
 # Bonet et al. (2025), Table 2: accuracy in percent and its standard deviation, which leaves out the
@@ -44,14 +45,14 @@ def published_transfer(source: str, target: str, k: int, method: str) -> tuple[f
 
 def rings_page(rows: list[dict], num_seeds: int) -> str:
     """Markdown: the last losses of `rings.py` beside the published ones, and what stands there."""
-    over = f"mean ± std over {num_seeds} seeds (data and directions)"
+    over = f"mean ± sample standard deviation over {num_seeds} seeds (data and directions)"
     lines = [
         f"Last loss F = MMD²/2, {over if num_seeds > 1 else 'one seed'}; published: one run.\n",
         "| kernel | parameter | estimator | last loss | published |\n|---|---|---|---|---|",
     ]
     for row in rows:
         last = np.asarray(row["last_losses"])
-        shown = f"{last.mean():.2e}" + (f" ± {last.std(ddof=1):.1e}" if num_seeds > 1 else "")
+        shown = mean_and_spread(last, ".2e", ".1e")
         published = "" if row["published"] is None else f"{row['published']:.3f}"
         parameter = f"{row['parameter']} = {row['value']:g}"
         lines.append(
@@ -62,31 +63,33 @@ def rings_page(rows: list[dict], num_seeds: int) -> str:
 
 def transfer_page(summary: Path) -> str:
     """Markdown: the table of `transfer.py` and what stands in it."""
-    words = "Accuracy in percent at the end of the flow, mean ± std over tries and trainings."
+    words = "Accuracy in percent at the end of the flow, mean ± sample standard deviation over all "
+    words += "tries and trainings."
     return f"{words}\n\n{transfer_table([summary])}\n"
 
 
 def adaptation_page(pair: str, steps: np.ndarray, accuracies: np.ndarray) -> str:
     """Markdown: the accuracies [tries, T] of `domain_adaptation.py` in percent along the flow."""
     tries = len(accuracies)
-    spread = f", mean ± std of {tries} draws" if tries > 1 else ""
-    lines = [f"{pair}, accuracy in percent{spread}.\n", "| step | accuracy |\n|---|---|"]
+    over = f", mean ± sample standard deviation over {tries} draws" if tries > 1 else ""
+    lines = [f"{pair}, accuracy in percent{over}.\n", "| step | accuracy |\n|---|---|"]
     for step, column in zip(steps, 100 * accuracies.T):
-        shown = f"{column.mean():.1f}" + (f" ± {column.std():.1f}" if tries > 1 else "")
+        shown = mean_and_spread(column, ".1f")
         lines.append(f"| {int(step):,} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
 def ablation_page(summary: Path) -> str:
     """Markdown: the table of `ablation.py` and what stands in it."""
-    return f"Options of the flow, mean ± std over tries.\n\n{ablation_table(summary)}\n"
+    words = "Options of the flow, mean ± sample standard deviation over tries."
+    return f"{words}\n\n{ablation_table(summary)}\n"
 
 
 def transfer_table(summaries: Iterable[Path]) -> str:
     """Markdown: a line for each target, k, method and way of training, in that order.
 
-    Accuracy in percent at the end of the flow: mean and standard deviation over all tries and
-    trainings, then the standard deviation of the tries' means. Behind the labelling, the least and
+    Accuracy in percent at the end of the flow: mean and sample standard deviation over all tries
+    and trainings, then that of the tries' means. Behind the labelling, the least and
     greatest percentage of labels that are right, over the tries, where the summary has them.
     """
     lines = [
@@ -114,8 +117,8 @@ def transfer_table(summaries: Iterable[Path]) -> str:
             f"| {row['source']} → {row['target']} | {row['k']} | {row['method']} "
             f"| {training['n_epochs']:,}{rate} "
             f"| {labels} "
-            f"| {last.mean():.1f} ± {last.std():.1f} "
-            f"| {f'{last.mean(axis=1).std():.1f}' if len(last) > 1 else '-'} "
+            f"| {mean_and_spread(last, '.1f')} "
+            f"| {f'{spread(last.mean(axis=1)):.1f}' if len(last) > 1 else '-'} "
             f"| {'' if published is None else f'{published[0]} ± {published[1]}'} |"
         )
     return "\n".join(lines)
@@ -123,8 +126,8 @@ def transfer_table(summaries: Iterable[Path]) -> str:
 
 def ablation_table(summary: Path) -> str:
     """Markdown: a line an option of `ablation.py`. Steps and seconds of flowing until the objective
-    is the given share of its start, and until the accuracy is the given one: mean and standard
-    deviation over the tries, "-" unless all arrived; then loss and accuracy at the end."""
+    is the given share of its start, and until the accuracy is the given one: mean and sample
+    standard deviation over the tries, "-" unless all arrived; then loss and accuracy at the end."""
     summary = json.loads(Path(summary).read_text())
     objective, accuracy = (summary["arguments"][name] for name in ("objective", "accuracy"))
     return "\n".join([ablation_head(objective, accuracy), *map(ablation_line, summary["rows"])])
@@ -148,11 +151,11 @@ def ablation_line(row: dict) -> str:
         if None in steps:
             cells += ["-", "-"]
         else:
-            cells.append(f"{np.mean(steps):.0f} ± {np.std(steps):.0f}")
+            cells.append(mean_and_spread(steps, ".0f"))
             cells.append(f"{np.mean(steps) * pace:.1f}")
     losses, accuracies = np.array(row["last_losses"]), 100 * np.array(row["last_accuracies"])
-    cells.append(f"{losses.mean():.1e} ± {losses.std():.0e}")
-    cells.append(f"{accuracies.mean():.1f} ± {accuracies.std():.1f}")
+    cells.append(mean_and_spread(losses, ".1e", ".0e"))
+    cells.append(mean_and_spread(accuracies, ".1f"))
     return f"{head}| {' | '.join(cells)} |"
 
 

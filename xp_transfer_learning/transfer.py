@@ -27,6 +27,7 @@ from lib.files import write_bytes, write_json
 from lib.hosts import DeviceOptions
 from lib.keys import key_of_seed
 from lib.networks import LeNet5
+from lib.spreads import mean_and_spread, spread
 from xp_transfer_learning import methods, plot, tables
 from xp_transfer_learning.config import (
     EXPERIMENT,
@@ -324,7 +325,8 @@ def describe(row: dict) -> str:
     for i, step in enumerate(row["steps"]):
         last = every[:, i]
         parts.append(
-            f"{last.mean():.1f} ± {last.std():.1f} (tries' means ± {last.mean(axis=1).std():.1f})"
+            mean_and_spread(last, ".1f")
+            + (f" (tries' means ± {spread(last.mean(axis=1)):.1f})" if len(last) > 1 else "")
             + (f" at step {int(step)}" if len(row["steps"]) > 1 else "")
         )
     return f"  {name}: " + "; ".join(parts)
