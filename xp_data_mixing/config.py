@@ -60,6 +60,8 @@ class CoverageConfig:
     replicates: int = 200
     confidence: float = 0.9
     num_features: int = 300
+    small_set: tuple[int, int] | None = None
+    """(class, rows): one set has so many rows, the others num_per_class."""
 
     def __post_init__(self):
         check_sizes(self, "resamples", "replicates", "num_features")
@@ -156,6 +158,15 @@ GROUPS: dict[str, Group] = {
             "MMD, no shift": CoverageConfig(_REST, estimator="mmd"),
         }
     ),
+    "unequal": Group(
+        {
+            f"class {label}: {rows} rows": CoverageConfig(
+                _REST, estimator="mmd", small_set=(label, rows)
+            )
+            for label in (6, 8)
+            for rows in (30, 100)
+        }
+    ),
     "downstream": Group({"pixels": DownstreamConfig()}, seeds=10),
     "ablation": Group({"pixels": AblationConfig()}, seeds=3),
     "solvers": Group({"pixels": SolversConfig()}),
@@ -174,6 +185,18 @@ QUICK: dict[str, Group] = {
         {
             "calibrated": CoverageConfig(
                 replace(DIGITS, labels="drawn"), resamples=20, replicates=50, num_features=100
+            ),
+        }
+    ),
+    "unequal": Group(
+        {
+            "class 8: 15 rows": CoverageConfig(
+                replace(DIGITS, labels="drawn"),
+                estimator="mmd",
+                resamples=10,
+                replicates=50,
+                num_features=100,
+                small_set=(8, 15),
             ),
         }
     ),

@@ -26,6 +26,7 @@ from xp_data_mixing.config import EXPERIMENT, Config, Group, Preset, presets
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "recovery": recovery.recover,
     "coverage": coverage.cover,
+    "unequal": coverage.cover,
     "downstream": downstream.compare,
     "ablation": recovery.ablate,
     "solvers": solvers.compare_solvers,

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
+from scipy.linalg import eigh, null_space
 
 from lib.exact_means import noise_of_means, streamed_median_bandwidth
 from lib.rff import gaussian_frequencies
@@ -50,7 +51,7 @@ from xp_data_mixing.block_moments import (
     grams,
     split_features,
 )
-from xp_data_mixing.mixing_warnings import find_warnings
+from xp_data_mixing.mixing_warnings import WEAK, find_warnings
 
 FOLDS = 5
 """Of the held-out MMD^2."""
@@ -85,7 +86,9 @@ class MixingResult(NamedTuple):
                          on the diagonal between different rows of one; NaN for a single row
     kernel_mean          of rows of one set, on average over the sets: near 1 or 0 the bandwidth is
                          far too wide or narrow; NaN where every set has a single row
-    undetermined         directions in weight space along which MMD^2 changes less than by noise
+    signal_to_noise      ascending, for directions in weight space between the sets of more than
+                         one row: by how many times their sampling noise MMD^2 changes along them
+    undetermined         how many of these directions noise explains
     bandwidth            sigma; `median_rule`: whether the median distance gave it
     """
 
@@ -104,6 +107,7 @@ class MixingResult(NamedTuple):
     noise: Float[np.ndarray, " M"]
     kernel_means: Float[np.ndarray, "M M"]
     kernel_mean: float
+    signal_to_noise: Float[np.ndarray, " K"]
     undetermined: int
     bandwidth: float
     median_rule: bool
@@ -228,10 +232,18 @@ def estimate(
     if check_features:
         held_out, fold_weights = _held_out(fit, check, corrections, constraints)
     kernel_means = gram - np.diag(np.where(rows > 1, noise, np.nan))
-    within = np.diag(kernel_means)[:-1][rows[:-1] > 1]
+    several = rows[:-1] > 1  # sets whose noise is known
+    within = np.diag(kernel_means)[:-1][several]
+    signal_to_noise = _signal_to_noise(
+        problem.quadratic.gram[np.ix_(several, several)], noise[:-1][several]
+    )
+    weak = len(signal_to_noise) > 0 and signal_to_noise[0] < WEAK
+    intervals = None
+    if bootstrap:
+        intervals = _intervals(replicates, weights, confidence, problem.bounds, biased=weak)
     result = MixingResult(
         weights,
-        _intervals(replicates, weights, confidence, problem.bounds) if bootstrap else None,
+        intervals,
         replicates,
         solution.objective - shift,
         solution.gap,
@@ -245,7 +257,8 @@ def estimate(
         noise,
         kernel_means,
         float(np.mean(within)) if len(within) else float("nan"),
-        _undetermined(problem.quadratic.gram, noise[:-1][rows[:-1] > 1], corrections),
+        signal_to_noise,
+        int(np.sum(signal_to_noise < 2 - corrections)),
         float(bandwidth),
         median_rule,
         rows[:-1],
@@ -305,10 +318,14 @@ def _mixtures(gram, rows, weights):
     return np.full(n, 1 / n), rows[:-1] / rows[:-1].sum(), single, weights
 
 
-def _intervals(replicates, weights, confidence, bounds):
+def _intervals(replicates, weights, confidence, bounds, *, biased):
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     low, high = np.quantile(replicates, tails, axis=0)
-    low, high = np.minimum(low, 2 * weights - high), np.maximum(high, 2 * weights - low)
+    shift = 2 * (replicates.mean(axis=0) - weights) * biased
+    low, high = (
+        np.minimum(np.minimum(low, low - shift), 2 * weights - high),
+        np.maximum(np.maximum(high, high - shift), 2 * weights - low),
+    )
     low = np.minimum(np.maximum(low, bounds[0]), weights)  # whatever rounding does
     high = np.maximum(np.minimum(high, np.minimum(bounds[1], 1.0)), weights)
     return np.stack([low, high], axis=1)
@@ -357,15 +374,11 @@ def _marginal_values(quadratic, constraints, solution):
     return values
 
 
-def _undetermined(gram, noise, corrections):
-    """Eigenvalues of G between weights of one sum that the sampling noise of the means explains,
-    which is known of sets of more than one row."""
+def _signal_to_noise(gram, noise):
+    """Ascending eigenvalues of v'Gv / v' diag(noise) v over the v of sum 0."""
     n = len(gram)
-    if not len(noise):
-        return 0
-    centring = np.eye(n) - 1 / n
-    eigenvalues = np.linalg.eigvalsh(centring @ gram @ centring)
-    # The smallest in size is that of (1, ..., 1), which is no direction between weights.
-    eigenvalues = np.delete(eigenvalues, np.argmin(np.abs(eigenvalues)))
-    level = (2 - corrections) * noise.mean()
-    return int(np.sum(eigenvalues < level))
+    if n < 2:
+        return np.zeros(0)
+    between = null_space(np.ones((1, n)))
+    scale = between.T @ np.diag(np.maximum(noise, np.finfo(float).tiny)) @ between
+    return eigh(between.T @ gram @ between, scale, eigvals_only=True)

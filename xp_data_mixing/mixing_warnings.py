@@ -10,6 +10,8 @@ NO_SPREAD = 1 - 1e-5
 """Mean kernel values from which rows are equal: up to rounding in float32."""
 FEW_ROWS = 30
 WORST_CONDITION = 1e8
+WEAK = 4.0
+"""Of the signal over the noise between weights: below it noise biases them (see the README)."""
 MISFIT = 20.0
 """MMD^2 so many times what sampling explains."""
 ROUNDING = 1e-6
