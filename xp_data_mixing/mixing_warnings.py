@@ -22,7 +22,7 @@ def find_warnings(result: Any) -> tuple[str, ...]:
     """Warnings about a `xp_data_mixing.mixing.MixingResult`, most severe first."""
     return tuple(
         warning
-        for found in (_kernel, _spread, _conditioning, _vertex, _held_out, _misfit, _rows)
+        for found in (_kernel, _spread, _conditioning, _biased, _vertex, _held_out, _misfit, _rows)
         for warning in found(result)
     )
 
@@ -98,6 +98,18 @@ def _conditioning(result):
         yield (
             "the U-statistic's matrix is not positive semidefinite with so few rows: "
             f"{result.lift:.2g} |w|^2 was added, which pulls towards equal weights"
+        )
+
+
+def _biased(result):
+    signal = result.signal_to_noise
+    if not result.undetermined and len(signal) and signal[0] < WEAK:
+        noisiest = int(np.argmax(result.noise[:-1]))
+        yield (
+            f"biased by noise: along one direction between weights MMD^2 changes by only "
+            f"{signal[0]:.1f} times its sampling noise, below {WEAK:g} weights are off and intervals "
+            f"miss more often than they say; most noise has {result.names[noisiest]} "
+            f"({result.sizes[noisiest]} rows)"
         )
 
 

@@ -129,6 +129,7 @@ def ablation(rows: list[dict]) -> Figure:
 DRAWN = {
     "recovery": recovery,
     "coverage": coverage,
+    "unequal": coverage,
     "downstream": downstream,
     "ablation": ablation,
 }

@@ -92,6 +92,7 @@ def document(
             "condition_number": _finite(result.condition),
             "lift": result.lift,
             "undetermined_directions": result.undetermined,
+            "signal_to_noise": result.signal_to_noise.tolist(),
         },
         "warnings": list(result.warnings),
         "manifest": {

@@ -98,6 +98,34 @@ def coverage_table(summary: Path) -> str:
     return _markdown(["class", "weight", *(row["label"] for row in rows)], lines)
 
 
+def unequal_table(summary: Path) -> str:
+    """A line a label: of the small set, and of all others together, the coverage in percent with
+    its binomial standard error over draws; the small set's true weight, the bias of its estimate
+    and its mean width; the median over draws of the least signal over noise."""
+    lines = []
+    for row in rows_of(summary):
+        label, _ = row["settings"]["small_set"]
+        covered, width = coverage_of(row)
+        draws = np.shape(row["intervals"])[0] * np.shape(row["intervals"])[1]
+        truth = np.mean(row["truth"], axis=0)[label]
+        others = np.delete(covered, label)
+        error = np.sqrt(covered * (1 - covered) / draws)
+        bias = np.mean(row["mean_weights"], axis=0)[label] - truth
+        lines.append(
+            [
+                row["label"],
+                f"{np.median(row['signal']):.1f}",
+                f"{truth:.3f}",
+                f"{bias:+.3f}",
+                f"{width[label]:.3f}",
+                f"{100 * covered[label]:.0f} (standard error {100 * error[label]:.0f})",
+                f"{100 * others.mean():.0f} ({100 * others.min():.0f} to {100 * others.max():.0f})",
+            ]
+        )
+    heads = ["small set", "least signal / noise", "its weight", "bias", "width", "coverage, %"]
+    return _markdown([*heads, "of the others, %"], lines)
+
+
 def downstream_table(summary: Path) -> str:
     """A line a mixture: loss, its difference to uniform of the same seed, accuracy, and total
     variation; spread over seeds."""
@@ -185,6 +213,10 @@ def page(summary: Path) -> str:
         confidence = about["rows"][0]["settings"]["confidence"]
         words = f"How many of the {confidence:.0%} intervals hold the truth, and their mean width"
         parts = [f"{words}, over the draws of {seeds}.", coverage_table(summary)]
+    elif about["group"] == "unequal":
+        confidence = about["rows"][0]["settings"]["confidence"]
+        words = f"One small set: coverage of {confidence:.0%} intervals over the draws of {seeds}"
+        parts = [f"{words}.", unequal_table(summary)]
     elif about["group"] == "downstream":
         words = "A classifier trained on each mixture and judged on the target"
         parts = [f"{words}, {over}.", downstream_table(summary)]
@@ -204,7 +236,7 @@ def lines(group: str, row: dict) -> list[str]:
     if group == "recovery":
         found = variations(row)
         shown = [f"{name} {np.mean(found[name]):.3f}" for name in others(row)]
-    elif group == "coverage":
+    elif group in ("coverage", "unequal"):
         covered, width = coverage_of(row)
         shown = [f"coverage {100 * covered.mean():.1f}%, mean width {width.mean():.3f}"]
     elif group == "downstream":

@@ -24,7 +24,7 @@ from lib import datasets, hosts, runs
 from lib.commands import run_command
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
-from lib.keys import key_of_seed
+from lib.keys import key_of_seed, named_key
 from lib.settings import chosen, settings_of
 from xp_dataset_distillation import config as settings
 from xp_dataset_distillation import export, plot, real_data
@@ -65,11 +65,11 @@ def training_images(
     draws are the same for all seeds."""
     real, kept = real_data.load(entry.dataset, data_root=data_root, size=entry.size), None
     if entry.held_out:
-        key = jax.random.key(0)
+        key = named_key(jax.random.key(0), "held out")
         real, images, labels = real_data.held_out(key, real, num_per_class=entry.held_out)
         kept = images, labels
     if entry.num_per_class is not None:
-        real = real_data.subset(jax.random.key(1), real, entry.num_per_class)
+        real = real_data.subset(named_key(jax.random.key(0), "subset"), real, entry.num_per_class)
     return real, kept
 
 

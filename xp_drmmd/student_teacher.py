@@ -28,7 +28,7 @@ from lib.commands import run_command
 from lib.drmmd_features import feature_witness, prepare_target_features
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
-from lib.keys import key_of_seed
+from lib.keys import PRNGKey, key_of_seed, named_key
 from lib.settings import settings_of
 from xp_drmmd.config import EXPERIMENT, StudentConfig
 
@@ -37,10 +37,11 @@ PARAMETERS = INPUTS * HIDDEN + HIDDEN
 
 
 class Lesson(NamedTuple):
-    """Inputs [n, 50] and the teacher's particles [M, 153]."""
+    """Inputs [n, 50], the teacher's particles [M, 153], and what shuffles the inputs of an epoch."""
 
     inputs: Float[Array, "n 50"]
     teacher: Float[Array, "M 153"]
+    batches: PRNGKey
 
 
 def outputs(particles: Float[Array, "N 153"], inputs: Float[Array, "B 50"]) -> Float[Array, "N B"]:
@@ -75,7 +76,13 @@ def lessons(config: StudentConfig, seed: int) -> tuple[Array, Lesson, Lesson]:
     if config.form == "dense":
         shared = INPUTS * HIDDEN
         students = students.at[:, :shared].set(students[:1, :shared])
-    train, validation = (Lesson(sphere(key, config.num_inputs), teacher) for key in keys[2:])
+    # Seed 0 has the batches that the published numbers were made with.
+    batches = jax.random.PRNGKey(7)
+    if seed:
+        batches = named_key(batches, f"seed {seed}")
+    train, validation = (
+        Lesson(sphere(key, config.num_inputs), teacher, batches) for key in keys[2:]
+    )
     return students, train, validation
 
 
@@ -86,9 +93,7 @@ def objective(config: StudentConfig):
 
     def value_and_grad(x, lesson, key, step):
         epoch, batch = step // batches, step % batches
-        order = jax.random.permutation(
-            jax.random.fold_in(jax.random.PRNGKey(7), epoch), config.num_inputs
-        )
+        order = jax.random.permutation(jax.random.fold_in(lesson.batches, epoch), config.num_inputs)
         chosen = jax.lax.dynamic_slice_in_dim(order, batch * config.batch_size, config.batch_size)
         inputs = lesson.inputs[chosen]
 

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from lib import hosts, mmd
 from lib.gd import TargetValueAndGrad, recorded_steps, wasserstein_gradient_descent
+from lib.keys import named_key
 from lib.runs import Run
 from lib.sliced_wasserstein import orthogonal_directions, random_directions
 from xp_transfer_learning.config import FlowSettings
@@ -43,7 +44,7 @@ def flow(
         moved.start,
         moved.target,
         moved.value_and_grad,
-        jax.random.fold_in(jax.random.PRNGKey(seed), 1),
+        named_key(jax.random.PRNGKey(seed), "flow"),
         n_epochs=settings.n_epochs,
         optimizer=optimizer(settings),
         record_every=every,
