@@ -185,7 +185,7 @@ def estimate(
 
     bandwidth_key, frequency_key, check_key, block_key, bootstrap_key = jax.random.split(key, 5)
     median_rule = bandwidth == "auto"
-    if median_rule:
+    if bandwidth == "auto":
         with counting_bad_rows(groups):
             bandwidth = streamed_median_bandwidth(bandwidth_key, groups, num_points=bandwidth_rows)
     num_blocks = num_blocks if bootstrap else FOLDS

@@ -107,8 +107,8 @@ def _biased(result):
         noisiest = int(np.argmax(result.noise[:-1]))
         yield (
             f"biased by noise: along one direction between weights MMD^2 changes by only "
-            f"{signal[0]:.1f} times its sampling noise, below {WEAK:g} weights are off and intervals "
-            f"miss more often than they say; most noise has {result.names[noisiest]} "
+            f"{signal[0]:.1f} times its sampling noise; below {WEAK:g} weights are off and "
+            f"intervals miss more often than they say; most noise has {result.names[noisiest]} "
             f"({result.sizes[noisiest]} rows)"
         )
 

@@ -42,7 +42,7 @@ def load(path):
 
 
 def read(path):
-    """(images [N, H, W, channels] float32, labels [N] int32, metadata), all as stored: see `load`."""
+    """(images [N, H, W, channels] float32, labels [N] int32, metadata), as stored: see `load`."""
     path = Path(path)
     if path.is_dir():
         path = path / "condensed.npz"

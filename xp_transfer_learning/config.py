@@ -58,7 +58,8 @@ class ImageFlowConfig:
     """The step falls linearly from lr to 0; then lr can be far larger."""
     m: float = 0.9
     n_sample_batch: int | None = None
-    """Points drawn from every target class at each step; None takes all."""
+    """Points drawn from every target class at each step; None takes all. The flow then ends at a
+    narrower set than the target: a bias that falls with 1 over this number."""
     block_size: int | None = None
     """Directions at a time: bounds memory."""
     record_every: int = 1000

@@ -161,8 +161,10 @@ class Arguments(DeviceOptions):
     m: float | None = None
     record_every: int | None = None
     block_size: int | None = None
-    """Directions at a time; `n_sample_batch`: target points drawn a step. Both bound memory."""
+    """Directions at a time: bounds memory, changes nothing else."""
     n_sample_batch: int | None = None
+    """Target points drawn per class at each step, as published. Biased: the flow ends at a narrower
+    set than the target, the more so the fewer points are drawn."""
     seed: int = 0
     results: Path = Path("results")
     data_root: Path | None = None
@@ -208,6 +210,4 @@ def main(arguments: Arguments) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run_command(
-        main, lambda: tyro.cli(Arguments), lower="--block_size, --n_sample_batch or --num_per_class"
-    )
+    run_command(main, lambda: tyro.cli(Arguments), lower="--block_size or --num_per_class")
