@@ -197,11 +197,22 @@ def permuted(mixture: Mixture, order: Int[np.ndarray, " d"]) -> Mixture:
 # scikit-learn
 
 
+def _normalised(weights: Float[AnyArray, " K"]) -> Float[np.ndarray, " K"]:
+    """The weights in float64 with sum 1, to which NumPy's multinomial holds them: float32 leaves
+    1e-7. What sums to 1 but for rounding in float64 keeps its bits."""
+    weights = np.asarray(weights, np.float64)
+    total = weights.sum()
+    if not (weights.min() >= 0 and abs(total - 1) < 1e-3):
+        raise ValueError(f"weights are >= 0 and sum to 1, got {weights}, sum {total}")
+    exact = abs(total - 1) <= len(weights) * np.finfo(np.float64).eps
+    return weights if exact else weights / total
+
+
 def from_sklearn(model: Any) -> Mixture:
     """The mixture of a `sklearn.mixture.GaussianMixture`, fitted or started, in float64.
 
     Reads weights_, means_, precisions_cholesky_ and covariance_type. Raises ValueError where they
-    are missing or not finite.
+    are missing, not finite, or weights that do not sum to 1.
     """
     try:
         weights, means = (np.asarray(model.weights_, float), np.asarray(model.means_, float))
@@ -219,18 +230,18 @@ def from_sklearn(model: Any) -> Mixture:
         covariance = Diagonal(1 / precisions)
     else:
         covariance = Spherical(1 / precisions, np.ones(means.shape[1]))
-    return Mixture(weights, means, covariance)
+    return Mixture(_normalised(weights), means, covariance)
 
 
 def to_sklearn(mixture: Mixture, *, regularisation: float = 1e-6) -> Any:
     """A fitted `sklearn.mixture.GaussianMixture` with these parameters, in float64.
 
     Its fit attributes say so little as is known: no iteration, converged. Low rank + diagonal is
-    written out as full covariances.
+    written out as full covariances. Raises ValueError unless the weights sum to 1.
     """
     from sklearn.mixture import GaussianMixture
 
-    weights, means = (np.asarray(array, np.float64) for array in mixture[:2])
+    weights, means = _normalised(mixture.weights), np.asarray(mixture.means, np.float64)
     structure: Any = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), mixture.covariance)
     if isinstance(structure, LowRank):
         structure = from_matrices(structure.matrices())

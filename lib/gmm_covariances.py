@@ -5,10 +5,16 @@ that densities, EM and sampling need of it, so that what uses one structure can 
 
     squared(points [b, d], means [K, d])        Mahalanobis distances [b, K], and what they leave
     moments(left, responsibilities [b, K])      first and second moments of a block: sums over rows
-    maximise(means, counts, first, second, regularisation)      the M-step of means and covariances
+    maximise(means, counts, first, second, regularisation, rounding)    the M-step
     colour(key, components [B])                 draws of N(0, Sigma_k), [B, d]
 
 `log_determinants()` is log|Sigma_k|, `matrices()` the covariances in scikit-learn's shapes.
+
+Moments are taken about each component's own mean, and distances from the nearest one, so that how
+far the components lie apart costs no digits. What a mean moves by in a step is subtracted from the
+second moments; where that leaves nothing but rounding (`is_lost`), the mean moves alone, which does
+not lower the likelihood, and the covariance stays as it is: its ridge is then infinite. The next
+step, about the new mean, finds it.
 
 Full and tied moments are taken in the coordinates z = L^-1 (x - mu) of the covariance L L' that the
 E-step has just used, where they are near the identity. That product is there anyway, a new mean is
@@ -17,6 +23,7 @@ float32 keeps eigenvalues that lie many orders below the largest.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,11 +35,15 @@ from jaxtyping import Array, Float, Key
 from lib.gmm_factors import (
     AnyArray,
     congruence,
+    distances_from_nearest,
     draw_by_component,
     expanded_distances,
     factorise,
+    first_moments_about,
     floor_variances,
+    is_lost,
     over_responsible,
+    pair_scatter,
     per_point,
     product,
     regularised,
@@ -70,7 +81,7 @@ class Full(NamedTuple):
 
         return lax.map(component, (whitened, responsibilities.T))
 
-    def maximise(self, means, counts, first, second, regularisation):
+    def maximise(self, means, counts, first, second, regularisation, rounding):
         def component(item):
             mean, cholesky, inverse, count, shift, gram = item
             moment = symmetric(gram) / jnp.where(count > 0, count, 1)
@@ -78,11 +89,14 @@ class Full(NamedTuple):
             covariance = congruence(cholesky, moment)
             covariance = regularised(covariance, regularisation)
             new_cholesky, new_inverse, ridge = factorise(covariance)
+            move = product(cholesky, shift)
+            lost = is_lost(jnp.sum(jnp.square(product(new_inverse, move))), rounding)
+            updated = (count > 0) & ~lost
             return (
-                jnp.where(count > 0, mean + product(cholesky, shift), mean),
-                jnp.where(count > 0, new_cholesky, cholesky),
-                jnp.where(count > 0, new_inverse, inverse),
-                jnp.where(count > 0, ridge, 0),
+                jnp.where(count > 0, mean + move, mean),
+                jnp.where(updated, new_cholesky, cholesky),
+                jnp.where(updated, new_inverse, inverse),
+                jnp.where(count > 0, jnp.where(lost, jnp.inf, ridge), 0),
             )
 
         shifts = per_point(first, counts)
@@ -114,25 +128,42 @@ class Tied(NamedTuple):
     inverse: Float[AnyArray, "d d"]
 
     def squared(self, points, means):
-        centre = jnp.mean(means, axis=0, keepdims=True)
-        whitened = triangular_product(points - centre, self.inverse)
-        centres = product(means - centre, self.inverse.T)
-        return expanded_distances(whitened, centres), whitened
+        middle = jnp.mean(means, axis=0, keepdims=True)
+        centres = product(means - middle, self.inverse.T)
+        # The nearest mean by the linear discriminants: no second product of d^2 a point.
+        scores = product(points - middle, product(centres, self.inverse).T)
+        nearest = jnp.argmax(scores - row_sums(jnp.square(centres))[None, :] / 2, axis=1)
+        whitened = triangular_product(points - means[nearest], self.inverse)
+        left = whitened, nearest, centres
+        return distances_from_nearest(*left), left
 
-    def moments(self, whitened, responsibilities):
-        # Over components the responsibilities sum to the weight of the point: one Gram matrix.
-        gram = weighted_gram(whitened, jnp.sum(responsibilities, axis=1))
-        return product(responsibilities.T, whitened), gram
+    def moments(self, left, responsibilities):
+        whitened, nearest, centres = left
+        # With m the mean of the mu_k by their shares r_k in a point of weight w:
+        # sum_k r_k (x - mu_k)(x - mu_k)' = w (x - m)(x - m)' + sum_{k<l} r_k r_l / w D_kl D_kl',
+        # D_kl = mu_k - mu_l. One Gram matrix, and of the pairs their weights alone.
+        weights = jnp.sum(responsibilities, axis=1)
+        shares = responsibilities / jnp.where(weights > 0, weights, 1)[:, None]
+        others = jnp.where(jnp.arange(len(centres))[None, :] == nearest[:, None], 0, shares)
+        moved = product(others, centres) - row_sums(others)[:, None] * centres[nearest]
+        gram = weighted_gram(whitened - moved, weights)
+        first = first_moments_about(*left, responsibilities)
+        return first, (gram, product(responsibilities.T, shares))
 
-    def maximise(self, means, counts, first, second, regularisation):
-        centre, shifts = jnp.mean(means, axis=0, keepdims=True), per_point(first, counts)
+    def maximise(self, means, counts, first, second, regularisation, rounding):
+        (gram, pairs), shifts = second, per_point(first, counts)
         total = jnp.sum(counts)
-        between = product((counts[:, None] * shifts).T, shifts)
-        moment = (symmetric(second) - between) / total
+        centres = product(means - jnp.mean(means, axis=0, keepdims=True), self.inverse.T)
+        moved = product((counts[:, None] * shifts).T, shifts)
+        moment = (symmetric(gram) + pair_scatter(pairs, centres) - moved) / total
         covariance = congruence(self.cholesky, moment)
         cholesky, inverse, ridge = factorise(regularised(covariance, regularisation))
-        means = where_components(counts <= 0, means, centre + product(shifts, self.cholesky.T))
-        return means, Tied(cholesky, inverse), jnp.broadcast_to(ridge, counts.shape)
+        moves = product(shifts, self.cholesky.T)
+        squared = row_sums(jnp.square(product(moves, inverse.T)))
+        lost = is_lost(jnp.sum(counts * squared) / total, rounding)
+        means = where_components(counts <= 0, means, means + moves)
+        new = jax.tree.map(partial(jnp.where, lost), self, Tied(cholesky, inverse))
+        return means, new, jnp.broadcast_to(jnp.where(lost, jnp.inf, ridge), counts.shape)
 
     def colour(self, key, components):
         noise = jax.random.normal(key, (len(components), len(self.cholesky)), self.cholesky.dtype)
@@ -158,27 +189,32 @@ class Diagonal(NamedTuple):
             return row_sums(jnp.square((points - mean[None, :]) * (1 / scales)[None, :]))
 
         squared = lax.map(component, (means, self.scales)).T
-        return squared, points - jnp.mean(means, axis=0, keepdims=True)
+        return squared, (points, means)
 
-    def moments(self, centred, responsibilities):
-        def sums(points, weights):
-            return product(weights, points), product(weights, jnp.square(points))
+    def moments(self, left, responsibilities):
+        points, means = left
 
-        def component(weights):
-            return over_responsible(sums, centred, weights)
+        def component(item):
+            mean, weights = item
 
-        return lax.map(component, responsibilities.T)
+            def sums(points, weights):
+                centred = points - mean[None, :]
+                return product(weights, centred), product(weights, jnp.square(centred))
 
-    def maximise(self, means, counts, first, second, regularisation):
-        centre, shifts = jnp.mean(means, axis=0, keepdims=True), per_point(first, counts)
+            return over_responsible(sums, points, weights)
+
+        return lax.map(component, (means, responsibilities.T))
+
+    def maximise(self, means, counts, first, second, regularisation, rounding):
+        shifts = per_point(first, counts)
         variances = per_point(second, counts) - jnp.square(shifts)
         variances, ridge = floor_variances(variances, regularisation)
+        lost = is_lost(jnp.max(jnp.square(shifts) / variances, axis=1), rounding)
         empty = counts <= 0
-        scales = where_components(empty, self.scales, jnp.sqrt(variances))
         return (
-            where_components(empty, means, centre + shifts),
-            Diagonal(scales),
-            jnp.where(empty, 0, ridge),
+            where_components(empty, means, means + shifts),
+            Diagonal(where_components(empty | lost, self.scales, jnp.sqrt(variances))),
+            jnp.where(empty, 0, jnp.where(lost, jnp.inf, ridge)),
         )
 
     def colour(self, key, components):
@@ -202,24 +238,29 @@ class Spherical(NamedTuple):
     unit: Float[AnyArray, " d"]
 
     def squared(self, points, means):
-        centre = jnp.mean(means, axis=0, keepdims=True)
-        centred = points - centre
-        return expanded_distances(centred, means - centre) / jnp.square(self.scales)[
-            None, :
-        ], centred
+        middle = jnp.mean(means, axis=0, keepdims=True)
+        centres = means - middle
+        nearest = jnp.argmin(expanded_distances(points - middle, centres), axis=1)
+        left = points - means[nearest], nearest, centres
+        squared = distances_from_nearest(*left)
+        return squared / jnp.square(self.scales)[None, :], (left, squared)
 
-    def moments(self, centred, responsibilities):
-        weights = responsibilities.T
-        return product(weights, centred), product(weights, row_sums(jnp.square(centred)))
+    def moments(self, left, responsibilities):
+        left, squared = left
+        first = first_moments_about(*left, responsibilities)
+        return first, jnp.sum(responsibilities * squared, axis=0)
 
-    def maximise(self, means, counts, first, second, regularisation):
-        centre, shifts = jnp.mean(means, axis=0, keepdims=True), per_point(first, counts)
-        variances = per_point(second, counts) - jnp.sum(jnp.square(shifts), axis=1)
-        variances, ridge = floor_variances(variances[:, None] / means.shape[1], regularisation)
+    def maximise(self, means, counts, first, second, regularisation, rounding):
+        shifts = per_point(first, counts)
+        moved = jnp.sum(jnp.square(shifts), axis=1)
+        variances = (per_point(second, counts) - moved) / means.shape[1]
+        variances, ridge = floor_variances(variances[:, None], regularisation)
+        lost = is_lost(moved / (means.shape[1] * variances[:, 0]), rounding)
         empty = counts <= 0
-        scales = jnp.where(empty, self.scales, jnp.sqrt(variances[:, 0]))
-        means = where_components(empty, means, centre + shifts)
-        return means, Spherical(scales, self.unit), jnp.where(empty, 0, ridge)
+        scales = jnp.where(empty | lost, self.scales, jnp.sqrt(variances[:, 0]))
+        means = where_components(empty, means, means + shifts)
+        ridge = jnp.where(empty, 0, jnp.where(lost, jnp.inf, ridge))
+        return means, Spherical(scales, self.unit), ridge
 
     def colour(self, key, components):
         shape = len(components), len(self.unit)
@@ -255,46 +296,43 @@ class LowRank(NamedTuple):
             return row_sums(jnp.square(rest)) + row_sums(jnp.square(latent)), latent
 
         squared, latent = lax.map(component, (means, *self))
-        return squared.T, (latent, points - jnp.mean(means, axis=0, keepdims=True))
+        return squared.T, (latent, points, means)
 
     def moments(self, left, responsibilities):
-        latent, centred = left
-        weights = responsibilities.T
+        latent, points, means = left
 
         def component(item):
-            u, component_weights = item
-            return product((u * component_weights[:, None]).T, centred)
+            u, mean, weights = item
+            centred = points - mean[None, :]
+            cross = product((u * weights[:, None]).T, centred)
+            return product(weights, centred), (product(weights, jnp.square(centred)), cross)
 
-        cross = lax.map(component, (latent, weights))
-        return product(weights, centred), (product(weights, jnp.square(centred)), cross)
+        return lax.map(component, (latent, means, responsibilities.T))
 
-    def maximise(self, means, counts, first, second, regularisation):
-        centre, shifts = jnp.mean(means, axis=0, keepdims=True), per_point(first, counts)
+    def maximise(self, means, counts, first, second, regularisation, rounding):
+        shifts = per_point(first, counts)
         squares, cross = (per_point(sums, counts) for sums in second)
 
         def component(item):
-            moved, shift, cross, loadings, projections = item
+            shift, cross, loadings, projections = item
             # With S the covariance about the new mean: `cross` becomes B S, [r, d].
-            cross = cross - product(projections, moved)[:, None] * shift[None, :]
+            cross = cross - product(projections, shift)[:, None] * shift[None, :]
             latent = product(cross, projections.T) - product(projections, loadings)
             latent = (latent + latent.T) / 2 + jnp.eye(len(latent), dtype=latent.dtype)
             factor = jax.scipy.linalg.cho_factor(latent, lower=True)
             new = jax.scipy.linalg.cho_solve(factor, cross)
             return new.T, jnp.sum(new * cross, axis=0)
 
-        moved = centre + shifts - means
-        loadings, explained = lax.map(
-            component, (moved, shifts, cross, self.loadings, self.projections)
-        )
+        loadings, explained = lax.map(component, (shifts, cross, self.loadings, self.projections))
         variances = squares - jnp.square(shifts) - explained
         variances, ridge = floor_variances(variances, regularisation)
         new = LowRank(loadings, jnp.sqrt(variances), project(loadings, jnp.sqrt(variances)))
+        lost = is_lost(jnp.max(jnp.square(shifts) / variances, axis=1), rounding)
         empty = counts <= 0
-        covariance = jax.tree.map(lambda old, new: where_components(empty, old, new), self, new)
         return (
-            where_components(empty, means, centre + shifts),
-            covariance,
-            jnp.where(empty, 0, ridge),
+            where_components(empty, means, means + shifts),
+            jax.tree.map(partial(where_components, empty | lost), self, new),
+            jnp.where(empty, 0, jnp.where(lost, jnp.inf, ridge)),
         )
 
     def colour(self, key, components):

@@ -106,20 +106,34 @@ def expectation(
 
 
 def maximisation(
-    mixture: Mixture, moments: Moments, *, regularisation: ScalarLike = 1e-6
+    mixture: Mixture,
+    moments: Moments,
+    *,
+    regularisation: ScalarLike = 1e-6,
+    rounding: ScalarLike | None = None,
 ) -> tuple[Mixture, Float[Array, " K"]]:
     """The M-step from moments under `mixture`, and the ridges [K] that it had to add.
 
     `regularisation` is added to every variance, as scikit-learn's reg_covar. A ridge is 0 but where
     a covariance is singular all the same (`lib.gmm_factors.factorise`). A component that has
     lost all its points (a share below 10 eps) keeps its mean and covariance, at weight 0.
+
+    `rounding` is the eps of the products that the moments are sums of, that of the moments
+    themselves by default. A ridge is infinite where a mean moves by so many standard deviations
+    (130 in float32) that rounding hides the covariance about it: that is kept as it was, and found
+    by a further step. The ridge of no other covariance is infinite.
     """
     mixture = jax.tree.map(jnp.asarray, mixture)
     total = jnp.sum(moments.counts)
     eps = jnp.finfo(moments.counts.dtype).eps
     counts = jnp.where(moments.counts > 10 * eps * total, moments.counts, 0)
     means, covariance, ridge = mixture.covariance.maximise(
-        mixture.means, counts, moments.first, moments.second, regularisation
+        mixture.means,
+        counts,
+        moments.first,
+        moments.second,
+        regularisation,
+        eps if rounding is None else rounding,
     )
     return Mixture(counts / jnp.sum(counts), means, covariance), ridge
 
@@ -134,7 +148,9 @@ def em_step(
 ) -> tuple[Mixture, StepInfo]:
     """One iteration of EM: `expectation`, then `maximisation`."""
     moments = expectation(mixture, x, weights, block_size=block_size)
-    mixture, ridge = maximisation(mixture, moments, regularisation=regularisation)
+    mixture, ridge = maximisation(
+        mixture, moments, regularisation=regularisation, rounding=jnp.finfo(x.dtype).eps
+    )
     return mixture, StepInfo(moments.log_likelihood / moments.weight, moments.counts, ridge)
 
 
@@ -147,7 +163,8 @@ class FitResult(NamedTuple):
     `log_likelihoods[t]` is the training data's mean under the mixture before step t, as
     scikit-learn's lower_bounds_; `held_out[t]` the held-out data's, [T + 1], the last entry after
     the last step, or empty. `counts[t]` [K] are the weights that the components own in step t, and
-    `ridges[t]` [K] what step t had to add to a singular covariance: 0 where nothing was repaired.
+    `ridges[t]` [K] what step t had to add to a singular covariance: 0 where nothing was repaired,
+    infinity where it kept the covariance of a mean that moved too far (`maximisation`).
     """
 
     mixture: Mixture
@@ -161,11 +178,21 @@ class FitResult(NamedTuple):
     def repairs(self) -> list[str]:
         """What was repaired on the way, in words."""
         found = []
-        for k in np.flatnonzero(self.ridges.any(axis=0)):
-            steps = np.flatnonzero(self.ridges[:, k])
+        kept = np.isinf(self.ridges)
+        ridges = np.where(kept, 0, self.ridges)
+        for k in np.flatnonzero(ridges.any(axis=0)):
+            steps = np.flatnonzero(ridges[:, k])
             found.append(
-                f"component {k}: a ridge of at most {self.ridges[:, k].max():.1e} was added to a "
+                f"component {k}: a ridge of at most {ridges[:, k].max():.1e} was added to a "
                 f"singular covariance in {len(steps)} steps, the last being step {steps[-1]}"
+            )
+        for k in np.flatnonzero(kept.any(axis=0)):
+            steps = np.flatnonzero(kept[:, k])
+            last = " and is not that of its points: take more steps" * bool(kept[-1, k])
+            found.append(
+                f"component {k}: its mean moved too far for the rounding of the products in "
+                f"{len(steps)} steps, the last being step {steps[-1]}, where its covariance stayed "
+                f"as it was{last}"
             )
         for k in np.flatnonzero(np.asarray(self.mixture.weights) == 0):
             found.append(f"component {k} lost all its points: it has weight 0 and its last shape")
@@ -310,7 +337,8 @@ def _iterate(
     """`em_step` over rows; unless `keep`, the new mixture takes the memory of the old one."""
     moments = sum_over_rows(block_moments, prepare_jit(mixture, data.dtype), data)
     maximise = maximise_jit if keep else maximise_in_place
-    mixture, ridge = maximise(mixture, moments, regularisation=regularisation)
+    rounding = float(np.finfo(data.dtype).eps)
+    mixture, ridge = maximise(mixture, moments, regularisation=regularisation, rounding=rounding)
     return mixture, StepInfo(moments.log_likelihood / moments.weight, moments.counts, ridge)
 
 
@@ -322,7 +350,7 @@ def _block_log_likelihood(prepared, points, weights):
 def _converged(state: _State, done: int, with_held_out: bool, tolerance: float) -> bool:
     if with_held_out:
         return done > 0 and not state.held_out[done] - state.held_out[done - 1] >= tolerance
-    if done < 2:
+    if done < 2 or np.isinf(state.ridges[done - 1]).any():  # a covariance waits for the next step
         return False
     return bool(abs(state.log_likelihoods[done - 1] - state.log_likelihoods[done - 2]) < tolerance)
 

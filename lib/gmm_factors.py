@@ -19,6 +19,7 @@ PANEL = 192  # columns: narrower panels skip more of a triangle, in slower produ
 SPLIT = 64  # columns from which two panels pay
 GROUP = 128  # rows: draws of one component are coloured together, as many at a time
 ACTIVE_EIGHTHS = (0, 1, 2, 4, 6)  # sizes, in parts of a block, to which rows without weight are cut
+LOST = 1e-3  # of a variance: rounding errors above it make it none
 RIDGE_FACTOR = 10.0
 RIDGE_STEPS = 20
 
@@ -175,6 +176,59 @@ def expanded_distances(points, centres):
     """|x_i - c_k|^2 [n, K], expanded: for points whose distances are not far below their norms."""
     norms = row_sums(jnp.square(points))[:, None] + row_sums(jnp.square(centres))[None, :]
     return jnp.maximum(norms - 2 * product(points, centres.T), 0)
+
+
+# Distances and moments of components however far apart
+
+
+def distances_from_nearest(
+    residuals: Float[Array, "n d"], nearest: Int[Array, " n"], centres: Float[Array, "K d"]
+) -> Float[Array, "n K"]:
+    """|x_i - c_k|^2 from residuals r_i = x_i - c_j, j = `nearest[i]`.
+
+    |r|^2 - 2 <r, c_k - c_j> + |c_k - c_j|^2, of which no term is far above the result where c_j is
+    about the nearest. Centres may have any origin, best their middle.
+    """
+    norms, own = row_sums(jnp.square(residuals))[:, None], _one_hot(nearest, centres)
+    gaps = jnp.sum(jnp.square(centres[:, None] - centres[None]), axis=2)
+    cross = product(residuals, centres.T)
+    cross = cross - jnp.sum(cross * own, axis=1, keepdims=True)
+    return jnp.where(own > 0, norms, jnp.maximum(norms - 2 * cross + gaps[nearest], 0))
+
+
+def _one_hot(nearest, centres):
+    return jax.nn.one_hot(nearest, len(centres), dtype=centres.dtype)
+
+
+def first_moments_about(
+    residuals: Float[Array, "n d"],
+    nearest: Int[Array, " n"],
+    centres: Float[Array, "K d"],
+    responsibilities: Float[Array, "n K"],
+) -> Float[Array, "K d"]:
+    """sum_i r_ik (x_i - c_k), from residuals as in `distances_from_nearest`."""
+
+    # Sums over pairs of centres are fused: nothing of size K K d is kept.
+    counts = product(_one_hot(nearest, centres).T, responsibilities)
+    carried = jnp.sum(counts[:, :, None] * (centres[:, None] - centres[None]), axis=0)
+    return product(responsibilities.T, residuals) + carried
+
+
+def pair_scatter(weights: Float[Array, "K K"], centres: Float[Array, "K d"]) -> Float[Array, "d d"]:
+    """sum_{k<l} w_kl (c_k - c_l)(c_k - c_l)' for symmetric weights; O(K d (K + d)) operations."""
+
+    differences = centres[:, None] - centres[None]
+    scatter = product(centres.T, jnp.sum(weights[:, :, None] * differences, axis=1))
+    return (scatter + scatter.T) / 2
+
+
+def is_lost(squared_moves: Array, rounding: ScalarLike) -> Array:
+    """Whether a variance about a moved mean is lost in rounding, `rounding` the eps of the products
+    that its second moment about the old mean was summed from.
+
+    A move, in standard deviations of the new covariance, squared, is what was subtracted.
+    """
+    return rounding * squared_moves > LOST
 
 
 # Draws, a group of one component's at a time

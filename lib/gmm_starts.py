@@ -12,7 +12,13 @@ from jaxtyping import Array, Float, Key, Shaped
 from lib.gmm import Mixture, cast
 from lib.gmm_covariances import Covariance
 from lib.gmm_em import block_moments, maximise_in_place, prepare_jit
-from lib.gmm_factors import AnyArray, expanded_distances, product, row_sums
+from lib.gmm_factors import (
+    AnyArray,
+    distances_from_nearest,
+    expanded_distances,
+    product,
+    row_sums,
+)
 from lib.gmm_rows import Rows, sum_over_rows
 from lib.kernels import uniform_weights
 
@@ -21,6 +27,10 @@ Structure = Callable[[int, Float[AnyArray, " d"]], Covariance]
 
 SEED_POINTS = 10_000
 """Points among which k-means++ looks for its seeds."""
+CLOSE = 2.0**-10
+"""Of a squared norm: a squared distance that is smaller is not taken from norms."""
+START_ROUNDING = 1e-12
+"""Above float64's: a start is right to about 1e-6 of its variances, however far apart they lie."""
 
 
 # Given responsibilities
@@ -67,12 +77,18 @@ def _maximised(data, num_components, structure, regularisation, function, parame
         weights = jnp.full(num_components, 1 / num_components)
         start = Mixture(weights, means, structure(num_components, variances))
         start = cast(start, jnp.float64)
-        prepared = prepare_jit(start, data.dtype)
-        moments = sum_over_rows(function, (prepared, parameters), data, *columns)
-        del prepared
-        gc.collect()  # jaxlib lets go of what it borrowed from numpy when garbage is collected
-        mixture, _ = maximise_in_place(start, moments, regularisation=regularisation)
-        return jax.tree.map(np.asarray, jax.device_get(mixture))
+        for _ in range(2):
+            prepared = prepare_jit(start, data.dtype)
+            moments = sum_over_rows(function, (prepared, parameters), data, *columns)
+            del prepared
+            gc.collect()  # jaxlib lets go of what it borrowed from numpy as garbage is collected
+            start, ridge = maximise_in_place(
+                start, moments, regularisation=regularisation, rounding=START_ROUNDING
+            )
+            # Clusters very far from the mean of all: once more, about their own means.
+            if not np.isinf(ridge).any():
+                break
+        return jax.tree.map(np.asarray, jax.device_get(start))
 
 
 def _block_spread(_, points, weights):
@@ -183,7 +199,17 @@ def kmeans_plus_plus(
 def _nearest(points, centres):
     """Squared distances to the nearest centre [b], and which it is, one-hot [b, K]."""
     middle = jnp.mean(centres, axis=0, keepdims=True)
-    distances = expanded_distances(points - middle, centres - middle)
+    centred, shifted = points - middle, centres - middle
+    distances = expanded_distances(centred, shifted)
+    # A distance far below the norms is not what they leave: it is taken from the nearest centre.
+    close = jnp.min(distances, axis=1) < CLOSE * row_sums(jnp.square(centred))
+
+    def refined():
+        nearest = jnp.argmin(distances, axis=1)
+        exact = distances_from_nearest(points - centres[nearest], nearest, shifted)
+        return jnp.where(close[:, None], exact, distances)
+
+    distances = lax.cond(jnp.any(close), refined, lambda: distances)
     nearest = jnp.argmin(distances, axis=1)
     return jnp.min(distances, axis=1), jax.nn.one_hot(nearest, len(centres), dtype=points.dtype)
 

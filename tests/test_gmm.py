@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 from scipy.stats import multivariate_normal
+from sklearn.cluster import KMeans
 from sklearn.decomposition import FactorAnalysis
 from sklearn.mixture import GaussianMixture
 
@@ -221,6 +222,17 @@ def test_start_from_responsibilities(structure):
     np.testing.assert_allclose(start.weights, counts / counts.sum(), rtol=1e-12)
     np.testing.assert_allclose(start.means, means, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(start.covariance.matrices(), expected, rtol=1e-10, atol=1e-12)
+    # Clusters 1e8 standard deviations apart leave nothing of a second moment about the mean of all.
+    one_hot = np.eye(3)[np.arange(90) % 3]
+    apart = data._replace(x=x + 1e8 * (one_hot[:, :1] - one_hot[:, 1:2]), weights=np.ones(90))
+    found = responsibilities_start(apart, one_hot, STRUCTURES[structure], regularisation=0.01)
+    own = responsibilities_start(
+        apart._replace(x=x - (one_hot @ one_hot.T @ x) / 30),
+        one_hot,
+        STRUCTURES[structure],
+        regularisation=0.01,
+    )
+    np.testing.assert_allclose(dense(found), dense(own), atol=1e-7)
 
 
 @pytest.mark.slow
@@ -616,7 +628,12 @@ def test_kmeans_plus_plus_draws_by_squared_distance():
 
 
 def test_kmeans_start_finds_clusters_apart():
+    """Also in float32, where one of them is so far that norms say nothing of the others."""
     x = clusters(17, n=300, spread=30.0)
+    far = np.float32(x + 1e6 * (np.arange(300) < 100)[:, None])
+    found = kmeans(jax.random.key(0), rows(far, chunk_size=100), 4)
+    theirs = KMeans(4, init=found, n_init=1, max_iter=1).fit(np.float64(far))
+    np.testing.assert_allclose(found, theirs.cluster_centers_, rtol=1e-6, atol=1e-4)
     start = kmeans_start(jax.random.key(0), rows(x, chunk_size=100), 3, gmm_covariances.full)
     labels = responsibilities(cast(start, jnp.float32), jnp.asarray(x, jnp.float32)).argmax(axis=1)
     for k in range(3):
@@ -712,6 +729,24 @@ def test_scikit_learn_and_back(x64, structure):
     np.testing.assert_allclose(log_prob(back, jnp.asarray(x)), density, rtol=1e-9)
     assert model.sample(10)[0].shape == (10, 5)
     assert model.predict(x).shape == (300,)
+
+
+def test_weights_of_any_dtype_sum_to_1_in_scikit_learn():
+    """To what numpy's multinomial asks for, there and back; float64 weights keep their bits."""
+    rng, means, one = np.random.default_rng(0), np.zeros((9, 1)), Spherical(np.ones(9), np.ones(1))
+    for dtype in [np.float32] * 200 + [np.float64] * 20:
+        weights = rng.dirichlet(np.full(9, 0.3)) * (rng.random(9) < 0.8)
+        weights = (weights / weights.sum()).astype(dtype)
+        model = to_sklearn(jax.tree.map(dtype, Mixture(weights, means, one)))
+        assert model.weights_.dtype == model.means_.dtype == model.covariances_.dtype == np.float64
+        assert model.sample(5)[0].shape == (5, 1)
+        np.testing.assert_allclose(model.weights_, weights, rtol=1e-6)
+        assert dtype == np.float32 or np.array_equal(model.weights_, weights)
+        model.weights_ = weights  # as scikit-learn leaves those that it fits to float32 data
+        assert abs(from_sklearn(model).weights.sum() - 1) < 1e-15
+    for bad in ([0.5, 0.6], [1.1, -0.1], [np.nan, 1]):
+        with pytest.raises(ValueError, match="weights are >= 0 and sum to 1, got"):
+            to_sklearn(Mixture(np.array(bad), means[:2], Spherical(np.ones(2), np.ones(1))))
 
 
 @pytest.mark.parametrize("structure", SKLEARN)

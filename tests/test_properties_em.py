@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 
 from lib import gmm, gmm_covariances, gmm_em, gmm_rows, gmm_starts
 
@@ -145,6 +145,80 @@ def test_steps(case, exponent, seed):
         assert again.log_likelihood >= info.log_likelihood - 40 * m * eps * densities
         assert abs(info.log_likelihood - found[0][1][1].log_likelihood) <= m * eps * densities
         np.testing.assert_allclose(info.counts.sum(), weights.sum(), rtol=m * eps)
+
+
+# Components far apart
+
+far_step = jax.jit(partial(gmm_em.em_step, regularisation=0.0))
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("full", "low_rank")]
+
+
+def dense(structure, num, d):
+    """The covariances [K, d, d], in float64."""
+    matrices = np.asarray(jax.tree.map(np.float64, structure).matrices())
+    if isinstance(structure, gmm.Diagonal | gmm.Spherical):
+        return np.stack([np.diag(np.broadcast_to(one, d)) for one in matrices])
+    return np.broadcast_to(matrices, (num, d, d))
+
+
+def numpy_step(mixture, x):
+    """In float64: log-likelihood, then weights, means and dense covariances after a step of EM."""
+    weights, means, structure = jax.tree.map(np.float64, mixture)
+    num, d = means.shape
+    before = dense(structure, num, d)
+    logs = [multivariate_normal(*pair).logpdf(x) for pair in zip(means, before)]
+    joint = np.log(weights) + np.stack(logs, axis=1)
+    density = logsumexp(joint, axis=1)
+    means, after, counts = weighted_moments(x, np.exp(joint - density[:, None]))
+    weights = counts / len(x)
+    match structure:
+        case gmm.Tied():
+            after = np.stack([np.einsum("k,kij->ij", weights, after)] * num)
+        case gmm.Diagonal():
+            after = np.eye(d) * after
+        case gmm.Spherical():
+            after = np.eye(d) * np.trace(after, axis1=1, axis2=2)[:, None, None] / d
+        case gmm.LowRank():
+            for k, (w, scatter) in enumerate(zip(structure.loadings, after)):
+                b = w.T @ np.linalg.inv(before[k])
+                new = scatter @ b.T @ np.linalg.inv(np.eye(w.shape[1]) - b @ w + b @ scatter @ b.T)
+                after[k] = new @ new.T + np.diag(np.diag(scatter - new @ b @ scatter))
+    return density.mean(), weights, means, after
+
+
+@pytest.mark.parametrize("name", ["tied", "diagonal", "spherical", *SLOW])
+@few(8)
+@given(st.floats(0, 5), st.booleans(), st.booleans(), SEEDS)
+def test_components_far_apart(name, exponent, beyond, astray, seed):
+    """Of three components two overlap and one is up to 1e5 standard deviations away. All is float32
+    and off by what it is to round the rows, in standard deviations. Where a mean is too far from
+    its rows its ridge is infinite and its covariance stays, and the next step finds it."""
+    rng, (n, num, d), far = np.random.default_rng(seed), (48, 3, 2), 10.0 ** (exponent, 5)[astray]
+    centres = np.array([[0, 0], [2, 1], [far, -far]]) + far * beyond
+    x = (centres[np.arange(n) % num] + rng.normal(size=(n, d))).astype(np.float32)
+    means = centres + 0.3 * rng.normal(size=(num, d))
+    means[2] += 1000 * astray
+    covariance = structure_of(name)(num, jnp.ones(d, jnp.float32))
+    mixture = gmm.cast(gmm.Mixture(np.full(num, 1 / num), means, covariance), np.float32)
+    close = partial(
+        np.testing.assert_allclose,
+        rtol=0,
+        atol=4 * np.finfo(np.float32).eps * (np.abs(x).max() + n),
+    )
+    for step in range(3):
+        value, *expected = numpy_step(mixture, x.astype(float))
+        before, (mixture, info) = mixture, far_step(mixture, jnp.asarray(x))
+        found = (*jax.tree.map(np.float64, mixture[:2]), dense(mixture.covariance, num, d))
+        kept = np.isinf(np.asarray(info.ridge))
+        np.testing.assert_array_equal(
+            kept, astray & (step == 0) & ((np.arange(num) == 2) | (name == "tied"))
+        )
+        if kept.any():
+            expected[2][kept] = dense(before.covariance, num, d)[kept]
+        else:
+            close(np.float64(info.log_likelihood), value)
+        for one, other in zip(found, expected):
+            close(one, other)
 
 
 # Starts
