@@ -90,7 +90,7 @@ class Full(NamedTuple):
             covariance = regularised(covariance, regularisation)
             new_cholesky, new_inverse, ridge = factorise(covariance)
             move = product(cholesky, shift)
-            lost = is_lost(jnp.sum(jnp.square(product(new_inverse, move))), rounding)
+            lost = is_lost(jnp.max(jnp.square(product(new_inverse, move))), rounding)
             updated = (count > 0) & ~lost
             return (
                 jnp.where(count > 0, mean + move, mean),
@@ -159,8 +159,8 @@ class Tied(NamedTuple):
         covariance = congruence(self.cholesky, moment)
         cholesky, inverse, ridge = factorise(regularised(covariance, regularisation))
         moves = product(shifts, self.cholesky.T)
-        squared = row_sums(jnp.square(product(moves, inverse.T)))
-        lost = is_lost(jnp.sum(counts * squared) / total, rounding)
+        squared = product(counts / total, jnp.square(product(moves, inverse.T)))
+        lost = is_lost(jnp.max(squared), rounding)
         means = where_components(counts <= 0, means, means + moves)
         new = jax.tree.map(partial(jnp.where, lost), self, Tied(cholesky, inverse))
         return means, new, jnp.broadcast_to(jnp.where(lost, jnp.inf, ridge), counts.shape)
@@ -209,13 +209,11 @@ class Diagonal(NamedTuple):
         shifts = per_point(first, counts)
         variances = per_point(second, counts) - jnp.square(shifts)
         variances, ridge = floor_variances(variances, regularisation)
-        lost = is_lost(jnp.max(jnp.square(shifts) / variances, axis=1), rounding)
-        empty = counts <= 0
-        return (
-            where_components(empty, means, means + shifts),
-            Diagonal(where_components(empty | lost, self.scales, jnp.sqrt(variances))),
-            jnp.where(empty, 0, jnp.where(lost, jnp.inf, ridge)),
-        )
+        lost = is_lost(jnp.square(shifts) / variances, rounding)
+        empty, ridge = counts <= 0, jnp.where(jnp.any(lost, axis=1), jnp.inf, ridge)
+        scales = jnp.where(empty[:, None] | lost, self.scales, jnp.sqrt(variances))
+        means = where_components(empty, means, means + shifts)
+        return means, Diagonal(scales), jnp.where(empty, 0, ridge)
 
     def colour(self, key, components):
         shape = len(components), self.scales.shape[1]

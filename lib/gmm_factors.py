@@ -226,7 +226,8 @@ def is_lost(squared_moves: Array, rounding: ScalarLike) -> Array:
     """Whether a variance about a moved mean is lost in rounding, `rounding` the eps of the products
     that its second moment about the old mean was summed from.
 
-    A move, in standard deviations of the new covariance, squared, is what was subtracted.
+    What was subtracted is the move, here squared in standard deviations about the new mean, a
+    coordinate at a time: rounding errors of d coordinates average out in a direction.
     """
     return rounding * squared_moves > LOST
 

@@ -1,8 +1,11 @@
 """gmm_fit.py, its files, and the PyTorch sampler, against scikit-learn, torch and closed forms."""
 
 import dataclasses
+import importlib
 import pickle
+import sys
 import warnings
+from pathlib import Path
 
 import jax
 import joblib
@@ -242,6 +245,99 @@ def test_torch_seeds_and_the_published_normalisation(stored):
     torch.testing.assert_close(published.double(), (pixels - means) / stds, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_in_torch_tell_their_components(stored, name):
+    """Each component's draws have its own mean and covariance, in float64, whichever way they are
+    asked for; `sample_from_cluster` gives pixels."""
+    one, num = stored[name], 20_000
+    content, order = gmm_files.published(one), gmm_files.channels_first(SHAPE)
+    stats = {
+        field: torch.tensor(getattr(one, field)[order].reshape(1, 3, 3, 2))
+        for field in ("mean", "std")
+    }
+    options = {"dtype": torch.float64, "device": "cpu", "pca": content["pca"]}
+    sampler = GMM_TORCH(gmm=content["gmm"], gmm_stats=stats, seed=2, **options)
+    draws, owners = sampler.sample(num_samples=num, return_cluster=True)
+    assert (draws.dtype, sampler.n_cluster) == (torch.float64, 2)
+    pixels = draws * sampler.std + sampler.mu
+    mixed = sampler.sample_from_cluster(num, owners)
+    for k in range(2):
+        alone = one.mixture._replace(weights=np.eye(2)[k])
+        mean, covariance = in_pixels(one._replace(mixture=alone))
+        scale = np.sqrt(np.diagonal(covariance)[order])
+        correlation = covariance[np.ix_(order, order)] / np.outer(scale, scale)
+        for x in (pixels[owners == k], sampler.sample_from_cluster(num, k), mixed[owners == k]):
+            z = (x.reshape(len(x), -1).numpy() - mean[order]) / scale
+            assert np.abs(z.mean(axis=0)).max() < 5 / np.sqrt(len(z))
+            assert np.abs(np.cov(z.T) - correlation).max() < 5 * np.sqrt(2 / len(z))
+
+
+def test_no_statistics_leave_the_draws_as_they_are():
+    """Of square images, grey or in colour; channel_wise is the published normalisation."""
+    for shape in ((4, 4, 1), (2, 2, 3)):
+        content = gmm_files.published(fitted("diag", shape=shape, engine="sklearn"))["gmm"]
+        plain = GMM_TORCH(gmm=content, dtype=torch.float32, seed=1)
+        stats = {"mean": torch.rand(1, *plain.shape), "std": 1 + torch.rand(1, *plain.shape)}
+        assert plain.shape == (shape[2], *shape[:2])
+        assert torch.equal(plain.sample(3), GMM_TORCH(content, seed=1, per_channel=True).sample(3))
+        wise, per = (
+            GMM_TORCH(content, stats, seed=1, **option).sample(num_samples=3)
+            for option in ({"stats_type": "channel_wise"}, {"per_channel": True})
+        )
+        assert torch.equal(wise, per)
+
+
+SNIPPET = """
+import joblib
+import torch
+from utils.gmm import GMM_TORCH
+
+# Load the fitted model
+model_data = joblib.load('data/cifar10_gmm2_pca3072_full.pkl')
+gmm_sklearn = model_data['gmm']
+
+# Load normalization statistics
+stats = torch.load('data/cifar10_gmm2_pca3072_full_stats.pt')
+
+# Create PyTorch GMM sampler
+gmm = GMM_TORCH(
+    gmm=gmm_sklearn,
+    gmm_stats=stats,
+    device='cpu'
+)
+
+# Sample from GMM
+x0 = gmm.sample(batch_size)  # Returns (B, 3, 32, 32) normalized tensor
+"""
+
+
+@pytest.mark.parametrize("folder", [".", "xp_gmm_source"])
+def test_published_snippet_as_printed(stored, folder, tmp_path, monkeypatch):
+    """With `utils` of the folder where a user stands, which gives way to a package of his own."""
+    repository = Path(gmm_fit.__file__).parents[1]
+    monkeypatch.setattr(sys, "path", [str(repository / folder), *sys.path])
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "data" / "cifar10_gmm2_pca3072_full.pkl"
+    path.parent.mkdir()
+    one = stored["full"]
+    gmm_files.save_published(path, one)
+    gmm_files.save_stats(path.with_name(f"{path.stem}_stats.pt"), one.mean, one.std, SHAPE)
+    for name in ("utils", "utils.gmm"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    names = {"batch_size": 7}
+    exec(SNIPPET, names)
+    assert names["x0"].shape == (7, 3, 3, 2)
+    assert Path(sys.modules["utils.gmm"].__file__).parents[1] == (repository / folder).resolve()
+    own = tmp_path / "own" / "utils"
+    own.mkdir(parents=True)
+    (own / "__init__.py").write_text("mine = True")
+    sys.path.append(str(own.parent))
+    for name in ("utils", "utils.gmm"):
+        monkeypatch.delitem(sys.modules, name)
+    assert importlib.import_module("utils").mine
+    sys.modules.pop("utils")
+
+
 def test_a_batch_in_torch_needs_no_factor_for_each_draw():
     """No intermediate is larger than the batch or the factors, let alone B d^2 numbers."""
     d, num = 60, 50
@@ -290,8 +386,19 @@ def test_statistics_that_do_not_fit(stored, tmp_path):
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(ValueError, match=r"broken\.pt cannot be read"):
         gmm_files.load_stats(tmp_path / "broken.pt")
-    with pytest.raises(ValueError, match="batch size must be at least 1"):
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
         GMM_TORCH(content, good).sample(0)
+    with pytest.raises(ValueError, match="one of pixel_wise, channel_wise, got 'cpu'"):
+        GMM_TORCH(content, good, stats_type="cpu")
+    with pytest.raises(ValueError, match="floating-point one of torch"):
+        GMM_TORCH(content, good, dtype=torch.int32)
+    with pytest.raises(ValueError, match="18 pixels, not of square images"):
+        GMM_TORCH(content)
+    for bad in (2, -1, torch.tensor([0, 2, 1])):
+        with pytest.raises(ValueError, match="cluster_idx is from 0 to 1"):
+            GMM_TORCH(content, good).sample_from_cluster(3, bad)
+    with pytest.raises(ValueError, match="one component or 3 of them"):
+        GMM_TORCH(content, good).sample_from_cluster(3, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="has not been fitted"):
         GMM_TORCH(GaussianMixture(2), good)
 

@@ -265,9 +265,7 @@ def from_published(
     mixture, pca = gmm.from_sklearn(content["gmm"]), content.get("pca")
     d = mixture.means.shape[1] if pca is None else pca.components_.shape[1]
     if image_shape is None:
-        colours = 3 if d % 3 == 0 and round((d / 3) ** 0.5) ** 2 * 3 == d else 1
-        side = round((d / colours) ** 0.5)
-        image_shape = side, side, colours
+        image_shape = square_shape(d, name)
     height, width, channels = map(int, image_shape)
     if height * width * channels != d:
         raise ValueError(f"{name} is of {d} pixels, not of images of shape {image_shape}")
@@ -283,6 +281,16 @@ def from_published(
         )
     mean, std = moments_of(mixture, projection)
     return ImageMixture(mixture, projection, mean, std, (height, width, channels), {"from": name})
+
+
+def square_shape(num_pixels: int, name: str) -> tuple[int, int, int]:
+    """(H, W, channels) of square images, in colour where that fits. Raises ValueError, naming
+    `name`, where the number is of no square."""
+    for channels in (3, 1):
+        side = math.isqrt(num_pixels // channels)
+        if side**2 * channels == num_pixels:
+            return side, side, channels
+    raise ValueError(f"{name} is of {num_pixels} pixels, not of square images: give their shape")
 
 
 def _to_sklearn_pca(projection: Projection, order: np.ndarray) -> Any:

@@ -6,6 +6,8 @@
     x0 = gmm.sample(512)                                    # (512, 3, 32, 32)
 
 or, without a pickle, `GMM_TORCH.from_npz('data/cifar10_gmm2_pca3072_full.npz', device='cuda')`.
+From this repository's folder, and from this one, `from utils.gmm import GMM_TORCH` finds it too, as
+in the published code.
 """
 
 from pathlib import Path
@@ -20,20 +22,29 @@ from lib.keys import check_seed
 from xp_gmm_source import gmm_files
 from xp_gmm_source.sources import SMALLEST_DEVIATION
 
+STATS_TYPES = "pixel_wise", "channel_wise"
+
 
 class GMM_TORCH:
-    """Draws x0 = (x - mean) / std of a Gaussian mixture, as images (B, channels, H, W), float32.
+    """Draws x0 = (x - mean) / std of a Gaussian mixture, as images (B, channels, H, W).
 
     Args:
       gmm: a `sklearn.mixture.GaussianMixture` of any covariance type, in the order [channels, H, W]
         of its pixels or in the coordinates of `pca`.
-      gmm_stats: {'mean', 'std'} of shape (1, channels, H, W), as `gmm_fit.py` writes them.
+      gmm_stats: {'mean', 'std'} of shape (1, channels, H, W), as `gmm_fit.py` writes them. None:
+        draws are left as they are, mean 0 and std 1; images are then square, colour where that
+        fits.
       device: where factors are kept and draws made.
+      dtype: of factors and draws.
       pca: the `sklearn.decomposition.PCA` that the mixture was fitted behind; draws are mapped back
         to pixels.
       seed: of a generator of its own. None: torch's global one, so that `torch.manual_seed` counts.
       per_channel: divide by the channel's mean of std, as the published sampler does, in place of
         every pixel's own; variance is then 1 at no pixel in particular.
+      stats_type: "channel_wise" is `per_channel` under its published name.
+
+    As published, it has `device`, `dtype`, `weights`, `means`, `n_cluster`, and of the statistics
+    `mu` and `std`.
 
     A batch costs O(B d^2) operations and O(B d) memory: draws that share a component share its
     factor. Raises ValueError where the shapes of mixture, PCA and statistics do not fit.
@@ -42,23 +53,29 @@ class GMM_TORCH:
     def __init__(
         self,
         gmm: Any,
-        gmm_stats: dict[str, torch.Tensor],
+        gmm_stats: dict[str, torch.Tensor] | None = None,
         device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
         *,
         pca: Any = None,
         seed: int | None = None,
         per_channel: bool = False,
+        stats_type: str = "pixel_wise",
     ):
-        projection = None
+        if stats_type not in STATS_TYPES:
+            raise ValueError(f"stats_type is one of {', '.join(STATS_TYPES)}, got {stats_type!r}")
+        projection, per_channel = None, per_channel or stats_type == "channel_wise"
         if pca is not None:
             projection = np.asarray(pca.components_), np.asarray(pca.mean_)
-        self._set(mixtures.from_sklearn(gmm), projection, gmm_stats, device, seed, per_channel)
+        mixture = mixtures.from_sklearn(gmm)
+        self._set(mixture, projection, gmm_stats, device, dtype, seed, per_channel)
 
     @classmethod
     def from_npz(
         cls,
         path: str | Path,
         device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
         *,
         seed: int | None = None,
         per_channel: bool = False,
@@ -79,10 +96,17 @@ class GMM_TORCH:
         else:
             projection = stored.projection.components[:, order], stored.projection.centre[order]
         sampler = cls.__new__(cls)
-        sampler._set(mixture, projection, stats, device, seed, per_channel)
+        sampler._set(mixture, projection, stats, device, dtype, seed, per_channel)
         return sampler
 
-    def _set(self, mixture, projection, stats, device, seed, per_channel) -> None:
+    def _set(self, mixture, projection, stats, device, dtype, seed, per_channel) -> None:
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is a floating-point one of torch, got {dtype}")
+        if stats is None:
+            d = mixture.means.shape[1] if projection is None else projection[0].shape[1]
+            height, width, channels = gmm_files.square_shape(d, "the mixture without gmm_stats")
+            shape = 1, channels, height, width
+            stats = {"mean": torch.zeros(shape), "std": torch.ones(shape)}
         gmm_files.check_stats(stats, "gmm_stats")
         mean, std = (stats[name].to(torch.float64) for name in ("mean", "std"))
         self.shape = tuple(mean.shape[1:])
@@ -101,40 +125,62 @@ class GMM_TORCH:
             mean, std = (x.mean(dim=(2, 3), keepdim=True) for x in (mean, std))
 
         def tensor(array):
-            return torch.tensor(np.asarray(array, np.float32), device=device)
+            return torch.tensor(np.asarray(array, np.float64), dtype=dtype, device=device)
 
-        self.device = torch.device(device)
-        self._weights = torch.tensor(np.asarray(mixture.weights), device=device)
-        self._means = tensor(mixture.means)
+        self.device, self.dtype = torch.device(device), dtype
+        self.weights = torch.tensor(np.asarray(mixture.weights), device=device)
+        self.means, self.n_cluster = tensor(mixture.means), len(mixture.weights)
         self._structure = jax.tree.map(tensor, mixture.covariance)
         self._projection = None if projection is None else [tensor(one) for one in projection]
-        self._mean = mean.to(self.device, torch.float32)
+        self.mu = mean.to(self.device, dtype)
         # A pixel that hardly varies stays at 0: rounding errors are not blown up.
         smallest = SMALLEST_DEVIATION * std.square().mean().sqrt()
-        self._std = torch.where(std > smallest, std, 1).to(self.device, torch.float32)
+        self.std = torch.where(std > smallest, std, 1).to(self.device, dtype)
         self._generator = None
         if seed is not None:
             self._generator = torch.Generator(device).manual_seed(check_seed(seed))
 
-    def sample(self, batch_size: int) -> torch.Tensor:
-        """(batch_size, channels, H, W): standardised draws, float32, on the device."""
-        if batch_size < 1:
-            raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+    def sample(
+        self, num_samples: int, return_cluster: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(num_samples, channels, H, W): standardised draws on the device; with `return_cluster`
+        also the components (num_samples,) that they come from."""
+        _check_number(num_samples)
         owners = torch.multinomial(
-            self._weights, batch_size, replacement=True, generator=self._generator
+            self.weights, num_samples, replacement=True, generator=self._generator
         )
-        draws = self._means[owners] + self._colour(owners)
+        draws = (self._images(owners) - self.mu) / self.std
+        return (draws, owners) if return_cluster else draws
+
+    def sample_from_cluster(
+        self, num_samples: int, cluster_idx: int | torch.Tensor
+    ) -> torch.Tensor:
+        """(num_samples, channels, H, W): draws of one component, or of one each. As published they
+        are pixels, not standardised: `(x - gmm.mu) / gmm.std` does it."""
+        _check_number(num_samples)
+        owners = torch.as_tensor(cluster_idx, device=self.device)
+        if owners.is_floating_point() or owners.shape not in ((), (num_samples,)):
+            raise ValueError(
+                f"cluster_idx is one component or {num_samples} of them, got {cluster_idx}"
+            )
+        if not (int(owners.min()) >= 0 and int(owners.max()) < self.n_cluster):
+            raise ValueError(f"cluster_idx is from 0 to {self.n_cluster - 1}, got {cluster_idx}")
+        return self._images(owners.long().expand(num_samples))
+
+    def _images(self, owners: torch.Tensor) -> torch.Tensor:
+        """Draws of the components `owners`, as pixels."""
+        draws = self.means[owners] + self._colour(owners)
         if self._projection is not None:
             components, centre = self._projection
             draws = draws @ components + centre
-        return (draws.reshape(batch_size, *self.shape) - self._mean) / self._std
+        return draws.reshape(len(owners), *self.shape)
 
     def _noise(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=self.device, generator=self._generator)
+        return torch.randn(shape, dtype=self.dtype, device=self.device, generator=self._generator)
 
     def _colour(self, owners: torch.Tensor) -> torch.Tensor:
         """Draws of N(0, Sigma_k), k = owners[i]."""
-        num, d = len(owners), self._means.shape[1]
+        num, d = len(owners), self.means.shape[1]
         tensors: dict[str, torch.Tensor] = self._structure._asdict()
         match self._structure:
             case mixtures.Full():
@@ -148,6 +194,11 @@ class GMM_TORCH:
         latent = self._noise(num, tensors["loadings"].shape[2])
         noise = tensors["scales"][owners] * self._noise(num, d)
         return _grouped(latent, owners, tensors["loadings"]) + noise
+
+
+def _check_number(num_samples: int) -> None:
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
 
 
 def _grouped(noise: torch.Tensor, owners: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
