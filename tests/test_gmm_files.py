@@ -459,6 +459,21 @@ def test_both_engines_fit_alike(kind):
     np.testing.assert_allclose(ends[0], ends[1], atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 1000])
+def test_the_uses_of_a_seed_share_no_key(seed):
+    """Those of k-means, its seeds, the loadings, and the draws behind the statistics."""
+    keys = gmm_fit.keys_of(FitConfig(random_state=seed))
+    halves = jax.random.split(keys.start)
+    used = [
+        *halves,
+        *jax.random.split(halves[1], 20),
+        keys.loadings,
+        *(jax.random.fold_in(keys.draws, i) for i in range(20)),
+        keys.draws,
+    ]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in used}) == len(used)
+
+
 def test_flips_each_image_or_not():
     images = images_of(50)
     found = gmm_fit.flipped(images, 0)

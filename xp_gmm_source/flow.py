@@ -23,7 +23,7 @@ from lib import convolution, files, flow_matching, flow_sampling, hosts, runs
 from lib.commands import run_command
 from lib.datasets import Dataset, identity, load
 from lib.hosts import DeviceOptions
-from lib.keys import key_of_seed
+from lib.keys import key_of_seed, named_key
 from lib.settings import settings_of
 from lib.velocity import UNet
 from xp_gmm_source import gmm_files, gmm_fit, metrics
@@ -201,7 +201,8 @@ def sampling_sources(
         threshold=cosine_threshold(cosine_quantile(PUBLISHED_THRESHOLD, PUBLISHED_DIMENSION), d),
         scale=float(source.scale[0]),
     )
-    accepted = float(acceptance(jax.random.key(2), source, 10_000))
+    key = named_key(jax.random.key(2), "acceptance")
+    accepted = float(acceptance(key, source, 10_000))
     if accepted >= LEAST_ACCEPTANCE:
         return found | {"pruned": source}
     if show_progress:
@@ -330,6 +331,7 @@ def judge_flow(
     for source in sources.values():
         if isinstance(source, PrunedSource):
             about["pruned_axes"] = len(source.axes)
+            # 99: after the numbers of the sources, of which there are two at most.
             about["acceptance"] = acceptance(jax.random.fold_in(key, 99), source, 10_000)
     return {name: np.asarray(value) for name, value in (found | about).items()}
 

@@ -31,6 +31,7 @@ from lib.gmm_em import fit, mean_log_likelihood
 from lib.gmm_rows import Rows, rows
 from lib.gmm_starts import Structure, kmeans_start
 from lib.hosts import DeviceOptions
+from lib.keys import named_key
 from lib.settings import settings_of
 from xp_gmm_source import gmm_files
 from xp_gmm_source.config import EXPERIMENT, FitConfig
@@ -128,15 +129,28 @@ def principal_components(
 # ---- The fit
 
 
+class Keys(NamedTuple):
+    """Of a fit: of the k-means start, of low_rank's first loadings, of the draws' statistics."""
+
+    start: jax.Array
+    loadings: jax.Array
+    draws: jax.Array
+
+
+def keys_of(config: FitConfig) -> Keys:
+    """From `random_state`; the start splits its key in two, which are number 0 and 1 of it."""
+    key = jax.random.key(config.random_state)
+    return Keys(key, named_key(key, "loadings"), jax.random.fold_in(key, 2))
+
+
 def structure_of(config: FitConfig) -> Structure:
-    key = jax.random.fold_in(jax.random.key(config.random_state), 1)
     makers: dict[str, Structure] = {
         "full": full,
         "tied": tied,
         "diag": diagonal,
         "spherical": spherical,
     }
-    return makers.get(config.covariance_type) or low_rank(key, config.rank)
+    return makers.get(config.covariance_type) or low_rank(keys_of(config).loadings, config.rank)
 
 
 def fit_images(
@@ -185,7 +199,6 @@ def _same_coordinates(images: np.ndarray, projection: Projection | None, data: R
 
 
 def _fit_with_jax(config, data: Rows, run, show_progress) -> tuple[gmm.Mixture, dict[str, Any]]:
-    key = jax.random.key(config.random_state)
     with warnings.catch_warnings():
         # `check_sizes` has said it already, in the words of the command.
         warnings.filterwarnings("ignore", message=".*full covariances.*")
@@ -193,7 +206,7 @@ def _fit_with_jax(config, data: Rows, run, show_progress) -> tuple[gmm.Mixture, 
             data,
             # No name for the start: `fit` lets go of it.
             kmeans_start(
-                key,
+                keys_of(config).start,
                 data,
                 config.n_components,
                 structure_of(config),
@@ -327,7 +340,7 @@ def main(arguments: Arguments) -> Path:
     stored = image_mixture(fitted, train.image_shape)
     mean, std = stored.mean, stored.std
     if config.n_stat_samples:
-        key = jax.random.fold_in(jax.random.key(config.random_state), 2)
+        key = keys_of(config).draws
         mean, std = sampled_moments(key, stored, config.n_stat_samples, config.batch_size)
     stats = path.with_name(f"{path.stem}_stats.pt")
     gmm_files.save_published(path.with_suffix(".pkl"), stored, regularisation=config.reg_covar)
