@@ -26,6 +26,7 @@ COVERS = {
         "product", "row_sums", "triangular_product", "congruence", "weighted_gram",
         "over_responsible", "lower_half", "symmetric", "factorise", "floor_variances",
         "where_components", "per_point", "regularised", "expanded_distances", "draw_by_component",
+        "distances_from_nearest", "first_moments_about", "pair_scatter", "is_lost",
     ),
 }  # fmt: skip
 
@@ -127,7 +128,11 @@ def test_structures_of_matrices_and_triangles(case, exponent, isotropic, seed):
 
 @jax.jit
 def all_products(x, weights, triangle, matrix, counts):
-    panels = gmm_factors.weighted_gram(x, weights)
+    panels, centres = gmm_factors.weighted_gram(x, weights), x[:2]
+    nearest = jnp.argmin(jnp.sum(jnp.square(x[:, None] - centres[None]), axis=2), axis=1)
+    from_nearest = x - centres[nearest], nearest, centres
+    shares = jnp.stack([weights, 1 - weights], axis=1)[:, : len(centres)]
+    pairs = gmm_factors.product(shares.T, shares)
     return {
         "product": gmm_factors.product(x, matrix),
         "row_sums": gmm_factors.row_sums(x),
@@ -136,6 +141,9 @@ def all_products(x, weights, triangle, matrix, counts):
         "symmetric": gmm_factors.symmetric(panels),
         "lower_half": jnp.tril(gmm_factors.lower_half(panels)),
         "expanded_distances": gmm_factors.expanded_distances(x, x[:2]),
+        "distances_from_nearest": gmm_factors.distances_from_nearest(*from_nearest),
+        "first_moments_about": gmm_factors.first_moments_about(*from_nearest, shares),
+        "pair_scatter": gmm_factors.pair_scatter(pairs, centres),
         "over_responsible": gmm_factors.over_responsible(lambda x, w: w @ x, x, weights),
         "per_point": gmm_factors.per_point(x, counts),
         "where_components": gmm_factors.where_components(counts > 0, x, 2 * x),
@@ -166,6 +174,9 @@ def test_products_of_factors(case, exponent, same, seed):
     def plain(x, weights, triangle, matrix, counts, sign=-1):
         gram, nonzero = (x * weights[:, None]).T @ x, np.where(counts > 0, counts, 1)[:, None]
         norms = (x * x).sum(axis=1)
+        shares = np.stack([weights, 1 - weights], axis=1)[:, : len(x[:2])]
+        differences = x[:, None] + sign * x[:2]
+        pairs = np.einsum("nk,nl->kl", shares, shares)
         return {
             "product": x @ matrix,
             "row_sums": x.sum(axis=1),
@@ -174,6 +185,11 @@ def test_products_of_factors(case, exponent, same, seed):
             "symmetric": gram,
             "lower_half": np.tril(gram),
             "expanded_distances": norms[:, None] + norms[None, :2] + sign * 2 * (x @ x[:2].T),
+            "distances_from_nearest": np.square(differences).sum(axis=2),
+            "first_moments_about": np.einsum("nk,nkd->kd", shares, differences),
+            "pair_scatter": np.einsum(
+                "kl,kli,klj->ij", pairs / 2, differences[:2], differences[:2]
+            ),
             "over_responsible": weights @ x,
             "per_point": x / nonzero,
             "where_components": np.where(counts[:, None] > 0, x, 2 * x),
@@ -187,6 +203,7 @@ def test_products_of_factors(case, exponent, same, seed):
         bound = 4 * (n + d) * np.finfo(dtype).eps * sizes[name]
         assert np.all(np.abs(np.asarray(value) - expected[name]) <= bound), name
     assert np.all(np.asarray(found["expanded_distances"]) >= 0)
+    assert gmm_factors.is_lost(jnp.array([9e3, 2e4]), 1e-7).tolist() == [False, True]
 
 
 jit_factorise = jax.jit(gmm_factors.factorise)
