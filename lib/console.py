@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lib import hosts
 
 STATUS_OF_A_STOP = 130
+_EXHAUSTED = "RESOURCE_EXHAUSTED"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
 @contextlib.contextmanager
 def one_line_errors(*, lower: str = "") -> Iterator[None]:
     """For commands: bad input, a diverged flow, a file that cannot be written, memory that does not
-    suffice, or a requested stop end in one line on stderr.
+    suffice, devices that are not there, or a requested stop end in one line on stderr.
 
     `lower` names the command's options that memory depends on, for the line about memory. The exit
     status is 1, and 130 after a stop. `python -X dev` keeps the traceback.
@@ -42,8 +43,11 @@ def one_line_errors(*, lower: str = "") -> Iterator[None]:
             f"{type(error).__name__}: {error}",
             STATUS_OF_A_STOP if isinstance(error, Interrupted) else 1,
         )
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        exhausted = isinstance(error, jax.errors.JaxRuntimeError) and _EXHAUSTED in str(error)
+        if not exhausted and not isinstance(error, MemoryError):
+            if (line := hosts.missing_platforms()) is not None:
+                _end(error, line, 1)
             raise
         advice = f"lower {lower}" if lower else "take a smaller problem"
         reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""

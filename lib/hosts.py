@@ -122,6 +122,27 @@ class DeviceOptions:
     process_id: int | None = None
 
 
+def missing_platforms() -> str | None:
+    """What is wrong with JAX_PLATFORMS where JAX finds no device of what it names; None where it
+    finds one."""
+    asked = jax.config.jax_platforms
+    with contextlib.suppress(RuntimeError, AssertionError):  # the latter for cuda without a plugin
+        jax.devices()
+        return None
+    try:
+        jax.config.update("jax_platforms", None)
+        there, count = jax.default_backend(), jax.device_count()
+    except (RuntimeError, AssertionError):
+        return None
+    finally:
+        jax.config.update("jax_platforms", asked)
+    return (
+        f"JAX_PLATFORMS={asked}: JAX finds no such device here, only {count} of the platform "
+        f"{there}. Unset it, set JAX_PLATFORMS={there}, or install what JAX needs for that "
+        "platform (NVIDIA: requirements-cuda.txt)"
+    )
+
+
 _CURRENT: list[Mesh] = []
 
 

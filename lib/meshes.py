@@ -26,7 +26,8 @@ def device_mesh(num_devices: int | None = None) -> Mesh:
     found = jax.devices()
     wanted = len(found) if num_devices is None else num_devices
     if not 1 <= wanted <= len(found):
-        raise ValueError(f"{wanted} devices asked for, there are {len(found)}: {found}")
+        some = f"{len(found)}: {found[0]}" + (f" to {found[-1]}" if len(found) > 1 else "")
+        raise ValueError(f"{wanted} devices asked for, there are {some}; ask for as many, or fewer")
     chosen = found[:wanted]
     if {device.process_index for device in chosen} != set(range(jax.process_count())):
         raise ValueError(f"{wanted} devices leave one of {jax.process_count()} processes without")

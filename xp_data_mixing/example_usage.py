@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lib.console import one_line_errors
 from xp_data_mixing.mmd_data_mixing import MMDDataMixer, MMDDataMixerRBF
 
 DIMENSION = 64
@@ -106,4 +107,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
