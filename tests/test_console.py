@@ -3,14 +3,18 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from lib import commands, console, hosts
+
+ROOT = Path(__file__).parents[1]
 
 # Interruption
 
@@ -174,3 +178,49 @@ def test_a_command_stopped_before_its_first_step_ends_in_one_line(capsys):
     assert stopped.value.code == console.STATUS_OF_A_STOP
     (line,) = capsys.readouterr().err.splitlines()
     assert "the same command goes on" in line
+
+
+COMMAND = "from lib import commands, hosts; commands.run_command(print, hosts.DeviceOptions)"
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense,cpu"])
+def test_platforms_that_are_not_there_are_one_line(platforms):
+    """JAX itself raises an AssertionError without text, or explains in a traceback."""
+    environment = {**os.environ, "JAX_PLATFORMS": platforms, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    if done.returncode == 0:
+        pytest.skip("this machine has them")
+    line = done.stderr.splitlines()[-1]  # JAX may log what its plugins say
+    assert line.startswith(f"JAX_PLATFORMS={platforms}: JAX finds no such device here, only ")
+    assert "Unset it, set JAX_PLATFORMS=" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_beside_devices_that_are_there_keep_their_traceback():
+    for error in (RuntimeError("of our own"), AssertionError()):
+        with pytest.raises(type(error)), console.one_line_errors():
+            raise error
+
+
+def test_scripts_start_in_a_clone_that_changes_line_ends(tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("no clone of a git repository")
+    git = ["git", "-c", "core.autocrlf=true"]
+    subprocess.run([*git, "clone", "--quiet", "--no-checkout", ROOT, tmp_path], check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "*.sh", ".ci"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    scripts = listed.stdout.split()
+    subprocess.run(
+        [*git, "checkout", "--quiet", "HEAD", "--", ".gitattributes", "README.md", *scripts],
+        cwd=tmp_path,
+        check=True,
+    )
+    assert b"\r\n" in (tmp_path / "README.md").read_bytes()
+    assert not [name for name in scripts if b"\r" in (tmp_path / name).read_bytes()]
+    helped = subprocess.run(
+        ["bash", "run.sh", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "xp_drmmd" in helped.stdout
