@@ -325,6 +325,40 @@ def test_intervals_cover_the_truth(mixture):
     assert np.max(np.mean(widths, axis=0)) < 0.25
 
 
+def unequal(seed, rows):
+    """Four overlapping Gaussians, one of them with few rows, and a target of equal shares."""
+    rng, sizes = np.random.default_rng(seed), (rows, 1000, 1000, 1000)
+    centres = np.random.default_rng(99).normal(size=(4, 3))
+    sets = [rng.normal(size=(n, 3)) + centre for n, centre in zip(sizes, centres)]
+    return sets, rng.normal(size=(1000, 3)) + centres[rng.choice(4, p=[0.25] * 4, size=1000)]
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_truth_beside_one_small_set():
+    """Percentiles and their reflections alone cover .88, .92, .79 and .95."""
+    covered = []
+    for seed in range(150):
+        sets, target = unequal(seed, 30)
+        found = estimate(
+            jax.random.key(seed), sets, target, statistic="u", bootstrap=200, num_features=300,
+            check_features=0,
+        )  # fmt: skip
+        covered.append(np.abs(found.intervals - 0.25).sum(axis=1) <= np.diff(found.intervals)[:, 0])
+    # 150 draws of .9 lie within .9 +- 2.5 * .0245.
+    assert np.all(np.mean(covered, axis=0) > 0.9 - 2.5 * np.sqrt(0.9 * 0.1 / 150))
+
+
+@pytest.mark.parametrize("statistic", ["u", "v"])
+def test_signal_over_noise_of_two_sets_by_hand(statistic):
+    sets, target = toy(sizes=(15, 40), mixture=(0.5, 0.5))
+    found = estimate(KEY, sets, target, bandwidth=2.0, estimator="exact", statistic=statistic)
+    gram = gram_by_hand(sets, target, 2.0, unbiased=True)
+    biased = gram_by_hand(sets, target, 2.0)
+    signal = gram[0, 0] - 2 * gram[0, 1] + gram[1, 1]
+    noise = np.trace(biased[:2, :2] - gram[:2, :2])
+    np.testing.assert_allclose(found.signal_to_noise, [signal / noise], rtol=1e-4)
+
+
 # Warnings
 
 
@@ -428,6 +462,14 @@ def test_sets_that_are_alike_warn():
     assert not has(sure, "vertex")
     worse = found._replace(held_out=found.held_out._replace(uniform=-1.0))
     assert has(worse, "no better than equal ones")
+
+
+@pytest.mark.parametrize(("rows", "warned"), [(30, True), (1000, False)])
+def test_one_small_set_warns(rows, warned):
+    """Though the mean of the noise over the sets is small."""
+    found = estimate(KEY, *unequal(0, rows), statistic="u", num_features=100, check_features=0)
+    assert has(found, f"set 0 ({rows} rows)") == has(found, "biased by noise") == warned
+    assert (found.signal_to_noise[0] < 4) == warned
 
 
 def test_a_target_that_is_no_mixture_warns():

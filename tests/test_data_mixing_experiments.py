@@ -373,6 +373,20 @@ def test_coverage_draws_anew_from_one_mixture(estimator):
     assert ("damping" in found) == (estimator == "calibrated")
 
 
+def test_a_small_set_has_its_line(tmp_path):
+    """Of six draws, four of which hold the small set's weight of .2."""
+    intervals = [[[[0.1, 0.3], [0, 1]], [[0.2, 0.4], [0, 1]], [[0.25, 0.3], [0, 1]]] * 2]
+    row = {"label": "class 0: 5 rows", "settings": {"small_set": [0, 5]}, "truth": [[0.2, 0.8]]}
+    row |= {"intervals": intervals, "mean_weights": [[0.25, 0.75]], "signal": [[3.0, 2.0, 7.0]]}
+    path = tmp_path / "unequal.json"
+    path.write_text(json.dumps({"rows": [row]}))
+    *_, line = tables.unequal_table(path).splitlines()
+    assert line == (
+        "| class 0: 5 rows | 3.0 | 0.200 | +0.050 | 0.150 | 67 (standard error 19) "
+        "| 100 (100 to 100) |"
+    )
+
+
 def test_draws_have_the_shares_and_repeat_whole_sets():
     sets = [np.arange(5), np.arange(100, 103), np.arange(200, 300)]
     chosen = downstream.draw_from(KEY, sets, np.array([0.2, 0.7, 0.1]), 20)

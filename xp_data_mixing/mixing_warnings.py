@@ -106,9 +106,10 @@ def _biased(result):
     if not result.undetermined and len(signal) and signal[0] < WEAK:
         noisiest = int(np.argmax(result.noise[:-1]))
         yield (
-            f"biased by noise: along one direction between weights MMD^2 changes by only "
-            f"{signal[0]:.1f} times its sampling noise; below {WEAK:g} weights are off and "
-            f"intervals miss more often than they say; most noise has {result.names[noisiest]} "
+            f"biased by noise: along one direction the distance between sets is only "
+            f"{signal[0]:.1f} times its sampling noise; below {WEAK:g} weights are off to one side "
+            f"and intervals may miss more often than they say; most noise has "
+            f"{result.names[noisiest]} "
             f"({result.sizes[noisiest]} rows)"
         )
 
