@@ -106,10 +106,9 @@ def _biased(result):
     if not result.undetermined and len(signal) and signal[0] < WEAK:
         noisiest = int(np.argmax(result.noise[:-1]))
         yield (
-            f"biased by noise: along one direction the distance between sets is only "
-            f"{signal[0]:.1f} times its sampling noise; below {WEAK:g} weights are off to one side "
-            f"and intervals may miss more often than they say; most noise has "
-            f"{result.names[noisiest]} "
+            f"biased by noise: along one direction the sets' distance is {signal[0]:.1f} times its "
+            f"sampling noise; below {WEAK:g} times weights are off to one side, and intervals may "
+            f"miss more often than they say; most noise has {result.names[noisiest]} "
             f"({result.sizes[noisiest]} rows)"
         )
 
