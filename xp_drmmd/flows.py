@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from lib import drmmd, drmmd_features, kernels, rff
 from lib.drmmd import Target, Witness
 from lib.drmmd_features import FeatureTarget, FeatureWitness
+from lib.keys import named_key
 from lib.nystrom import landmark_basis, nystrom_features
 from xp_drmmd.config import FlowConfig
 
@@ -112,7 +113,7 @@ def aim(
 
 
 def _fourier(config, target, weights) -> Fourier:
-    key = jax.random.key(0)
+    key = named_key(jax.random.key(0), "frequencies")
     frequencies = rff.gaussian_frequencies(key, config.rank // 2, target.shape[1])
     features = _fourier_features(config, frequencies)
     moments = drmmd_features.prepare_target_features(features, target, weights)
@@ -132,7 +133,7 @@ def _landmarks(config, target, weights) -> Landmarks:
     ):
         if wanted > there:
             raise ValueError(f"rank {config.rank} wants {wanted} {name} as landmarks of {there}")
-    keys = jax.random.split(jax.random.key(0))
+    keys = jax.random.split(named_key(jax.random.key(0), "landmarks"))
     return Landmarks(
         *drmmd.as_target(target, weights),
         jax.random.choice(keys[0], target, (of_target,), replace=False),

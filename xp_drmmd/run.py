@@ -25,7 +25,7 @@ from lib.commands import run_command
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.hosts import DeviceOptions
 from lib.kernels import median_bandwidth
-from lib.keys import key_of_seed
+from lib.keys import key_of_seed, named_key
 from xp_drmmd import flows, metrics
 from xp_drmmd.config import EXPERIMENT, DatasetName, FilterName, FlowConfig, FlowName
 from xp_drmmd.problems import problem
@@ -46,7 +46,9 @@ def run_flow(
         posed = problem(config, seed, data_root)
         if config.flow in ("ula", "svgd") and posed.log_density is None:
             raise ValueError(f"{config.flow} needs a density, {config.dataset} has none")
-        bandwidth = config.bandwidth or float(median_bandwidth(jax.random.key(0), posed.target))
+        bandwidth = config.bandwidth or float(
+            median_bandwidth(named_key(jax.random.key(0), "bandwidth"), posed.target)
+        )
         resolved = replace(config, bandwidth=bandwidth)
         aimed = flows.aim(resolved, posed.target, posed.weights)
         every = max(1, config.step_num // config.records)

@@ -37,7 +37,7 @@ PARAMETERS = INPUTS * HIDDEN + HIDDEN
 
 
 class Lesson(NamedTuple):
-    """Inputs [n, 50], the teacher's particles [M, 153], and the key that shuffles the inputs."""
+    """Inputs [n, 50], the teacher's particles [M, 153], and the key of the epochs' shuffles."""
 
     inputs: Float[Array, "n 50"]
     teacher: Float[Array, "M 153"]

@@ -44,7 +44,7 @@ def flow(
         moved.start,
         moved.target,
         moved.value_and_grad,
-        named_key(jax.random.PRNGKey(seed), "flow"),
+        named_key(jax.random.PRNGKey(seed), f"flow by {settings.method}"),
         n_epochs=settings.n_epochs,
         optimizer=optimizer(settings),
         record_every=every,
