@@ -147,7 +147,7 @@ class Tied(NamedTuple):
         others = jnp.where(jnp.arange(len(centres))[None, :] == nearest[:, None], 0, shares)
         moved = product(others, centres) - row_sums(others)[:, None] * centres[nearest]
         gram = weighted_gram(whitened - moved, weights)
-        first = first_moments_about(*left, responsibilities)
+        first = first_moments_about(whitened, nearest, centres, responsibilities)
         return first, (gram, product(responsibilities.T, shares))
 
     def maximise(self, means, counts, first, second, regularisation, rounding):
@@ -244,8 +244,8 @@ class Spherical(NamedTuple):
         return squared / jnp.square(self.scales)[None, :], (left, squared)
 
     def moments(self, left, responsibilities):
-        left, squared = left
-        first = first_moments_about(*left, responsibilities)
+        (residuals, nearest, centres), squared = left
+        first = first_moments_about(residuals, nearest, centres, responsibilities)
         return first, jnp.sum(responsibilities * squared, axis=0)
 
     def maximise(self, means, counts, first, second, regularisation, rounding):

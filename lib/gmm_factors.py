@@ -222,14 +222,14 @@ def pair_scatter(weights: Float[Array, "K K"], centres: Float[Array, "K d"]) -> 
     return (scatter + scatter.T) / 2
 
 
-def is_lost(squared_moves: Array, rounding: ScalarLike) -> Array:
+def is_lost(squared_moves: AnyArray, rounding: ScalarLike) -> AnyArray:
     """Whether a variance about a moved mean is lost in rounding, `rounding` the eps of the products
     that its second moment about the old mean was summed from.
 
     What was subtracted is the move, here squared in standard deviations about the new mean, a
     coordinate at a time: rounding errors of d coordinates average out in a direction.
     """
-    return rounding * squared_moves > LOST
+    return ~(rounding * squared_moves <= LOST)  # NaN, where there is no factor, is lost too
 
 
 # Draws, a group of one component's at a time
