@@ -481,9 +481,11 @@ def test_groups_leave_summaries_tables_and_figures_and_are_skipped_when_done(tmp
         "solvers": SolversConfig(TINY, parts=(1,), solvers=("none such",)),
     }
     small["coverage"] = replace(small["coverage"], samples=replace(TINY, labels="drawn"))
+    small["unequal"] = replace(small["coverage"], estimator="mmd", small_set=(8, 5))
     made = {
         "recovery": tables.recovery_table,
         "coverage": tables.coverage_table,
+        "unequal": tables.unequal_table,
         "downstream": tables.downstream_table,
         "ablation": tables.ablation_table,
         "solvers": tables.solver_table,

@@ -163,8 +163,7 @@ GROUPS: dict[str, Group] = {
             f"class {label}: {rows} rows": CoverageConfig(
                 _REST, estimator="mmd", small_set=(label, rows)
             )
-            for label in (6, 8)
-            for rows in (30, 100)
+            for label, rows in ((6, 30), (6, 100), (8, 30))
         }
     ),
     "downstream": Group({"pixels": DownstreamConfig()}, seeds=10),
