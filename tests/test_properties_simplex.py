@@ -17,6 +17,7 @@ from strategies import EXPONENTS, SEEDS, assert_within
 from lib.active_set import (
     AT_LOWER,
     AT_UPPER,
+    free_entries,
     linear_gap,
     make_program,
     mend_sum,
@@ -280,6 +281,10 @@ def test_linear_gaps_and_projections(seed, n, exponent, bounded):
     y[rng.random(n) < 0.2] *= 1e100
     found = project(y, lower, upper, 1.0)
     assert_within(found, exact_projection(y, lower, upper), 4 * n * EPS)
+    free, full = free_entries(y, lower, upper, lambda x: x.sum() - 1)
+    assert not (free & full).any()
+    assert (found[full] == upper[full]).all()
+    assert (found[~free & ~full] == lower[~free & ~full]).all()
     moved = found.copy()
     i = rng.integers(n)
     moved[i] = min(max(moved[i] + 1e-12, lower[i]), upper[i])
