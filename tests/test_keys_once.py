@@ -32,6 +32,8 @@ REPOSITORY = Path(__file__).parents[1]
 REDONE = {
     "data": "transfer: all methods have the same images of a seed",
     "accuracies": "transfer, distillation: all rows have the same classifiers of a seed",
+    "row_blocks": "mixing: a row's block depends on its number, not on its set",
+    "run_sweep": "rings: all kernels have the same directions of a seed",
     "target_data": "adaptation: all tries, and the classifier, have the same target images",
     "_classifier": "adaptation: the classifier is the same for all tries",
     "aim": "drmmd: all seeds have the same landmarks or frequencies",
@@ -167,7 +169,7 @@ def run_distillation(results):
         CondenseConfig(
             dataset="digits", iterations=2, held_out=5, num_per_class=20, real_batch=8, **small
         ),
-        BaselineConfig("random", dataset="digits", held_out=5, num_per_class=20),
+        BaselineConfig("digits", held_out=5, num_per_class=20),
     )
     for entry in entries:
         for seed in SEEDS:

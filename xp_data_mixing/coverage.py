@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from lib import console
+from lib.keys import named_key
 from xp_data_mixing import problems
 from xp_data_mixing.calibration import estimate_calibrated
 from xp_data_mixing.config import CoverageConfig
@@ -42,7 +43,10 @@ def cover(config: CoverageConfig, seed: int, data_root: Path | None = None) -> d
     if config.estimator == "mmd":
         estimator, options = estimate, {**options, "statistic": "u", "check_features": 0}
     else:
-        found = estimate_calibrated(first_key, *draw(first_key), num_features=config.num_features)
+        settings_key = named_key(first_key, "settings")
+        found = estimate_calibrated(
+            settings_key, *draw(first_key), num_features=config.num_features
+        )
         settings = {"bandwidth": found.bandwidth, "damping": found.damping}
     weights, intervals, signals = [], [], []
     with console.progress(config.resamples, description=f"coverage, {config.estimator}") as advance:
