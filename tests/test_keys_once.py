@@ -13,7 +13,7 @@ from jax._src import prng
 from xp_data_mixing import coverage
 from xp_data_mixing.config import CoverageConfig, Samples
 from xp_dataset_distillation import evaluation
-from xp_dataset_distillation.config import BaselineConfig, CondenseConfig, Evaluator, Judged
+from xp_dataset_distillation.config import BaselineConfig, Evaluator, Judged
 from xp_drmmd import run as drmmd
 from xp_drmmd import student_teacher
 from xp_drmmd.config import FlowConfig, StudentConfig
@@ -32,7 +32,6 @@ REPOSITORY = Path(__file__).parents[1]
 REDONE = {
     "data": "transfer: all methods have the same images of a seed",
     "accuracies": "transfer, distillation: all rows have the same classifiers of a seed",
-    "networks": "distillation: a network serves several steps and is made again in each",
     "row_blocks": "mixing: a row's block depends on its number, not on its set",
     "run_sweep": "rings: all kernels have the same directions of a seed",
     "target_data": "adaptation: all tries, and the classifier, have the same target images",
@@ -173,20 +172,14 @@ def run_calibrated_coverage(results):
 
 
 SMALL = {"width": 4, "depth": 2}
-CONDENSED = CondenseConfig(
-    dataset="digits", iterations=2, held_out=5, num_per_class=20, real_batch=8, **SMALL
-)
-
-
-def run_distillation(results, entry=CONDENSED):
-    judged = Judged(Evaluator(num_epochs=2, cutmix=1.0, **SMALL), num_networks=2)
-    for seed in SEEDS:
-        evaluation.evaluate(entry, judged, seed=seed, results=results, data_root=None)
 
 
 def run_baseline(results):
-    # By itself: random images and a condensed set of one seed both begin with the seed's own key.
-    run_distillation(results, BaselineConfig("digits", held_out=5, num_per_class=20))
+    # Not beside condensed sets: both begin with the seed's own key.
+    entry = BaselineConfig("digits", held_out=5, num_per_class=20)
+    judged = Judged(Evaluator(num_epochs=2, cutmix=1.0, **SMALL), num_networks=2)
+    for seed in SEEDS:
+        evaluation.evaluate(entry, judged, seed=seed, results=results, data_root=None)
 
 
 def run_rings(results):
@@ -205,7 +198,7 @@ def run_images(results):
 SLOW = pytest.mark.slow
 RUNS = [run_students, pytest.param(run_adaptation, marks=SLOW)]
 RUNS += [pytest.param(one, marks=SLOW) for one in (run_transfer, run_drmmd, run_coverage)]
-RUNS += [pytest.param(one, marks=SLOW) for one in (run_distillation, run_rings, run_images)]
+RUNS += [pytest.param(one, marks=SLOW) for one in (run_rings, run_images)]
 RUNS += [pytest.param(one, marks=SLOW) for one in (run_calibrated_coverage, run_baseline)]
 
 
