@@ -407,7 +407,7 @@ def test_every_command_and_benchmark_writes_where_it_tries_to():
     for path in [*root.glob("xp_*/*.py"), *root.glob("benchmarks/*.py")]:
         text = path.read_text()
         if "run_command(" in text:
-            names = re.findall(r"^    (\w+): (?:tuple\[)?Path\b", text, re.MULTILINE)
+            names = re.findall(r"^    (\w+): (?:tuple\[|Annotated\[)?Path\b", text, re.MULTILINE)
             assert {*names} <= {*INPUTS, *commands.OUTPUT_FOLDERS, *commands.OUTPUT_FILES}, path
             assert {*names} - INPUTS, path
         else:

@@ -129,7 +129,7 @@ def test_the_published_numbers_of_epochs():
 
 
 def test_the_classes_that_count_are_those_of_the_data(tmp_path, monkeypatch):
-    classes, asked = {"ten": range(10), "three": range(3)}, []
+    classes, asked = {"digits": range(10), "usps": range(3)}, []
 
     def run_try(config, training, **_):
         asked.append(training.n_epochs)
@@ -143,7 +143,7 @@ def test_the_classes_that_count_are_those_of_the_data(tmp_path, monkeypatch):
     options = {"method": ("target_only",), "num_per_class": 20, "n_epochs_nn": 7, "ntry": 1}
     transfer.run_table(
         transfer.Arguments(
-            src_dataset="ten", tgt_dataset="three", k_shot=(2,), results=tmp_path, **options
+            src_dataset="digits", tgt_dataset="usps", k_shot=(2,), results=tmp_path, **options
         )
     )
     # 6 images are a batch, 206 are four.
