@@ -1,5 +1,6 @@
 """Shape annotations are checked, and silent rank promotion raises, in tests only."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -19,6 +20,23 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 # A job started in the background may ignore SIGINT, which the tests of interruption send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _leave_survivors_to_no_collection():
+    """What a test leaves behind, programs above all, is not searched again at every collection."""
+    yield
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_programs():
+    """Those of one file hardly serve another, and a worker would hold gigabytes of them."""
+    yield
+    gc.unfreeze()
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -254,8 +254,10 @@ def p_values_of_all_kernels(key, x, y):
     return two_sample_test(key, x, y, KERNELS, num_permutations=99)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("n", "m", "d"), [(7, 3, 1), (20, 20, 3), (30, 40, 12)])
+@pytest.mark.parametrize(
+    ("dtype", "n", "m", "d"),
+    [(np.float32, 7, 3, 1), (np.float32, 20, 20, 3), (np.float64, 30, 40, 12)],
+)
 def test_equal_statistics_are_ties_and_count_against_rejection(dtype, n, m, d):
     """Of samples with one value, and with one point that has another, every labelling is as far."""
     with jax.enable_x64(dtype == np.float64):

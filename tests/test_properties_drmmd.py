@@ -247,22 +247,26 @@ def test_rules_along_a_flow(seed, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("number", [1, 0.5, np.float64(1), np.float32(1)])
 def test_plain_numbers_do_not_promote(dtype, number):
-    x, y = jnp.arange(8.0, dtype=dtype).reshape(2, 4, 1)
-    target = prepare_target(gaussian(number), y)
-    particles, _ = particle_statistics(gaussian(number), x, target)
-    value, share = particles.energy, number if isinstance(number, float) else 1.0
-    found = [
-        kale_witness(target, particles, number, jnp.zeros(4, dtype)),
-        adaptive_lambda(value, number, number, regularity=share, largest=share),
-    ]
-    features = prepare_target_features(lambda points: points, y)
-    for spectral_filter in FILTERS.values():
-        found.append(spectral_filter(value, number))
-        witness = drmmd_witness(target, particles, number, spectral_filter=spectral_filter)
-        found += [witness, density_ratio(witness, number)]
-        mean = jnp.zeros(1, dtype)
-        found.append(feature_witness(features, mean, number, spectral_filter=spectral_filter))
-    assert_finite(found, dtype)
+    def everything(x, y):
+        target = prepare_target(gaussian(number), y)
+        particles, _ = particle_statistics(gaussian(number), x, target)
+        value, share = particles.energy, number if isinstance(number, float) else 1.0
+        results = [
+            kale_witness(target, particles, number, jnp.zeros(4, dtype)),
+            adaptive_lambda(value, number, number, regularity=share, largest=share),
+        ]
+        features = prepare_target_features(lambda points: points, y)
+        for spectral_filter in FILTERS.values():
+            results.append(spectral_filter(value, number))
+            witness = drmmd_witness(target, particles, number, spectral_filter=spectral_filter)
+            results += [witness, density_ratio(witness, number)]
+            mean = jnp.zeros(1, dtype)
+            results.append(feature_witness(features, mean, number, spectral_filter=spectral_filter))
+        return results
+
+    points = jax.ShapeDtypeStruct((4, 1), dtype)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(everything, points, points))}
+    assert {kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)} == {np.dtype(dtype)}
 
 
 @few
