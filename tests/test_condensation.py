@@ -38,7 +38,7 @@ def setting(settings: CondenseConfig, digits):
     "settings",
     [
         replace(SMALL, num_networks=2, factor=2, start="mixed"),
-        replace(SMALL, num_networks=2, networks_at_once=True),
+        pytest.param(replace(SMALL, num_networks=2, networks_at_once=True), marks=pytest.mark.slow),
         replace(SMALL, kernel="linear", augmentation="color_crop_cutout"),
         replace(SMALL, space="pixels", kernel="energy"),
     ],

@@ -16,7 +16,12 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 @pytest.mark.parametrize(
     ("channels", "features", "size", "stride"),
-    [(3, 5, 3, 1), (5, 3, 3, 2), (4, 4, 5, 1), (2, 3, 1, 2)],
+    [
+        (3, 5, 3, 1),
+        (5, 3, 3, 2),
+        pytest.param(4, 4, 5, 1, marks=pytest.mark.slow),
+        pytest.param(2, 3, 1, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_convolution_and_its_gradients_are_those_of_flax(x64, channels, features, size, stride):
     x = normal(0, 2, 5, 4, channels, dtype=jnp.float64)

@@ -505,8 +505,8 @@ def test_a_step_too_long_stops_at_the_step_and_leaves_the_last_good_state(tmp_pa
     named = r"in step [1-4] \(counted from 0\).* the last good state is in "
     with pytest.raises(DivergedError, match=named) as error:
         run_flow(config, seed=0, results=tmp_path)
-    checkpoint = np.load(str(error.value).rsplit(" is in ", 1)[1])
-    numbers = [checkpoint[name] for name in checkpoint if checkpoint[name].dtype.kind == "f"]
+    with np.load(str(error.value).rsplit(" is in ", 1)[1]) as checkpoint:
+        numbers = [checkpoint[name] for name in checkpoint if checkpoint[name].dtype.kind == "f"]
     assert numbers
     assert all(np.all(np.isfinite(each)) for each in numbers)
 
