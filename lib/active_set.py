@@ -388,7 +388,8 @@ def free_entries(
     with the shift at which `excess(x)`, nondecreasing in it, is 0.
 
     That shift lies between two of the 2 n at which an entry meets a bound: sorted, then bisected,
-    O(n log n). Entries meet by their differences alone, so none is too large to see others beside.
+    O(n log n). Only differences of entries are taken, so that none is too large for the others to
+    count.
     `lower` may be -inf and `upper` inf.
     """
     n, bounds = len(y), np.concatenate([lower, upper])

@@ -391,8 +391,8 @@ def median_bandwidth(
     distances = safe_sqrt(squared_distances(pooled / unit, pooled / unit)[pairs])
     median = jnp.median(distances)
     of_distinct = jnp.nanmedian(jnp.where(distances > 0, distances, jnp.nan))
-    coincide = jnp.isnan(of_distinct) & (median == 0)
-    return unit * jnp.where(median == 0, jnp.where(coincide, 1, of_distinct), median)
+    of_distinct = jnp.where(jnp.isnan(of_distinct), 1, of_distinct)
+    return unit * jnp.where(median == 0, of_distinct, median)
 
 
 def bandwidth_grid(

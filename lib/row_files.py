@@ -33,7 +33,7 @@ class RowFile:
         """What the file holds: SHA-256, in hex, of its size, the key and its bytes.
 
         Of more than 64 MiB only of 64 blocks of 1 MiB, spread evenly from the first byte to the
-        last: what differs between them alone is not seen. Raises OSError.
+        last: what differs only between them is not seen. Raises OSError.
         """
         size, block = self.path.stat().st_size, 1 << 20
         starts = np.arange(0, size, block)

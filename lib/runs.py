@@ -288,8 +288,8 @@ def _folder(parent: Path, name: str, config: Any, exclude: Iterable[str]) -> Pat
     settings = _canonical(_hashed(config, exclude))
     if CONTENT not in settings or folder.exists():
         return folder
-    for same in sorted(parent.glob(f"*-{digest}")):
-        return same
+    if same := sorted(parent.glob(f"*-{digest}")):
+        return same[0]
     for other in sorted(parent.glob(f"{glob.escape(name)}-*/seed*/config.json")):
         with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
             stored = _hashed(json.loads(other.read_bytes()), (*exclude, "seed"))
