@@ -14,7 +14,7 @@ help() {
 bash run.sh                    set up, then run the quick preset of every experiment (no download)
 bash run.sh NAME [PRESET]      one experiment; PRESET is quick (default) or paper
                                both end in one page of all that lies in the results: index.html
-bash run.sh sweep ARGS...      a grid of commands, here or on Slurm; ARGS go to sweep.py (try --help)
+bash run.sh sweep ARGS...      a grid of commands, here or on Slurm; see bash run.sh sweep --help
 bash run.sh test [ARGS...]     set up, then run the tests; ARGS go to pytest (-m slow: the slow ones)
                                --cov, as the last: coverage too
 bash run.sh setup              set up only
@@ -75,7 +75,7 @@ run_experiment() {
     exit 2
   fi
   # Also where an experiment fails or is interrupted: the page says how to go on.
-  trap 'status=$?; python -m lib.results_page "${RESULTS:-results}"; exit $status' EXIT
+  trap 'status=$?; python -m lib.report.page "${RESULTS:-results}"; exit $status' EXIT
   echo "=== $1, $2"
   bash "$1/run.sh" "$2"
 }
@@ -91,7 +91,7 @@ case "${1:-all}" in
   sweep)
     shift
     setup requirements.txt
-    exec python sweep.py --results "${RESULTS:-results}" "$@"
+    exec python -m lib.runs.sweeps --results "${RESULTS:-results}" "$@"
     ;;
   all)
     setup requirements.txt

@@ -24,10 +24,10 @@ import torch
 import tyro
 from jax import lax
 
-from lib.commands import run_command
-from lib.files import write_json
 from lib.gd import flow_init, flow_step
 from lib.runs import environment
+from lib.runs.commands import run_command
+from lib.runs.files import write_json
 from xp_dataset_distillation import condense
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.objectives import (

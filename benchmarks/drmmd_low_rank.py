@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib.commands import run_command
-from lib.files import write_json
 from lib.runs import environment
+from lib.runs.commands import run_command
+from lib.runs.files import write_json
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
 from xp_drmmd.problems import problem

@@ -40,8 +40,6 @@ import published_wow
 import torch
 import tyro
 
-from lib.commands import run_command
-from lib.files import write_json
 from lib.gd import wasserstein_gradient_descent
 from lib.mmd import (
     target_value_and_grad_gaussian,
@@ -50,6 +48,8 @@ from lib.mmd import (
     target_value_and_grad_riesz,
 )
 from lib.runs import environment
+from lib.runs.commands import run_command
+from lib.runs.files import write_json
 from lib.sliced_wasserstein import (
     exact_coupling,
     pairwise_cost,
@@ -57,8 +57,10 @@ from lib.sliced_wasserstein import (
     random_directions,
     self_pairwise_cost,
     sliced_wasserstein,
+    sort_columns,
+    sort_with_permutation,
 )
-from lib.sorting import _take_rows, sort_columns, sort_with_permutation
+from lib.sliced_wasserstein._sorting import _take_rows
 
 Shape = tuple[int, int, int]
 

@@ -13,7 +13,7 @@ and float32, and draws of the fitted mixture:
   the process. In development the data set is a JPEG copy: --cifar10 cifar10_jpeg.zip.
 
 One process, one contender after the other in rounds; compiling apart; medians of wall and CPU time.
-Ours is what `lib.gmm_em.fit` does in an iteration, reading the rows included; scikit-learn's is its
+Ours is what `lib.gmm.em.fit` does in an iteration, reading the rows included; scikit-learn's is its
 `_e_step` and `_m_step`. Log-likelihoods before and after the step are compared: relative in
 float64, in nats a dimension in float32. The share of peak is 4 n d^2 K operations a second, which
 is what both compute by definition, over the rate of one large product; ours skips some of them and
@@ -36,15 +36,15 @@ import numpy as np
 import tyro
 from sklearn.decomposition import PCA
 
-from lib.commands import run_command
 from lib.datasets import load
-from lib.files import write_json
 from lib.gmm import cast, sample, to_sklearn
-from lib.gmm_covariances import diagonal, full
-from lib.gmm_em import _iterate, mean_log_likelihood
-from lib.gmm_rows import Rows, rows
-from lib.gmm_starts import kmeans_start
+from lib.gmm.covariances import diagonal, full
+from lib.gmm.em import _iterate, mean_log_likelihood
+from lib.gmm.moments import Rows, rows
+from lib.gmm.starts import kmeans_start
 from lib.runs import environment
+from lib.runs.commands import run_command
+from lib.runs.files import write_json
 
 FLOORS = {"k2-full": 1.0, "k10-pca": 2.0, "k10-diag": 1.0}
 """How many times faster than scikit-learn's iteration ours is to be, at either precision."""

@@ -44,9 +44,9 @@ import numpy as np
 import scipy.sparse
 import tyro
 
-from lib.commands import run_command
-from lib.files import write_json
 from lib.runs import environment
+from lib.runs.commands import run_command
+from lib.runs.files import write_json
 from lib.simplex_qp import (
     Problem,
     Solution,

@@ -36,12 +36,12 @@ import numpy as np
 import torch
 import tyro
 
-from lib.commands import run_command
-from lib.files import make_folder, write_json
 from lib.rff import gaussian_frequencies, project
-from lib.row_files import RowFile, open_rows
+from lib.rows.files import RowFile, open_rows
+from lib.rows.fourier_means import stream_mean_embeddings
 from lib.runs import environment
-from lib.streamed_means import stream_mean_embeddings
+from lib.runs.commands import run_command
+from lib.runs.files import make_folder, write_json
 
 MAX_RESIDENT_BYTES = 2e9
 IN_MEMORY_CHUNKS = 8  # a round of what needs no file

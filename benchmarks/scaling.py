@@ -40,10 +40,11 @@ import tyro
 from matplotlib import pyplot as plt
 from scaling_systems import SYSTEMS, largest
 
-from lib import meshes, plotting
-from lib.commands import run_command
-from lib.files import rounded, write_json
+from lib.devices import device_mesh
+from lib.report import plotting
 from lib.runs import environment
+from lib.runs.commands import run_command
+from lib.runs.files import rounded, write_json
 
 DEVICES = (1, 2, 4, 8)
 GIGABYTES = (8, 24, 80)
@@ -282,10 +283,7 @@ def memory_a_device() -> list[dict[str, Any]]:
     for name, sizes in SHARED.items():
         system = SYSTEMS[name]
         with jax.enable_x64(system.double):
-            found = [
-                system.program(meshes.device_mesh(count), False, **sizes).memory
-                for count in DEVICES
-            ]
+            found = [system.program(device_mesh(count), False, **sizes).memory for count in DEVICES]
         rows.append({"system": name, "sizes": sizes, "bytes": found})
     return rows
 

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as Spec
 
-from lib import drmmd, gmm_em, gmm_rows, kernels, meshes, mmd, rff, streamed_means
-from lib.gmm import Mixture, prepare
-from lib.gmm_covariances import Full
+from lib import drmmd, kernels, mmd, rff
+from lib.devices import divided, place
+from lib.gmm import Mixture, em, moments, prepare
+from lib.gmm.covariances import Full
+from lib.rows import fourier_means
 from lib.simplex_qp import from_means, make_problem, solve
 from xp_dataset_distillation import objectives
 from xp_dataset_distillation.config import CondenseConfig
@@ -61,8 +63,8 @@ def from_functions(arguments, function, specs=None) -> Callable[..., Program]:
         given = jax.block_until_ready(jax.jit(make)()) if arrays else jax.eval_shape(make)
         if mesh is not None:
             first, *others = given
-            given = (meshes.place(first, mesh, specs(first, mesh) if specs else Spec()),)
-            given += meshes.place(tuple(others), mesh)
+            given = (place(first, mesh, specs(first, mesh) if specs else Spec()),)
+            given += place(tuple(others), mesh)
         compiled = jax.jit(function(mesh, **sizes)).lower(*given).compile()
         call = (lambda: jax.block_until_ready(compiled(*given))) if run else None
         return Program(call, bytes_of(compiled))
@@ -192,9 +194,7 @@ def _em_program(mesh, run, n, d, K, block_size=512, chunk_size=4096):
     and of the one that maximises."""
     devices = tuple(mesh.devices.flat) if mesh is not None else (jax.devices()[0],)
     single, size = np.dtype(np.float32), min(n, chunk_size)
-    zeros, add, over = gmm_rows._chunk_adder(
-        gmm_em.block_moments, None, single, block_size, devices, 0
-    )
+    zeros, add, over = moments._chunk_adder(em.block_moments, None, single, block_size, devices, 0)
     mixture = jax.eval_shape(partial(_mixture, K, d))
     prepared = jax.eval_shape(partial(prepare, dtype=single), mixture)
     chunk = jax.ShapeDtypeStruct((size, d), single), jax.ShapeDtypeStruct((size,), np.float64)
@@ -211,14 +211,14 @@ def _em_program(mesh, run, n, d, K, block_size=512, chunk_size=4096):
     adding = bytes_of(add.lower(total, prepared, *chunk).compile())
     adding += sum(leaf.size * 8 for leaf in jax.tree.leaves(mixture))
     sums = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), total)
-    maximise = gmm_em.maximise_in_place.lower(mixture, sums, regularisation=1e-6)
+    maximise = em.maximise_in_place.lower(mixture, sums, regularisation=1e-6)
     memory = max(adding, bytes_of(maximise.compile()))
     if not run:
         return Program(None, memory)
     x = np.random.default_rng(0).normal(size=(n, d)).astype(single)
-    data = gmm_rows.rows(x, block_size=block_size, chunk_size=chunk_size, devices=devices)
+    data = moments.rows(x, block_size=block_size, chunk_size=chunk_size, devices=devices)
     start = jax.block_until_ready(jax.jit(partial(_mixture, K, d))())
-    return Program(lambda: jax.block_until_ready(gmm_em._iterate(start, data, 1e-6)), memory)
+    return Program(lambda: jax.block_until_ready(em._iterate(start, data, 1e-6)), memory)
 
 
 def _em_predicted(n, d, K, block_size=512, chunk_size=4096):
@@ -237,7 +237,7 @@ def _stream_program(mesh, run, n, d, D, N=1, chunk_size=1024):
     over = jax.sharding.Mesh(np.array(devices), ("rows",))
     size = min(n, chunk_size)
     rows, whole = (jax.sharding.NamedSharding(over, spec) for spec in (Spec("rows"), Spec()))
-    compiled = streamed_means._chunk_sums.lower(
+    compiled = fourier_means._chunk_sums.lower(
         jax.ShapeDtypeStruct((size, d), np.float32, sharding=rows),
         size,
         0,
@@ -258,7 +258,7 @@ def _stream_program(mesh, run, n, d, D, N=1, chunk_size=1024):
     def call():
         for _ in range(N):
             chunks = (chunk for _ in range(n // size))
-            streamed_means.stream_mean_embeddings(chunks, frequencies, [1.0], devices=devices)
+            fourier_means.stream_mean_embeddings(chunks, frequencies, [1.0], devices=devices)
 
     return Program(call, memory)
 
@@ -305,7 +305,7 @@ SYSTEMS = {
         from_functions(
             _drmmd_arguments,
             _drmmd_function,
-            lambda start, mesh: meshes.divided(start.shape, (-2, -3), mesh),
+            lambda start, mesh: divided(start.shape, (-2, -3), mesh),
         ),
         _drmmd_predicted,
         # The target's Gram matrix, which other flows need.

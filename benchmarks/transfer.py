@@ -24,12 +24,11 @@ import optax
 import published_wow
 import tyro
 
-from lib import classification, optimisers
-from lib.commands import run_command
-from lib.files import write_json
 from lib.gd import flow_init, flow_step, wasserstein_gradient_descent
-from lib.networks import LeNet5
+from lib.networks import LeNet5, classification, optimizers
 from lib.runs import environment
+from lib.runs.commands import run_command
+from lib.runs.files import write_json
 from xp_transfer_learning import methods, transfer
 from xp_transfer_learning.config import METHODS, TrainingConfig, TransferConfig
 
@@ -81,7 +80,7 @@ def per_step(contenders: dict, key, rounds: int) -> dict:
 def train_both(images, labels, config: TrainingConfig) -> dict[str, float]:
     """Seconds, compiling and all, of the trainings at once, and one after the other."""
     options = {
-        "optimizer": optimisers.adam(config.lr),
+        "optimizer": optimizers.adam(config.lr),
         "num_epochs": config.n_epochs,
         "batch_size": config.batch_size,
     }

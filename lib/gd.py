@@ -25,10 +25,10 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from lib import meshes
-from lib.files import DamagedFileError, RunFileError, load_arrays, save_arrays
+from lib import devices
 from lib.runs import Run
-from lib.visits import advance_in_visits
+from lib.runs.files import DamagedFileError, RunFileError, load_arrays, save_arrays
+from lib.runs.loop import advance_in_visits
 
 TargetValueAndGrad = Callable[[Array, PyTree, Array], tuple[Array, Array]]
 StatefulValueAndGrad = Callable[[Array, PyTree, Array, PyTree], tuple[Array, Array, PyTree]]
@@ -145,7 +145,7 @@ def wasserstein_gradient_descent(
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
       checkpoint_seconds: seconds between saves.
       stop_at_nonfinite: False lets a flow run on, for several flows at once of which some may fail.
-      mesh: devices (`lib.meshes`) over which particles, records and the optimiser's state are
+      mesh: devices (`lib.devices`) over which particles, records and the optimiser's state are
         divided, along points or classes, whichever they share equally, points first. How a step
         divides its work is up to `target_value_and_grad`. Results are those of one device, to
         rounding; a checkpoint can be resumed on another number of devices.
@@ -183,21 +183,23 @@ def wasserstein_gradient_descent(
     if run:
         state = _resume(run, state, losses, particles, steps, origin)
 
-    state = jax.tree.map(lambda leaf: meshes.place(leaf, mesh, _where(leaf, x0.shape, mesh)), state)
-    x_tgt, rng = meshes.place((x_tgt, rng), mesh)
+    state = jax.tree.map(
+        lambda leaf: devices.place(leaf, mesh, _where(leaf, x0.shape, mesh)), state
+    )
+    x_tgt, rng = devices.place((x_tgt, rng), mesh)
     max_steps = _max_steps(x0.nbytes, record_every)
     advance = _advance(target_value_and_grad, optimizer, record_every, mesh)
     slots = -(-max_steps // record_every) + 1
     by_particles = PartitionSpec(None, *_where(x0, x0.shape, mesh))
     buffers = (
-        jnp.zeros((max_steps, *value.shape), value.dtype, device=meshes.sharding(mesh)),
-        jnp.zeros((slots, *x0.shape), x0.dtype, device=meshes.sharding(mesh, by_particles)),
+        jnp.zeros((max_steps, *value.shape), value.dtype, device=devices.sharding(mesh)),
+        jnp.zeros((slots, *x0.shape), x0.dtype, device=devices.sharding(mesh, by_particles)),
     )
     done = int(state.step)
 
     def save():
         assert run is not None
-        _save(run, meshes.fetch(state), losses, particles, steps, origin)
+        _save(run, devices.fetch(state), losses, particles, steps, origin)
 
     def take(num_steps):
         nonlocal state, done, buffers
@@ -205,9 +207,9 @@ def wasserstein_gradient_descent(
             advance(rng, state, x_tgt, num_steps, buffers)
         )
         losses_kept, records = buffers
-        new_losses = meshes.fetch(losses_kept)[:num_steps]
+        new_losses = devices.fetch(losses_kept)[:num_steps]
         bad = (
-            _first_nonfinite(new_losses, bool(meshes.fetch(finite))) if stop_at_nonfinite else None
+            _first_nonfinite(new_losses, bool(devices.fetch(finite))) if stop_at_nonfinite else None
         )
         if bad is not None:
             if run:
@@ -216,7 +218,7 @@ def wasserstein_gradient_descent(
         losses[done : done + num_steps] = new_losses
         for i in np.flatnonzero((steps > done) & (steps <= done + num_steps)):
             slot = (steps[i] - 1) // record_every - done // record_every
-            particles[i] = meshes.fetch(records[slot])
+            particles[i] = devices.fetch(records[slot])
         state, done = following, done + num_steps
         return {"loss": float(np.ravel(new_losses[-1])[0])}
 
@@ -307,7 +309,7 @@ def _max_steps(particle_bytes: int, record_every: int) -> int:
 
 def _where(leaf: Array, shape: tuple[int, ...], mesh: Mesh | None) -> PartitionSpec:
     """What is of the particles' shape is divided as they are, the rest is on every device."""
-    return meshes.divided(shape, (-2, -3), mesh) if leaf.shape == shape else PartitionSpec()
+    return devices.divided(shape, (-2, -3), mesh) if leaf.shape == shape else PartitionSpec()
 
 
 @lru_cache(maxsize=32)
@@ -320,7 +322,7 @@ def _advance(target_value_and_grad, optimizer, record_every: int, mesh: Mesh | N
     def like_the_start(state):
         shape = state.particles.shape
         return jax.tree.map(
-            lambda leaf: meshes.constrain(leaf, mesh, _where(leaf, shape, mesh)), state
+            lambda leaf: devices.constrain(leaf, mesh, _where(leaf, shape, mesh)), state
         )
 
     @partial(jax.jit, donate_argnums=4)
@@ -338,8 +340,8 @@ def _advance(target_value_and_grad, optimizer, record_every: int, mesh: Mesh | N
         state, losses, records = lax.fori_loop(0, num_steps, body, (state, *buffers))
         divided = _where(state.particles, state.particles.shape, mesh)
         buffers = (
-            meshes.constrain(losses, mesh),
-            meshes.constrain(records, mesh, PartitionSpec(None, *divided)),
+            devices.constrain(losses, mesh),
+            devices.constrain(records, mesh, PartitionSpec(None, *divided)),
         )
         return state, jnp.isfinite(state.particles).all(), buffers
 

@@ -15,13 +15,25 @@ precision is computed in float32.
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key, ScalarLike, Shaped
+from jaxtyping import Array, Float, Key, ScalarLike
+
+from lib.numerics import (
+    _zero_at_zero,
+    as_sample,
+    at_least_float32,
+    pairwise_sum,
+    plain_number,
+    product,
+    safe_sqrt,
+    to_blocks,
+    uniform_weights,
+)
 
 Kernel = Callable[[Float[Array, "n d"], Float[Array, "m d"]], Float[Array, "n m"]]
 
@@ -34,27 +46,6 @@ ROUNDING_UNITS = 16
 
 
 # Distances
-
-
-def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x` itself, or `x` in float32 where it comes in half precision."""
-    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _zero_at_zero(function, values):
-    """`function(values)`, with 0 for the value and every derivative where values <= 0."""
-    zero = values <= 0
-    return jnp.where(zero, 0, function(jnp.where(zero, 1, values)))
-
-
-def safe_sqrt(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """sqrt(values), with value and derivatives 0 (not infinite) where values <= 0."""
-    return _zero_at_zero(jnp.sqrt, values)
-
-
-def safe_norm(x: Float[Array, "*shape d"]) -> Float[Array, "*shape"]:
-    """Euclidean norm over the last axis, with derivatives 0 (not NaN) at x = 0."""
-    return safe_sqrt(jnp.sum(jnp.square(x), axis=-1))
 
 
 @jax.custom_jvp
@@ -103,16 +94,10 @@ def _centre(x, y):
 
 
 def _inner_products(x, y):
-    return jnp.matmul(at_least_float32(x), at_least_float32(y).T, precision=lax.Precision.HIGHEST)
+    return product(at_least_float32(x), at_least_float32(y).T)
 
 
 # Kernels
-
-
-def plain_number(value: Any) -> Any:
-    """A number of Python or NumPy as a Python float, whose dtype gives way to that of arrays (a
-    NumPy float64 makes float64 of float32 under x64); anything else as it is."""
-    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _check_number(name, value, low, high, *, with_low=False):
@@ -215,41 +200,6 @@ def kernel_diagonal(kernel: Kernel, x: Float[Array, "n d"]) -> Float[Array, " n"
     return jax.vmap(lambda point: kernel(point[None], point[None])[0, 0])(x)
 
 
-def uniform_weights(x: Float[Array, "n d"]) -> Float[Array, " n"]:
-    """1/n for each row of `x`."""
-    if x.shape[0] == 0:
-        raise ValueError(f"an empty sample has no weights: shape {x.shape}")
-    return jnp.full(x.shape[0], 1 / x.shape[0], jnp.promote_types(x.dtype, jnp.float32))
-
-
-def to_blocks(
-    x: Shaped[Array, "n d"], weights: Float[Array, "n *columns"], block_size: int
-) -> tuple[Shaped[Array, "blocks size d"], Float[Array, "blocks size *columns"]]:
-    """Rows and weights in blocks of equal size, at most `block_size`.
-
-    What is missing in the last block is filled with copies of the last row, at weight 0: padding
-    that moves no mean, meets no point that the data does not have, and adds nothing to a sum.
-    """
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-    if x.shape[0] == 0:
-        raise ValueError(f"an empty sample: shape {x.shape}")
-    blocks = -(-x.shape[0] // block_size)
-    size = -(-x.shape[0] // blocks)
-    padding = (0, blocks * size - x.shape[0])
-    x = jnp.pad(x, (padding, (0, 0)), mode="edge")
-    weights = jnp.pad(weights, (padding,) + ((0, 0),) * (weights.ndim - 1))
-    return x.reshape(blocks, size, -1), weights.reshape(blocks, size, *weights.shape[1:])
-
-
-def pairwise_sum(terms: Float[Array, "n *columns"]) -> Float[Array, "*columns"]:
-    """The sum over the first axis by halves: its rounding error grows with log n, not with n."""
-    while len(terms) > 1:
-        half = len(terms) // 2
-        terms = jnp.concatenate([terms[:half] + terms[half : 2 * half], terms[2 * half :]])
-    return terms[0]
-
-
 def gram_product(
     kernel: Kernel,
     x: Float[Array, "n d"],
@@ -274,8 +224,7 @@ def gram_product(
         def add_columns(total, block):
             y_block, weight_block = block
             gram = kernel(x_block, y_block)
-            product = jnp.matmul(gram, weight_block, precision=lax.Precision.HIGHEST)
-            return total + product.astype(dtype), None
+            return total + product(gram, weight_block).astype(dtype), None
 
         start = jnp.zeros((x_block.shape[0], *weights.shape[1:]), dtype)
         return lax.scan(add_columns, start, (y_blocks, weight_blocks))[0]
@@ -349,8 +298,8 @@ def _sum_of_block(kernel, x_blocks, y_blocks=None, *, with_largest=False):
     def sum_of_block(block):
         row, column, multiplicity = block
         gram = kernel(x[row], y[column])
-        product = jnp.matmul(gram, y_weights[column], precision=lax.Precision.HIGHEST)
-        total = multiplicity * jnp.sum(x_weights[row] * product, axis=0)
+        weighted = product(gram, y_weights[column])
+        total = multiplicity * jnp.sum(x_weights[row] * weighted, axis=0)
         return (total, jnp.max(jnp.abs(gram))) if with_largest else total
 
     return sum_of_block
@@ -412,50 +361,3 @@ def bandwidth_grid(
 
 
 # Input validation
-
-
-def _is_concrete(array):
-    return not isinstance(array, jax.core.Tracer)
-
-
-def as_sample(
-    name: str, points: Any, weights: Any = None
-) -> tuple[Float[Array, "n d"], Float[Array, " n"] | None]:
-    """A weighted sample as JAX arrays, `points` [n, d] and `weights` [n] or None.
-
-    Anything that NumPy can read may come in: arrays, nested lists, torch tensors on the CPU.
-
-    Raises ValueError, with the sample's `name`, unless it is floating point, n and d at least 1,
-    everything finite, no weight negative and not all of them 0; TypeError for what is no array.
-    Shapes and dtypes are always checked, values only where they are not traced, so that what calls
-    this can be jitted.
-    """
-    arrays = {name: points} if weights is None else {name: points, f"{name}_weights": weights}
-    for label, array in arrays.items():
-        try:
-            array = array if isinstance(array, jax.Array) else np.asarray(array)
-            arrays[label] = jnp.asarray(array)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{label} is no array that NumPy can read: {error}") from error
-    points, weights = arrays[name], arrays.get(f"{name}_weights")
-    if points.ndim != 2 or 0 in points.shape:
-        raise ValueError(f"{name} must be [n, d] with n, d >= 1, got shape {points.shape}")
-    if weights is not None and weights.shape != points.shape[:1]:
-        raise ValueError(f"{name}_weights must be [{len(points)}], got shape {weights.shape}")
-    for label, array in arrays.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{label} must be floating point, got {array.dtype}")
-        if not _is_concrete(array):
-            continue
-        with jax.ensure_compile_time_eval():
-            if not jnp.isfinite(array).all():
-                first = int(jnp.argmin(jnp.isfinite(array.reshape(len(array), -1)).all(axis=1)))
-                raise ValueError(f"{label} is not finite in row {first}: {array[first]}")
-    if weights is not None and _is_concrete(weights):
-        with jax.ensure_compile_time_eval():
-            if weights.min() < 0 or weights.sum() == 0:
-                raise ValueError(
-                    f"{name}_weights must be >= 0 with a positive sum, got a minimum of "
-                    f"{weights.min()} and a sum of {weights.sum()}"
-                )
-    return points, weights

@@ -23,11 +23,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, ScalarLike
 
-from lib.kernels import (
+from lib.numerics import (
     as_sample,
     at_least_float32,
+    cos_sin,
     pairwise_sum,
     plain_number,
+    product,
     to_blocks,
     uniform_weights,
 )
@@ -117,7 +119,7 @@ def project(
 ) -> Float[Array, "n num_features"]:
     """W x for every row: what the features of all bandwidths have in common."""
     x = at_least_float32(x)
-    return jnp.matmul(x, frequencies.astype(x.dtype).T, precision=lax.Precision.HIGHEST)
+    return product(x, frequencies.astype(x.dtype).T)
 
 
 def features_of_projections(
@@ -134,60 +136,6 @@ def features_of_projections(
     return jnp.concatenate(cos_sin(angles), axis=1) / math.sqrt(num_features)
 
 
-@jax.custom_jvp
-def cos_sin(
-    angles: Float[Array, "*shape"],
-) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """(cos, sin), in float32 to 1e-7, and past 1e4 to the rounding of the angle itself.
-
-    XLA's own take fifteen times as long on CPU (measured, jax 0.10), as long as the product W x in
-    800 dimensions. Here float32 angles lose their
-    multiples of pi/2, subtracted in parts so short that the product with each is exact up to 1e4
-    (Cody and Waite 1980), and Taylor polynomials on [-pi/4, pi/4] do the rest.
-    """
-    if angles.dtype != jnp.float32:
-        return jnp.cos(angles), jnp.sin(angles)
-    quarters = jnp.round(angles * (2 / math.pi))
-    rest = angles
-    for part in _QUARTER_TURN:
-        rest = rest - quarters * part
-    # Of a huge angle no digit is left, but its cosine stays one.
-    rest = jnp.clip(rest, -0.8, 0.8)
-    square, quarters = jnp.square(rest), quarters.astype(jnp.int32)
-    even, odd = (_taylor(square, range(first, 11, 2)) for first in (0, 1))
-    odd = odd * rest
-    turned = quarters % 2 == 1
-    cos, sin = jnp.where(turned, odd, even), jnp.where(turned, even, odd)
-    cos = jnp.where((quarters + 1) % 4 >= 2, -cos, cos)
-    return cos, jnp.where(quarters % 4 >= 2, -sin, sin)
-
-
-@cos_sin.defjvp
-def _cos_sin_jvp(primals, tangents):
-    cos, sin = cos_sin(*primals)
-    return (cos, sin), (-sin * tangents[0], cos * tangents[0])
-
-
-def _taylor(square, powers):
-    """sum_k (-1)^k square^k / p_k! over the powers p_0, p_1, ..."""
-    total = jnp.zeros_like(square)
-    for power in reversed(powers):
-        total = (-1) ** (power // 2) / math.factorial(power) + square * total
-    return total
-
-
-def _parts(value, bits):
-    """`value` as a sum of numbers, all but the last one multiples of 2^-b."""
-    for b in bits:
-        part = math.floor(value * 2**b) / 2**b
-        yield part
-        value -= part
-    yield value
-
-
-_QUARTER_TURN = tuple(_parts(math.pi / 2, (10, 22)))
-
-
 def mean_embedding(
     x: Float[Array, "n d"],
     frequencies: Float[Array, "num_features d"],
@@ -201,7 +149,7 @@ def mean_embedding(
 
     The embedding of a union is the average of the embeddings, weighted by the sizes (or by the sums
     of the weights), so data in several chunks need one running sum. Beside the input it holds
-    O((block_size + n / block_size) D). Raises ValueError as `lib.kernels.as_sample` does.
+    O((block_size + n / block_size) D). Raises ValueError as `lib.numerics.as_sample` does.
     """
     x, weights = as_sample("x", x, weights)
     weights = uniform_weights(x) if weights is None else weights / jnp.sum(weights)
@@ -210,7 +158,7 @@ def mean_embedding(
     def block_sum(block):
         points, point_weights = block
         features = random_fourier_features(points, frequencies, bandwidth, phases=phases)
-        return jnp.matmul(point_weights, features, precision=lax.Precision.HIGHEST)
+        return product(point_weights, features)
 
     return pairwise_sum(lax.map(block_sum, to_blocks(x, weights, block_size)))
 

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lib import hosts
-from lib.exact_means import exact_gram_of_means
 from lib.rows import Rows, joined
-from lib.streamed_means import ROW_MULTIPLE, stream_mean_embeddings
+from lib.rows.fourier_means import ROW_MULTIPLE, stream_mean_embeddings
+from lib.rows.kernel_means import exact_gram_of_means
+from lib.runs import processes
 
 # Means of resampled groups that are in memory at a time.
 CHUNK_BYTES = 2**28
@@ -117,9 +117,9 @@ def feature_moments(
 ) -> BlockMoments:
     """Sums of the features [cos(W x / sigma), sin(W x / sigma)] (F = 2 D), not divided by sqrt(D).
 
-    One pass, of which `lib.streamed_means` says what is in memory. Of several processes each reads
-    groups of its own. The origin is put where the last
-    group's first rows are on average: kernels do not depend on it, rounding does.
+    One pass; memory as in `lib.rows.fourier_means`. Of several processes each reads groups of its
+    own. The origin is the mean of the last group's first rows: kernels do not depend on it,
+    rounding does.
     """
     first_rows = next(iter(groups[-1].chunks(ROW_MULTIPLE)))
     # What is not finite there is not reported here, and must not spread to other samples.
@@ -127,7 +127,7 @@ def feature_moments(
     if max(rows.shape[0] for rows in groups) <= 16 * chunk_size:
         chunk_size = min(chunk_size, ROW_MULTIPLE)  # one shape: compiling takes longer than these
     found = []
-    for rows in (groups[i] for i in hosts.own_share(len(groups))):
+    for rows in (groups[i] for i in processes.own_share(len(groups))):
         chunks = getattr(rows, "stored_chunks", rows.chunks)(chunk_size)
         streamed = stream_mean_embeddings(
             chunks if on_rows is None else _counted(chunks, on_rows),
@@ -140,7 +140,7 @@ def feature_moments(
             name=rows.name,
         )
         found.append((streamed.block_sizes, streamed.block_sums[:, 0]))
-    sizes, sums = (hosts.gathered(part, len(groups)) for part in zip(*found))
+    sizes, sums = (processes.gathered(part, len(groups)) for part in zip(*found))
     return BlockMoments(sizes, sums * np.sqrt(len(frequencies)), None)
 
 
@@ -171,7 +171,7 @@ def exact_moments(
     block_size: int = 1024,
     on_rows: OnRows | None = None,
 ) -> BlockMoments:
-    """Sums of the Gaussian kernel itself between blocks: see `lib.exact_means` for what it costs.
+    """Sums of the Gaussian kernel itself between blocks; costs as in `lib.rows.kernel_means`.
 
     Rows are read by their number, in a random order.
     """

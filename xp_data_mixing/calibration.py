@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from lib.exact_means import noise_of_means, streamed_median_bandwidth
 from lib.rff import features_of_projections, gaussian_frequencies, project
+from lib.rows.kernel_means import noise_of_means, streamed_median_bandwidth
 from xp_data_mixing.whitening import simplex_weights, spectrum, whitened_weights
 
 CONCENTRATION = 0.5
@@ -67,9 +67,9 @@ def calibrated_bandwidth(
 ) -> tuple[int, Float[np.ndarray, " S"]]:
     """(Which of S bandwidths recovers pseudo-targets best, mean total variation of each.)
 
-    `gram` holds the means of the kernel between K = 2 N halves (`lib.exact_means`): the N first
-    ones, then the N second ones in the same order; `sizes` [K] are their rows. `unbiased` takes the
-    diagonal's bias off the side that recovers, for a kernel with k(x, x) = 1.
+    `gram` holds the means of the kernel between K = 2 N halves (`lib.rows.kernel_means`): the N
+    first ones, then the N second ones in the same order; `sizes` [K] are their rows. `unbiased`
+    takes the diagonal's bias off the side that recovers, for a kernel with k(x, x) = 1.
     """
     num_sets = len(sizes) // 2
     first, second = slice(0, num_sets), slice(num_sets, None)

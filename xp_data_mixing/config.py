@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lib.settings import check_sizes
+from lib.runs.settings import check_sizes
 
 EXPERIMENT = "xp_data_mixing"
 """The folder of results."""

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lib import console
-from lib.keys import named_key
+from lib.numerics import named_key
+from lib.runs import console
 from xp_data_mixing import problems
 from xp_data_mixing.calibration import estimate_calibrated
 from xp_data_mixing.config import CoverageConfig

@@ -10,8 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from lib import classification, optimisers
-from lib.networks import MLP
+from lib.networks import MLP, classification, optimizers
 from xp_data_mixing import problems
 from xp_data_mixing.calibration import estimate_calibrated, host_rng, total_variation
 from xp_data_mixing.config import DownstreamConfig
@@ -100,7 +99,7 @@ def compare(config: DownstreamConfig, seed: int, data_root: Path | None = None) 
             network_key,
             network,
             *problems.images_and_labels(source.train, chosen),
-            optimizer=optimisers.adam(config.learning_rate),
+            optimizer=optimizers.adam(config.learning_rate),
             num_epochs=config.num_epochs,
         )
         loss, accuracy = judge(network, parameters, *images, truth)

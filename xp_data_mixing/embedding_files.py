@@ -8,7 +8,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
-from lib.files import atomic_file, make_folder
+from lib.runs.files import atomic_file, make_folder
 
 _NPY_HEADER = 128  # bytes
 

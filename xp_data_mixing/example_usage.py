@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.console import one_line_errors
+from lib.runs.console import one_line_errors
 from xp_data_mixing.mmd_data_mixing import MMDDataMixer, MMDDataMixerRBF
 
 DIMENSION = 64

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import tyro
 
-from lib import runs, settings
-from lib.commands import run_command
+from lib import runs
 from lib.datasets import identity
-from lib.files import rounded, write_bytes, write_json
-from lib.hosts import DeviceOptions
+from lib.runs import settings
+from lib.runs.commands import run_command
+from lib.runs.files import rounded, write_bytes, write_json
+from lib.runs.processes import DeviceOptions
 from xp_data_mixing import coverage, downstream, plot, recovery, solvers, tables
 from xp_data_mixing.config import EXPERIMENT, Config, Group, Preset, presets
 

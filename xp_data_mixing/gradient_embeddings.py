@@ -44,12 +44,12 @@ from jax import lax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float32, Int, Key, PyTree, ScalarLike
 
-from lib import classification, datasets, optimisers, runs
-from lib.commands import run_command
-from lib.files import write_json
-from lib.hosts import DeviceOptions
-from lib.keys import check_seed
-from lib.networks import MLP
+from lib import datasets, runs
+from lib.networks import MLP, classification, optimizers
+from lib.numerics import check_seed
+from lib.runs.commands import run_command
+from lib.runs.files import write_json
+from lib.runs.processes import DeviceOptions
 from xp_data_mixing.embedding_files import write_embeddings
 
 Loss = Callable[[PyTree, PyTree], ScalarLike]
@@ -327,7 +327,7 @@ def main(arguments: Arguments) -> Path:
         key_network,
         network,
         *examples(train, rest),
-        optimizer=optimisers.adam(arguments.learning_rate),
+        optimizer=optimizers.adam(arguments.learning_rate),
         num_epochs=arguments.epochs,
     )
     everything = examples(test, np.arange(len(test.labels)))

@@ -3,7 +3,7 @@
     result = estimate(jax.random.key(0), sets, target, bootstrap=200)
     result.weights, result.intervals, result.warnings
 
-The weights minimise MMD^2 between the mixture and the target (`lib.mixing_problem`), with kernel
+The weights minimise MMD^2 between the mixture and the target (`lib.simplex_qp`), with kernel
 means from one pass over the rows or exact ones (`xp_data_mixing.block_moments`). No files, no
 printing: samples are arrays or `lib.rows.Rows`. Everything after the means is float64.
 
@@ -33,9 +33,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 from scipy.linalg import eigh, null_space
 
-from lib.exact_means import noise_of_means, streamed_median_bandwidth
 from lib.rff import gaussian_frequencies
 from lib.rows import as_rows, check_bandwidths, check_same_width
+from lib.rows.kernel_means import noise_of_means, streamed_median_bandwidth
 from lib.simplex_qp import (
     Problem,
     from_gram,
@@ -149,7 +149,7 @@ def estimate(
 ) -> MixingResult:
     """Weights w of the sets with sum_i w_i P_i nearest to the target, in MMD of a Gaussian kernel.
 
-    Sets and target are arrays [n, d] or `lib.rows.Rows` such as `lib.row_files.open_rows` gives; a
+    Sets and target are arrays [n, d] or `lib.rows.Rows` such as `lib.rows.files.open_rows` gives; a
     list as target is pooled. `bandwidth` is sigma in the units of the rows, "auto" the median
     distance of a subsample of `bandwidth_rows`. `num_features` frequencies, each a cosine and a
     sine; they depend on `key` and d alone. `estimator` "exact" takes the kernel itself, quadratic

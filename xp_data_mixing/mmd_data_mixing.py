@@ -22,14 +22,14 @@ import jax
 import numpy as np
 import tyro
 
-from lib import console, hosts
-from lib.commands import run_command
-from lib.files import write_json
-from lib.hosts import DeviceOptions
-from lib.keys import check_seed
-from lib.row_files import RowFile, check_distinct, open_rows
+from lib.numerics import check_seed
 from lib.rows import check_same_width
-from lib.settings import check_sizes
+from lib.rows.files import RowFile, check_distinct, open_rows
+from lib.runs import console, processes
+from lib.runs.commands import run_command
+from lib.runs.files import write_json
+from lib.runs.processes import DeviceOptions
+from lib.runs.settings import check_sizes
 from xp_data_mixing import report as reports
 from xp_data_mixing.mixing import MixingResult, estimate
 
@@ -136,7 +136,7 @@ class MMDDataMixer:
         """The weights with all that is known of them, in the order of `train_paths`.
 
         Raises FileNotFoundError, or ValueError naming the file: no path, the same file twice, what
-        `lib.row_files.open_rows` refuses, unequal widths, NaN or infinity; and where no weights
+        `lib.rows.files.open_rows` refuses, unequal widths, NaN or infinity; and where no weights
         meet floors and caps.
         """
         train, val = open_files(train_paths, val_paths)
@@ -169,7 +169,7 @@ class MMDDataMixer:
                 check_features=self.check_features,
                 chunk_size=self.chunk_size,
                 solver=self.solver,
-                devices=hosts.own_devices(),
+                devices=processes.own_devices(),
                 on_rows=advance,
                 **strength,
             )

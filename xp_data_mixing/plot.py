@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from lib import plotting
-from lib.spreads import spread, standard_error
+from lib.report import plotting
+from lib.report.spreads import spread, standard_error
 from xp_data_mixing import tables
 from xp_data_mixing.config import SIGMAS
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from lib import classification, datasets, optimisers
-from lib.networks import MLP
+from lib import datasets
+from lib.networks import MLP, classification, optimizers
 from xp_data_mixing.calibration import host_rng
 from xp_data_mixing.config import Samples
 from xp_data_mixing.gradient_embeddings import class_counts, cross_entropy, project_gradients
@@ -119,7 +119,7 @@ def gradient_embedding(key: Key[Array, ""], source: Source, sets: list[np.ndarra
         network_key,
         network,
         *images_and_labels(dataset, left),
-        optimizer=optimisers.adam(1e-3),
+        optimizer=optimizers.adam(1e-3),
         # As many steps for few images as for many.
         num_epochs=max(3, 10_000 // len(left)),
     )

@@ -9,10 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
-from lib.exact_means import exact_gram_of_means, noise_of_means, streamed_median_bandwidth
 from lib.rff import gaussian_frequencies, uniform_phases
+from lib.rows.fourier_means import stream_mean_embeddings
+from lib.rows.kernel_means import (
+    exact_gram_of_means,
+    noise_of_means,
+    streamed_median_bandwidth,
+)
 from lib.simplex_qp import from_means, make_problem, solve
-from lib.streamed_means import stream_mean_embeddings
 from xp_data_mixing import problems
 from xp_data_mixing.calibration import (
     CalibratedResult,

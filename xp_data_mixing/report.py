@@ -11,9 +11,11 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from lib import pages, plotting, runs
-from lib.files import write_bytes
-from lib.row_files import RowFile, path_and_key
+from lib import runs
+from lib.report import _html as html
+from lib.report import plotting
+from lib.rows.files import RowFile, path_and_key
+from lib.runs.files import write_bytes
 from xp_data_mixing.mixing import MixingResult
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -49,7 +51,7 @@ def document(
     experiment_name: str,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything that is known of the weights, for `lib.files.write_json`. MMDs are squared."""
+    """Everything that is known of the weights, for `write_json`. MMDs are squared."""
     train, val = files
     names = labels([file.name for file in train])
     environment = runs.environment()
@@ -199,12 +201,12 @@ def page(document: dict[str, Any]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         image = plotting.save_figure(figure(document), Path(folder, "figure.png")).read_bytes()
     shown = {
-        "figure": pages.data_uri(image, "PNG"),
+        "figure": html.data_uri(image, "PNG"),
         "manifest_text": json.dumps(document["manifest"], indent=2, default=str),
         "mixtures": MIXTURES,
         "intervals": document["summary"]["confidence"] is not None,
     }
-    return pages.render(TEMPLATE, document | shown)
+    return html.render(TEMPLATE, document | shown)
 
 
 def write(document: dict[str, Any], path: Path) -> None:

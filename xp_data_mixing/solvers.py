@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lib.exact_means import streamed_median_bandwidth
+from lib.rows.kernel_means import streamed_median_bandwidth
 from lib.simplex_qp import (
     SolverError,
     from_gram,

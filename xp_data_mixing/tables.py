@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.spreads import mean_and_spread
+from lib.report.spreads import mean_and_spread
 from xp_data_mixing.config import SIGMAS
 
 KERNEL_COLUMNS = ("exact V", "exact U")

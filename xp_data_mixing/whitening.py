@@ -21,8 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from lib.mixing_problem import from_gram, make_problem
-from lib.simplex_qp import solve
+from lib.simplex_qp import from_gram, make_problem, solve
 
 
 class Spectrum(NamedTuple):

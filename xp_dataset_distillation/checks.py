@@ -20,10 +20,10 @@ import tyro
 from tyro.conf import subcommand
 
 from lib import datasets, runs
-from lib.commands import run_command
-from lib.files import write_bytes, write_json
-from lib.hosts import DeviceOptions
-from lib.spreads import spread
+from lib.report.spreads import spread
+from lib.runs.commands import run_command
+from lib.runs.files import write_bytes, write_json
+from lib.runs.processes import DeviceOptions
 from xp_dataset_distillation import condense, losses, moments
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, KernelName, Start
 from xp_dataset_distillation.factor import decode

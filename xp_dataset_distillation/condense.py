@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import datasets, hosts, runs
-from lib.commands import run_command
+from lib import datasets, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
-from lib.hosts import DeviceOptions
-from lib.keys import key_of_seed, named_key
-from lib.settings import chosen, settings_of
+from lib.numerics import key_of_seed, named_key
+from lib.runs import processes
+from lib.runs.commands import run_command
+from lib.runs.processes import DeviceOptions
+from lib.runs.settings import chosen, settings_of
 from xp_dataset_distillation import config as settings
 from xp_dataset_distillation import export, plot, real_data
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, Entry
@@ -144,7 +145,7 @@ def condense(
     losses, particles = wasserstein_gradient_descent(
         jnp.asarray(x0).reshape(classes, n, -1),
         target,
-        objective(dataclasses.replace(config, real_batch=batch), setting, hosts.current()),
+        objective(dataclasses.replace(config, real_batch=batch), setting, processes.current()),
         keys.steps,
         n_epochs=config.iterations,
         optimizer=optimizer(*step_of(config, setting)),
@@ -153,7 +154,7 @@ def condense(
         run=run,
         show_progress=show_progress,
         description=name,
-        mesh=hosts.current(),
+        mesh=processes.current(),
     )
     seconds = time.perf_counter() - began
     records = particles.reshape(-1, classes, n, *shape)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lib.settings import check_not_negative, check_positive, check_sizes
+from lib.runs.settings import check_not_negative, check_positive, check_sizes
 
 EXPERIMENT = "xp_dataset_distillation"
 """The folder of results."""

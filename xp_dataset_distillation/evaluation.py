@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lib import augment, classification, convolution, datasets, hosts, optimisers, runs
-from lib.cutmix import cutmix
-from lib.keys import key_of_seed
-from lib.networks import network_by_name
+from lib import augment, datasets, runs
+from lib.augment.cutmix import cutmix
+from lib.networks import classification, convolution, network_by_name, optimizers
+from lib.numerics import key_of_seed
+from lib.runs import processes
 from xp_dataset_distillation import baselines, real_data
 from xp_dataset_distillation.condense import (
     condense,
@@ -82,9 +83,9 @@ def judge(
 def optimizer(evaluator: Evaluator, num_steps: int) -> optax.GradientTransformation:
     """One object for each setting: jit tells optimisers apart by identity."""
     if evaluator.optimizer == "adamw":
-        return optimisers.adamw(evaluator.lr)
+        return optimizers.adamw(evaluator.lr)
     milestones = tuple(int(share * num_steps) for share in evaluator.milestones)
-    return optimisers.sgd(
+    return optimizers.sgd(
         evaluator.lr,
         momentum=0.9,
         weight_decay=5e-4,
@@ -149,7 +150,7 @@ def accuracies(
         run=run,
         show_progress=show_progress,
         description=description,
-        mesh=hosts.current(),
+        mesh=processes.current(),
     )
     images = about.normalised(jnp.asarray(judged_on.images, jnp.float32) / 255)
     labels = jnp.asarray(judged_on.labels)
@@ -210,7 +211,7 @@ def trained_features(
         whole,
         normalised(jnp.asarray(real.images, jnp.float32) / 255),
         jnp.asarray(real.labels),
-        optimizer=optimisers.adam(1e-3),
+        optimizer=optimizers.adam(1e-3),
         num_epochs=entry.feature_epochs,
         batch_size=256,
     )

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from lib import datasets, runs, settings
-from lib.commands import run_command
-from lib.files import write_bytes, write_json
-from lib.hosts import DeviceOptions
+from lib import datasets, runs
+from lib.runs import settings
+from lib.runs.commands import run_command
+from lib.runs.files import write_bytes, write_json
+from lib.runs.processes import DeviceOptions
 from xp_dataset_distillation import plot, tables
 from xp_dataset_distillation.condense import condense
 from xp_dataset_distillation.config import (

@@ -19,9 +19,10 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from lib import hosts, runs
-from lib.files import make_folder, named_errors, save_arrays, write_json
-from lib.image_folders import SPLITS
+from lib import runs
+from lib.datasets._folders import SPLITS
+from lib.runs import processes
+from lib.runs.files import make_folder, named_errors, save_arrays, write_json
 from xp_dataset_distillation import condensed_numpy
 
 # What some file system, or the reader of folders, would not take as the name of a class.
@@ -129,7 +130,7 @@ def save(folder: str | os.PathLike, condensed: Condensed) -> None:
         condensed = condensed._replace(about={**condensed.about, **commit})
     if folder.exists() and not (folder.is_dir() and _may_be_replaced(folder)):
         raise ValueError(f"{folder} holds something other than condensed images: name another")
-    with hosts.first_alone(f"writing {folder}") as first:
+    with processes.first_alone(f"writing {folder}") as first:
         if first:
             _replace(folder, condensed)
 

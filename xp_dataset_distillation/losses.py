@@ -115,7 +115,7 @@ def dataset_loss(
     """MMD^2 / 2 between the two sets of classes, with the kernel -SW_2 on classes.
 
     Multiplied by classes x n, so that its gradient in x is the Wasserstein-over-Wasserstein
-    gradient (`lib.wow`). The devices of a mesh share the directions.
+    gradient (`lib.mmd`). The devices of a mesh share the directions.
     """
     directions = random_directions(key, num_directions, x.shape[2], dtype=x.dtype)
     value = mmd.mmd_squared_measures(mmd.sliced_riesz(1.0), x, y, directions, mesh=mesh)

@@ -19,9 +19,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from lib import augment, convolution, meshes
+from lib import augment, devices
 from lib.gd import StatefulValueAndGrad
-from lib.networks import network_by_name
+from lib.networks import convolution, network_by_name
 from xp_dataset_distillation import losses
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.factor import decode
@@ -105,7 +105,7 @@ def objective(
         decoded = decode(images, config.factor)
         real = real.astype(jnp.float32) / 255
         if joint:
-            of_classes = meshes.over_devices(
+            of_classes = devices.over_devices(
                 lambda parameters, changes, images: features(parameters, images, changes),
                 mesh,
                 whole=2,
@@ -193,12 +193,12 @@ def _over_devices(of_classes: Callable, mesh, config: CondenseConfig, num_classe
     if mesh is None or mesh.size == 1:  # one device has no axes to average over
         return of_classes
     networks = config.num_networks if config.space == "features" else 1
-    rectangle = meshes.grid(mesh, num_classes, networks, ("classes", "networks"))
+    rectangle = devices.grid(mesh, num_classes, networks, ("classes", "networks"))
 
     def of_one(parameters, chunk):
         return lax.pmean(of_classes(parameters, chunk), "networks")
 
-    return meshes.over_devices(
+    return devices.over_devices(
         of_one, rectangle, whole=1, axis="classes", specs=(PartitionSpec("networks"),)
     )
 

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from lib import plotting
+from lib.report import plotting
+from lib.report.spreads import spread
 from lib.runs import Run
-from lib.spreads import spread
 from xp_dataset_distillation import export, tables
 
 MOST_SHOWN = 10

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.spreads import mean_and_spread
+from lib.report.spreads import mean_and_spread
 
 
 def each(accuracies: Any) -> np.ndarray:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lib.settings import check_not_negative, check_positive, check_sizes
+from lib.runs.settings import check_not_negative, check_positive, check_sizes
 
 EXPERIMENT = "xp_drmmd"
 """The folder of results."""

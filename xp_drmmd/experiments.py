@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from lib import runs, settings
-from lib.commands import run_command
-from lib.files import write_bytes, write_json
-from lib.hosts import DeviceOptions
+from lib import runs
+from lib.runs import settings
+from lib.runs.commands import run_command
+from lib.runs.files import write_bytes, write_json
+from lib.runs.processes import DeviceOptions
 from xp_drmmd import plot, tables
 from xp_drmmd.config import EXPERIMENT, FlowConfig, Preset, StudentConfig, presets
 from xp_drmmd.run import run_flow

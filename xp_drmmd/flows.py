@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from lib import drmmd, drmmd_features, kernels, rff
+from lib import drmmd, kernels, numerics, rff
 from lib.drmmd import Target, Witness
-from lib.drmmd_features import FeatureTarget, FeatureWitness
-from lib.keys import named_key
-from lib.nystrom import landmark_basis, nystrom_features
+from lib.drmmd import features as feature_space
+from lib.drmmd.features import FeatureTarget, FeatureWitness
+from lib.drmmd.nystrom import landmark_basis, nystrom_features
+from lib.numerics import named_key
 from xp_drmmd.config import FlowConfig
 
 FILTERS = {"tikhonov": drmmd.tikhonov, "showalter": drmmd.showalter, "cutoff": drmmd.cutoff}
@@ -116,11 +117,11 @@ def _fourier(config, target, weights) -> Fourier:
     key = named_key(jax.random.key(0), "frequencies")
     frequencies = rff.gaussian_frequencies(key, config.rank // 2, target.shape[1])
     features = _fourier_features(config, frequencies)
-    moments = drmmd_features.prepare_target_features(features, target, weights)
+    moments = feature_space.prepare_target_features(features, target, weights)
     return Fourier(frequencies, moments)
 
 
-def _fourier_features(config, frequencies) -> drmmd_features.Features:
+def _fourier_features(config, frequencies) -> feature_space.Features:
     return lambda z: rff.random_fourier_features(z, frequencies, config.bandwidth)
 
 
@@ -226,10 +227,10 @@ def _exact(config, target: Target, y):
 def _with_fourier(config, approximation: Fourier, y):
     """As `_exact`, in random Fourier features: O(N rank)."""
     features = _fourier_features(config, approximation.frequencies)
-    mean, _ = drmmd_features.feature_moments(features, y, second=False)
+    mean, _ = feature_space.feature_moments(features, y, second=False)
 
     def velocity_at(witness, points):
-        return drmmd_features.feature_velocity(features, witness, points)
+        return feature_space.feature_velocity(features, witness, points)
 
     return _solver_in_features(config, approximation.target, mean), velocity_at
 
@@ -247,17 +248,17 @@ def _with_landmarks(config, approximation: Landmarks, y):
         # phi(z) before the basis, which means and witnesses, single vectors, can have afterwards.
         return kernel(z, landmarks)
 
-    target = drmmd_features.prepare_target_features(
+    target = feature_space.prepare_target_features(
         features, approximation.points, approximation.weights
     )
-    mean = drmmd.product(
-        drmmd_features.feature_moments(kernels, y, second=False)[0], basis.inverse_root
+    mean = numerics.product(
+        feature_space.feature_moments(kernels, y, second=False)[0], basis.inverse_root
     )
 
     def velocity_at(witness, points):
-        direction = drmmd.product(basis.inverse_root, witness.direction)
+        direction = numerics.product(basis.inverse_root, witness.direction)
         witness = witness._replace(direction=direction)
-        return drmmd_features.feature_velocity(kernels, witness, points)
+        return feature_space.feature_velocity(kernels, witness, points)
 
     return _solver_in_features(config, target, mean), velocity_at
 
@@ -268,7 +269,7 @@ def _solver_in_features(config, target: FeatureTarget, mean):
             difference = mean - target.mean
             return FeatureWitness(difference, jnp.sum(difference**2) / 2), memory
         chosen = FILTERS[config.spectral_filter]
-        witness = drmmd_features.feature_witness(target, mean, lmbda, spectral_filter=chosen)
+        witness = feature_space.feature_witness(target, mean, lmbda, spectral_filter=chosen)
         return witness, memory
 
     return solve

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from lib import plotting, runs
+from lib import runs
+from lib.report import plotting
 from xp_drmmd import analytic
 from xp_drmmd.tables import NAMES
 

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from sklearn.decomposition import PCA
 
-from lib import datasets, synthetic
-from lib.keys import key_of_seed
+from lib import datasets
+from lib.datasets import synthetic
+from lib.numerics import key_of_seed
 from xp_drmmd.analytic import START_VARIANCE
 from xp_drmmd.config import IMAGES, FlowConfig
 

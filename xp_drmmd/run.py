@@ -20,12 +20,13 @@ import jax
 import numpy as np
 import tyro
 
-from lib import hosts, runs
-from lib.commands import run_command
+from lib import runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
-from lib.hosts import DeviceOptions
 from lib.kernels import median_bandwidth
-from lib.keys import key_of_seed, named_key
+from lib.numerics import key_of_seed, named_key
+from lib.runs import NOT_HASHED, processes
+from lib.runs.commands import run_command
+from lib.runs.processes import DeviceOptions
 from xp_drmmd import flows, metrics
 from xp_drmmd.config import EXPERIMENT, DatasetName, FilterName, FlowConfig, FlowName
 from xp_drmmd.problems import problem
@@ -38,7 +39,7 @@ def run_flow(
     the seconds it took, values, lambdas and gammas [T], mmd2, w1, w2 (and on the line kl)
     [records], the bandwidth, and of images centre, components and image_shape."""
     name = f"{config.dataset}-{config.flow}"
-    exclude = (*runs.NOT_HASHED, *config.without_effect())
+    exclude = (*NOT_HASHED, *config.without_effect())
     run = runs.open_run(results, EXPERIMENT, name, config, seed=seed, exclude=exclude)
     if run.finished:
         return run
@@ -64,7 +65,7 @@ def run_flow(
             record_every=every,
             run=run,
             description=name,
-            mesh=hosts.current(),
+            mesh=processes.current(),
         )
         seconds = time.perf_counter() - began
         judged = [metrics.judge(x, posed.target, bandwidth, posed.weights) for x in particles[:, 0]]

@@ -23,13 +23,14 @@ import optax
 import tyro
 from jaxtyping import Array, Float
 
-from lib import hosts, runs
-from lib.commands import run_command
-from lib.drmmd_features import feature_witness, prepare_target_features
+from lib import runs
+from lib.drmmd.features import feature_witness, prepare_target_features
 from lib.gd import recorded_steps, wasserstein_gradient_descent
-from lib.hosts import DeviceOptions
-from lib.keys import PRNGKey, key_of_seed, named_key
-from lib.settings import settings_of
+from lib.numerics import PRNGKey, key_of_seed, named_key
+from lib.runs import processes
+from lib.runs.commands import run_command
+from lib.runs.processes import DeviceOptions
+from lib.runs.settings import settings_of
 from xp_drmmd.config import EXPERIMENT, StudentConfig
 
 INPUTS, HIDDEN = 50, 3
@@ -143,7 +144,7 @@ def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
         record_every=every,
         run=run,
         description=f"student, {config.flow}",
-        mesh=hosts.current(),
+        mesh=processes.current(),
     )
     seconds = time.perf_counter() - began
     judge = jax.jit(lambda x: jnp.stack([loss(x, train), loss(x, validation)]))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.spreads import mean_and_spread
+from lib.report.spreads import mean_and_spread
 
 NAMES = {"mmd2": "MMD²", "w1": "W1", "w2": "W2", "kl": "KL", "validation": "validation error"}
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lib.keys import check_seed
-from lib.settings import check_not_negative, check_positive, check_sizes
+from lib.numerics import check_seed
+from lib.runs.settings import check_not_negative, check_positive, check_sizes
 
 EXPERIMENT = "xp_gmm_source"
 """The folder of results."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import tyro
 
-from lib import console
-from lib.files import check_writable
+from lib.runs import console
+from lib.runs.files import check_writable
 from xp_gmm_source import gmm_files
 
 

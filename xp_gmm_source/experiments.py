@@ -18,11 +18,13 @@ import numpy as np
 import tyro
 from matplotlib import pyplot as plt
 
-from lib import plotting, runs, settings
-from lib.commands import run_command
+from lib import runs
 from lib.datasets import file_stem
-from lib.files import write_bytes, write_json
-from lib.hosts import DeviceOptions
+from lib.report import plotting
+from lib.runs import settings
+from lib.runs.commands import run_command
+from lib.runs.files import write_bytes, write_json
+from lib.runs.processes import DeviceOptions
 from xp_gmm_source import metrics, plot, tables
 from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
 from xp_gmm_source.flow import (

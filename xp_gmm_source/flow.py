@@ -19,13 +19,16 @@ import numpy as np
 import optax
 import tyro
 
-from lib import convolution, files, flow_matching, flow_sampling, hosts, runs
-from lib.commands import run_command
+from lib import flow_matching, runs
 from lib.datasets import Dataset, identity, load
-from lib.hosts import DeviceOptions
-from lib.keys import key_of_seed, named_key
-from lib.settings import settings_of
-from lib.velocity import UNet
+from lib.flow_matching import sampling
+from lib.flow_matching.unet import UNet
+from lib.networks import convolution
+from lib.numerics import key_of_seed, named_key
+from lib.runs import files, processes
+from lib.runs.commands import run_command
+from lib.runs.processes import DeviceOptions
+from lib.runs.settings import settings_of
 from xp_gmm_source import gmm_files, gmm_fit, metrics
 from xp_gmm_source.config import EXPERIMENT, FitConfig, FlowConfig
 from xp_gmm_source.gmm_fit import fit_images, image_mixture
@@ -272,7 +275,7 @@ def run_flow(
         run=run,
         show_progress=show_progress,
         description=name,
-        mesh=hosts.current(),
+        mesh=processes.current(),
     )
     seconds = time.perf_counter() - began
     sources = sampling_sources(config, source, split.train, show_progress=show_progress)
@@ -293,8 +296,8 @@ def judge_flow(
 
     Of S samplers (methods and evaluations [S]) and V sources (`own`, then `pruned` if asked): every
     measure of `metrics.judge` [V, S], and of as many training images (floor_*); samples uint8
-    [V, S, 64, H, W, channels] and the starts of the first source; `lib.flow_sampling.straightness`
-    [V], paths [V, steps + 1, 64, 2] on the test images' first two principal components; of pruning
+    [V, S, 64, H, W, channels] and the starts of the first source; their straightness [V];
+    paths [V, steps + 1, 64, 2] on the test images' first two principal components; of pruning
     the number of axes and the share of draws accepted; accuracy of the feature network; targets
     [500, 2], test images on those components.
     """
@@ -316,7 +319,7 @@ def judge_flow(
             found[name].append([row[name] for row in rows])
         found["samples"].append(np.stack(kept))
         path = _euler_path(parameters, x0[:PATHS], model=model, shape=shape)
-        for name, value in flow_sampling.straightness(path)._asdict().items():
+        for name, value in sampling.straightness(path)._asdict().items():
             found[MEASURE_OF[name]].append(value)
         found["paths"].append(np.asarray(path[:, :SHOWN]) @ basis)
     about = {
@@ -344,13 +347,13 @@ def _draw(key, source, num):
 @partial(jax.jit, static_argnames=("model", "shape", "method"))
 def _integrate(parameters, x0, *, model, shape, num, method):
     velocity = flow_matching.velocity(model, parameters, shape)
-    return flow_sampling.integrate(velocity, x0, num_evaluations=num, method=method)
+    return sampling.integrate(velocity, x0, num_evaluations=num, method=method)
 
 
 @partial(jax.jit, static_argnames=("model", "shape"))
 def _euler_path(parameters, x0, *, model, shape):
     velocity = flow_matching.velocity(model, parameters, shape)
-    return flow_sampling.euler(velocity, x0, PATH_STEPS, keep_path=True)
+    return sampling.euler(velocity, x0, PATH_STEPS, keep_path=True)
 
 
 def _pixels(points, shape) -> np.ndarray:

@@ -19,7 +19,7 @@ import joblib
 import numpy as np
 
 from lib import gmm
-from lib.files import atomic_file, load_arrays, save_arrays, write_bytes
+from lib.runs.files import atomic_file, load_arrays, save_arrays, write_bytes
 from xp_gmm_source.sources import Projection, moments_of
 
 FORMAT = "mixture of images, version 1"

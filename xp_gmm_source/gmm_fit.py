@@ -23,16 +23,17 @@ import jax
 import numpy as np
 import tyro
 
-from lib import gmm, hosts, runs
-from lib.commands import run_command
+from lib import gmm, runs
 from lib.datasets import file_stem, identity, load
-from lib.gmm_covariances import diagonal, full, low_rank, spherical, tied
-from lib.gmm_em import fit, mean_log_likelihood
-from lib.gmm_rows import Rows, rows
-from lib.gmm_starts import Structure, kmeans_start
-from lib.hosts import DeviceOptions
-from lib.keys import named_key
-from lib.settings import settings_of
+from lib.gmm.covariances import diagonal, full, low_rank, spherical, tied
+from lib.gmm.em import fit, mean_log_likelihood
+from lib.gmm.moments import Rows, rows
+from lib.gmm.starts import Structure, kmeans_start
+from lib.numerics import named_key
+from lib.runs import processes
+from lib.runs.commands import run_command
+from lib.runs.processes import DeviceOptions
+from lib.runs.settings import settings_of
 from xp_gmm_source import gmm_files
 from xp_gmm_source.config import EXPERIMENT, FitConfig
 from xp_gmm_source.sources import Projection, mixture_source, moments_of
@@ -173,7 +174,7 @@ def fit_images(
     if config.augmentation:
         images = flipped(images, config.random_state)
     began = time.perf_counter()
-    projection, dtype, devices = None, np.dtype(config.dtype), hosts.current_devices()
+    projection, dtype, devices = None, np.dtype(config.dtype), processes.current_devices()
     if num_pca:
         projection, points, kept = principal_components(images, num_pca, config.random_state)
         about["variance_kept"] = kept

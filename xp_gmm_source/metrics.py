@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lib import classification, mmd, optimisers
-from lib.kernels import as_sample, gaussian, median_bandwidth, to_blocks, uniform_weights
-from lib.networks import MLP, LeNet5
+from lib import mmd
+from lib.kernels import gaussian, median_bandwidth
+from lib.networks import MLP, LeNet5, classification, optimizers
+from lib.numerics import as_sample, to_blocks, uniform_weights
 from lib.sliced_wasserstein import random_directions, sliced_wasserstein
 from xp_gmm_source.sources import Images, check_images
 
@@ -133,7 +134,7 @@ def train_feature_network(
         network,
         jnp.asarray(images, jnp.float32),
         jnp.asarray(labels, jnp.int32),
-        optimizer=optimisers.adam(learning_rate),
+        optimizer=optimizers.adam(learning_rate),
         num_epochs=num_epochs,
         batch_size=batch_size,
     )

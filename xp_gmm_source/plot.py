@@ -9,7 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from lib import plotting, runs
+from lib import runs
+from lib.report import plotting
 from xp_gmm_source import gmm_files
 from xp_gmm_source.tables import MEASURES
 

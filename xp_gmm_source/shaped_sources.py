@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 from scipy.stats import beta
 
-from lib.kernels import to_blocks, uniform_weights
+from lib.numerics import to_blocks, uniform_weights
 from xp_gmm_source.sources import (
     Gaussian,
     Images,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lib import gmm as mixtures
-from lib.keys import check_seed
+from lib.numerics import check_seed
 from xp_gmm_source import gmm_files
 from xp_gmm_source.sources import SMALLEST_DEVIATION
 

@@ -21,10 +21,10 @@ import numpy as np
 import tyro
 
 from lib import runs
-from lib.commands import run_command
-from lib.files import write_bytes, write_json
 from lib.gd import DivergedError, flow_init, flow_step
-from lib.hosts import DeviceOptions
+from lib.runs.commands import run_command
+from lib.runs.files import write_bytes, write_json
+from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import domain_adaptation, methods, tables
 from xp_transfer_learning.config import ABLATION, EXPERIMENT, AdaptationConfig
 from xp_transfer_learning.data import summary_name

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import classification, datasets, optimisers, runs
-from lib.commands import run_command
-from lib.files import write_bytes, write_json
-from lib.hosts import DeviceOptions
-from lib.networks import LeNet5
+from lib import datasets, runs
+from lib.networks import LeNet5, classification, optimizers
+from lib.runs.commands import run_command
+from lib.runs.files import write_bytes, write_json
+from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import methods, plot, tables
 from xp_transfer_learning.config import (
     ADAPTATION,
@@ -80,7 +80,7 @@ def _classifier(config: AdaptationConfig, known: AdaptationConfig, data_root: Pa
         network,
         x_tgt.reshape(-1, *image_shape),
         jnp.repeat(jnp.arange(num_classes), n),
-        optimizer=optimisers.adam(config.lr_nn),
+        optimizer=optimizers.adam(config.lr_nn),
         num_epochs=config.n_epochs_nn,
     )
     test = shaped(load(config.target, "test", data_root), image_shape)

@@ -18,11 +18,12 @@ import jax
 import numpy as np
 import tyro
 
-from lib import datasets, hosts, mmd, runs
-from lib.commands import run_command
-from lib.files import write_json
+from lib import datasets, mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
-from lib.hosts import DeviceOptions
+from lib.runs import processes
+from lib.runs.commands import run_command
+from lib.runs.files import write_json
+from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import plot
 from xp_transfer_learning.config import (
     EXPERIMENT,
@@ -72,7 +73,7 @@ def run_flow(
             n_projs=config.num_directions,
             n_sample_batch=config.n_sample_batch,
             block_size=config.block_size,
-            mesh=hosts.current(),
+            mesh=processes.current(),
         )
 
     print(f"{config.source} -> {config.target}: {config.n_epochs} steps of {tuple(x0.shape)}")
@@ -87,7 +88,7 @@ def run_flow(
         record_every=config.record_every,
         run=run,
         description=name,
-        mesh=hosts.current(),
+        mesh=processes.current(),
     )
     run.finish(
         losses=losses,

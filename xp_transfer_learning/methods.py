@@ -10,10 +10,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lib import hosts, mmd
+from lib import mmd
 from lib.gd import TargetValueAndGrad, recorded_steps, wasserstein_gradient_descent
-from lib.keys import named_key
-from lib.runs import Run
+from lib.numerics import named_key
+from lib.runs import Run, processes
 from lib.sliced_wasserstein import orthogonal_directions, random_directions
 from xp_transfer_learning.config import FlowSettings
 from xp_transfer_learning.product_kernel import MOMENTS, product_value_and_grad, with_moments
@@ -69,7 +69,7 @@ class Problem(NamedTuple):
 
 def problem(settings: FlowSettings, x0: Array, x_tgt: Array) -> Problem:
     """The flow of x0 [C, n, d] to x_tgt [D, k, d] by `settings.method`."""
-    mesh = hosts.current()
+    mesh = processes.current()
     value_and_grad = _value_and_grad(settings, mesh)
     if settings.method == "mmd_product":
         extended = with_moments(x0, x_tgt)

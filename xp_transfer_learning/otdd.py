@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from ott.geometry import geometry
 from ott.solvers import linear
 
-from lib import meshes
+from lib import devices
 from lib.kernels import squared_distances
 
 
@@ -58,11 +58,11 @@ def otdd_plans(
     squared = squared.reshape(num_x, n, num_y, k)
     pairs = jnp.swapaxes(squared, 1, 2).reshape(num_x * num_y, n, k)
     plan = partial(_plan, epsilon=epsilon, max_iterations=max_iterations)
-    classes = meshes.over_devices(jax.vmap(plan), mesh)(pairs)
+    classes = devices.over_devices(jax.vmap(plan), mesh)(pairs)
     between = jnp.sum(classes * pairs, axis=(1, 2)).reshape(num_x, 1, num_y, 1)
     cost = squared + between
     matrix = cost.reshape(num_x * n, num_y * k)
-    points = plan(meshes.constrain(matrix, mesh, meshes.divided(matrix.shape, (0,), mesh)))
+    points = plan(devices.constrain(matrix, mesh, devices.divided(matrix.shape, (0,), mesh)))
     return cost, Plans(points.reshape(cost.shape), classes.reshape(num_x, num_y, n, k))
 
 

@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from lib import plotting, runs
+from lib import runs
 from lib.datasets import as_images
-from lib.spreads import spread
+from lib.report import plotting
+from lib.report.spreads import spread
 from xp_transfer_learning.data import stored_shape
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from lib import meshes
-from lib.kernels import gaussian, gram_product, kernel_mean, uniform_weights
+from lib import devices
+from lib.kernels import gaussian, gram_product, kernel_mean
+from lib.numerics import uniform_weights
 
 MOMENTS = 6
 """Columns that the class takes up: a mean of 2 and a covariance of 2 x 2."""
@@ -102,7 +103,7 @@ def product_value_and_grad(
     def embed(columns, points, rows):
         return gram_product(GAUSSIAN, rows, points, columns, block_size=block_size)
 
-    embed = meshes.over_devices(embed, mesh, whole=2)
+    embed = devices.over_devices(embed, mesh, whole=2)
 
     shape, columns = x.shape, x.shape[2]
     x, y = x.reshape(-1, columns), y.reshape(-1, columns)

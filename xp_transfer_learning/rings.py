@@ -16,11 +16,12 @@ import numpy as np
 import optax
 import tyro
 
-from lib import datasets, hosts, mmd, runs
-from lib.commands import run_command
-from lib.files import write_bytes, write_json
+from lib import datasets, mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
-from lib.hosts import DeviceOptions
+from lib.runs import processes
+from lib.runs.commands import run_command
+from lib.runs.files import write_bytes, write_json
+from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import plot, tables
 from xp_transfer_learning.config import EXPERIMENT, RINGS, Preset, RingsConfig
 
@@ -48,7 +49,7 @@ class Sweep(NamedTuple):
 
 def sweeps(config: RingsConfig) -> list[Sweep]:
     """The sweeps of Figure 1 and appendix D.2, and a decaying step."""
-    mesh = None if config.num_levels else hosts.current()
+    mesh = None if config.num_levels else processes.current()
     shared = {"n_projs": config.num_directions, "num_levels": config.num_levels, "mesh": mesh}
 
     def over(target, values):

@@ -7,7 +7,7 @@ from typing import get_args
 
 import numpy as np
 
-from lib.spreads import mean_and_spread, spread
+from lib.report.spreads import mean_and_spread, spread
 from xp_transfer_learning.config import METHODS, Labelling, TrainingConfig
 
 # Bonet et al. (2025), Table 2: accuracy in percent and its standard deviation, which leaves out the

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import classification, datasets, hosts, optimisers, runs
-from lib.commands import run_command
-from lib.files import write_bytes, write_json
-from lib.hosts import DeviceOptions
-from lib.keys import key_of_seed
-from lib.networks import LeNet5
-from lib.spreads import mean_and_spread, spread
+from lib import datasets, runs
+from lib.networks import LeNet5, classification, optimizers
+from lib.numerics import key_of_seed
+from lib.report.spreads import mean_and_spread, spread
+from lib.runs import processes
+from lib.runs.commands import run_command
+from lib.runs.files import write_bytes, write_json
+from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import methods, plot, tables
 from xp_transfer_learning.config import (
     EXPERIMENT,
@@ -116,10 +117,10 @@ def accuracies(
         network,
         jnp.asarray(images),
         jnp.asarray(labels),
-        optimizer=optimisers.adam(config.lr),
+        optimizer=optimizers.adam(config.lr),
         num_epochs=config.n_epochs,
         batch_size=config.batch_size,
-        mesh=hosts.current(),
+        mesh=processes.current(),
     )
     test_images, test_labels = jnp.asarray(test_images), jnp.asarray(test_labels)
     return np.asarray(

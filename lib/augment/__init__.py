@@ -1,0 +1,27 @@
+"""Differentiable siamese augmentation; CutMix beside it."""
+
+from lib.augment._siamese import (
+    OPERATIONS,
+    Augmentation,
+    Dialect,
+    Images,
+    Number,
+    Parameters,
+    apply,
+    augment,
+    draw,
+    parse,
+)
+
+__all__ = [
+    "OPERATIONS",
+    "Augmentation",
+    "Dialect",
+    "Images",
+    "Number",
+    "Parameters",
+    "apply",
+    "augment",
+    "draw",
+    "parse",
+]

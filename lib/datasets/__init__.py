@@ -1,0 +1,53 @@
+"""Labelled image data sets by name, by folder, or made up."""
+
+from lib.datasets._datasets import (
+    NAMES,
+    NORMALISATIONS,
+    Dataset,
+    Normalisation,
+    Split,
+    as_images,
+    draw,
+    draw_indices,
+    file_stem,
+    flat,
+    identity,
+    invert,
+    load,
+    normalisation,
+    normalisation_constants,
+    resize,
+    rotate,
+    to_gray,
+    to_rgb,
+)
+from lib.datasets._folders import SPLITS
+from lib.datasets.synthetic import Centres, gaussian_mixture, gaussians, rings, rings_even
+
+__all__ = [
+    "NAMES",
+    "NORMALISATIONS",
+    "SPLITS",
+    "Centres",
+    "Dataset",
+    "Normalisation",
+    "Split",
+    "as_images",
+    "draw",
+    "draw_indices",
+    "file_stem",
+    "flat",
+    "gaussian_mixture",
+    "gaussians",
+    "identity",
+    "invert",
+    "load",
+    "normalisation",
+    "normalisation_constants",
+    "resize",
+    "rings",
+    "rings_even",
+    "rotate",
+    "to_gray",
+    "to_rgb",
+]

@@ -1,0 +1,47 @@
+"""(De)-regularised MMD: witnesses, targets, statistics of particles, penalties."""
+
+from lib.drmmd._witnesses import (
+    Filtered,
+    SpectralFilter,
+    Statistics,
+    Target,
+    Witness,
+    adaptive_lambda,
+    as_target,
+    check_lambda,
+    cutoff,
+    density_ratio,
+    drmmd_witness,
+    kale_witness,
+    mmd_witness,
+    particle_statistics,
+    prepare_target,
+    prepare_target_nystrom,
+    showalter,
+    tikhonov,
+    witness_function,
+)
+from lib.numerics import product
+
+__all__ = [
+    "Filtered",
+    "SpectralFilter",
+    "Statistics",
+    "Target",
+    "Witness",
+    "adaptive_lambda",
+    "as_target",
+    "check_lambda",
+    "cutoff",
+    "density_ratio",
+    "drmmd_witness",
+    "kale_witness",
+    "mmd_witness",
+    "particle_statistics",
+    "prepare_target",
+    "prepare_target_nystrom",
+    "product",
+    "showalter",
+    "tikhonov",
+    "witness_function",
+]

@@ -1,0 +1,35 @@
+"""Flow matching: training a velocity, sampling along it, a U-Net."""
+
+from lib.flow_matching.training import (
+    Coupling,
+    FitResult,
+    Source,
+    TrainState,
+    Velocity,
+    couple,
+    draw_batch,
+    fit,
+    init,
+    interpolate,
+    loss,
+    optimal_permutation,
+    train_step,
+    velocity,
+)
+
+__all__ = [
+    "Coupling",
+    "FitResult",
+    "Source",
+    "TrainState",
+    "Velocity",
+    "couple",
+    "draw_batch",
+    "fit",
+    "init",
+    "interpolate",
+    "loss",
+    "optimal_permutation",
+    "train_step",
+    "velocity",
+]

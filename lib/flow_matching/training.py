@@ -1,0 +1,406 @@
+"""Flow matching on straight paths: couplings, training, and how straight the flows are.
+
+Data x1 are images in [-1, 1] as flat rows of d = H W channels numbers, x0 is drawn from a source,
+and x_t = (1 - t) x0 + t x1. The velocity E[x1 - x0 | x_t] is learnt by least squares (Lipman et
+al., 2023; Liu et al., 2023; Tong et al., 2024); following it carries the source to the data
+(`lib.flow_matching.sampling`).
+
+Training runs in one compiled loop; the host is visited about once a second, to show progress, look
+for NaN and save. The key of step t is `fold_in(key, t)` and fixes its batch, its draws of the
+source and its times, so a run does not depend on where those visits fall, and a resumed run ends
+in the same bits as one that was never interrupted.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, Num, PyTree
+from scipy.optimize import linear_sum_assignment
+
+from lib import devices
+from lib.gd import DivergedError
+from lib.kernels import squared_distances
+from lib.runs import Run
+from lib.runs.files import RunFileError
+from lib.runs.loop import advance_in_visits
+
+Coupling = Literal["independent", "optimal"]
+Velocity = Callable[[Float[Array, "B d"], Float[Array, " B"]], Float[Array, "B d"]]
+
+SECONDS_BETWEEN_VISITS = 1.0
+MAX_STEPS_BETWEEN_VISITS = 1024
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where flows start: a pytree of arrays, so that it can be an argument of jitted functions."""
+
+    def sample(self, key: Key[Array, ""], num: int) -> Float[Array, "num d"]:
+        """Independent draws."""
+
+    def couple(self, key: Key[Array, ""], x1: Float[Array, "B d"]) -> Float[Array, "B d"]:
+        """One draw x0 for each x1: `sample(key, len(x1))` where they are independent."""
+
+
+class TrainState(NamedTuple):
+    """What the next step depends on, data, source and key aside; `ema` is the running mean of the
+    parameters, to sample with."""
+
+    parameters: PyTree
+    ema: PyTree
+    optimizer_state: PyTree
+    step: Int[Array, ""]
+
+
+class FitResult(NamedTuple):
+    """`losses[t]` is the loss of the batch of step t, before the step, [num_steps]."""
+
+    parameters: PyTree
+    ema: PyTree
+    losses: np.ndarray
+
+
+# Objective
+
+
+def velocity(
+    network: nn.Module,
+    parameters: PyTree,
+    image_shape: tuple[int, ...],
+    *,
+    mesh: Mesh | None = None,
+) -> Velocity:
+    """`network` on flat rows: v(x [B, d], t [B]) -> [B, d]; the devices of a mesh (`lib.devices`)
+    share the rows."""
+
+    def evaluate(parameters, x, times):
+        images = x.reshape(-1, *image_shape)
+        velocities: Any = network.apply(parameters, images, times)
+        return velocities.reshape(x.shape)
+
+    return partial(devices.over_devices(evaluate, mesh, whole=1), parameters)
+
+
+def interpolate(
+    x0: Float[Array, "B d"], x1: Float[Array, "B d"], times: Float[Array, " B"]
+) -> Float[Array, "B d"]:
+    """x_t = (1 - t) x0 + t x1, row by row."""
+    return (1 - times[:, None]) * x0 + times[:, None] * x1
+
+
+def loss(
+    velocity: Velocity,
+    x0: Float[Array, "B d"],
+    x1: Float[Array, "B d"],
+    times: Float[Array, " B"],
+) -> Float[Array, ""]:
+    """Mean over rows of |v(x_t, t) - (x1 - x0)|^2 / d (Tong et al., 2024, equation 10, at
+    sigma = 0): per coordinate, in squared units of the data."""
+    residuals = velocity(interpolate(x0, x1, times), times) - (x1 - x0)
+    return jnp.mean(jnp.square(residuals))
+
+
+def optimal_permutation(x0: Float[Array, "B d"], x1: Float[Array, "B d"]) -> Int[Array, " B"]:
+    """The permutation p that minimises sum_i |x0[p_i] - x1_i|^2, [B]: exact optimal transport.
+
+    SciPy's assignment solver on the host, O(B^3), through a callback: it works inside jit and
+    loops. Where a distance is NaN or infinite the identity comes back.
+    """
+    shape = jax.ShapeDtypeStruct((len(x1),), jnp.int32)
+    costs = squared_distances(x1, x0)
+    return jax.pure_callback(_assign, shape, costs, vmap_method="sequential")
+
+
+def _assign(costs) -> np.ndarray:
+    costs = np.asarray(costs)
+    if not np.isfinite(costs).all():
+        return np.arange(len(costs), dtype=np.int32)
+    return linear_sum_assignment(costs)[1].astype(np.int32)
+
+
+def couple(
+    key: Key[Array, ""], source: Source, x1: Float[Array, "B d"], coupling: Coupling
+) -> Float[Array, "B d"]:
+    """x0 [B, d] for x1: the source's own pairs, or, with "optimal", the pairs of least squared
+    distance within the batch (Pooladian et al., 2023; Tong et al., 2024)."""
+    x0 = source.couple(key, x1)
+    return x0[optimal_permutation(x0, x1)] if coupling == "optimal" else x0
+
+
+# A step
+
+
+def init(
+    key: Key[Array, ""],
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+) -> TrainState:
+    """The state before the first step."""
+    images, times = jnp.zeros((1, *image_shape)), jnp.zeros(1)
+    parameters = network.init(key, images, times)
+    state = TrainState(parameters, parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
+    # Weak types do not survive a checkpoint; without them a resumed run promotes alike.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), state)
+
+
+def draw_batch(
+    key: Key[Array, ""],
+    images: Num[Array, "n height width channels"],
+    batch_size: int,
+    *,
+    augment_flip: bool = False,
+) -> Float[Array, "B d"]:
+    """`batch_size` images drawn independently (so one may come twice), as flat rows in float.
+
+    uint8 is mapped from 0..255 to [-1, 1]. With `augment_flip` each is mirrored left to right with
+    probability 1/2.
+    """
+    index_key, flip_key = jax.random.split(key)
+    batch = images[jax.random.randint(index_key, (batch_size,), 0, len(images))]
+    if batch.dtype == jnp.uint8:
+        batch = batch.astype(jnp.float32) / 127.5 - 1
+    if augment_flip:
+        flipped = jax.random.bernoulli(flip_key, shape=(batch_size, 1, 1, 1))
+        batch = jnp.where(flipped, batch[:, :, ::-1], batch)
+    return batch.reshape(batch_size, -1)
+
+
+def train_step(
+    key: Key[Array, ""],
+    state: TrainState,
+    source: Source,
+    images: Num[Array, "n height width channels"],
+    *,
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    coupling: Coupling = "independent",
+    ema_decay: float = 0.999,
+    augment_flip: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[TrainState, Float[Array, ""]]:
+    """(state after the step, loss before it). `key` is that of the whole run.
+
+    The running mean moves by m <- a m + (1 - a) parameters with a = min(ema_decay,
+    (1 + step) / (10 + step)), step counted from 0, so that it forgets its start.
+    """
+    batch_key, source_key, time_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+    x1 = draw_batch(batch_key, images, batch_size, augment_flip=augment_flip)
+    x1 = devices.constrain(x1, mesh)  # the host's assignment needs the whole batch in one place
+    x0 = devices.constrain(couple(source_key, source, x1, coupling), mesh)
+    times = jax.random.uniform(time_key, (batch_size,), x1.dtype)
+
+    def objective(parameters):
+        return loss(velocity(network, parameters, images.shape[1:], mesh=mesh), x0, x1, times)
+
+    value, gradient = jax.value_and_grad(objective)(state.parameters)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.parameters)
+    parameters = optax.apply_updates(state.parameters, updates)
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema = optax.incremental_update(parameters, state.ema, 1 - decay)
+    return TrainState(parameters, ema, optimizer_state, state.step + 1), value
+
+
+# Training
+
+
+def fit(
+    key: Key[Array, ""],
+    network: nn.Module,
+    source: Source,
+    images: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    coupling: Coupling = "independent",
+    batch_size: int = 128,
+    ema_decay: float = 0.999,
+    augment_flip: bool = False,
+    run: Run | None = None,
+    checkpoint_seconds: float = 60.0,
+    show_progress: bool = True,
+    description: str = "flow matching",
+    mesh: Mesh | None = None,
+) -> FitResult:
+    """Trains `network` (called as network(images [B, H, W, c], times [B])) for `num_steps` steps.
+
+    Args:
+      key: key of the run, for the network's start and every step.
+      source: draws x0 [B, H W channels]; see `Source`.
+      images: [n, H, W, channels], float in [-1, 1], or uint8, which is mapped there batch by batch.
+      coupling: "independent", or "optimal" within each batch.
+      batch_size: images a step, drawn independently.
+      ema_decay: of the running mean of the parameters, in [0, 1).
+      augment_flip: mirrors images at random.
+      run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
+        from. SIGINT and SIGTERM then save and raise `Interrupted`.
+      checkpoint_seconds: seconds between saves.
+      mesh: devices (`lib.devices`) that share each batch.
+
+    Raises:
+      ValueError: before any step, on images or a source of wrong shape or dtype, NaN, a batch
+        larger than the data, or settings out of range.
+      DivergedError: NaN or infinity on the way; the last good state is saved.
+      RunFileError: the folder's checkpoint is of other data, settings or key.
+    """
+    images, source = jnp.asarray(images), jax.tree.map(jnp.asarray, source)
+    _check_input(images, source, num_steps, batch_size, coupling, ema_decay)
+    init_key, key = jax.random.split(key)
+    state = init(init_key, network, optimizer, images.shape[1:])
+    settings = {
+        "network": network,
+        "optimizer": optimizer,
+        "batch_size": batch_size,
+        "coupling": coupling,
+        "ema_decay": float(ema_decay),
+        "augment_flip": augment_flip,
+    }
+    _check_network(network, state, images)
+    losses = np.zeros(num_steps, np.float32)
+    origin = _fingerprint(key, state, source, images, settings) if run else np.zeros(0)
+    if run and (loaded := run.load_checkpoint((state, losses, origin))):
+        (saved, losses, found), _ = loaded
+        if not np.array_equal(found, origin):
+            raise RunFileError(
+                f"{run.checkpoint} belongs to a run with other data, source, settings or key; "
+                "delete its folder to start anew"
+            )
+        state, losses = jax.tree.map(jnp.asarray, saved), np.array(losses)
+
+    done, buffer = int(state.step), np.zeros(MAX_STEPS_BETWEEN_VISITS, np.float32)
+    key, state, source, images, buffer = devices.place((key, state, source, images, buffer), mesh)
+
+    def save():
+        assert run is not None
+        run.save_checkpoint((devices.fetch(state), losses, origin), step=done)
+
+    def take(chunk):
+        nonlocal state, done, buffer
+        following, finite, buffer = jax.block_until_ready(
+            _advance(key, state, source, images, chunk, buffer, mesh=mesh, **settings)
+        )
+        new_losses, finite = devices.fetch((buffer, finite))
+        new_losses = np.array(new_losses[:chunk])
+        bad = np.flatnonzero(~np.isfinite(new_losses))
+        if len(bad) or not finite:
+            if run:
+                save()
+            # Non-finite parameters after finite losses: the last step made them.
+            first = int(bad[0]) if len(bad) else chunk - 1
+            raise DivergedError(state, done + first, run.checkpoint if run else None)
+        losses[done : done + chunk] = new_losses
+        state, done = following, done + chunk
+        return {"loss": new_losses.mean()}
+
+    advance_in_visits(
+        take,
+        save,
+        done=done,
+        total=num_steps,
+        seconds_between=SECONDS_BETWEEN_VISITS,
+        most=MAX_STEPS_BETWEEN_VISITS,
+        run=run,
+        checkpoint_seconds=checkpoint_seconds,
+        show_progress=show_progress,
+        description=description,
+    )
+    state = devices.local(state, mesh)
+    return FitResult(state.parameters, state.ema, losses)
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "network",
+        "optimizer",
+        "batch_size",
+        "coupling",
+        "ema_decay",
+        "augment_flip",
+        "mesh",
+    ),
+    donate_argnames="buffer",
+)
+def _advance(key, state, source, images, chunk, buffer, **settings):
+    """(state after `chunk` steps, whether it is finite, the losses in `buffer`).
+
+    `chunk` is not static: visits at any distance share one program.
+    """
+
+    def body(i, carry):
+        state, losses = carry
+        state, value = train_step(key, state, source, images, **settings)
+        state = devices.constrain(state, settings["mesh"])
+        return state, losses.at[i].set(value.astype(losses.dtype))
+
+    state, buffer = lax.fori_loop(0, chunk, body, (state, buffer))
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state.parameters, state.ema))]
+    return state, jnp.stack(finite).all(), devices.constrain(buffer, settings["mesh"])
+
+
+# The door
+
+
+def _check_input(images, source, num_steps, batch_size, coupling, ema_decay) -> None:
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images are [n, H, W, channels], none 0, got shape {images.shape}")
+    if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are floating point or uint8, got {images.dtype}")
+    for name, value in (("num_steps", num_steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if batch_size > len(images):
+        raise ValueError(f"batch_size {batch_size} is larger than the {len(images)} images")
+    if coupling not in ("independent", "optimal"):
+        raise ValueError(f'coupling is "independent" or "optimal", got {coupling!r}')
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+    for name, tree in (("images", images), ("source", source)):
+        for leaf in jax.tree.leaves(tree):
+            if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(leaf).all()):
+                raise ValueError(f"NaN or infinity in the {name}")
+    x1 = jax.ShapeDtypeStruct((batch_size, int(np.prod(images.shape[1:]))), jnp.float32)
+    x0 = jax.eval_shape(lambda source, x1: source.couple(jax.random.key(0), x1), source, x1)
+    if x0.shape != x1.shape:
+        raise ValueError(f"the source draws {x0.shape} for a batch of images of shape {x1.shape}")
+
+
+def _check_network(network, state, images) -> None:
+    batch = jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32)
+    times = jax.ShapeDtypeStruct((2,), jnp.float32)
+    returned = jax.eval_shape(network.apply, state.parameters, batch, times)
+    if returned.shape != batch.shape:
+        raise ValueError(f"the network turns {batch.shape} into {returned.shape}")
+
+
+def _fingerprint(key, state, source, images, settings) -> np.ndarray:
+    """What a checkpoint must share with the run that resumes it, in 32 bytes.
+
+    Settings of an optimiser are closed over: it is known by what it does with two gradients of
+    ones. Digits that differ between devices are left out.
+    """
+    settings = dict(settings)
+    optimizer = settings.pop("optimizer")
+    digest = hashlib.sha256(repr(sorted(settings.items(), key=lambda item: item[0])).encode())
+    for leaf in (*jax.tree.leaves(source), images, jax.random.key_data(key)):
+        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    digest.update(repr(jax.tree_util.tree_structure(source)).encode())
+    ones, optimizer_state = jax.tree.map(jnp.ones_like, state.parameters), state.optimizer_state
+    for _ in range(2):
+        updates, optimizer_state = jax.jit(optimizer.update)(
+            ones, optimizer_state, state.parameters
+        )
+        means = [float(jnp.mean(leaf)) for leaf in jax.tree.leaves(updates)]
+        digest.update(",".join(f"{mean:.4g}" for mean in means).encode())
+    return np.frombuffer(digest.digest(), np.uint8)

@@ -1,0 +1,464 @@
+"""Covariance structures of Gaussian mixtures: full, tied, diagonal, spherical, low-rank + diagonal.
+
+A structure is a NamedTuple of factors, made once for each set of parameters. Four methods are all
+that densities, EM and sampling need of it, so that what uses one structure can use the others:
+
+    squared(points [b, d], means [K, d])        Mahalanobis distances [b, K], and what they leave
+    moments(left, responsibilities [b, K])      first and second moments of a block: sums over rows
+    maximise(means, counts, first, second, regularisation, rounding)    the M-step
+    colour(key, components [B])                 draws of N(0, Sigma_k), [B, d]
+
+`log_determinants()` is log|Sigma_k|, `matrices()` the covariances in scikit-learn's shapes.
+
+Moments are taken about each component's own mean, and distances from the nearest one, so that how
+far the components lie apart costs no digits. What a mean moves by in a step is subtracted from the
+second moments; where that leaves nothing but rounding (`is_lost`), the mean moves alone, which does
+not lower the likelihood, and the covariance stays as it is: its ridge is then infinite. The next
+step, about the new mean, finds it.
+
+Full and tied moments are taken in the coordinates z = L^-1 (x - mu) of the covariance L L' that the
+E-step has just used, where they are near the identity. That product is there anyway, a new mean is
+mu + L E z, and a new covariance is L Cov(z) L': its error is relative in every direction, so that
+float32 keeps eigenvalues that lie many orders below the largest.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+from lib.gmm._linalg import (
+    congruence,
+    distances_from_nearest,
+    draw_by_component,
+    expanded_distances,
+    factorise,
+    first_moments_about,
+    floor_variances,
+    is_lost,
+    over_responsible,
+    pair_scatter,
+    per_point,
+    regularised,
+    row_sums,
+    symmetric,
+    triangular_product,
+    weighted_gram,
+    where_components,
+)
+from lib.numerics import AnyArray, product
+
+# Structures
+
+
+class Full(NamedTuple):
+    """Sigma_k = L_k L_k': the factors L_k and their inverses, lower triangles [K, d, d]."""
+
+    cholesky: Float[AnyArray, "K d d"]
+    inverse: Float[AnyArray, "K d d"]
+
+    def squared(self, points, means):
+        def component(parameters):
+            mean, inverse = parameters
+            whitened = triangular_product(points - mean[None, :], inverse)
+            return row_sums(jnp.square(whitened)), whitened
+
+        squared, whitened = lax.map(component, (means, self.inverse))
+        return squared.T, whitened
+
+    def moments(self, whitened, responsibilities):
+        def sums(z, weights):
+            return product(weights, z), weighted_gram(z, weights)
+
+        def component(item):
+            return over_responsible(sums, *item)
+
+        return lax.map(component, (whitened, responsibilities.T))
+
+    def maximise(self, means, counts, first, second, regularisation, rounding):
+        def component(item):
+            mean, cholesky, inverse, count, shift, gram = item
+            moment = symmetric(gram) / jnp.where(count > 0, count, 1)
+            moment = moment - shift[:, None] * shift[None, :]
+            covariance = congruence(cholesky, moment)
+            covariance = regularised(covariance, regularisation)
+            new_cholesky, new_inverse, ridge = factorise(covariance)
+            move = product(cholesky, shift)
+            lost = is_lost(jnp.max(jnp.square(product(new_inverse, move))), rounding)
+            updated = (count > 0) & ~lost
+            return (
+                jnp.where(count > 0, mean + move, mean),
+                jnp.where(updated, new_cholesky, cholesky),
+                jnp.where(updated, new_inverse, inverse),
+                jnp.where(count > 0, jnp.where(lost, jnp.inf, ridge), 0),
+            )
+
+        shifts = per_point(first, counts)
+        means, cholesky, inverse, ridge = lax.map(
+            component, (means, self.cholesky, self.inverse, counts, shifts, second)
+        )
+        return means, Full(cholesky, inverse), ridge
+
+    def colour(self, key, components):
+        num, d, _ = self.cholesky.shape
+        noise = jax.random.normal(key, (len(components), d), self.cholesky.dtype)
+
+        def draw(k, z):
+            return triangular_product(z, self.cholesky[k])
+
+        return draw_by_component(draw, (noise,), components, num)
+
+    def log_determinants(self):
+        return 2 * jnp.sum(jnp.log(jnp.diagonal(self.cholesky, axis1=1, axis2=2)), axis=1)
+
+    def matrices(self):
+        return np.stack([factor @ factor.T for factor in np.asarray(self.cholesky)])
+
+
+class Tied(NamedTuple):
+    """Sigma_k = L L' for every k: the factor and its inverse, lower triangles [d, d]."""
+
+    cholesky: Float[AnyArray, "d d"]
+    inverse: Float[AnyArray, "d d"]
+
+    def squared(self, points, means):
+        middle = jnp.mean(means, axis=0, keepdims=True)
+        centres = product(means - middle, self.inverse.T)
+        # The nearest mean by the linear discriminants: no second product of d^2 a point.
+        scores = product(points - middle, product(centres, self.inverse).T)
+        nearest = jnp.argmax(scores - row_sums(jnp.square(centres))[None, :] / 2, axis=1)
+        whitened = triangular_product(points - means[nearest], self.inverse)
+        left = whitened, nearest, centres
+        return distances_from_nearest(*left), left
+
+    def moments(self, left, responsibilities):
+        whitened, nearest, centres = left
+        # With m the mean of the mu_k by their shares r_k in a point of weight w:
+        # sum_k r_k (x - mu_k)(x - mu_k)' = w (x - m)(x - m)' + sum_{k<l} r_k r_l / w D_kl D_kl',
+        # D_kl = mu_k - mu_l. One Gram matrix, and of the pairs their weights alone.
+        weights = jnp.sum(responsibilities, axis=1)
+        shares = responsibilities / jnp.where(weights > 0, weights, 1)[:, None]
+        others = jnp.where(jnp.arange(len(centres))[None, :] == nearest[:, None], 0, shares)
+        moved = product(others, centres) - row_sums(others)[:, None] * centres[nearest]
+        gram = weighted_gram(whitened - moved, weights)
+        first = first_moments_about(whitened, nearest, centres, responsibilities)
+        return first, (gram, product(responsibilities.T, shares))
+
+    def maximise(self, means, counts, first, second, regularisation, rounding):
+        (gram, pairs), shifts = second, per_point(first, counts)
+        total = jnp.sum(counts)
+        centres = product(means - jnp.mean(means, axis=0, keepdims=True), self.inverse.T)
+        moved = product((counts[:, None] * shifts).T, shifts)
+        moment = (symmetric(gram) + pair_scatter(pairs, centres) - moved) / total
+        covariance = congruence(self.cholesky, moment)
+        cholesky, inverse, ridge = factorise(regularised(covariance, regularisation))
+        moves = product(shifts, self.cholesky.T)
+        squared = product(counts / total, jnp.square(product(moves, inverse.T)))
+        lost = is_lost(jnp.max(squared), rounding)
+        means = where_components(counts <= 0, means, means + moves)
+        new = jax.tree.map(partial(jnp.where, lost), self, Tied(cholesky, inverse))
+        return means, new, jnp.broadcast_to(jnp.where(lost, jnp.inf, ridge), counts.shape)
+
+    def colour(self, key, components):
+        noise = jax.random.normal(key, (len(components), len(self.cholesky)), self.cholesky.dtype)
+        return triangular_product(noise, self.cholesky)
+
+    def log_determinants(self):
+        return 2 * jnp.sum(jnp.log(jnp.diagonal(self.cholesky)))[None]
+
+    def matrices(self):
+        factor = np.asarray(self.cholesky)
+        return factor @ factor.T
+
+
+class Diagonal(NamedTuple):
+    """Sigma_k = diag(scales_k^2): standard deviations [K, d]."""
+
+    scales: Float[AnyArray, "K d"]
+
+    def squared(self, points, means):
+        def component(parameters):
+            mean, scales = parameters
+            # Differences, not an expanded square: a pixel may be constant in one component alone.
+            return row_sums(jnp.square((points - mean[None, :]) * (1 / scales)[None, :]))
+
+        squared = lax.map(component, (means, self.scales)).T
+        return squared, (points, means)
+
+    def moments(self, left, responsibilities):
+        points, means = left
+
+        def component(item):
+            mean, weights = item
+
+            def sums(points, weights):
+                centred = points - mean[None, :]
+                return product(weights, centred), product(weights, jnp.square(centred))
+
+            return over_responsible(sums, points, weights)
+
+        return lax.map(component, (means, responsibilities.T))
+
+    def maximise(self, means, counts, first, second, regularisation, rounding):
+        shifts = per_point(first, counts)
+        variances = per_point(second, counts) - jnp.square(shifts)
+        variances, ridge = floor_variances(variances, regularisation)
+        lost = is_lost(jnp.square(shifts) / variances, rounding)
+        empty, ridge = counts <= 0, jnp.where(jnp.any(lost, axis=1), jnp.inf, ridge)
+        scales = jnp.where(empty[:, None] | lost, self.scales, jnp.sqrt(variances))
+        means = where_components(empty, means, means + shifts)
+        return means, Diagonal(scales), jnp.where(empty, 0, ridge)
+
+    def colour(self, key, components):
+        shape = len(components), self.scales.shape[1]
+        return self.scales[components] * jax.random.normal(key, shape, self.scales.dtype)
+
+    def log_determinants(self):
+        return 2 * jnp.sum(jnp.log(self.scales), axis=1)
+
+    def matrices(self):
+        return np.square(np.asarray(self.scales))
+
+
+class Spherical(NamedTuple):
+    """Sigma_k = scales_k^2 I: standard deviations [K], in d = `unit.size` dimensions.
+
+    `unit` is a row of ones, which carries the dimension through `jax.jit`.
+    """
+
+    scales: Float[AnyArray, " K"]
+    unit: Float[AnyArray, " d"]
+
+    def squared(self, points, means):
+        middle = jnp.mean(means, axis=0, keepdims=True)
+        centres = means - middle
+        nearest = jnp.argmin(expanded_distances(points - middle, centres), axis=1)
+        left = points - means[nearest], nearest, centres
+        squared = distances_from_nearest(*left)
+        return squared / jnp.square(self.scales)[None, :], (left, squared)
+
+    def moments(self, left, responsibilities):
+        (residuals, nearest, centres), squared = left
+        first = first_moments_about(residuals, nearest, centres, responsibilities)
+        return first, jnp.sum(responsibilities * squared, axis=0)
+
+    def maximise(self, means, counts, first, second, regularisation, rounding):
+        shifts = per_point(first, counts)
+        moved = jnp.sum(jnp.square(shifts), axis=1)
+        variances = (per_point(second, counts) - moved) / means.shape[1]
+        variances, ridge = floor_variances(variances[:, None], regularisation)
+        lost = is_lost(moved / (means.shape[1] * variances[:, 0]), rounding)
+        empty = counts <= 0
+        scales = jnp.where(empty | lost, self.scales, jnp.sqrt(variances[:, 0]))
+        means = where_components(empty, means, means + shifts)
+        ridge = jnp.where(empty, 0, jnp.where(lost, jnp.inf, ridge))
+        return means, Spherical(scales, self.unit), ridge
+
+    def colour(self, key, components):
+        shape = len(components), len(self.unit)
+        return self.scales[components][:, None] * jax.random.normal(key, shape, self.scales.dtype)
+
+    def log_determinants(self):
+        return 2 * len(self.unit) * jnp.log(self.scales)
+
+    def matrices(self):
+        return np.square(np.asarray(self.scales))
+
+
+class LowRank(NamedTuple):
+    """Sigma_k = W_k W_k' + diag(scales_k^2), a mixture of factor analysers.
+
+    `loadings` W [K, d, r], `scales` [K, d]. A point of component k is mu_k + W_k u + noise with
+    u ~ N(0, I_r); `projections` B = W' Sigma^-1 [K, r, d] gives the mean of u at a point. The
+    M-step is that of Ghahramani and Hinton, The EM algorithm for mixtures of factor analyzers
+    (1996), after the means have moved: it does not lower the likelihood, and needs O(K d r) memory.
+    """
+
+    loadings: Float[AnyArray, "K d r"]
+    scales: Float[AnyArray, "K d"]
+    projections: Float[AnyArray, "K r d"]
+
+    def squared(self, points, means):
+        def component(parameters):
+            mean, loadings, scales, projections = parameters
+            centred = points - mean[None, :]
+            latent = product(centred, projections.T)
+            # x' Sigma^-1 x = |x - W u|^2 / scales^2 + |u|^2: Woodbury's formula without its minus.
+            rest = (centred - product(latent, loadings.T)) * (1 / scales)[None, :]
+            return row_sums(jnp.square(rest)) + row_sums(jnp.square(latent)), latent
+
+        squared, latent = lax.map(component, (means, *self))
+        return squared.T, (latent, points, means)
+
+    def moments(self, left, responsibilities):
+        latent, points, means = left
+
+        def component(item):
+            u, mean, weights = item
+            centred = points - mean[None, :]
+            cross = product((u * weights[:, None]).T, centred)
+            return product(weights, centred), (product(weights, jnp.square(centred)), cross)
+
+        return lax.map(component, (latent, means, responsibilities.T))
+
+    def maximise(self, means, counts, first, second, regularisation, rounding):
+        shifts = per_point(first, counts)
+        squares, cross = (per_point(sums, counts) for sums in second)
+
+        def component(item):
+            shift, cross, loadings, projections = item
+            # With S the covariance about the new mean: `cross` becomes B S, [r, d].
+            cross = cross - product(projections, shift)[:, None] * shift[None, :]
+            latent = product(cross, projections.T) - product(projections, loadings)
+            latent = (latent + latent.T) / 2 + jnp.eye(len(latent), dtype=latent.dtype)
+            factor = jax.scipy.linalg.cho_factor(latent, lower=True)
+            new = jax.scipy.linalg.cho_solve(factor, cross)
+            return new.T, jnp.sum(new * cross, axis=0)
+
+        loadings, explained = lax.map(component, (shifts, cross, self.loadings, self.projections))
+        variances = squares - jnp.square(shifts) - explained
+        variances, ridge = floor_variances(variances, regularisation)
+        new = LowRank(loadings, jnp.sqrt(variances), project(loadings, jnp.sqrt(variances)))
+        lost = is_lost(jnp.max(jnp.square(shifts) / variances, axis=1), rounding)
+        empty = counts <= 0
+        return (
+            where_components(empty, means, means + shifts),
+            jax.tree.map(partial(where_components, empty | lost), self, new),
+            jnp.where(empty, 0, jnp.where(lost, jnp.inf, ridge)),
+        )
+
+    def colour(self, key, components):
+        num, d, rank = self.loadings.shape
+        latent_key, rest_key = jax.random.split(key)
+        latent = jax.random.normal(latent_key, (len(components), rank), self.loadings.dtype)
+        rest = jax.random.normal(rest_key, (len(components), d), self.loadings.dtype)
+
+        def draw(k, u):
+            return product(u, self.loadings[k].T)
+
+        return draw_by_component(draw, (latent,), components, num) + self.scales[components] * rest
+
+    def log_determinants(self):
+        inner = _inner_matrices(self.loadings, self.scales)[0]
+        triangle = jnp.diagonal(jnp.linalg.cholesky(inner), axis1=1, axis2=2)
+        return 2 * jnp.sum(jnp.log(triangle), axis=1) + 2 * jnp.sum(jnp.log(self.scales), axis=1)
+
+    def matrices(self):
+        pairs = zip(np.asarray(self.loadings), np.asarray(self.scales))
+        return np.stack([w @ w.T + np.diag(s**2) for w, s in pairs])
+
+
+Covariance = Full | Tied | Diagonal | Spherical | LowRank
+
+
+def _inner_matrices(loadings, scales):
+    """I + W' D^-1 W [K, r, r] and D^-1 W [K, d, r], D = diag(scales^2)."""
+    scaled = loadings / jnp.square(scales)[:, :, None]
+    inner = product(jnp.swapaxes(loadings, 1, 2), scaled)
+    return inner + jnp.eye(inner.shape[1], dtype=inner.dtype)[None], scaled
+
+
+def project(
+    loadings: Float[AnyArray, "K d r"], scales: Float[AnyArray, "K d"]
+) -> Float[Array, "K r d"]:
+    """B_k = W_k' Sigma_k^-1 = (I + W' D^-1 W)^-1 W' D^-1, D = diag(scales_k^2)."""
+    inner, scaled = _inner_matrices(jnp.asarray(loadings), jnp.asarray(scales))
+    factor = jnp.linalg.cholesky(inner)
+    return jax.scipy.linalg.cho_solve((factor, True), jnp.swapaxes(scaled, 1, 2))
+
+
+# Structures made from variances or matrices
+
+
+def full(num_components: int, variances: Float[AnyArray, " d"]) -> Full:
+    """Every component with the covariance diag(variances): where EM starts."""
+    scales = jnp.diag(jnp.sqrt(jnp.asarray(variances)))
+    inverse = jnp.diag(1 / jnp.sqrt(jnp.asarray(variances)))
+    shape = (num_components, *scales.shape)
+    return Full(jnp.broadcast_to(scales, shape), jnp.broadcast_to(inverse, shape))
+
+
+def tied(num_components: int, variances: Float[AnyArray, " d"]) -> Tied:
+    """As `full`, with one covariance for all components."""
+    return Tied(*(factor[0] for factor in full(1, variances)))
+
+
+def diagonal(num_components: int, variances: Float[AnyArray, " d"]) -> Diagonal:
+    """As `full`, kept diagonal."""
+    return Diagonal(jnp.broadcast_to(jnp.sqrt(variances), (num_components, len(variances))))
+
+
+def spherical(num_components: int, variances: Float[AnyArray, " d"]) -> Spherical:
+    """As `full`, with the mean variance for all features."""
+    variances = jnp.asarray(variances)
+    scale = jnp.sqrt(jnp.mean(variances))
+    return Spherical(jnp.broadcast_to(scale, (num_components,)), jnp.ones_like(variances))
+
+
+def low_rank(key: Key[Array, ""], rank: int):
+    """The structure of rank `rank` + diagonal: a function as `full`.
+
+    Half of the variance lies in random loadings, drawn from `key`: loadings 0 would stay 0.
+    Raises ValueError unless 1 <= rank < d.
+    """
+
+    def structure(num_components: int, variances: Float[AnyArray, " d"]) -> LowRank:
+        variances = jnp.asarray(variances)
+        d = len(variances)
+        if not 1 <= rank < d:
+            raise ValueError(f"the rank must be at least 1 and below d = {d}, got {rank}")
+        loadings = jax.random.normal(key, (num_components, d, rank), jnp.float32)
+        loadings = (
+            loadings.astype(variances.dtype) * jnp.sqrt(variances / (2 * rank))[None, :, None]
+        )
+        scales = jnp.broadcast_to(jnp.sqrt(variances / 2), (num_components, d))
+        return LowRank(loadings, scales, project(loadings, scales))
+
+    return structure
+
+
+def from_matrices(matrices: Float[AnyArray, "*K d d"]) -> Full | Tied:
+    """`Full` of covariances [K, d, d], `Tied` of one [d, d], in float64 on the host.
+
+    Raises ValueError where one is not positive definite, or not symmetric to 1e-6 of the standard
+    deviations' products: what is 0 but for rounding may differ from its mirror image.
+    """
+    matrices = np.asarray(matrices, np.float64)
+    if matrices.ndim not in (2, 3) or matrices.shape[-1] != matrices.shape[-2]:
+        raise ValueError(f"covariances are [K, d, d] or [d, d], got shape {matrices.shape}")
+    scales = np.sqrt(np.abs(np.diagonal(matrices, axis1=-2, axis2=-1)))
+    largest = 1e-6 * scales[..., :, None] * scales[..., None, :]
+    if not np.all(np.abs(matrices - np.swapaxes(matrices, -1, -2)) <= largest):
+        raise ValueError("a covariance is not symmetric")
+    try:
+        cholesky = np.linalg.cholesky(matrices)
+    except np.linalg.LinAlgError as error:
+        raise ValueError("a covariance is not positive definite") from error
+    return from_cholesky(cholesky)
+
+
+def from_cholesky(cholesky: Float[AnyArray, "*K d d"]) -> Full | Tied:
+    """`Full` or `Tied` of lower triangular factors L, in float64 on the host."""
+    inverse = invert_triangles(cholesky)
+    return (Full if inverse.ndim == 3 else Tied)(np.asarray(cholesky, np.float64), inverse)
+
+
+def invert_triangles(triangles: Float[AnyArray, "*K d d"]) -> Float[np.ndarray, "*K d d"]:
+    """The inverses of lower triangles, in float64 on the host."""
+    from scipy.linalg import solve_triangular
+
+    triangles = np.asarray(triangles, np.float64)
+    identity = np.eye(triangles.shape[-1])
+    flat = triangles.reshape(-1, *identity.shape)
+    inverses = [solve_triangular(triangle, identity, lower=True) for triangle in flat]
+    return np.reshape(inverses, triangles.shape)
+
+
+def log_normalisers(covariance: Covariance, dimension: int) -> Float[Array, " K"]:
+    """-(d log 2 pi + log|Sigma_k|) / 2, [K], or [1] where the covariance is tied."""
+    return -(dimension * math.log(2 * math.pi) + covariance.log_determinants()) / 2

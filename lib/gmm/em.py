@@ -1,0 +1,446 @@
+"""Gaussian mixtures by expectation-maximisation, streamed: starts, steps, fits.
+
+    moments = expectation(mixture, x)                  sums over rows: those of parts add up
+    mixture, ridge = maximisation(mixture, moments)
+    mixture, info = em_step(mixture, x)                both
+
+are pure functions of arrays, to be jitted by their caller, in the dtypes of their arguments: points
+may be float32 beside a float64 mixture. `fit` is the driver for data of any size
+(`lib.gmm.moments.rows`): it adds up moments in float64 over chunks and devices and maximises in
+float64, whatever the dtype of the products. Responsibilities are never stored: beside the data a
+fit holds O(K d^2 + K block_size d). Starts are in `lib.gmm.starts`.
+"""
+
+import gc
+import hashlib
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, ScalarLike
+
+from lib.gmm._mixture import Mixture, Prepared, cast, joint_log_densities, prepare
+from lib.gmm.covariances import Full
+from lib.gmm.moments import Rows, dimension, sum_over_blocks, sum_over_rows
+from lib.numerics import as_sample
+from lib.runs import Run, processes
+from lib.runs.console import Interrupted, interruptible, progress
+from lib.runs.files import RunFileError
+
+NEGLIGIBLE = 1e-18
+"""Responsibilities up to here count as 0."""
+
+
+class Moments(NamedTuple):
+    """Sums over weighted rows under a mixture; `first` and `second` are those of its structure."""
+
+    weight: Float[Array, ""]
+    log_likelihood: Float[Array, ""]
+    counts: Float[Array, " K"]
+    first: PyTree
+    second: PyTree
+
+
+class StepInfo(NamedTuple):
+    """Of the mixture before the step the mean log-likelihood in nats a point, of the data's weight
+    each component's share times n, `counts` [K]; of the one after it the ridges [K]."""
+
+    log_likelihood: Float[Array, ""]
+    counts: Float[Array, " K"]
+    ridge: Float[Array, " K"]
+
+
+# One step
+
+
+def block_moments(
+    prepared: Prepared,
+    points: Float[Array, "b d"],
+    weights: Float[Array, " b"],
+    given: Float[Array, "b K"] | None = None,
+) -> Moments:
+    """Moments of one block, with the mixture's responsibilities or those given."""
+    joint, left = joint_log_densities(prepared, points)
+    log_density = jax.nn.logsumexp(joint, axis=1)
+    if given is None:
+        given = jnp.exp(joint - log_density[:, None])
+        # Less moves no sum and costs time: as a number too small to be normal, or as a row.
+        given = jnp.where(given > NEGLIGIBLE, given, 0)
+    shares = given.astype(points.dtype) * weights[:, None]
+    first, second = prepared.covariance.moments(left, shares)
+    # A row of weight 0 has no say, were its density 0.
+    log_density = jnp.where(weights > 0, log_density, 0)
+    log_likelihood = jnp.sum(weights * log_density)
+    return Moments(jnp.sum(weights), log_likelihood, jnp.sum(shares, axis=0), first, second)
+
+
+def expectation(
+    mixture: Mixture,
+    x: Float[Array, "n d"],
+    weights: Float[Array, " n"] | None = None,
+    *,
+    block_size: int = 512,
+) -> Moments:
+    """The E-step: moments of the rows, each of weight 1 by default.
+
+    Products are taken in the dtype of x, sums over blocks in that of the mixture. O(K n d^2)
+    operations, O(K d^2 + K block_size d) memory. Raises ValueError as `lib.numerics.as_sample`.
+    """
+    x, weights = as_sample("x", x, weights)
+    weights = jnp.ones(len(x), x.dtype) if weights is None else weights
+    dtype = jnp.asarray(mixture.means).dtype
+    prepared = prepare(mixture, x.dtype)
+    return sum_over_blocks(
+        block_moments,
+        prepared,
+        (x, weights),
+        dtype=x.dtype,
+        total_dtype=dtype,
+        block_size=block_size,
+    )
+
+
+def maximisation(
+    mixture: Mixture,
+    moments: Moments,
+    *,
+    regularisation: ScalarLike = 1e-6,
+    rounding: ScalarLike | None = None,
+) -> tuple[Mixture, Float[Array, " K"]]:
+    """The M-step from moments under `mixture`, and the ridges [K] that it had to add.
+
+    `regularisation` is added to every variance, as scikit-learn's reg_covar. A ridge is 0 but where
+    a covariance is singular all the same (`lib.gmm._linalg.factorise`). A component that has
+    lost all its points (a share below 10 eps) keeps its mean and covariance, at weight 0.
+
+    `rounding` is the eps of the products that the moments are sums of, that of the moments
+    themselves by default. A ridge is infinite where a mean moves by so many standard deviations
+    (130 in float32) that rounding hides the covariance about it: that is kept as it was, and found
+    by a further step. The ridge of no other covariance is infinite.
+    """
+    mixture = jax.tree.map(jnp.asarray, mixture)
+    total = jnp.sum(moments.counts)
+    eps = jnp.finfo(moments.counts.dtype).eps
+    counts = jnp.where(moments.counts > 10 * eps * total, moments.counts, 0)
+    means, covariance, ridge = mixture.covariance.maximise(
+        mixture.means,
+        counts,
+        moments.first,
+        moments.second,
+        regularisation,
+        eps if rounding is None else rounding,
+    )
+    return Mixture(counts / jnp.sum(counts), means, covariance), ridge
+
+
+def em_step(
+    mixture: Mixture,
+    x: Float[Array, "n d"],
+    weights: Float[Array, " n"] | None = None,
+    *,
+    regularisation: ScalarLike = 1e-6,
+    block_size: int = 512,
+) -> tuple[Mixture, StepInfo]:
+    """One iteration of EM: `expectation`, then `maximisation`."""
+    moments = expectation(mixture, x, weights, block_size=block_size)
+    mixture, ridge = maximisation(
+        mixture, moments, regularisation=regularisation, rounding=jnp.finfo(x.dtype).eps
+    )
+    return mixture, StepInfo(moments.log_likelihood / moments.weight, moments.counts, ridge)
+
+
+# Fits
+
+
+class FitResult(NamedTuple):
+    """A fitted mixture, float64 on the host, and T iterations of history.
+
+    `log_likelihoods[t]` is the training data's mean under the mixture before step t, as
+    scikit-learn's lower_bounds_; `held_out[t]` the held-out data's, [T + 1], the last entry after
+    the last step, or empty. `counts[t]` [K] are the weights that the components own in step t, and
+    `ridges[t]` [K] what step t had to add to a singular covariance: 0 where nothing was repaired,
+    infinity where it kept the covariance of a mean that moved too far (`maximisation`).
+    """
+
+    mixture: Mixture
+    converged: bool
+    log_likelihoods: np.ndarray
+    held_out: np.ndarray
+    counts: np.ndarray
+    ridges: np.ndarray
+
+    @property
+    def repairs(self) -> list[str]:
+        """What was repaired on the way, in words."""
+        found = []
+        kept = np.isinf(self.ridges)
+        ridges = np.where(kept, 0, self.ridges)
+        for k in np.flatnonzero(ridges.any(axis=0)):
+            steps = np.flatnonzero(ridges[:, k])
+            found.append(
+                f"component {k}: a ridge of at most {ridges[:, k].max():.1e} was added to a "
+                f"singular covariance in {len(steps)} steps, the last being step {steps[-1]}"
+            )
+        for k in np.flatnonzero(kept.any(axis=0)):
+            steps = np.flatnonzero(kept[:, k])
+            last = " and is not that of its points: take more steps" * bool(kept[-1, k])
+            found.append(
+                f"component {k}: its mean moved too far for the rounding of the products in "
+                f"{len(steps)} steps, the last being step {steps[-1]}, where its covariance stayed "
+                f"as it was{last}"
+            )
+        for k in np.flatnonzero(np.asarray(self.mixture.weights) == 0):
+            found.append(f"component {k} lost all its points: it has weight 0 and its last shape")
+        return found
+
+
+class _State(NamedTuple):
+    """What a checkpoint holds; the histories are as long as the fit may become."""
+
+    mixture: Mixture
+    log_likelihoods: np.ndarray
+    held_out: np.ndarray
+    counts: np.ndarray
+    ridges: np.ndarray
+    origin: np.ndarray
+
+
+def mean_log_likelihood(mixture: Mixture, data: Rows) -> float:
+    """The weighted mean of log p(x) over rows, in nats a point."""
+    with jax.enable_x64(True):
+        prepared = prepare_jit(cast(mixture, jnp.float64), data.dtype)
+        weight, total = sum_over_rows(_block_log_likelihood, prepared, data)
+        return float(total / weight)
+
+
+def fit(
+    data: Rows,
+    start: Mixture,
+    *,
+    held_out: Rows | None = None,
+    regularisation: float = 1e-6,
+    tolerance: float = 1e-3,
+    max_iterations: int = 100,
+    run: Run | None = None,
+    checkpoint_seconds: float = 60.0,
+    show_progress: bool = True,
+    description: str = "EM",
+) -> FitResult:
+    """EM from `start` until the mean log-likelihood moves by less than `tolerance` nats a point.
+
+    Args:
+      data: the rows, from `lib.gmm.moments.rows`, which says how they are read and where.
+      start: from `lib.gmm.starts`, or `lib.gmm.from_sklearn`.
+      held_out: rows that decide instead of the training data: the fit ends when a step gains less
+        than `tolerance` on them, with the better of the mixtures before and after it.
+      regularisation: added to every variance, in the squared units of the data (reg_covar).
+      run: a run folder to save into and, if it holds a checkpoint, to resume from, to the same
+        bits. SIGINT and SIGTERM then save after the iteration and raise `Interrupted`.
+
+    Full covariances cost 4 n d^2 K operations an iteration, of which panels save 3/8 at most, and
+    about 7 d^3 K in float64.
+
+    Warns where a full covariance has fewer points than dimensions: the regularisation alone then
+    decides the density off their span.
+
+    Raises:
+      ValueError: more components than points, other dimensions, bad options; before any work.
+      FloatingPointError: NaN or infinity on the way.
+      RunFileError: the folder's checkpoint is of another start, other data or options.
+    """
+    _check_fit(data, held_out, start, regularisation, tolerance, max_iterations)
+    crowded = _warn_if_crowded(data, start)
+    shape = max_iterations, len(start.weights)
+    origin = np.zeros(32, np.uint8)
+    if run:
+        settings = regularisation, tolerance, max_iterations
+        origin = _fingerprint(start, data, held_out, settings)
+    with jax.enable_x64(True):
+        state = _State(
+            jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float64), start),
+            np.full(max_iterations, np.nan),
+            np.full(max_iterations + 1, np.nan),
+            np.full(shape, np.nan),
+            np.full(shape, np.nan),
+            origin,
+        )
+        del start  # at d = 3072 it is a third of what a fit holds, unless the caller keeps it
+        state, done = _resume(run, state)
+        if run:
+            run.truncate_metrics(done)
+        gc.collect()  # jaxlib lets go of what it borrowed from numpy when garbage is collected
+        converged = _converged(state, done, held_out is not None, tolerance)
+        saved, logged = time.monotonic(), done
+        with (
+            interruptible() as stop_requested,
+            progress(
+                max_iterations,
+                initial=done,
+                description=description,
+                enabled=show_progress,
+                line_every=10.0,
+            ) as tick,
+        ):
+            if held_out and done == 0:
+                state.held_out[0] = mean_log_likelihood(state.mixture, held_out)
+            while done < max_iterations and not converged:
+                keep = held_out is not None  # the better of two mixtures is
+                mixture, info = _iterate(state.mixture, data, regularisation, keep=keep)
+                log_likelihood = _finite(mixture, float(info.log_likelihood), done)
+                state.log_likelihoods[done] = log_likelihood
+                state.counts[done], state.ridges[done] = info.counts, info.ridge
+                if held_out:
+                    state.held_out[done + 1] = mean_log_likelihood(mixture, held_out)
+                done += 1
+                worse = held_out and not state.held_out[done] >= state.held_out[done - 1]
+                if not worse:
+                    state = state._replace(mixture=mixture)
+                converged = _converged(state, done, held_out is not None, tolerance)
+                tick(1, log_likelihood=log_likelihood)
+                due = time.monotonic() - saved > checkpoint_seconds
+                _, stopping, due = processes.agreed(processes.NextVisit(1, stop_requested(), due))
+                finished = converged or done == max_iterations
+                if run and (stopping or finished or due):
+                    run.append_metrics(_rows(state, logged, done, held_out is not None))
+                    run.save_checkpoint(state, step=done)
+                    saved, logged = time.monotonic(), done
+                if stopping and not finished:
+                    if run:
+                        raise Interrupted(run.checkpoint, done)
+                    raise KeyboardInterrupt
+        mixture = jax.tree.map(np.asarray, jax.device_get(state.mixture))
+    if done and not crowded:
+        _warn_if_singular(state, done)
+    return FitResult(
+        mixture,
+        bool(converged),
+        state.log_likelihoods[:done],
+        state.held_out[: done + 1] if held_out else state.held_out[:0],
+        state.counts[:done],
+        state.ridges[:done],
+    )
+
+
+prepare_jit = jax.jit(prepare, static_argnums=1)
+maximise_jit = jax.jit(maximisation)
+maximise_in_place = jax.jit(maximisation, donate_argnums=0)
+
+
+def _iterate(
+    mixture: Mixture, data: Rows, regularisation: float, *, keep: bool = True
+) -> tuple[Mixture, StepInfo]:
+    """`em_step` over rows; unless `keep`, the new mixture takes the memory of the old one."""
+    moments = sum_over_rows(block_moments, prepare_jit(mixture, data.dtype), data)
+    maximise = maximise_jit if keep else maximise_in_place
+    rounding = float(np.finfo(data.dtype).eps)
+    mixture, ridge = maximise(mixture, moments, regularisation=regularisation, rounding=rounding)
+    return mixture, StepInfo(moments.log_likelihood / moments.weight, moments.counts, ridge)
+
+
+def _block_log_likelihood(prepared, points, weights):
+    log_density = jax.nn.logsumexp(joint_log_densities(prepared, points)[0], axis=1)
+    return jnp.sum(weights), jnp.sum(weights * jnp.where(weights > 0, log_density, 0))
+
+
+def _converged(state: _State, done: int, with_held_out: bool, tolerance: float) -> bool:
+    if with_held_out:
+        return done > 0 and not state.held_out[done] - state.held_out[done - 1] >= tolerance
+    if done < 2 or np.isinf(state.ridges[done - 1]).any():  # a covariance waits for the next step
+        return False
+    return bool(abs(state.log_likelihoods[done - 1] - state.log_likelihoods[done - 2]) < tolerance)
+
+
+def _finite(mixture: Mixture, log_likelihood: float, step: int) -> float:
+    if not np.isfinite(log_likelihood):
+        raise FloatingPointError(
+            f"the log-likelihood is {log_likelihood} in step {step} (from 0): the transform "
+            "makes NaN or infinity of the data, or they lie beyond what their dtype holds"
+        )
+    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(mixture)):
+        raise FloatingPointError(f"step {step} (from 0) made NaN or infinity: scale the data")
+    return log_likelihood
+
+
+def _warn_if_crowded(data: Rows, start: Mixture) -> bool:
+    """Warns, and says so, where some full covariance must have fewer points than dimensions."""
+    (num_components, d), present = start.means.shape, np.count_nonzero(data.weights)
+    crowded = isinstance(start.covariance, Full) and bool(present <= num_components * d)
+    if crowded:
+        warnings.warn(
+            f"{present} points for {num_components} full covariances in {d} dimensions: at least "
+            "one is singular but for the regularisation; use tied, diagonal or low_rank",
+            stacklevel=3,
+        )
+    return crowded
+
+
+def _warn_if_singular(state: _State, done: int) -> None:
+    counts, d = state.counts[done - 1], state.mixture.means.shape[1]
+    if isinstance(state.mixture.covariance, Full) and 0 < counts[counts > 0].min() <= d:
+        warnings.warn(
+            f"a component owns {counts[counts > 0].min():.1f} points in {d} dimensions: its full "
+            "covariance is singular but for the regularisation; use tied, diagonal or low_rank",
+            stacklevel=3,
+        )
+
+
+def _check_fit(data, held_out, start, regularisation, tolerance, max_iterations) -> None:
+    num_components, d = start.means.shape
+    present = np.count_nonzero(data.weights)
+    if num_components > present:
+        raise ValueError(f"{num_components} components, but {present} points of positive weight")
+    for name, rows in (("the data", data), ("the held-out data", held_out)):
+        if rows is not None and dimension(rows) != d:
+            raise ValueError(f"{name} have dimension {dimension(rows)}, the start {d}")
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(start)):
+        raise ValueError("the start holds NaN or infinity")
+    if not 0 <= regularisation < np.inf:
+        raise ValueError(f"regularisation must be >= 0 and finite, got {regularisation}")
+    if not tolerance >= 0 or max_iterations < 1:
+        raise ValueError(
+            f"tolerance must be >= 0 and max_iterations >= 1: {tolerance}, {max_iterations}"
+        )
+
+
+def _fingerprint(start: Mixture, data: Rows, held_out: Rows | None, settings) -> np.ndarray:
+    """What a checkpoint must share with the fit that resumes it; a transform is known by what it
+    makes of the first rows."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for leaf in jax.tree.leaves(start):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    for rows in (data, held_out):
+        if rows is None:
+            continue
+        digest.update(f"{rows.dtype}{rows.x.dtype}{rows.x.shape}{rows.block_size}".encode())
+        digest.update(f"{rows.chunk_size} {len(rows.devices)}".encode())
+        digest.update(rows.weights.tobytes())
+        for begin in range(0, rows.num_rows, rows.chunk_size):
+            chunk = np.ascontiguousarray(rows.x[begin : begin + rows.chunk_size])
+            digest.update(chunk.tobytes())
+        if rows.transform is not None:
+            first = rows.transform(jnp.asarray(rows.x[:2]).astype(np.float32))
+            digest.update(f"{float(jnp.mean(first)):.4g}".encode())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _rows(state: _State, first: int, end: int, with_held_out: bool) -> Iterator[dict[str, Any]]:
+    """Of the iterations first, ..., end - 1, for metrics.jsonl."""
+    for step in range(first, end):
+        row = {"step": step, "log_likelihood": state.log_likelihoods[step]}
+        yield row | ({"held_out": state.held_out[step + 1]} if with_held_out else {})
+
+
+def _resume(run: Run | None, state: _State) -> tuple[_State, int]:
+    if not run or (loaded := run.load_checkpoint(state)) is None:
+        return state, 0
+    saved, done = loaded
+    if not np.array_equal(saved.origin, state.origin):
+        raise RunFileError(
+            f"{run.checkpoint} belongs to a fit with another start, other data or options; delete "
+            "it to start anew"
+        )
+    return saved._replace(mixture=cast(saved.mixture, jnp.float64)), done

@@ -1,0 +1,214 @@
+"""Where EM starts: from given responsibilities, or from k-means with k-means++ seeds."""
+
+import gc
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Key, Shaped
+
+from lib.gmm._linalg import distances_from_nearest, expanded_distances, row_sums
+from lib.gmm._mixture import Mixture, cast
+from lib.gmm.covariances import Covariance
+from lib.gmm.em import block_moments, maximise_in_place, prepare_jit
+from lib.gmm.moments import Rows, sum_over_rows
+from lib.numerics import AnyArray, product, uniform_weights
+
+Structure = Callable[[int, Float[AnyArray, " d"]], Covariance]
+
+
+SEED_POINTS = 10_000
+"""Points among which k-means++ looks for its seeds."""
+CLOSE = 2.0**-10
+"""Of a squared norm: a squared distance that is smaller is not taken from norms."""
+START_ROUNDING = 1e-12
+"""Above float64's: a start is right to about 1e-6 of its variances, however far apart they lie."""
+
+
+# Given responsibilities
+
+
+def responsibilities_start(
+    data: Rows,
+    responsibilities: Shaped[AnyArray, "n K"],
+    structure: Structure,
+    *,
+    regularisation: float = 1e-6,
+) -> Mixture:
+    """The M-step from given responsibilities, such as one-hot labels: where scikit-learn starts.
+
+    `structure` is one of `full`, `tied`, `diagonal`, `spherical` and `low_rank(key, rank)` of
+    `lib.gmm.covariances`. One pass for the scale of the features and one for the moments, both in
+    float64; the result is float64 on the host. Raises ValueError where a component has no
+    responsibility at all.
+    """
+    responsibilities = np.asarray(responsibilities)
+    if responsibilities.ndim != 2 or len(responsibilities) != data.num_rows:
+        raise ValueError(f"responsibilities are [{data.num_rows}, K], got {responsibilities.shape}")
+    num_components = responsibilities.shape[1]
+    _check_num_components(data, num_components)
+    empty = data.weights @ responsibilities <= 0
+    if empty.any():
+        raise ValueError(f"component {int(np.argmax(empty))} starts with no point")
+    return _maximised(
+        data, num_components, structure, regularisation, _given_moments, (), responsibilities
+    )
+
+
+def _maximised(data, num_components, structure, regularisation, function, parameters, *columns):
+    """The M-step from the moments that `function` takes of blocks, in float64."""
+    data = data._replace(dtype=np.dtype(np.float64))
+    with jax.enable_x64(True):
+        weight, first, second = sum_over_rows(_block_spread, (), data)
+        mean = first / weight
+        variances = jnp.maximum(second / weight - mean**2, 0)
+        scale = jnp.mean(variances)
+        # Coordinates to take the moments in: any do, near the data's they keep most digits.
+        variances = jnp.maximum(variances, jnp.where(scale > 0, 1e-3 * scale, 1))
+        means = jnp.broadcast_to(mean, (num_components, len(mean)))
+        weights = jnp.full(num_components, 1 / num_components)
+        start = Mixture(weights, means, structure(num_components, variances))
+        start = cast(start, jnp.float64)
+        for _ in range(2):
+            prepared = prepare_jit(start, data.dtype)
+            moments = sum_over_rows(function, (prepared, parameters), data, *columns)
+            del prepared
+            gc.collect()  # jaxlib lets go of what it borrowed from numpy as garbage is collected
+            start, ridge = maximise_in_place(
+                start, moments, regularisation=regularisation, rounding=START_ROUNDING
+            )
+            # Clusters very far from the mean of all: once more, about their own means.
+            if not np.isinf(ridge).any():
+                break
+        return jax.tree.map(np.asarray, jax.device_get(start))
+
+
+def _block_spread(_, points, weights):
+    return jnp.sum(weights), product(weights, points), product(weights, jnp.square(points))
+
+
+def _given_moments(parameters, points, weights, responsibilities):
+    return block_moments(parameters[0], points, weights, responsibilities)
+
+
+def _nearest_moments(parameters, points, weights):
+    prepared, centres = parameters
+    nearest = _nearest(points, centres.astype(points.dtype))[1]
+    return block_moments(prepared, points, weights, nearest)
+
+
+def _check_num_components(data: Rows, num_components: int) -> None:
+    present = np.count_nonzero(data.weights)
+    if not 1 <= num_components <= present:
+        raise ValueError(f"{num_components} components, but {present} points of positive weight")
+
+
+# k-means
+
+
+def kmeans_start(
+    key: Key[Array, ""],
+    data: Rows,
+    num_components: int,
+    structure: Structure,
+    *,
+    regularisation: float = 1e-6,
+    max_passes: int = 30,
+) -> Mixture:
+    """The M-step from the clusters of `kmeans`: one component a cluster."""
+    centres = kmeans(key, data, num_components, max_passes=max_passes)
+    return _maximised(data, num_components, structure, regularisation, _nearest_moments, centres)
+
+
+def kmeans(
+    key: Key[Array, ""], data: Rows, num_components: int, *, max_passes: int = 30
+) -> Float[np.ndarray, "K d"]:
+    """Centres [K, d], float64, after Lloyd's passes from k-means++ seeds.
+
+    Seeds come from at most `SEED_POINTS` rows drawn by weight without replacement; passes are over
+    all rows and end when the mean squared distance falls by less than 1e-4 of itself. A centre that
+    loses its points stays where it is. Raises ValueError with more components than points, or than
+    distinct points among those drawn.
+    """
+    _check_num_components(data, num_components)
+    drawing_key, seeding_key = jax.random.split(key)
+    present = np.flatnonzero(data.weights)
+    if len(present) > SEED_POINTS:
+        draw = jax.random.choice(drawing_key, len(present), (SEED_POINTS,), replace=False)
+        present = present[np.sort(np.asarray(draw))]
+    with jax.enable_x64(True):
+        points = jnp.asarray(np.asarray(data.x[present])).astype(data.dtype)
+        points = points if data.transform is None else data.transform(points)
+        points = points.reshape(len(present), -1)
+        weights = jnp.asarray(data.weights[present], data.dtype)
+        centres = jax.jit(kmeans_plus_plus, static_argnums=2)(
+            seeding_key, points, num_components, weights
+        )
+        distinct = len(np.unique(np.asarray(centres), axis=0))
+        if distinct < num_components:
+            raise ValueError(
+                f"{num_components} components, but {distinct} distinct points among the "
+                f"{len(present)} looked at"
+            )
+        centres, before = centres.astype(jnp.float64), np.inf
+        for _ in range(max_passes):
+            inertia, counts, sums = sum_over_rows(_block_clusters, centres, data)
+            moved = sums / jnp.where(counts > 0, counts, 1)[:, None]
+            centres = jnp.where(counts[:, None] > 0, moved, centres)
+            if not before - inertia > 1e-4 * inertia:
+                break
+            before = inertia
+        return np.asarray(centres)
+
+
+def kmeans_plus_plus(
+    key: Key[Array, ""],
+    points: Float[Array, "n d"],
+    num_components: int,
+    weights: Float[Array, " n"] | None = None,
+) -> Float[Array, "K d"]:
+    """K of the points, each drawn with probability w_i D_i^2, D_i the distance to those before.
+
+    Arthur and Vassilvitskii, k-means++: the advantages of careful seeding (SODA 2007). O(n K d).
+    With fewer than K distinct points some repeat; none of weight 0 is drawn.
+    """
+    weights = uniform_weights(points) if weights is None else weights
+
+    def draw(distances, key):
+        shares = weights * distances
+        shares = jnp.where(jnp.any(shares > 0), shares, weights)
+        index = jax.random.categorical(key, jnp.log(shares))
+        squared = row_sums(jnp.square(points - points[index][None, :]))
+        return jnp.minimum(distances, squared), points[index]
+
+    keys = jax.random.split(key, num_components)
+    index = jax.random.categorical(keys[0], jnp.log(weights))
+    squared = row_sums(jnp.square(points - points[index][None, :]))
+    _, others = lax.scan(draw, squared, keys[1:])
+    return jnp.concatenate([points[index][None, :], others])
+
+
+def _nearest(points, centres):
+    """Squared distances to the nearest centre [b], and which it is, one-hot [b, K]."""
+    middle = jnp.mean(centres, axis=0, keepdims=True)
+    centred, shifted = points - middle, centres - middle
+    distances = expanded_distances(centred, shifted)
+    # A distance far below the norms is not what they leave: it is taken from the nearest centre.
+    close = jnp.min(distances, axis=1) < CLOSE * row_sums(jnp.square(centred))
+
+    def refined():
+        nearest = jnp.argmin(distances, axis=1)
+        exact = distances_from_nearest(points - centres[nearest], nearest, shifted)
+        return jnp.where(close[:, None], exact, distances)
+
+    distances = lax.cond(jnp.any(close), refined, lambda: distances)
+    nearest = jnp.argmin(distances, axis=1)
+    return jnp.min(distances, axis=1), jax.nn.one_hot(nearest, len(centres), dtype=points.dtype)
+
+
+def _block_clusters(centres, points, weights):
+    squared, nearest = _nearest(points, centres.astype(points.dtype))
+    shares = nearest * weights[:, None]
+    return product(weights, squared), jnp.sum(shares, axis=0), product(shares.T, points)

@@ -1,0 +1,29 @@
+"""The networks of the experiments; convolution, optimizers and training beside them."""
+
+from lib.networks._networks import (
+    MLP,
+    AlexNet,
+    Conv,
+    ConvNet,
+    Images,
+    LeNet5,
+    Norm,
+    Outputs,
+    ResNet18,
+    network_by_name,
+    torch_like,
+)
+
+__all__ = [
+    "MLP",
+    "AlexNet",
+    "Conv",
+    "ConvNet",
+    "Images",
+    "LeNet5",
+    "Norm",
+    "Outputs",
+    "ResNet18",
+    "network_by_name",
+    "torch_like",
+]

@@ -1,0 +1,386 @@
+"""Classifiers: train one from a key, evaluate it; several seeds and several sets at once.
+
+Training runs in one compiled loop. The key, the epoch and the step fix what each step draws, so a
+run does not depend on where the host visits it: `fit_seeds`, which does so about once a second, to
+show progress, look for NaN and save, ends in the bits of `train_seeds`, interrupted or not.
+
+Nothing is selected on the way: what comes back is the network after the last epoch.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from lib import devices
+from lib.gd import DivergedError
+from lib.runs import Run
+from lib.runs.files import RunFileError
+from lib.runs.loop import advance_in_visits
+
+Parameters = Any
+# transform(key, images [B, H, W, channels], targets [B, classes]) -> (images, targets): augments,
+# mixes, normalises. A pure function, known to jit by its hash: make it once.
+Transform = Callable[[Array, Array, Array], tuple[Array, Array]]
+
+SECONDS_BETWEEN_VISITS = 1.0
+NEVER = np.iinfo(np.int32).max
+
+
+# Training
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """ceil(num_images / batch_size): the last batch may be short."""
+    return -(-num_images // min(batch_size, num_images))
+
+
+class TrainState(NamedTuple):
+    """What the next step depends on, data and key aside; `losses[e]` is the sum over the images
+    that epoch e has seen so far."""
+
+    parameters: Parameters
+    optimizer_state: Any
+    losses: Float[Array, "*ensemble num_epochs"]
+    step: Int[Array, ""]
+
+
+@partial(jax.jit, static_argnames=("network", "optimizer", "num_epochs", "batch_size", "transform"))
+def train(
+    key: Array,
+    network: nn.Module,
+    images: Float[Array, "n height width channels"],
+    labels: Int[Array, " n"],
+    *,
+    optimizer: optax.GradientTransformation,
+    num_epochs: int = 50,
+    batch_size: int = 64,
+    transform: Transform | None = None,
+) -> tuple[Parameters, Float[Array, " num_epochs"]]:
+    """(parameters after the last epoch, mean loss of each epoch) by cross-entropy.
+
+    An epoch is a fresh shuffle, in ceil(n / batch_size) batches; the last one, if short, is a mean
+    over what it has. `vmap` over keys trains seeds at once, with the same results.
+
+    `transform` makes of every batch and its one-hot targets what is trained on, with targets t that
+    need not be one-hot: the loss is -sum_k t_k log p_k. It sees a short batch filled up with images
+    from the beginning of the epoch, which count in the loss only as far as it mixes them into the
+    others.
+    """
+    state = _start(key, network, images, optimizer=optimizer, num_epochs=num_epochs)
+    options = {"network": network, "optimizer": optimizer, "transform": transform}
+    num_steps = num_epochs * steps_per_epoch(len(images), batch_size)
+    state, *_ = _steps(key, state, images, labels, num_steps, batch_size=batch_size, **options)
+    return state.parameters, state.losses / len(images)
+
+
+def train_seeds(
+    keys: Array,
+    network: nn.Module,
+    images: Float[Array, "*sets n height width channels"],
+    labels: Int[Array, "*sets n"],
+    *,
+    optimizer: optax.GradientTransformation,
+    num_epochs: int = 50,
+    batch_size: int = 64,
+    transform: Transform | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Parameters, Float[Array, "*sets seeds num_epochs"]]:
+    """`train` for every key at once; parameters have a leading axis of seeds.
+
+    Images and labels may have a leading axis of sets: each is then trained on from every key, and
+    what comes back has axes [sets, seeds]. The devices of a mesh (`lib.devices`) share the
+    seeds, or the sets.
+    """
+    options = {"network": network, "optimizer": optimizer}
+    state = _start_all(keys, images, num_epochs=num_epochs, **options)
+    options |= {"batch_size": batch_size, "transform": transform}
+    num_steps = num_epochs * steps_per_epoch(images.shape[-4], batch_size)
+    keys, state, images, labels = devices.place((keys, state, images, labels), mesh)
+    state, *_ = _advance(keys, state, images, labels, num_steps, mesh=mesh, **options)
+    return devices.local((state.parameters, state.losses / images.shape[-4]), mesh)
+
+
+def fit_seeds(
+    keys: Array,
+    network: nn.Module,
+    images: Array,
+    labels: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    num_epochs: int = 50,
+    batch_size: int = 64,
+    transform: Transform | None = None,
+    at_once: bool = True,
+    run: Run | None = None,
+    checkpoint_seconds: float = 60.0,
+    show_progress: bool = True,
+    description: str = "training",
+    mesh: Mesh | None = None,
+) -> tuple[Parameters, Float[Array, "*sets seeds num_epochs"]]:
+    """`train_seeds`, to the bit, with a progress bar and, in a run folder, checkpoints; for the
+    other arguments see there.
+
+    Args:
+      images: [n, H, W, channels], or [sets, n, H, W, channels].
+      labels: [n], or [sets, n].
+      at_once: False trains the seeds of one set one after the other within each visit, equal to
+        rounding; `lib.networks.convolution.networks_at_once` knows which is faster.
+      run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
+        from. SIGINT and SIGTERM then save and raise `Interrupted`.
+      checkpoint_seconds: seconds between saves.
+      mesh: devices (`lib.devices`) that share the seeds, or the sets where there are several.
+
+    Raises:
+      ValueError: before any step, on NaN in the images, labels of another shape, a number of
+        epochs or a batch size below 1, several sets without `at_once`.
+      DivergedError: NaN or infinity in any network; the last good state is saved.
+      RunFileError: the folder's checkpoint is of other data, settings or keys.
+    """
+    _check_input(images, labels, num_epochs, batch_size)
+    options = {"network": network, "optimizer": optimizer}
+    state = _start_all(keys, images, num_epochs=num_epochs, **options)
+    # Weak types do not survive a checkpoint; without them a resumed run promotes alike.
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state)
+    options |= {"batch_size": batch_size, "transform": transform}
+    if not at_once and images.ndim == 5:
+        raise ValueError("several sets are trained at once: at_once=False is for one")
+    total = num_epochs * steps_per_epoch(images.shape[-4], batch_size)
+    origin = _fingerprint(keys, state, images, labels, total, **options) if run else np.zeros(0)
+    if run and (loaded := run.load_checkpoint((state, origin))):
+        (saved, found), _ = loaded
+        if not np.array_equal(found, origin):
+            raise RunFileError(
+                f"{run.checkpoint} belongs to a run with other data, settings or keys; "
+                "delete its folder to start anew"
+            )
+        state = jax.tree.map(jnp.asarray, saved)
+
+    done = int(state.step)
+    keys, state, images, labels = devices.place((keys, state, images, labels), mesh)
+
+    def save():
+        assert run is not None
+        run.save_checkpoint((devices.fetch(state), origin), step=done)
+
+    def take(num_steps):
+        nonlocal state, done
+        following, loss, first_bad = jax.block_until_ready(
+            _advance(keys, state, images, labels, num_steps, at_once=at_once, mesh=mesh, **options)
+        )
+        loss, first_bad = devices.fetch((loss, first_bad))
+        if (bad := int(np.min(first_bad))) < NEVER:
+            if run:
+                save()
+            raise DivergedError(state, bad, run.checkpoint if run else None)
+        state, done = following, done + num_steps
+        return {"loss": np.mean(loss)}
+
+    advance_in_visits(
+        take,
+        save,
+        done=done,
+        total=total,
+        seconds_between=SECONDS_BETWEEN_VISITS,
+        run=run,
+        checkpoint_seconds=checkpoint_seconds,
+        show_progress=show_progress,
+        description=description,
+    )
+    return devices.local((state.parameters, state.losses / images.shape[-4]), mesh)
+
+
+# The compiled loop
+
+
+def _start(key, network, images, *, optimizer, num_epochs) -> TrainState:
+    parameters = network.init(jax.random.split(key)[0], images[:1])
+    losses = jnp.zeros(num_epochs, images.dtype)
+    return TrainState(parameters, optimizer.init(parameters), losses, jnp.zeros((), jnp.int32))
+
+
+def _steps(
+    key, state, images, labels, num_steps, *, network, optimizer, batch_size, transform
+) -> tuple[TrainState, Float[Array, ""], Int[Array, ""]]:
+    """(state after `num_steps`, the last one's loss, the first step that met NaN or NEVER)."""
+    n = len(images)
+    batch_size = min(batch_size, n)
+    num_batches = steps_per_epoch(n, batch_size)
+    key_shuffle = jax.random.split(key)[1]
+    key_transform = jax.random.fold_in(key, 2)  # the split's two are no fold_in of this one
+
+    def shuffled(epoch):
+        return jax.random.permutation(jax.random.fold_in(key_shuffle, epoch), n)
+
+    def loss(parameters, step, chosen, present):
+        batch = images[chosen]
+        if transform is None:
+            logits = network.apply(parameters, batch)
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen])
+        else:
+            num_classes = jax.eval_shape(network.apply, parameters, batch).shape[1]
+            targets = jax.nn.one_hot(labels[chosen], num_classes, dtype=images.dtype)
+            batch, targets = transform(jax.random.fold_in(key_transform, step), batch, targets)
+            each = optax.softmax_cross_entropy(network.apply(parameters, batch), targets)
+        return jnp.sum(present * each) / jnp.sum(present)
+
+    def body(step, carry):
+        state, order, _, first_bad = carry
+        epoch, batch = step // num_batches, step % num_batches
+        order = lax.cond((batch == 0) | (step == first), shuffled, lambda _: order, epoch)
+        # Beyond the end: images from the beginning, which a transform may mix in, at weight 0.
+        places = batch * batch_size + jnp.arange(batch_size)
+        present = (places < n).astype(images.dtype)
+        value, gradient = jax.value_and_grad(loss)(
+            state.parameters, step, order[places % n], present
+        )
+        updates, optimizer_state = optimizer.update(
+            gradient, state.optimizer_state, state.parameters
+        )
+        parameters = optax.apply_updates(state.parameters, updates)
+        value = value.astype(images.dtype)
+        losses = state.losses.at[epoch].add(value * jnp.sum(present))
+        bad = jnp.where(jnp.isfinite(value), NEVER, step).astype(jnp.int32)
+        state = TrainState(parameters, optimizer_state, losses, state.step + 1)
+        return state, order, value, jnp.minimum(first_bad, bad)
+
+    first, last = state.step, state.step + num_steps - 1
+    start = state, jnp.arange(n), jnp.zeros((), images.dtype), jnp.asarray(NEVER, jnp.int32)
+    state, _, value, first_bad = lax.fori_loop(first, last + 1, body, start)
+    # Non-finite parameters after finite losses: the last step made them.
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.parameters)]
+    return state, value, jnp.where(jnp.stack(finite).all(), first_bad, jnp.minimum(first_bad, last))
+
+
+# The step is that of all networks: a batched one would make each step shuffle.
+_ENSEMBLE = TrainState._make((0, 0, 0, None))
+
+
+@partial(jax.jit, static_argnames=("network", "optimizer", "num_epochs"))
+def _start_all(keys, images, *, network, optimizer, num_epochs) -> TrainState:
+    def start(key, images):
+        return _start(key, network, images, optimizer=optimizer, num_epochs=num_epochs)
+
+    of_seeds = jax.vmap(start, (0, None), _ENSEMBLE)
+    if images.ndim == 5:
+        of_seeds = jax.vmap(of_seeds, (None, 0), _ENSEMBLE)
+    return of_seeds(keys, images)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("network", "optimizer", "batch_size", "transform", "at_once", "mesh"),
+)
+def _advance(
+    keys, state, images, labels, num_steps, *, at_once=True, mesh=None, **options
+) -> tuple[TrainState, Array, Array]:
+    """`_steps` of every network. `num_steps` is not static: visits at any distance, and none, share
+    one program, and so their bits."""
+
+    def of_one(key, own, images, labels):
+        """Of one network; `own` is its state but for the step, which is that of all."""
+        start = TrainState._make((*own, state.step))
+        following, loss, first_bad = _steps(key, start, images, labels, num_steps, **options)
+        return following[:3], loss, first_bad
+
+    def of_seeds(images, labels, keys, own):
+        if at_once:
+            return jax.vmap(of_one, (0, 0, None, None))(keys, own, images, labels)
+        return lax.map(lambda one: of_one(one[0], one[1], images, labels), (keys, own))
+
+    def of_sets(keys, images, labels, own):
+        return jax.vmap(of_seeds, (0, 0, None, 0))(images, labels, keys, own)
+
+    if images.ndim == 5:
+        found = devices.over_devices(of_sets, mesh, whole=1)(keys, images, labels, state[:3])
+    else:
+        found = devices.over_devices(of_seeds, mesh, whole=2)(images, labels, keys, state[:3])
+    following, losses, first_bad = found
+    following = devices.constrain(TrainState._make((*following, state.step + num_steps)), mesh)
+    return following, losses, first_bad
+
+
+def _check_input(images, labels, num_epochs, batch_size) -> None:
+    if images.ndim not in (4, 5) or 0 in images.shape or labels.shape != images.shape[:-3]:
+        raise ValueError(
+            "images are [n, H, W, channels] or [sets, n, H, W, channels], none 0, with a label "
+            f"each, got {images.shape} and {labels.shape}"
+        )
+    for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not bool(jnp.isfinite(images).all()):
+        raise ValueError("NaN or infinity in the images")
+
+
+def _fingerprint(
+    keys, state, images, labels, num_steps, *, network, optimizer, batch_size, transform
+) -> np.ndarray:
+    """What a checkpoint must share with the run that resumes it, in 32 bytes.
+
+    Settings of an optimiser and of a transform are closed over: they are known by what they do, the
+    one with gradients of ones in all steps, as schedules may begin alike, the other with the first
+    images. Digits that differ between devices are left out.
+    """
+    digest = hashlib.sha256(repr((network, batch_size, transform is None)).encode())
+    for leaf in (images, labels, jax.random.key_data(keys)):
+        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+
+    @jax.jit
+    def behaviour(images):
+        ones = jax.tree.map(lambda leaf: jnp.ones((), leaf.dtype), state.parameters)
+
+        def step(optimizer_state, _):
+            updates, optimizer_state = optimizer.update(ones, optimizer_state, ones)
+            return optimizer_state, jnp.stack(jax.tree.leaves(updates))
+
+        found = [lax.scan(step, optimizer.init(ones), length=num_steps)[1]]
+        if transform is not None:
+            targets = jnp.eye(len(images), dtype=images.dtype)
+            found += transform(jax.random.key(0), images, targets)
+        return jnp.stack([jnp.mean(leaf) for leaf in found])
+
+    first = images.reshape(-1, *images.shape[-3:])[: min(batch_size, 16)]
+    digest.update(",".join(f"{mean:.4g}" for mean in behaviour(first).tolist()).encode())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+# Evaluation
+
+
+@partial(jax.jit, static_argnames=("network", "block_size"))
+def predict(
+    network: nn.Module,
+    parameters: Parameters,
+    images: Float[Array, "n height width channels"],
+    *,
+    block_size: int = 1000,
+) -> Int[Array, " n"]:
+    """The class of the largest logit, `block_size` images at a time."""
+
+    def label(image):
+        return jnp.argmax(network.apply(parameters, image[None])[0])
+
+    return lax.map(label, images, batch_size=min(block_size, len(images)))
+
+
+def accuracy(
+    network: nn.Module,
+    parameters: Parameters,
+    images: Float[Array, "n height width channels"],
+    labels: Int[Array, " n"],
+    *,
+    block_size: int = 1000,
+) -> Float[Array, ""]:
+    """Share of the images whose label is predicted; `vmap` over parameters for an ensemble."""
+    return jnp.mean(predict(network, parameters, images, block_size=block_size) == labels)

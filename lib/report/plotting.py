@@ -1,0 +1,129 @@
+"""One matplotlib style, and the parts that figures share. The only module that draws."""
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import animation
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib.runs import processes
+from lib.runs.files import make_folder, named_errors
+
+# Okabe and Ito's palette: told apart by colour-blind readers.
+CLASS_COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
+    "#56B4E9", "#000000", "#F0E442", "#8C6BB1", "#7F7F7F",
+)  # fmt: skip
+
+STYLE: Any = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": mpl.rcsetup.cycler(color=CLASS_COLOURS),
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The common style, within the block alone."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def _into_place(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
+    """Calls `write` with a temporary name in the same folder, then renames it to `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    with processes.first_alone(f"drawing {path}") as first, named_errors(path, temporary):
+        if not first:
+            return path
+        make_folder(path.parent)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
+    """Writes the figure whole or not at all, closes it, and returns the path."""
+    try:
+        return _into_place(path, figure.savefig)
+    finally:
+        plt.close(figure)
+
+
+def save_animation(
+    figure: Figure, draw: Callable[[int], Any], num_frames: int, path: str | os.PathLike,
+    *, frames_per_second: int = 20,
+) -> Path:  # fmt: skip
+    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, and closes it."""
+    film = animation.FuncAnimation(figure, draw, frames=num_frames, blit=False)
+    writer = animation.PillowWriter(fps=frames_per_second)
+    try:
+        return _into_place(path, lambda name: film.save(name, writer=writer, dpi=90))
+    finally:
+        plt.close(figure)
+
+
+def scatter_classes(axes: Axes, points: np.ndarray, *, target: np.ndarray | None = None) -> None:
+    """Points [C, n, 2], a colour a class, over a target [C', m, 2] in grey."""
+    if target is not None:
+        x, y = target.reshape(-1, 2).T
+        axes.scatter(x, y, s=9, color="0.8", linewidths=0, zorder=1)
+    for label, cloud in enumerate(points):
+        colour = CLASS_COLOURS[label % len(CLASS_COLOURS)]
+        x, y = cloud.T
+        axes.scatter(x, y, s=5, color=colour, linewidths=0, zorder=3)
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+
+
+def plot_paths(axes: Axes, records: np.ndarray, *, longest: float = np.inf) -> None:
+    """Thin lines along records [T, C, n, 2] of particles; paths over `longest` are left out."""
+    length = np.linalg.norm(np.diff(records, axis=0), axis=-1).sum(axis=0)
+    for label in range(records.shape[1]):
+        colour = CLASS_COLOURS[label % len(CLASS_COLOURS)]
+        paths = records[:, label][:, length[label] <= longest]
+        axes.plot(*np.moveaxis(paths, -1, 0), lw=0.3, alpha=0.25, color=colour, zorder=2)
+
+
+def tile_images(images: np.ndarray, *, padding: int = 1) -> np.ndarray:
+    """Images [rows, columns, H, W, channels] in [0, 1] as one [H', W', channels], white between."""
+    rows, columns, height, width, channels = images.shape
+    sheet = np.ones(
+        (rows * (height + padding) - padding, columns * (width + padding) - padding, channels)
+    )
+    for i in range(rows):
+        for j in range(columns):
+            top, left = i * (height + padding), j * (width + padding)
+            sheet[top : top + height, left : left + width] = np.clip(images[i, j], 0, 1)
+    return sheet
+
+
+def show_images(axes: Axes, images: np.ndarray) -> None:
+    """A sheet of images [rows, columns, H, W, 1 or 3], values clipped to [0, 1]."""
+    axes.imshow(tile_images(images).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def plot_losses(axes: Axes, losses: np.ndarray, *, label: str | None = None) -> None:
+    """A loss against its step, logarithmic: parts at or below 0 (rounding) are left out."""
+    axes.semilogy(np.where(losses > 0, losses, np.nan), label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss F = MMD²/2")

@@ -1,0 +1,199 @@
+"""Mean random Fourier features of a sample that is read in pieces, for several bandwidths at once.
+
+One pass over samples of any size, each sum over more rows than those of a chunk kept in float64.
+The result depends on the size of the chunks, and on the number of devices, by rounding alone.
+
+Cosines of large arguments lose digits: the features of x are off by about eps |W x| / sigma, where
+W x grows with |x|. Kernels and MMDs do not depend on the origin. So where samples lie far from it
+against their spread, give the same `offset` for all of them, such as a rough common mean.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+from jaxtyping import Array, ArrayLike, Float, Int, Key
+
+from lib.numerics import at_least_float32, product
+from lib.rff import features_of_projections, project
+from lib.rows._rows import (
+    check_bandwidths,
+    check_floating,
+    fill_up,
+    one_behind,
+    read_ahead,
+)
+
+# Chunks are filled up to a multiple of so many rows: few shapes, so few compilations.
+ROW_MULTIPLE = 256
+
+
+class StreamedMeans(NamedTuple):
+    """What `stream_mean_embeddings` finds for S bandwidths and F features; host, float64."""
+
+    means: Float[np.ndarray, "S F"]
+    num_rows: int
+    block_sums: Float[np.ndarray, "B S F"]  # sums of the features of each block's rows
+    block_sizes: Int[np.ndarray, " B"]
+
+
+def row_blocks(
+    key: Key[Array, ""], first_row: int | Int[Array, ""], num_rows: int, num_blocks: int
+) -> Int[Array, " num_rows"]:
+    """At random, a block 0, ..., B - 1 for each row from `first_row` on, B = `num_blocks`.
+
+    The first B rows go to a block each; every other row to any block, independently of the rows
+    beside it: in a sorted file blocks that take turns would be samples of all its strata, and vary
+    less than the rows do. A row's block depends on key, row and B alone.
+    """
+    rows = first_row + jnp.arange(num_rows)
+    orders, draws = jax.random.split(key)
+    first = jax.random.permutation(orders, num_blocks)
+
+    def draw(row):  # in int32, whether float64 is on or not
+        return jax.random.randint(jax.random.fold_in(draws, row), (), 0, num_blocks, jnp.int32)
+
+    first = first[jnp.minimum(rows, num_blocks - 1)]
+    return jnp.where(rows < num_blocks, first, jax.vmap(draw)(rows))
+
+
+def stream_mean_embeddings(
+    chunks: Iterable[ArrayLike],
+    frequencies: Float[Array, "num_features d"],
+    bandwidths: Sequence[ArrayLike] | ArrayLike,
+    *,
+    phases: Float[Array, " num_features"] | None = None,
+    offset: ArrayLike | None = None,
+    num_blocks: int = 1,
+    block_key: Key[Array, ""] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    name: str = "the sample",
+) -> StreamedMeans:
+    """mu_s = 1/n sum_i z_s(x_i - offset) for each bandwidth, from one pass over chunks of rows.
+
+        file = open_rows(path)
+        stream_mean_embeddings(file.stored_chunks(1024), frequencies, bandwidths, name=file.name)
+
+    z_s are the features of `lib.rff.random_fourier_features` with bandwidth s, pairs (F = 2 D) or
+    with `phases` cosines (F = D). All bandwidths share the product W x. Chunks [size, d] of any
+    sizes are computed in float32, half precision too, and float64 ones in float64, within a local
+    scope; sums over chunks are float64. The rows of a chunk are shared out over `devices`, by
+    default all local ones; each holds its part of two chunks, of the D products and of one
+    bandwidth's F features. A thread reads ahead meanwhile: up to five chunks lie on the host.
+
+    With `num_blocks` B > 1 rows are put into blocks at random by `block_key` (see `row_blocks`),
+    and sums are kept by block. With weights w of the blocks, multinomial or Poisson,
+    sum_b w_b block_sums_b / sum_b w_b block_sizes_b is then a bootstrap draw of the means without
+    a second pass. Where n <= B a block is one row or none: that is the bootstrap over rows.
+
+    Raises ValueError on no rows, unequal widths, a dtype that is not floating point, bandwidths
+    that are not positive, whatever `chunks` raises; and after the last chunk on NaN and infinity,
+    with `name`, the number of such rows and the first (a row too large to be multiplied counts).
+    """
+    bandwidths, num_features = check_bandwidths(bandwidths), len(frequencies)
+    if num_blocks < 1 or (num_blocks > 1 and block_key is None):
+        raise ValueError(f"num_blocks must be 1, or more with a block_key: {num_blocks}")
+    mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("rows",))
+    multiple = int(np.lcm(ROW_MULTIPLE, mesh.size))
+    by_rows, everywhere = NamedSharding(mesh, Spec("rows")), NamedSharding(mesh, Spec())
+    frequencies, phases, block_key = jax.device_put((frequencies, phases, block_key), everywhere)
+    num_rows, size = 0, 0
+
+    def sums():
+        nonlocal num_rows, size
+        for chunk in read_ahead(chunks):
+            chunk = np.asarray(chunk)
+            check_floating(chunk, name)
+            if chunk.ndim != 2 or chunk.shape[1] != frequencies.shape[1]:
+                raise ValueError(
+                    f"{name}: rows of {frequencies.shape[1]} columns are needed for frequencies of "
+                    f"shape {frequencies.shape}, got a chunk of shape {chunk.shape}"
+                )
+            if not len(chunk):
+                continue
+            size = max(size, -(-len(chunk) // multiple) * multiple)
+            dtype = np.float64 if chunk.dtype == np.float64 else np.float32
+            with jax.enable_x64(dtype == np.float64):
+                found = _chunk_sums(
+                    jax.device_put(fill_up(chunk, size), by_rows),
+                    len(chunk),
+                    num_rows,
+                    block_key,
+                    frequencies,
+                    bandwidths.astype(dtype),
+                    phases,
+                    None if offset is None else np.asarray(offset, dtype),
+                    mesh=mesh,
+                    num_blocks=num_blocks,
+                )
+            num_rows += len(chunk)
+            # Outside the scope: a generator that stops inside would leave it to its caller.
+            yield found, num_rows - len(chunk)
+
+    num_columns = num_features if phases is not None else 2 * num_features
+    block_sums = np.zeros((num_blocks, len(bandwidths), num_columns))
+    block_sizes = np.zeros(num_blocks, np.int64)
+    bad_rows = []
+    for (chunk_sums, chunk_sizes, not_finite), first_row in one_behind(sums()):
+        block_sums += np.swapaxes(chunk_sums, 0, 1)
+        block_sizes += chunk_sizes
+        bad_rows.extend(first_row + np.flatnonzero(not_finite))
+    if not num_rows:
+        raise ValueError(f"{name} has no rows")
+    if bad_rows:
+        raise ValueError(
+            f"{name}: NaN or infinity in {len(bad_rows)} of {num_rows} rows, the first is row "
+            f"{bad_rows[0]}"
+        )
+    return StreamedMeans(block_sums.sum(axis=0) / num_rows, num_rows, block_sums, block_sizes)
+
+
+@partial(jax.jit, static_argnames=("mesh", "num_blocks"))
+def _chunk_sums(
+    rows,
+    num_rows,
+    first_row,
+    block_key,
+    frequencies,
+    bandwidths,
+    phases,
+    offset,
+    *,
+    mesh,
+    num_blocks,
+):
+    """Of the first `num_rows` rows: sums [S, B, F], sizes of the blocks, which are not finite."""
+    blocks = jnp.zeros(len(rows), int)
+    if num_blocks > 1:
+        blocks = row_blocks(block_key, first_row, len(rows), num_blocks)
+    blocks = jnp.where(jnp.arange(len(rows)) < num_rows, blocks, -1)
+
+    def on_one_device(rows, blocks, frequencies, bandwidths, phases, offset):
+        rows = at_least_float32(rows)
+        rows = rows if offset is None else rows - offset[None, :]
+        projections = project(rows, frequencies)
+        # A product with the blocks' indicators sums in the same order always; a scatter may not.
+        members = jax.nn.one_hot(blocks, num_blocks, axis=0, dtype=rows.dtype)
+
+        def sums(bandwidth):
+            features = features_of_projections(projections, bandwidth, phases=phases)
+            return product(members, features)
+
+        sizes = jnp.sum(members, axis=1).astype(int)
+        # NaN and infinity leave no product finite, so that one of them tells.
+        not_finite = ~jnp.isfinite(projections[:, 0]) & (blocks >= 0)
+        return *lax.psum((lax.map(sums, bandwidths), sizes), "rows"), not_finite
+
+    shared = frequencies, bandwidths, phases, offset
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(Spec("rows"), Spec("rows"), *(Spec(),) * len(shared)),
+        out_specs=(Spec(), Spec(), Spec("rows")),
+    )(rows, blocks, *shared)

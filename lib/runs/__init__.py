@@ -1,0 +1,13 @@
+"""Runs: folders, files, interruption, commands."""
+
+from lib.runs._folders import (
+    CONTENT,
+    NOT_HASHED,
+    Run,
+    config_hash,
+    environment,
+    open_run,
+    provenance,
+)
+
+__all__ = ["CONTENT", "NOT_HASHED", "Run", "config_hash", "environment", "open_run", "provenance"]

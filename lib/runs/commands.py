@@ -1,0 +1,95 @@
+"""What every command does around its `main`: devices, checks, and errors in one line."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lib.numerics import check_seed
+from lib.runs import console, files, processes
+from lib.runs.processes import DeviceOptions
+from lib.runs.settings import settings_of
+
+OUTPUT_FOLDERS = ("results", "output_dir", "out_dir")
+"""Options of commands that name a folder to write to; `OUTPUT_FILES` a file."""
+OUTPUT_FILES = ("output_file", "report", "out")
+SEEDS = ("seed", "seeds", "first_seed", "random_state", "random_seed")
+"""Options that are a seed, or several."""
+
+
+def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: str = "") -> None:
+    """`main(parse())` on the devices that the arguments ask for, if they extend
+    `DeviceOptions`; errors as `lib.runs.console.one_line_errors` has them, `lower` what memory
+    depends on. A stop where there is nothing to save, as before the first step, ends in one line
+    too. Before the work seeds are checked (`lib.numerics.check_seed`), and the folders that results
+    go to are made, and written to for a trial.
+
+    Where several processes work together, one that fails ends at once, and so do those that wait
+    for it: what they have saved is in the runs' folders.
+    """
+    try:
+        with console.one_line_errors():
+            arguments = parse()
+            _check_seeds(arguments)
+            with _started(arguments):
+                try:
+                    with console.one_line_errors(lower=lower):
+                        _check_outputs(arguments)
+                        main(arguments)
+                except BaseException as error:
+                    if processes.several_processes() and not _all_stop(error):
+                        _end_alone(error)
+                    raise
+    except KeyboardInterrupt:
+        if sys.flags.dev_mode:
+            raise
+        print("Stopped: the same command goes on from what was saved, if anything", file=sys.stderr)
+        sys.exit(console.STATUS_OF_A_STOP)
+
+
+def _started(arguments: Any) -> contextlib.AbstractContextManager:
+    """What benchmarks run on they choose themselves."""
+    if isinstance(arguments, DeviceOptions):
+        return processes.started(settings_of(DeviceOptions, arguments))
+    return contextlib.nullcontext()
+
+
+def _check_seeds(arguments: Any) -> None:
+    for name in SEEDS:
+        seeds = getattr(arguments, name, None)
+        seeds = () if seeds is None else seeds if isinstance(seeds, tuple) else (seeds,)
+        for i, seed in enumerate(seeds):
+            check_seed(seed, f"--{name}")
+            if seed in seeds[:i]:
+                raise ValueError(f"--{name} names {seed} twice: each seed counts once")
+    if (first := getattr(arguments, "first_seed", None)) is not None:
+        last = first + max(1, arguments.ntry) - 1
+        check_seed(last, "the last of the seeds, --first_seed + --ntry - 1,")
+
+
+def _check_outputs(arguments: Any) -> None:
+    for name in (*OUTPUT_FOLDERS, *OUTPUT_FILES):
+        path = getattr(arguments, name, None)
+        if path is not None:
+            files.check_writable(path, is_folder=name in OUTPUT_FOLDERS)
+
+
+def _all_stop(error: BaseException) -> bool:
+    """Whether it is the stop that all processes have agreed on."""
+    return isinstance(error, SystemExit) and error.code == console.STATUS_OF_A_STOP
+
+
+def _end_alone(error: BaseException) -> None:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        print(
+            "A process of this command has died or cannot be reached "
+            f"({str(error).splitlines()[0][:200]}): run it again on all processes, it goes on from "
+            "what was saved last",
+            file=sys.stderr,
+        )
+    elif not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    processes.leave(error.code if isinstance(error, SystemExit) else 1)

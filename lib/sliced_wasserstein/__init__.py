@@ -1,0 +1,36 @@
+"""Sliced-Wasserstein distances between clouds of points, and their optimal couplings."""
+
+from lib.sliced_wasserstein._distances import (
+    Coupling,
+    check_order,
+    exact_coupling,
+    orthogonal_directions,
+    pairwise_cost,
+    percentile_coupling,
+    percentile_sliced_wasserstein_power,
+    project,
+    random_directions,
+    self_pairwise_cost,
+    sliced_wasserstein,
+    sliced_wasserstein_power,
+    sum_over_directions,
+)
+from lib.sliced_wasserstein._sorting import sort_columns, sort_with_permutation
+
+__all__ = [
+    "Coupling",
+    "check_order",
+    "exact_coupling",
+    "orthogonal_directions",
+    "pairwise_cost",
+    "percentile_coupling",
+    "percentile_sliced_wasserstein_power",
+    "project",
+    "random_directions",
+    "self_pairwise_cost",
+    "sliced_wasserstein",
+    "sliced_wasserstein_power",
+    "sort_columns",
+    "sort_with_permutation",
+    "sum_over_directions",
+]

@@ -1,0 +1,104 @@
+"""One of the processes of `tests/test_hosts.py`: python on_two_processes.py RESULTS [ADDRESS I].
+
+Writes what it finds with one process or two to RESULTS/found-PROCESS.npz, and runs a flow in a run
+folder that is stopped at step 5 by a signal to the last process alone, and resumed.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lib import gd, mmd, runs
+from lib.gmm import Mixture
+from lib.gmm.covariances import from_matrices
+from lib.gmm.em import fit
+from lib.gmm.moments import rows
+from lib.networks import MLP, classification, optimizers
+from lib.runs import console, loop, processes
+
+
+@contextlib.contextmanager
+def progress_until_told(*args, initial, **options):
+    """In place of `console.progress`: after five steps the last process gets a signal."""
+    done = initial
+
+    def tick(steps, **shown):
+        nonlocal done
+        done += steps
+        if done == 5 and jax.process_index() == jax.process_count() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    yield tick
+
+
+def flow(results: Path, name: str):
+    mesh = processes.current()
+    normal = partial(jax.random.normal, shape=(2, 6, 3))
+    run = runs.open_run(results, "test", name, {}, seed=0)
+    return run, gd.wasserstein_gradient_descent(
+        normal(jax.random.key(0)),
+        normal(jax.random.key(1)),
+        partial(mmd.target_value_and_grad_riesz, n_projs=10, mesh=mesh),
+        jax.random.key(2),
+        n_epochs=40,
+        lr=0.1,
+        m=0.5,
+        run=run,
+        show_progress=False,
+        mesh=mesh,
+    )
+
+
+def main(results: Path) -> None:
+    found = {}
+    gd.SECONDS_BETWEEN_VISITS = 0.0  # a visit a step
+    run, (found["losses"], found["particles"]) = flow(results, "whole")
+    run.finish(losses=found["losses"])
+    loop.progress = progress_until_told
+    try:
+        flow(results, "stopped")
+    except console.Interrupted as stopped:
+        print("stopped", stopped)
+    loop.progress = console.progress
+    _, (_, found["resumed"]) = flow(results, "stopped")
+
+    x = np.random.default_rng(0).normal(size=(101, 4)) + np.arange(101)[:, None] % 3
+    start = Mixture(np.array([0.4, 0.6]), x[:2], from_matrices(np.stack([np.eye(4)] * 2)))
+    data = rows(x, dtype=np.float64, chunk_size=40, devices=processes.current_devices())
+    result = fit(data, start, tolerance=0.0, max_iterations=4, show_progress=False)
+    found["log_likelihoods"], found["means"] = result.log_likelihoods, result.mixture.means
+
+    parameters, _ = classification.fit_seeds(
+        jax.random.split(jax.random.key(3), 3),
+        MLP(2, hidden=(5,)),
+        jax.random.normal(jax.random.key(0), (9, 2, 2, 1)),
+        np.arange(9) % 2,
+        optimizer=optimizers.sgd(0.1),
+        num_epochs=2,
+        batch_size=4,
+        show_progress=False,
+        mesh=processes.current(),
+    )
+    for i, leaf in enumerate(jax.tree.leaves(parameters)):
+        found[f"parameters{i}"] = leaf
+    pieces = [np.arange(3.0) + i / 3 for i in processes.own_share(5)]
+    found["gathered"] = processes.gathered(pieces, 5)
+    np.savez(results / f"found-{jax.process_index()}.npz", **found)
+    print("done")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    options = processes.DeviceOptions()
+    if len(sys.argv) > 2:
+        options = processes.DeviceOptions(
+            coordinator=sys.argv[2], num_processes=2, process_id=int(sys.argv[3])
+        )
+    with processes.started(options):
+        main(folder)

@@ -1,0 +1,416 @@
+"""Flows between Gaussians against their closed forms; training against loops; resuming."""
+
+import itertools
+import signal
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import ot
+import pytest
+from scipy.integrate import quad
+from visiting import record_visits, stop_after
+
+from lib import flow_matching, runs
+from lib.flow_matching import (
+    couple,
+    draw_batch,
+    fit,
+    init,
+    loss,
+    optimal_permutation,
+    train_step,
+    velocity,
+)
+from lib.flow_matching.sampling import euler, heun, integrate, integrate_adaptive, straightness
+from lib.gd import DivergedError
+from lib.runs.console import Interrupted
+from lib.runs.files import RunFileError
+
+KEY = jax.random.key(3)
+
+
+class Normal(NamedTuple):
+    mean: jax.Array
+
+    def sample(self, key, num):
+        return self.mean[None] + jax.random.normal(key, (num, len(self.mean)))
+
+    def couple(self, key, x1):
+        return self.sample(key, len(x1))
+
+
+class Affine(nn.Module):
+    """v(x, t) = A x + b + c t."""
+
+    @nn.compact
+    def __call__(self, images, times):
+        x = images.reshape(len(images), -1)
+        x = jnp.concatenate([x, times[:, None].astype(x.dtype)], axis=1)
+        return nn.Dense(images[0].size, param_dtype=x.dtype)(x).reshape(images.shape)
+
+
+class TwoLayers(nn.Module):
+    @nn.compact
+    def __call__(self, images, times):
+        x = images.reshape(len(images), -1)
+        h = jnp.concatenate([x, times[:, None], times[:, None] ** 2], axis=1)
+        h = nn.silu(nn.Dense(32)(h))
+        h = nn.silu(nn.Dense(32)(h))
+        return nn.Dense(x.shape[1])(h).reshape(images.shape)
+
+
+OPTIMIZER = optax.adam(0.02)
+
+
+def images(n=12, seed=0, shape=(2, 3, 1), dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (n, *shape)), dtype)
+
+
+def training(**changes):
+    options = {"optimizer": OPTIMIZER, "num_steps": 13, "batch_size": 4, "ema_decay": 0.5}
+    options |= {"show_progress": False} | changes
+    data = options.pop("data", images())
+    source = options.pop("source", Normal(jnp.zeros(6)))
+    return fit(options.pop("key", KEY), options.pop("network", Affine()), source, data, **options)
+
+
+def assert_same_bits(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Between Gaussians N(0, I) and N(m, diag(s^2)), drawn independently, the velocity is
+# m + (sigma' / sigma) (x - t m) with sigma_t^2 = (1 - t)^2 + t^2 s^2, and x0 goes to m + s x0.
+
+M, S = np.array([1.0, -2.0]), np.array([0.5, 2.0])
+
+
+def sigma(t, s):
+    return np.sqrt((1 - t) ** 2 + t**2 * s**2)
+
+
+def gaussian_velocity(x, times):
+    t = times[:, None]
+    rate = (t - 1 + t * S[None] ** 2) / ((1 - t) ** 2 + t**2 * S[None] ** 2)
+    return M[None] + rate * (x - t * M[None])
+
+
+@pytest.mark.parametrize(("method", "order"), [(euler, 1), (heun, 2)])
+def test_order_of_convergence_and_end_points(x64, method, order):
+    x0 = jax.random.normal(jax.random.key(0), (20, 2), jnp.float64)
+    expected = M + S * np.asarray(x0)
+    errors = []
+    for num_steps in (40, 80, 160):
+        x1 = jax.jit(lambda x, n=num_steps: method(gaussian_velocity, x, n))(x0)
+        errors.append(np.abs(x1 - expected).max())
+    rates = np.log2(np.array(errors[:-1]) / errors[1:])
+    np.testing.assert_allclose(rates, order, atol=0.15)
+    assert errors[-1] < {1: 0.1, 2: 1e-3}[order]
+    path = method(gaussian_velocity, x0, 160, keep_path=True)
+    np.testing.assert_array_equal(path[0], x0)
+    np.testing.assert_allclose(path[-1], x1, rtol=1e-12)
+    middle = M / 2 + sigma(0.5, S) * np.asarray(x0)
+    np.testing.assert_allclose(path[80], middle, atol={1: 0.05, 2: 1e-3}[order])
+
+
+def test_euler_is_a_numpy_loop(x64):
+    x0 = np.random.default_rng(0).normal(size=(5, 2))
+    x = x0.copy()
+    for i in range(7):
+        x = x + np.asarray(gaussian_velocity(x, np.full(5, i / 7))) / 7
+    np.testing.assert_allclose(euler(gaussian_velocity, jnp.asarray(x0), 7), x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 7, 500])
+def test_blocks_change_nothing(x64, block_size):
+    x0 = jax.random.normal(jax.random.key(0), (7, 2), jnp.float64)
+    for method, solve, steps in (("euler", euler, 6), ("heun", heun, 3)):
+        x1 = integrate(
+            gaussian_velocity, x0, num_evaluations=6, method=method, block_size=block_size
+        )
+        np.testing.assert_allclose(x1, solve(gaussian_velocity, x0, steps), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("method", "solve"), [("euler", euler), ("heun", heun)])
+def test_one_program_serves_all_numbers_of_evaluations(x64, method, solve):
+    x0, traced = jax.random.normal(jax.random.key(0), (7, 2), jnp.float64), []
+
+    @jax.jit
+    def sampled(num):
+        traced.append(num)
+        return integrate(gaussian_velocity, x0, num_evaluations=num, method=method, block_size=4)
+
+    for num in (2, 6, 10):
+        steps = num if method == "euler" else num // 2
+        np.testing.assert_allclose(
+            sampled(jnp.asarray(num)), solve(gaussian_velocity, x0, steps), rtol=1e-12
+        )
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("solver", ["tsit5", "dopri5"])
+def test_adaptive_steps_reach_the_end_and_count_their_evaluations(x64, solver):
+    calls = []
+
+    def note(times):
+        calls.append(times)
+        return times
+
+    def counted(x, times):
+        shape = jax.ShapeDtypeStruct(times.shape, times.dtype)
+        return gaussian_velocity(x, jax.experimental.io_callback(note, shape, times))
+
+    x0 = jax.random.normal(jax.random.key(0), (10, 2), jnp.float64)
+
+    @jax.jit
+    def solve(x0):
+        return integrate_adaptive(counted, x0, tolerance=1e-7, solver=solver, block_size=5)
+
+    result = jax.block_until_ready(solve(x0))
+    np.testing.assert_allclose(result.points, M + S * np.asarray(x0), atol=1e-5)
+    assert result.num_evaluations.shape == (2,)
+    assert result.num_evaluations.sum() == len(calls)
+    few = integrate_adaptive(gaussian_velocity, x0, tolerance=1e-9, max_steps=3)
+    assert np.isnan(few.points).all()
+
+
+def test_straightness_of_gaussian_flows_against_quadrature(x64):
+    """x'(t) = m + sigma'_t x0 and x(1) - x(0) = m + (s - 1) x0."""
+    x0 = jax.random.normal(jax.random.key(0), (400, 2), jnp.float64)
+    x0 = (x0 - x0.mean(axis=0, keepdims=True)) / x0.std(axis=0, keepdims=True)
+    result = straightness(heun(gaussian_velocity, x0, 400, keep_path=True))
+
+    def squared(t, s):
+        return (s - 1 - (t - 1 + t * s**2) / sigma(t, s)) ** 2
+
+    value = sum(quad(squared, 0, 1, args=(s,))[0] for s in S)
+    cost = (M**2 + (S - 1) ** 2).sum()
+    np.testing.assert_allclose(result.value, value, rtol=1e-3)
+    np.testing.assert_allclose(result.normalised, value / cost, rtol=1e-3)
+    np.testing.assert_allclose(result.transport_cost, cost / 2, rtol=1e-3)
+    times = np.linspace(0, 1, 401)[:, None, None]
+    exact = times * M + sigma(times, S) * np.asarray(x0)
+    lengths = np.linalg.norm(np.diff(exact, axis=0), axis=2).sum(axis=0)
+    ratio = lengths.mean() / np.linalg.norm(exact[-1] - exact[0], axis=1).mean()
+    assert ratio > 1.01
+    np.testing.assert_allclose(result.length_ratio, ratio, rtol=1e-3)
+
+
+def test_straight_paths_are_straight(x64):
+    x0 = jax.random.normal(jax.random.key(0), (6, 2), jnp.float64)
+    path = euler(lambda x, t: jnp.broadcast_to(M, x.shape), x0, 5, keep_path=True)
+    result = straightness(path)
+    np.testing.assert_allclose(result[:2], 0, atol=1e-20)
+    np.testing.assert_allclose(result[2:], [1, (M**2).sum() / 2], rtol=1e-12)
+
+
+# Couplings and objective
+
+
+def test_optimal_permutation_against_brute_force_and_linear_programming():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        x0, x1 = rng.normal(size=(2, 6, 11)).astype("f")
+        costs = ((x1[:, None] - x0[None]) ** 2).sum(axis=2)
+        orders = list(itertools.permutations(range(6)))
+        best = min(orders, key=lambda order: costs[range(6), order].sum())
+        found = jax.jit(optimal_permutation)(jnp.asarray(x0), jnp.asarray(x1))
+        np.testing.assert_array_equal(found, best)
+        weights = np.full(6, 1 / 6)
+        total = ot.emd2(weights, weights, costs.astype(float))
+        np.testing.assert_allclose(costs[range(6), found].mean(), total, rtol=1e-5)
+
+
+def test_couplings():
+    """Optimal pairs are the source's own draws in another order, inside loops too."""
+    source, x1 = Normal(jnp.ones(6)), images().reshape(12, 6)
+
+    def pairs(coupling):
+        return jax.jit(lambda source, x1: couple(KEY, source, x1, coupling))(source, x1)
+
+    independent, optimal = pairs("independent"), pairs("optimal")
+    np.testing.assert_allclose(independent, source.couple(KEY, x1), atol=1e-6)
+    np.testing.assert_array_equal(optimal, independent[optimal_permutation(independent, x1)])
+    assert np.square(optimal - x1).sum() < 0.9 * np.square(independent - x1).sum()
+    looped = jax.lax.map(lambda _: couple(KEY, source, x1, "optimal"), jnp.arange(2))
+    np.testing.assert_allclose(looped[1], optimal, atol=1e-6)
+
+
+def test_loss_against_numpy():
+    rng = np.random.default_rng(0)
+    x0, x1, times = rng.normal(size=(3, 5, 2)).astype("f")
+    times = times[:, 0]
+    xt = (1 - times[:, None]) * x0 + times[:, None] * x1
+    expected = np.mean((np.sin(xt) * times[:, None] - (x1 - x0)) ** 2)
+    value = loss(lambda x, t: jnp.sin(x) * t[:, None], *map(jnp.asarray, (x0, x1, times)))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_batches():
+    """Rows of the data, mapped from 0..255 and mirrored for about half."""
+    data = jnp.asarray(np.random.default_rng(0).integers(0, 256, (5, 2, 3, 2)), jnp.uint8)
+    rows = np.asarray(data, np.float32) / 127.5 - 1
+    batch = np.asarray(draw_batch(KEY, data, 400)).reshape(400, 2, 3, 2)
+    mirrored = draw_batch(KEY, data, 400, augment_flip=True).reshape(400, 2, 3, 2)
+    which = np.array([np.abs(rows - x).max(axis=(1, 2, 3)).argmin() for x in batch])
+    np.testing.assert_allclose(batch, rows[which], atol=1e-6)
+    assert np.bincount(which, minlength=5).min() > 50
+    same = (np.asarray(mirrored) == batch).all(axis=(1, 2, 3))
+    assert 150 < same.sum() < 250
+    np.testing.assert_array_equal(mirrored[~same], batch[~same][:, :, ::-1])
+
+
+# Training
+
+
+def test_fit_is_a_loop_of_steps_and_the_running_mean_a_numpy_loop():
+    result = training()
+    init_key, key = jax.random.split(KEY)
+    state = init(init_key, Affine(), OPTIMIZER, (2, 3, 1))
+    ema = jax.tree.map(lambda leaf: np.asarray(leaf, float), state.parameters)
+    options = {"network": Affine(), "optimizer": OPTIMIZER, "batch_size": 4, "ema_decay": 0.5}
+    step_once = jax.jit(
+        lambda state: train_step(key, state, Normal(jnp.zeros(6)), images(), **options)
+    )
+    for step in range(13):
+        state, value = step_once(state)
+        np.testing.assert_allclose(value, result.losses[step], rtol=1e-5)
+        decay = min(0.5, (1 + step) / (10 + step))
+        ema = jax.tree.map(
+            lambda mean, p, a=decay: a * mean + (1 - a) * np.asarray(p), ema, state.parameters
+        )
+    for one, other in zip(jax.tree.leaves(result[:2]), jax.tree.leaves((state.parameters, ema))):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), result.ema, result.parameters)
+    assert max(jax.tree.leaves(differences)) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_gaussian_is_carried_to_a_gaussian():
+    """Mean and covariance of what a small network makes of N(0, I)."""
+    rng = np.random.default_rng(0)
+    factor = np.array([[0.6, 0.0], [0.4, 0.3]])
+    x1 = rng.normal(size=(4000, 2)) @ factor.T + [0.5, -1.0]
+    result = training(
+        network=TwoLayers(),
+        source=Normal(jnp.zeros(2)),
+        data=jnp.asarray(x1, jnp.float32).reshape(-1, 1, 2, 1),
+        optimizer=optax.adam(optax.cosine_decay_schedule(1e-2, 1500)),
+        num_steps=1500,
+        batch_size=128,
+        ema_decay=0.99,
+    )
+    x0 = Normal(jnp.zeros(2)).sample(jax.random.key(1), 4000)
+
+    @jax.jit
+    def generate(ema, x0):
+        return integrate(
+            velocity(TwoLayers(), ema, (1, 2, 1)), x0, num_evaluations=40, method="heun"
+        )
+
+    made = np.asarray(generate(result.ema, x0))
+    np.testing.assert_allclose(made.mean(axis=0), x1.mean(axis=0), atol=0.05)
+    np.testing.assert_allclose(np.cov(made.T), np.cov(x1.T), atol=0.04)
+
+
+# Interruptions
+
+
+@pytest.fixture
+def run(tmp_path):
+    return runs.open_run(tmp_path, "xp", "flow", {"m": 0.5}, seed=0)
+
+
+@pytest.mark.parametrize("coupling", ["independent", "optimal"])
+def test_resumed_runs_end_in_the_same_bits(monkeypatch, run, coupling):
+    whole = training(coupling=coupling)
+    for step, number in ((1, signal.SIGINT), (7, signal.SIGTERM), (12, signal.SIGINT)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step, number, module=flow_matching)
+            with pytest.raises(Interrupted, match=f"after step {step};"):
+                training(coupling=coupling, run=run)
+    visits = record_visits(monkeypatch, module=flow_matching)
+    assert_same_bits(training(coupling=coupling, run=run), whole)
+    assert sum(visits) == 1
+    assert_same_bits(training(coupling=coupling, run=run), whole)
+    assert sum(visits) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": images(seed=1)},
+        {"source": Normal(jnp.ones(6))},
+        {"key": jax.random.key(4)},
+        {"batch_size": 5},
+        {"coupling": "optimal"},
+        {"augment_flip": True},
+        {"ema_decay": 0.6},
+        {"optimizer": optax.adam(0.03)},
+        {"num_steps": 14},
+        {"network": TwoLayers()},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_another_runs_checkpoint_is_refused(changes, saved_run):
+    with pytest.raises(RunFileError, match=r"run with other|other settings"):
+        training(run=saved_run, **changes)
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    run = runs.open_run(tmp_path_factory.mktemp("runs"), "xp", "flow", {}, seed=0)
+    training(run=run)
+    return run
+
+
+def test_divergence_names_the_step_and_saves_the_last_good_state(monkeypatch, run):
+    """A step size that becomes infinite at step 5: the loss of step 6 shows it at the latest."""
+    optimizer = optax.sgd(lambda step: jnp.where(step == 5, jnp.inf, 0.01))
+    record_visits(monkeypatch, module=flow_matching)
+    with pytest.raises(DivergedError, match=r"in step 5 .*last good state is in") as caught:
+        training(optimizer=optimizer, run=run)
+    good = training(optimizer=optimizer, num_steps=5)
+    assert caught.value.step == 5
+    assert_same_bits(caught.value.state.parameters, good.parameters)
+    assert run.checkpoint.exists()
+
+
+# The door
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": jnp.zeros((12, 6))}, r"images are \[n, H, W, channels\].*\(12, 6\)"),
+        ({"data": jnp.zeros((12, 2, 3, 1), jnp.int32)}, "floating point or uint8, got int32"),
+        ({"data": images().at[3, 1, 1, 0].set(jnp.nan)}, "NaN or infinity in the images"),
+        ({"source": Normal(jnp.full(6, jnp.inf))}, "NaN or infinity in the source"),
+        ({"source": Normal(jnp.zeros(5))}, r"source draws \(4, 5\) for .*\(4, 6\)"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 13}, "batch_size 13 is larger than the 12 images"),
+        ({"ema_decay": 1.0}, "ema_decay must lie in"),
+    ],
+)
+def test_bad_input_raises(changes, message):
+    with pytest.raises(ValueError, match=message):
+        training(**changes)
+
+
+def test_bad_numbers_of_steps_raise():
+    x0 = jnp.zeros((2, 2))
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        euler(gaussian_velocity, x0, 0)
+    with pytest.raises(ValueError, match="5 evaluations are no whole number of heun steps"):
+        integrate(gaussian_velocity, x0, num_evaluations=5, method="heun")
+    with pytest.raises(ValueError, match="both must be at least 1"):
+        integrate(gaussian_velocity, x0, num_evaluations=4, block_size=0)
+    with pytest.raises(ValueError, match="tolerance must be positive"):
+        integrate_adaptive(gaussian_velocity, x0, tolerance=0.0)
+    with pytest.raises(ValueError, match="a path is"):
+        straightness(jnp.zeros((1, 2, 2)))

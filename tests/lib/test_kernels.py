@@ -1,0 +1,506 @@
+"""Kernels against scikit-learn, SciPy and numpy in float64; blocks against the whole matrix."""
+
+import math
+from functools import partial
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from jax.test_util import check_grads
+from scipy.spatial.distance import cdist, pdist
+from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
+
+from lib.drmmd import prepare_target
+from lib.kernels import (
+    DIRECT_DIMENSION,
+    bandwidth_grid,
+    gaussian,
+    gram_product,
+    imq,
+    kernel_diagonal,
+    kernel_mean,
+    laplace,
+    linear,
+    median_bandwidth,
+    mixture,
+    polynomial,
+    riesz,
+    squared_distances,
+)
+from lib.mmd import mmd_squared
+from lib.numerics import as_sample, pairwise_sum, safe_norm, safe_sqrt, to_blocks
+from lib.sliced_wasserstein import sliced_wasserstein
+
+FACTORIES = {
+    "gaussian": (gaussian(1.3), lambda x, y: rbf_kernel(x, y, gamma=1 / (2 * 1.3**2))),
+    "laplace": (laplace(0.7), lambda x, y: np.exp(-cdist(x, y) / 0.7)),
+    "laplace, l1": (
+        laplace(0.7, distance="l1"),
+        lambda x, y: np.exp(-cdist(x, y, "cityblock") / 0.7),
+    ),
+    "imq": (imq(2.0), lambda x, y: 1 / np.sqrt(1 + cdist(x, y) ** 2 / 4)),
+    "imq, exponent": (imq(0.5, exponent=1.2), lambda x, y: (1 + 4 * cdist(x, y) ** 2) ** -1.2),
+    "riesz": (riesz(), lambda x, y: -cdist(x, y)),
+    "riesz, exponent": (riesz(1.6), lambda x, y: -(cdist(x, y) ** 1.6)),
+    "linear": (linear(), lambda x, y: x @ y.T),
+    "polynomial": (
+        polynomial(3, offset=0.5, scale=0.2),
+        lambda x, y: polynomial_kernel(x, y, degree=3, gamma=0.2, coef0=0.5),
+    ),
+    "mixture": (
+        mixture([gaussian(1.0), laplace(2.0)], [0.25, 3.0]),
+        lambda x, y: 0.25 * rbf_kernel(x, y, gamma=0.5) + 3 * np.exp(-cdist(x, y) / 2),
+    ),
+}
+every_kernel = pytest.mark.parametrize(
+    ("kernel", "reference"), FACTORIES.values(), ids=FACTORIES.keys()
+)
+# Distances are computed in one way up to DIRECT_DIMENSION, in another above it.
+both_ways = pytest.mark.parametrize("dimension", [2, DIRECT_DIMENSION + 1])
+seeds = hypothesis.given(st.integers(0, 2**31))
+few = hypothesis.settings(max_examples=15, deadline=None)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def relative_error(value, reference):
+    return np.max(np.abs(np.asarray(value) - reference)) / np.max(np.abs(reference))
+
+
+# Distances
+
+jitted_distances = jax.jit(lambda x, y: squared_distances(x, y))
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 8, 9, 64, 784])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_squared_distances_in_float32(dimension, offset):
+    x, y = (normal(seed, 40, dimension).astype(np.float32) + np.float32(offset) for seed in (0, 1))
+    reference = cdist(x.astype(float), y.astype(float), "sqeuclidean")
+    distances = jitted_distances(x, y)
+    assert distances.dtype == jnp.float32
+    np.testing.assert_allclose(distances, reference, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dimension", [1, 8, 9, 64, 784, 3072])
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_identical_points_are_at_distance_zero(dimension, offset):
+    x = (normal(0, 40, dimension) + offset).astype(np.float32)
+    assert np.all(np.diagonal(jitted_distances(x, x)) == 0)
+    assert np.all(np.diagonal(jitted_distances(x, x[::-1])[:, ::-1]) == 0)
+
+
+def test_near_points_in_low_dimension_are_told_apart():
+    x = jnp.full((1, 2), 100.0)
+    np.testing.assert_array_equal(squared_distances(x, x + 2.0**-12), [[2.0**-23]])
+
+
+@both_ways
+def test_squared_distances_of_half_precision_are_float32(dimension):
+    x = jnp.asarray(normal(0, 6, dimension), jnp.bfloat16)
+    total = jax.jit(jax.value_and_grad(lambda x: squared_distances(x, x[:3]).sum()))
+    value, gradient = total(x)
+    reference = cdist(np.asarray(x, float), np.asarray(x[:3], float), "sqeuclidean").sum()
+    assert (value.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_allclose(value, reference, rtol=1e-6)
+
+
+@both_ways
+def test_nan_is_not_hidden(dimension):
+    x = jnp.ones((3, dimension)).at[1, 0].set(jnp.nan)
+    distances = squared_distances(x, jnp.zeros((2, dimension)))
+    for values in (distances, laplace(1.0)(x, x[:2]), riesz(1.5)(x, x[:2])):
+        assert np.isnan(values[1]).all()
+
+
+def test_safe_sqrt_and_norm_have_zero_derivatives_at_zero():
+    def derivatives(function):
+        gradient = jax.grad(function)
+        return jax.jit(lambda x: (gradient(x), jax.jacfwd(gradient)(x), jax.jacrev(gradient)(x)))
+
+    np.testing.assert_array_equal(safe_sqrt(jnp.array([0.0, 4.0, -1e-9])), [0, 2, 0])
+    root, norm = derivatives(safe_sqrt), derivatives(safe_norm)
+    assert root(0.0) == (0, 0, 0)
+    np.testing.assert_allclose(root(4.0), (1 / 4, -1 / 32, -1 / 32))
+
+    origin, point = np.zeros(3, "f"), np.array([3, 0, 4], "f")
+    for derivative in norm(origin):
+        np.testing.assert_array_equal(derivative, np.zeros_like(derivative))
+    gradient, *hessians = norm(point)
+    np.testing.assert_allclose(gradient, point / 5)
+    for hessian in hessians:
+        expected = (np.eye(3) - np.outer(point, point) / 25) / 5
+        np.testing.assert_allclose(hessian, expected, atol=1e-7)
+
+
+# Kernels
+
+
+@every_kernel
+def test_kernel_in_float64(x64, kernel, reference):
+    x, y = normal(0, 7, 2), normal(1, 5, 2)
+    gram = jax.jit(kernel)(x, y)
+    assert gram.dtype == jnp.float64
+    np.testing.assert_allclose(gram, reference(x, y), rtol=1e-12, atol=1e-14)
+
+
+@every_kernel
+def test_kernel_in_float32(kernel, reference):
+    x, y = normal(0, 30, 20).astype(np.float32), normal(1, 20, 20).astype(np.float32)
+    gram = jax.jit(kernel)(x, y)
+    assert gram.dtype == jnp.float32
+    assert relative_error(gram, reference(x.astype(float), y.astype(float))) < 2e-6
+
+
+@both_ways
+def test_derivatives_of_squared_distances(x64, dimension):
+    x, y = normal(0, 3, dimension), normal(1, 2, dimension)
+    check_grads(
+        jax.jit(lambda x, y: squared_distances(x, y)), (x, y), order=2, modes=("rev",), rtol=1e-5
+    )
+
+
+def test_derivatives_of_kernels(x64):
+    x, y = normal(0, 3, 2), normal(1, 2, 2)
+    every = mixture([kernel for kernel, _ in FACTORIES.values()], range(1, 1 + len(FACTORIES)))
+    check_grads(jax.jit(every), (x, y), order=1, modes=("rev",), rtol=1e-6)
+
+
+@pytest.mark.parametrize("factory", [gaussian, riesz])
+def test_traced_hyperparameters(x64, factory):
+    x, values = jnp.asarray(normal(0, 4, 2)), jnp.array([0.5, 1.7])
+
+    def total(value):
+        return factory(value)(x, x).sum()
+
+    expected = jax.jit(factory(1.7))(x, x).sum()
+    np.testing.assert_allclose(jax.jit(jax.vmap(total))(values)[1], expected, rtol=1e-12)
+    check_grads(jax.jit(total), (1.7,), order=1, modes=("rev",), rtol=1e-6)
+
+
+@both_ways
+def test_gaussian_mixed_derivative_at_identical_points(dimension):
+    """d^2 k / dx dy = I / sigma^2 at x = y: clipping the distance must not touch it."""
+    point = jnp.asarray(normal(0, dimension) + 3, jnp.float32)
+
+    def value(x, y):
+        return gaussian(0.5)(x[None], y[None])[0, 0]
+
+    mixed = jax.jit(jax.jacfwd(jax.grad(value), argnums=1))(point, point)
+    np.testing.assert_allclose(mixed, 4 * np.eye(dimension), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dimension"),
+    [(laplace(1.0), 20), (laplace(1.0, distance="l1"), 3), (riesz(0.5), 2)],
+)
+def test_no_nan_in_any_derivative_at_identical_points(kernel, dimension):
+    x = jnp.asarray(normal(0, 2, dimension), jnp.float32)
+
+    gradient = jax.grad(lambda x, y: kernel(x, y).sum())
+    derivatives = jax.jit(lambda x, y: (gradient(x, y), jax.jacfwd(gradient, argnums=(0, 1))(x, y)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(derivatives(x, x)))
+    np.testing.assert_array_equal(gradient(x[:1], x[:1]), np.zeros((1, dimension)))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.5, math.nan, math.inf, np.float32(-2), 0])
+@pytest.mark.parametrize("factory", [gaussian, laplace, imq])
+def test_impossible_bandwidths_raise(factory, value):
+    with pytest.raises(ValueError, match=rf"bandwidth .*got {float(value)}|bandwidth .*got 0$"):
+        factory(value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: riesz(2.0), r"exponent must lie in \(0, 2\), got 2.0"),
+        (lambda: imq(1.0, exponent=0.0), "exponent .* got 0.0"),
+        (lambda: polynomial(0), "degree must be at least 1, got 0"),
+        (lambda: polynomial(2, offset=-1.0), "offset .* got -1.0"),
+        (lambda: polynomial(2, scale=0.0), "scale .* got 0.0"),
+        (lambda: mixture([]), "one weight for each kernel: 0 and 0"),
+        (lambda: mixture([linear()], [1.0, 2.0]), "one weight for each kernel: 1 and 2"),
+        (lambda: mixture([linear()], [-1.0]), "weight .* got -1.0"),
+    ],
+)
+def test_impossible_hyperparameters_raise(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_unknown_distance_raises(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="distance must be l2 or l1, not 'L1'"):
+        laplace(1.0, distance="L1")
+
+
+def test_mixture_is_a_plain_sum_by_default():
+    x = jnp.asarray(normal(0, 4, 3), jnp.float32)
+    gram = mixture([gaussian(1.0), linear()])(x, x)
+    np.testing.assert_allclose(gram, gaussian(1.0)(x, x) + linear()(x, x), rtol=1e-6)
+
+
+@every_kernel
+@few
+@seeds
+def test_gram_is_symmetric_and_positive(kernel, reference, seed):
+    with jax.enable_x64(True):
+        x = normal(seed, 12, 3)
+        x = jnp.asarray(np.concatenate([x, x[:2]]))
+        gram = np.asarray(kernel(x, x))
+    np.testing.assert_allclose(gram, gram.T, rtol=1e-13)
+    if reference(np.zeros((1, 1)), np.ones((1, 1))) == -1:  # Riesz: positive on sums of zero
+        assert np.linalg.eigvalsh(gram)[0] < -1e-3
+        centring = np.eye(14) - 1 / 14
+        gram = centring @ gram @ centring
+    assert np.linalg.eigvalsh(gram)[0] > -1e-11 * np.abs(gram).max()
+
+
+# Sums over Gram matrices
+
+
+@every_kernel
+def test_kernel_diagonal(kernel, reference):
+    x = normal(0, 6, 20).astype(np.float32)
+    expected = np.diagonal(reference(x.astype(float), x.astype(float)))
+    np.testing.assert_allclose(jax.jit(partial(kernel_diagonal, kernel))(x), expected, rtol=1e-5)
+
+
+def test_blocks_hold_every_row_once_and_pad_with_weight_zero():
+    x, weights = jnp.asarray(normal(0, 7, 2)), jnp.arange(1.0, 8.0)
+    blocks, block_weights = to_blocks(x, weights, 3)
+    assert blocks.shape == (3, 3, 2)
+    np.testing.assert_array_equal(blocks.reshape(9, 2)[:7], x)
+    np.testing.assert_array_equal(blocks.reshape(9, 2)[7:], np.stack([x[6], x[6]]))
+    np.testing.assert_array_equal(block_weights.ravel(), [1, 2, 3, 4, 5, 6, 7, 0, 0])
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        to_blocks(x, weights, 0)
+
+
+@pytest.mark.parametrize("y_points", [0, 3])
+def test_an_empty_sample_raises(y_points):
+    x, y = jnp.zeros((0, 2)), jnp.zeros((y_points, 2))
+    with pytest.raises(ValueError, match=r"empty sample.*\(0, 2\)"):
+        kernel_mean(gaussian(1.0), x, y)
+    with pytest.raises(ValueError, match=r"empty sample.*\(0, 2\)"):
+        gram_product(gaussian(1.0), x, y, jnp.ones(y_points))
+
+
+@pytest.mark.parametrize(("n", "m", "block_size"), [(1, 1, 4), (17, 8, 4), (13, 31, 100)])
+def test_blocked_sums_in_float64(x64, n, m, block_size):
+    kernel, reference = FACTORIES["mixture"]
+    x, y = normal(0, n, 3), normal(1, m, 3)
+    w, v, w_columns, v_columns = normal(2, n), normal(3, m), normal(4, n, 2), normal(5, m, 2)
+
+    @jax.jit
+    def sums(x, y, w, v, w_columns, v_columns):
+        product = partial(gram_product, kernel, block_size=block_size)
+        mean = partial(kernel_mean, kernel, block_size=block_size)
+        return (
+            product(x, y, v),
+            product(x, y, v_columns),
+            mean(x, y),
+            mean(x),
+            mean(x, y, x_weights=w, y_weights=v),
+            mean(x, x_weights=w),
+            mean(x, y, x_weights=w_columns, y_weights=v_columns),
+        )
+
+    gram, square = reference(x, y), reference(x, x)
+    expected = (
+        gram @ v,
+        gram @ v_columns,
+        gram.mean(),
+        square.mean(),
+        w @ gram @ v,
+        w @ square @ w,
+        np.diagonal(w_columns.T @ gram @ v_columns),
+    )
+    for value, loop in zip(sums(x, y, w, v, w_columns, v_columns), expected):
+        assert value.shape == loop.shape
+        np.testing.assert_allclose(value, loop, rtol=1e-11, atol=1e-12)
+
+
+def test_weights_without_their_sample_raise():
+    with pytest.raises(ValueError, match="y_weights without y"):
+        kernel_mean(linear(), jnp.ones((2, 1)), y_weights=jnp.ones(2))
+
+
+@jax.jit
+def equal_means(x, y, w, order, shift, share):
+    """kernel_mean of the same two measures, written in five ways."""
+    mean = partial(kernel_mean, laplace(1.0), block_size=4)
+    split = jnp.concatenate([w.at[4].multiply(share), w[4:5] * (1 - share)])
+    return (
+        mean(x, y, x_weights=w),
+        mean(y, x, y_weights=w),
+        mean(x[order], y, x_weights=w[order]),
+        mean(x + shift, y + shift, x_weights=w),
+        mean(jnp.concatenate([x, x[4:5]]), y, x_weights=split),
+    )
+
+
+@few
+@seeds
+def test_invariances_of_kernel_mean(seed):
+    rng = np.random.default_rng(seed)
+    x, y, w, shift = (rng.normal(size=shape) for shape in ((11, 3), (6, 3), 11, (1, 3)))
+    with jax.enable_x64(True):
+        value, *others = equal_means(x, y, w, rng.permutation(11), shift, rng.uniform())
+    np.testing.assert_allclose(others, value, rtol=1e-11, atol=1e-13)
+
+
+def test_blocked_gradients_are_the_dense_ones(x64):
+    x, y, w, v = normal(0, 10, 3), normal(1, 7, 3), normal(2, 10), normal(3, 7)
+    kernel = laplace(2.0)
+
+    def dense(x, y, w, v):
+        return 3 * w @ (kernel(x, y) @ v) + 5 * w @ (kernel(x, x) @ w)
+
+    def blocked(x, y, w, v):
+        by_product = w @ gram_product(kernel, x, y, v, block_size=4)
+        by_mean = kernel_mean(kernel, x, y, x_weights=w, y_weights=v, block_size=4)
+        by_symmetry = kernel_mean(kernel, x, x_weights=w, block_size=4)
+        return by_product + 2 * by_mean + 5 * by_symmetry
+
+    expected = jax.jit(jax.grad(dense, argnums=(0, 1, 2, 3)))(x, y, w, v)
+    gradients = jax.jit(jax.grad(blocked, argnums=(0, 1, 2, 3)))(x, y, w, v)
+    for gradient, reference in zip(gradients, expected):
+        np.testing.assert_allclose(gradient, reference, rtol=1e-10, atol=1e-12)
+
+
+def test_memory_is_that_of_blocks():
+    """At 100,000 x 100,000 points a Gram matrix is 37 GiB; a sample is 24 MiB."""
+    x = jax.ShapeDtypeStruct((100_000, 64), jnp.float32)
+    w = jax.ShapeDtypeStruct((100_000,), jnp.float32)
+    mean, product = partial(kernel_mean, gaussian(8.0)), partial(gram_product, gaussian(8.0))
+    for function, arguments, samples in (
+        (jax.grad(mean, argnums=(0, 1)), (x, x), 6),
+        (product, (x, x, w), 3),
+        (jax.grad(lambda *a: product(*a).sum(), argnums=(0, 1)), (x, x, w), 6),
+    ):
+        memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < samples * 25 * 2**20 + 6 * 1024**2 * 4
+
+
+def test_pairwise_sum(x64):
+    terms = normal(0, 13, 2)
+    np.testing.assert_allclose(jax.jit(pairwise_sum)(terms), terms.sum(0), rtol=1e-13)
+    np.testing.assert_array_equal(jax.jit(pairwise_sum)(terms[:1]), terms[0])
+    tenths = np.full(2**20, 0.1, np.float32)
+    assert jax.jit(pairwise_sum)(tenths) == np.float32(0.1) * 2**20
+
+
+def test_float32_sums_keep_their_digits():
+    """4e8 terms near 1: a running float32 sum would stop at 2^24."""
+    x = jnp.asarray(normal(0, 20_000, 1), jnp.float32)
+    ones = jax.jit(lambda x: kernel_mean(gaussian(1e4), x, x, block_size=500))(x)
+    np.testing.assert_allclose(ones, 1, rtol=3e-7)
+    value = jax.jit(lambda x: kernel_mean(gaussian(1.0), x, block_size=500))(x)
+    with jax.enable_x64(True):
+        reference = jax.jit(lambda x: kernel_mean(gaussian(1.0), x))(jnp.asarray(x, jnp.float64))
+    np.testing.assert_allclose(value, reference, rtol=3e-7)
+
+
+# Bandwidths
+
+
+def test_median_bandwidth_is_the_median_distance(x64):
+    x, y = normal(0, 31, 4), normal(1, 12, 4)
+    key, pooled = jax.random.key(0), np.median(pdist(np.concatenate([x, y])))
+    np.testing.assert_allclose(jax.jit(median_bandwidth)(key, x), np.median(pdist(x)))
+    np.testing.assert_allclose(jax.jit(median_bandwidth)(key, x, y), pooled)
+    grid = jax.jit(partial(bandwidth_grid, num_bandwidths=4, ratio=4.0))(key, x, y)
+    np.testing.assert_allclose(grid, pooled * np.array([1 / 8, 1 / 2, 2, 8]))
+
+
+def test_median_bandwidth_of_a_subsample():
+    x = jnp.asarray(normal(0, 3000, 5), jnp.float32)
+    median = jax.jit(partial(median_bandwidth, max_points=200))
+    medians = [median(jax.random.key(seed), x) for seed in (0, 0, 1)]
+    assert medians[0] == medians[1] != medians[2]
+    np.testing.assert_allclose(medians, np.median(pdist(np.asarray(x, float))), rtol=0.05)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+@pytest.mark.parametrize("d", [2, 20])
+def test_bandwidths_are_positive_where_most_pairs_coincide(scale, d):
+    """The median over the pairs that do not, traced or not; 1 where none is left."""
+    key, rare = jax.random.key(0), np.where(np.arange(40) % 10 == 0, 1, 0)[:, None]
+    x = (scale * rare * normal(0, 40, d)).astype("f")
+    distances = pdist(x.astype(float))
+    expected = np.median(distances[distances > 0])
+    for rule in (median_bandwidth, jax.jit(median_bandwidth)):
+        np.testing.assert_allclose(rule(key, jnp.asarray(x)), expected, rtol=1e-5)
+        assert rule(key, jnp.full((5, d), np.float32(scale))) == 1
+    assert (bandwidth_grid(key, jnp.asarray(x)) > 0).all()
+    assert np.isnan(jax.jit(median_bandwidth)(key, jnp.asarray(x).at[3, 0].set(jnp.nan)))
+
+
+def test_one_point_has_no_distance():
+    with pytest.raises(ValueError, match="no pair in 1 points"):
+        median_bandwidth(jax.random.key(0), jnp.zeros((1, 2)))
+
+
+# Input validation
+
+
+@pytest.mark.parametrize(
+    ("points", "weights", "message"),
+    [
+        (np.ones(3, "f"), None, r"x must be \[n, d\] .* got shape \(3,\)"),
+        (np.ones((0, 3), "f"), None, r"got shape \(0, 3\)"),
+        (np.ones((2, 3), int), None, "x must be floating point, got int"),
+        (np.array([[0.0], [1], [np.nan]], "f"), None, r"x is not finite in row 2: \[nan\]"),
+        (np.array([[np.inf], [1.0]], "f"), None, r"x is not finite in row 0: \[inf\]"),
+        (np.ones((2, 3), "f"), np.ones(3, "f"), r"x_weights must be \[2\], got shape \(3,\)"),
+        (np.ones((2, 3), "f"), np.array([1.0, -0.5], "f"), "x_weights must be >= 0 .* -0.5"),
+        (np.ones((2, 3), "f"), np.zeros(2, "f"), "with a positive sum"),
+        (np.ones((2, 3), "f"), np.array([1.0, np.nan], "f"), "x_weights is not finite in row 1"),
+    ],
+)
+def test_what_is_no_sample_raises(points, weights, message):
+    weights = None if weights is None else jnp.asarray(weights)
+    with pytest.raises(ValueError, match=message):
+        as_sample("x", jnp.asarray(points), weights)
+
+
+def test_values_are_checked_inside_jit_only_where_they_are_known():
+    bad = jnp.array([[jnp.nan]])
+
+    def checked(x):
+        return as_sample("x", x)[0]
+
+    assert np.isnan(jax.jit(checked)(bad)).all()
+    with pytest.raises(ValueError, match="not finite"):
+        jax.jit(lambda: checked(bad))()
+
+
+@pytest.mark.parametrize("form", [np.ndarray.tolist, torch.tensor], ids=["lists", "torch"])
+def test_whatever_numpy_can_read_is_a_sample(form):
+    jaxtyping.config.update("jaxtyping_disable", True)  # the annotations, which only tests check
+    try:
+        arrays = [np.abs(normal(3, *shape)).astype("f") for shape in ((6, 3), (5, 3), (6,))]
+        x, y, w = map(form, arrays)
+        for function in (
+            lambda x, y, w: mmd_squared(gaussian(1.0), x, y, x_weights=w),
+            lambda x, y, w: median_bandwidth(jax.random.key(0), x, y),
+            lambda x, y, w: sliced_wasserstein(x, y, np.eye(3, dtype="f"), x_weights=w),
+            lambda x, y, w: prepare_target(gaussian(1.0), x, w).energy,
+        ):
+            expected = function(*map(jnp.asarray, arrays))
+            np.testing.assert_allclose(function(x, y, w), expected, rtol=1e-6)
+        with pytest.raises(ValueError, match="x must be floating point, got int"):
+            mmd_squared(gaussian(1.0), [[1], [2]], [[1.0]])
+        for bad in ([["a"]], [[1.0], [2.0, 3.0]], torch.ones((2, 2), requires_grad=True), None):
+            with pytest.raises(TypeError, match="y is no array that NumPy can read"):
+                mmd_squared(gaussian(1.0), [[1.0]], bad)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

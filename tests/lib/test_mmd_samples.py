@@ -1,0 +1,405 @@
+"""The MMD between samples against loops and closed forms; the two-sample test against its level."""
+
+from functools import partial
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from scipy.spatial.distance import pdist, squareform
+from scipy.stats import binom, energy_distance
+
+from lib.kernels import (
+    bandwidth_grid,
+    gaussian,
+    imq,
+    kernel_mean,
+    laplace,
+    linear,
+    polynomial,
+    riesz,
+)
+from lib.mmd import mmd_squared, mmd_squared_unbiased
+from lib.two_sample import _permutation_p_values, permutations, two_sample_test
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def gaussian_mean(distance, variance, bandwidth):
+    """E exp(-|Z|^2 / (2 sigma^2)) for Z ~ N(distance, variance), in one dimension."""
+    total = bandwidth**2 + variance
+    return bandwidth / np.sqrt(total) * np.exp(-(distance**2) / (2 * total))
+
+
+def mmd_squared_of_normals(mean, variance, bandwidth):
+    """MMD^2 between N(0, 1) and N(mean, variance) under the Gaussian kernel."""
+    return (
+        gaussian_mean(0, 2, bandwidth)
+        - 2 * gaussian_mean(mean, 1 + variance, bandwidth)
+        + gaussian_mean(0, 2 * variance, bandwidth)
+    )
+
+
+def loop(x, y, w, v, *, unbiased):
+    """Both estimators pair by pair, for k(x, y) = exp(-|x - y|)."""
+
+    def total(a, b, a_weights, b_weights, skip):
+        value = 0.0
+        for i, p in enumerate(a):
+            for j, q in enumerate(b):
+                if not (skip and i == j):
+                    value += a_weights[i] * b_weights[j] * np.exp(-np.linalg.norm(p - q))
+        return value
+
+    w, v = w / w.sum(), v / v.sum()
+    within_x, within_y = total(x, x, w, w, unbiased), total(y, y, v, v, unbiased)
+    if unbiased:
+        within_x, within_y = within_x / (1 - w @ w), within_y / (1 - v @ v)
+    return within_x - 2 * total(x, y, w, v, False) + within_y
+
+
+# Estimators
+
+
+@pytest.mark.parametrize(
+    ("estimator", "unbiased"), [(mmd_squared, False), (mmd_squared_unbiased, True)]
+)
+def test_estimators_agree_with_a_loop(x64, estimator, unbiased):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(9, 3)), rng.normal(size=(6, 3)) + 0.3
+    w, v = rng.uniform(size=9), rng.uniform(size=6)
+
+    @jax.jit
+    def values(x, y, w, v):
+        estimate = partial(estimator, laplace(1.0), x, y, block_size=4)
+        return estimate(), estimate(x_weights=w, y_weights=v)
+
+    uniform, weighted = values(x, y, w, v)
+    expected = loop(x, y, np.ones(9), np.ones(6), unbiased=unbiased)
+    np.testing.assert_allclose(uniform, expected, rtol=1e-11)
+    np.testing.assert_allclose(weighted, loop(x, y, w, v, unbiased=unbiased), rtol=1e-11)
+
+
+def test_closed_form_for_normals(x64):
+    """The quadrature nodes of two normal laws, as weighted samples."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    x, y = nodes[:, None], 0.7 + np.sqrt(0.5) * nodes[:, None]
+    value = jax.jit(partial(mmd_squared, gaussian(1.1)))(
+        x, y, x_weights=weights, y_weights=3 * weights
+    )
+    np.testing.assert_allclose(value, mmd_squared_of_normals(0.7, 0.5, 1.1), rtol=1e-9)
+
+
+def test_bias():
+    """5,000 pairs of samples of 5 and 7 points: the one mean is right, the other too large."""
+    x, y = jnp.asarray(normal(0, 5000, 5, 1)), jnp.asarray(0.5 + normal(1, 5000, 7, 1))
+    expected = mmd_squared_of_normals(0.5, 1.0, 1.0)
+    deviations = {}
+    for estimator in (mmd_squared, mmd_squared_unbiased):
+        values = np.asarray(jax.jit(jax.vmap(partial(estimator, gaussian(1.0))))(x, y))
+        deviations[estimator] = (values.mean() - expected) / (values.std() / np.sqrt(len(values)))
+    assert abs(deviations[mmd_squared_unbiased]) < 3.5
+    assert deviations[mmd_squared] > 20
+    assert 0.2 < (values < 0).mean() < 0.8  # unbiased values are not clamped
+
+
+def test_riesz_mmd_is_the_energy_distance(x64):
+    rng = np.random.default_rng(0)
+    x, y, w, v = rng.normal(size=30), 1 + rng.normal(size=20), rng.uniform(size=30), np.ones(20)
+    value = jax.jit(partial(mmd_squared, riesz()))(x[:, None], y[:, None], x_weights=w, y_weights=v)
+    np.testing.assert_allclose(value, energy_distance(x, y, w, v) ** 2, rtol=1e-10)
+
+
+def test_linear_mmd_is_the_distance_of_the_means(x64):
+    x, y = normal(0, 8, 4), normal(1, 5, 4)
+    expected = np.sum((x.mean(0) - y.mean(0)) ** 2)
+    np.testing.assert_allclose(jax.jit(partial(mmd_squared, linear()))(x, y), expected, rtol=1e-11)
+
+
+@jax.jit
+def equal_mmds(x, y, w, order, shift, share):
+    """The biased MMD^2 of the same two measures in five ways, and one of a sample and itself."""
+    mmd = partial(mmd_squared, gaussian(0.8), block_size=4)
+    split = jnp.concatenate([w.at[2].multiply(share), w[2:3] * (1 - share)])
+    values = (
+        mmd(x, y, x_weights=w),
+        mmd(y, x, y_weights=5 * w),
+        mmd(x[order] + shift, y + shift, x_weights=w[order]),
+        mmd(jnp.concatenate([x, x[2:3]]), y, x_weights=split),
+        mmd_squared(gaussian(0.8), x, y, x_weights=w, block_size=100),
+    )
+    return jnp.stack(values), mmd(x, x[order])
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(st.integers(0, 2**31))
+def test_invariances(seed):
+    rng = np.random.default_rng(seed)
+    x, y, w = rng.normal(size=(9, 2)), rng.normal(size=(6, 2)), rng.uniform(0.1, 1, size=9)
+    with jax.enable_x64(True):
+        values, itself = equal_mmds(
+            x, y, w, rng.permutation(9), rng.normal(size=(1, 2)), rng.uniform()
+        )
+    values = np.asarray(values)
+    assert values[0] > 0
+    np.testing.assert_allclose(values, values[0], rtol=1e-10)
+    np.testing.assert_allclose(itself, 0, atol=1e-14)
+
+
+def test_gradients_agree_with_finite_differences(x64):
+    x, y, w = normal(0, 5, 2), normal(1, 4, 2), np.arange(1.0, 6.0)
+
+    def value(x, w):
+        y_array = jnp.asarray(y)
+        return mmd_squared_unbiased(laplace(1.0), x, y_array, x_weights=w, block_size=3)
+
+    check_grads(jax.jit(value), (x, w), order=1, modes=("rev",), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [laplace(1.0), riesz()], ids=["laplace", "riesz"])
+def test_gradient_at_identical_samples_is_zero(kernel):
+    x = jnp.asarray(normal(0, 6, 12), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x, y: mmd_squared(kernel, x, y)))(x, x)
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_bad_samples_raise():
+    x, y = jnp.ones((3, 2)), jnp.ones((4, 2))
+    checks = (mmd_squared, mmd_squared_unbiased)
+    for mmd in (partial(check, linear()) for check in checks):
+        with pytest.raises(ValueError, match="y is not finite in row 1"):
+            mmd(x, y.at[1, 0].set(jnp.nan))
+        with pytest.raises(ValueError, match=r"x must be .* got shape \(0, 2\)"):
+            mmd(x[:0], y)
+        with pytest.raises(ValueError, match="y_weights must be >= 0"):
+            mmd(x, y, y_weights=jnp.array([1.0, 1.0, -1.0, 1.0]))
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            with pytest.raises(ValueError, match=r"shapes \(3, 2\) and \(4, 1\)"):
+                mmd(x, y[:, :1])
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(ValueError, match=r"two points .* got 1 and 4"):
+        mmd_squared_unbiased(linear(), x[:1], y)
+
+
+# Two-sample test
+
+
+def test_permutations():
+    draws = np.asarray(permutations(jax.random.key(0), 3000, 4))
+    np.testing.assert_array_equal(np.sort(draws, axis=1), np.tile(np.arange(4), (3000, 1)))
+    _, counts = np.unique(draws, axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert np.abs(counts - 125).max() < 4.5 * np.sqrt(125)
+
+
+def test_p_values_agree_with_a_loop_over_the_same_permutations(x64):
+    x, y = normal(0, 12, 2), 0.5 + normal(1, 9, 2)
+    kernels = [gaussian(0.5), gaussian(2.0), imq(1.0)]
+    relabellings = permutations(jax.random.key(0), 60, 21)
+    test = jax.jit(lambda key, x, y, r: two_sample_test(key, x, y, kernels, relabellings=r))
+    result = test(jax.random.key(1), x, y, relabellings)
+
+    squares, values = squareform(pdist(np.concatenate([x, y]))) ** 2, np.zeros((3, 61))
+    grams = (np.exp(-squares / (2 * 0.5**2)), np.exp(-squares / 8), 1 / np.sqrt(1 + squares))
+    for k, gram in enumerate(grams):
+        for b, order in enumerate([np.arange(21), *np.asarray(relabellings)]):
+            # The point at position i takes the label of position order[i].
+            first, second = order < 12, order >= 12
+            values[k, b] = (
+                gram[first][:, first].mean()
+                - 2 * gram[first][:, second].mean()
+                + gram[second][:, second].mean()
+            )
+    p = np.array([[(row >= t).sum() / 61 for t in row] for row in values])
+    np.testing.assert_allclose(result.statistics, values[:, 0], rtol=1e-10)
+    np.testing.assert_allclose(result.kernel_p_values, p[:, 0])
+    assert 1 / 61 < p[:, 0].min() < 0.5
+    np.testing.assert_allclose(result.p_value, (p.min(axis=0) <= p[:, 0].min()).sum() / 61)
+
+
+@pytest.mark.parametrize("kernel", [gaussian(100.0), polynomial(3)])
+@pytest.mark.parametrize(("n", "m"), [(5, 7), (40, 40)])
+def test_relabelling_within_the_samples_is_a_tie(kernel, n, m):
+    """Equal labellings have equal statistics, and a tie counts against rejection."""
+    rng = np.random.default_rng(0)
+    x, y = normal(0, n, 3).astype("f"), 1 + normal(1, m, 3).astype("f")
+    draws = [np.append(rng.permutation(n), n + rng.permutation(m)) for _ in range(30)]
+    if n == m:
+        draws += [(draw + n) % (2 * n) for draw in draws]
+    test = jax.jit(
+        lambda x, y, r: two_sample_test(jax.random.key(0), x, y, [kernel], relabellings=r)
+    )
+    result = test(x, y, np.stack(draws))
+    assert result.kernel_p_values[0] == result.p_value == 1
+
+
+KERNELS = [gaussian(1.0), laplace(0.5), riesz(), riesz(0.5), linear(), polynomial(3), imq(1.0)]
+
+
+@jax.jit
+def p_values_of_all_kernels(key, x, y):
+    return two_sample_test(key, x, y, KERNELS, num_permutations=99)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "m", "d"),
+    [(np.float32, 7, 3, 1), (np.float32, 20, 20, 3), (np.float64, 30, 40, 12)],
+)
+def test_equal_statistics_are_ties_and_count_against_rejection(dtype, n, m, d):
+    """Of samples with one value, and with one point that has another, every labelling is as far."""
+    with jax.enable_x64(dtype == np.float64):
+        for value in (0, 1, 0.37, 1000.3):
+            x, y = np.full((n, d), value, dtype), np.full((m, d), value, dtype)
+            p = p_values_of_all_kernels(jax.random.key(1), x, y)
+            assert (p.kernel_p_values == 1).all()
+            assert p.p_value == 1
+            if n == m:
+                x[-1] = 2.1
+                p = p_values_of_all_kernels(jax.random.key(1), x, y)
+                assert (p.kernel_p_values == 1).all()
+
+
+@jax.jit
+def rejections(keys, draws):
+    """Of tests of 30 against 40 points: the share of p <= .05 and p <= .01."""
+
+    def test(one):
+        key, points = one
+        kernels = [gaussian(1.0), riesz()]
+        return two_sample_test(key, points[:30], points[30:], kernels, num_permutations=99).p_value
+
+    return jax.lax.map(test, (keys, draws))
+
+
+RATES = (0.005, 0.02, 0.1, 0.3, 0.5)
+LAWS = {
+    **{f"Bernoulli({q})": partial(lambda q, rng, s: rng.random(s) < q, q) for q in RATES},
+    "counts": lambda rng, s: rng.poisson(1.5, s),
+    "one decimal": lambda rng, s: np.round(rng.normal(size=s), 1),
+    "normal": lambda rng, s: rng.normal(size=s),
+    "far off": lambda rng, s: 1000 + np.round(rng.normal(size=s), 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [1, 12])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("law", LAWS)
+def test_the_level_holds_where_values_coincide(law, dtype, d):
+    assert_level(law, dtype, d, repeats=1000)
+
+
+def test_the_level_holds_for_rare_features():
+    assert_level("Bernoulli(0.005)", np.float32, 1, repeats=300)
+
+
+def assert_level(law, dtype, d, repeats):
+    draws = LAWS[law](np.random.default_rng(0), (repeats, 70, d)).astype(dtype)
+    with jax.enable_x64(dtype == np.float64):
+        p = rejections(jax.random.split(jax.random.key(0), repeats), draws)
+    for level in (0.05, 0.01):
+        share = np.mean([float(value) <= level for value in p])
+        assert share <= level + 3 * np.sqrt(level * (1 - level) / repeats)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_p_values_keep_the_order_of_the_shares_that_they_round(dtype):
+    """As Python numbers too: 5 / 100 <= .05, whatever the dtype holds of it."""
+    with jax.enable_x64(dtype == np.float64):
+        for size in (40, 100):
+            p = _permutation_p_values(jnp.arange(size, dtype=dtype), 0.0)
+            shares = np.arange(size, 0, -1) / size
+            assert p.dtype == dtype
+            assert all(float(found) <= share for found, share in zip(p, shares))
+            np.testing.assert_allclose(p, shares, rtol=2e-7)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_has_no_p_value(bad):
+    x, y = normal(0, 8, 2).astype("f"), normal(1, 6, 2).astype("f")
+    x[3, 1] = bad
+    kernels = [gaussian(1.0), riesz()]
+    test = jax.jit(lambda x, y: two_sample_test(jax.random.key(0), x, y, kernels))
+    result = test(x, y)
+    assert np.isnan([*result.kernel_p_values, result.p_value]).all()
+    kernels = [gaussian(1.0), lambda x, y: bad * riesz()(x, y)]
+    y = jnp.asarray(y)
+    result = jax.jit(lambda y: two_sample_test(jax.random.key(0), y, y, kernels))(y)
+    np.testing.assert_array_equal(np.isnan(result.kernel_p_values), [False, True])
+    assert np.isnan(result.p_value)
+
+
+def test_level():
+    """Of 2,000 tests of equal laws a share of 0.05 rejects at 0.05, exactly but for ties."""
+    repeats, num_permutations = 2000, 39
+
+    def test(draw):
+        key, points = draw
+        kernels = [gaussian(bandwidth) for bandwidth in (0.2, 1.0, 5.0)]
+        return two_sample_test(
+            key, points[:8], points[8:], kernels, num_permutations=num_permutations
+        )
+
+    draws = jax.random.split(jax.random.key(0), repeats), normal(0, repeats, 14, 2).astype("f")
+    result = jax.jit(partial(jax.lax.map, test))(draws)
+    low, high = binom.ppf([1e-3, 1 - 1e-3], repeats, 0.05)
+    assert (np.asarray(result.p_value) <= 0.05).sum() <= high
+    assert low <= (np.asarray(result.kernel_p_values)[:, 1] <= 0.05).sum() <= high
+    # The smallest of the p-values, uncorrected, is what the bound above would catch.
+    assert (np.asarray(result.kernel_p_values).min(axis=1) <= 0.05).sum() > high
+
+
+def test_power_and_the_grid_of_bandwidths():
+    """A shift is found, and two clusters of the same mean and variance, by the narrow kernels."""
+
+    @jax.jit
+    def test(key, x, y):
+        kernels = [gaussian(bandwidth) for bandwidth in bandwidth_grid(key, x, y)]
+        return two_sample_test(key, x, y, kernels, num_permutations=199)
+
+    x, y = normal(0, 100, 1).astype("f"), normal(1, 80, 1).astype("f")
+    key = jax.random.key(0)
+    assert test(key, x, y).p_value > 0.05
+    assert test(key, x, y + np.float32(0.7)).p_value <= 0.01
+    clusters = (np.sign(normal(2, 80, 1)) + 0.2 * y) / np.float32(np.sqrt(1.04))
+    result = test(key, x, clusters.astype("f"))
+    assert result.p_value <= 0.01 < 0.1 < result.kernel_p_values[-1]
+
+
+def test_one_kernel_needs_no_correction():
+    x, y = normal(0, 20, 2).astype("f"), normal(1, 20, 2).astype("f")
+    test = jax.jit(lambda key: two_sample_test(key, jnp.asarray(x), jnp.asarray(y), [laplace(1.0)]))
+    one, again, other = (test(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert one.p_value == one.kernel_p_values[0] == again.p_value != other.p_value
+    np.testing.assert_allclose(one.statistics, other.statistics, rtol=1e-5)
+    with pytest.raises(ValueError, match="kernels is empty"):
+        two_sample_test(jax.random.key(0), jnp.asarray(x), jnp.asarray(y), [])
+
+
+def test_memory_of_the_test_is_that_of_its_permutations():
+    points = jax.ShapeDtypeStruct((30_000, 16), jnp.float32)
+    test = partial(two_sample_test, kernels=[gaussian(1.0), imq(1.0)], num_permutations=20)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    memory = jax.jit(test).lower(key, points, points).compile().memory_analysis()
+    gram = 60_000**2 * 4
+    assert memory.temp_size_in_bytes < 8 * 60_000 * (20 + 16) * 4 + 6 * 1024**2 * 4 < gram / 100
+
+
+def test_mmd_squared_is_made_of_kernel_means(x64):
+    """The three sums that flows and mixing weights differentiate are the same numbers."""
+    x, y = normal(0, 7, 3), normal(1, 5, 3)
+
+    @jax.jit
+    def both(x, y):
+        mean = partial(kernel_mean, imq(1.0))
+        return mmd_squared(imq(1.0), x, y), mean(x) - 2 * mean(x, y) + mean(y)
+
+    np.testing.assert_allclose(*both(x, y), rtol=1e-12)

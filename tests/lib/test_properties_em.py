@@ -1,0 +1,373 @@
+"""Properties of EM, its starts and the sums over rows that both are made of, against NumPy.
+
+A moment of n rows in d dimensions is a sum of n terms of d products: it is off by at most
+m = 2 (n + 3 d + 8) roundings of the sum of the terms' absolute values, written out in each test.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal, norm
+
+from lib import gmm
+from lib.gmm import covariances, em, starts
+from lib.gmm import moments as row_sums
+
+# (structure, points, components, dimension, dtype): each is compiled once, slowly.
+CASES = (
+    ("full", 21, 2, 3, np.float32),
+    ("tied", 21, 3, 2, np.float64),
+    ("diagonal", 9, 2, 1, np.float64),
+    ("spherical", 14, 1, 3, np.float32),
+    ("low_rank", 21, 2, 3, np.float32),
+)
+DTYPES = st.sampled_from([np.float32, np.float64])
+EXPONENTS = st.integers(-6, 6)
+SEEDS = st.integers(0, 2**31)
+
+
+def few(examples):
+    return settings(max_examples=examples, deadline=None)
+
+
+def structure_of(name):
+    if name == "low_rank":
+        return covariances.low_rank(jax.random.key(0), 1)
+    return getattr(covariances, name)
+
+
+def sample(rng, n, d, exponent, dtype):
+    """Rows at a scale, the last of them equal."""
+    x = 10.0**exponent * (1 + rng.normal(size=(n, d)))
+    x[-3:] = x[-1]
+    return x.astype(dtype)
+
+
+def weighted_moments(x, shares):
+    """Means [K, d] and covariances [K, d, d] of the rows, and the shares' sums [K]."""
+    counts = shares.sum(axis=0)
+    means = shares.T @ x / counts[:, None]
+    centred = x[:, None] - means
+    return (
+        means,
+        np.einsum("nk,nki,nkj->kij", shares, centred, centred) / counts[:, None, None],
+        counts,
+    )
+
+
+@jax.jit
+def steps(mixture, x, weights, given_):
+    """The M-step from given responsibilities, and a step of EM."""
+    moments = em.block_moments(em.prepare(mixture, x.dtype), x, weights, given_)
+    maximised = em.maximisation(mixture, moments, regularisation=0.0)
+    moved = em.em_step(mixture, x, weights, regularisation=0.0, block_size=8)
+    return maximised, moved
+
+
+expectation = jax.jit(partial(em.expectation, block_size=8))
+
+
+@pytest.mark.slow
+@few(14)
+@given(st.sampled_from(CASES), EXPONENTS, SEEDS)
+def test_steps(case, exponent, seed):
+    """The M-step is the weighted moments of the rows; rows of weight 0, another order and a weight
+    split between two equal rows change nothing; a step of EM does not go down."""
+    (name, n, num, d, dtype), rng = case, np.random.default_rng(seed)
+    scale, eps = 10.0**exponent, np.finfo(dtype).eps
+    x, m = sample(rng, n, d, exponent, dtype), 2 * (n + 3 * d + 8)
+    weights = rng.uniform(0.2, 1, n)
+    weights[-3:-1] = 0
+    given_ = rng.dirichlet(np.ones(num), n).astype(dtype)
+    given_[-3:] = given_[-1]
+    split = weights.copy()
+    split[-3:] = weights[-1] * np.array([0.5, 0.25, 0.25])
+    order = rng.permutation(n)
+    variances = np.full(d, scale**2)
+    with jax.enable_x64(True):
+        start = gmm.Mixture(
+            jnp.asarray(rng.dirichlet(np.full(num, 5.0))),
+            jnp.asarray(x[:num]),
+            structure_of(name)(num, jnp.asarray(variances)),
+        )
+        start = gmm.cast(start, dtype)
+        inputs = (x, weights, given_), (x, split, given_), (x[order], split[order], given_[order])
+        found = [steps(start, *(jnp.asarray(a, dtype) for a in one)) for one in inputs]
+        again = steps(found[0][1][0], *(jnp.asarray(a, dtype) for a in inputs[0]))[1][1]
+        found, again = jax.tree.map(np.asarray, (found, again))
+        if name == "diagonal":
+            arrays = jnp.asarray(x), jnp.asarray(weights, dtype)
+            before = jax.tree.map(np.asarray, expectation(start, *arrays))
+            assert isinstance(before, em.Moments)
+            info = found[0][1][1]
+            np.testing.assert_allclose(before.counts, info.counts, rtol=m * eps)
+            np.testing.assert_allclose(before.weight, weights.sum(), rtol=m * eps)
+            assert before.first.dtype == before.second.dtype == dtype
+    for leaf in jax.tree.leaves(found):
+        assert leaf.dtype == dtype
+        assert np.isfinite(leaf).all()
+    wide, shares = x.astype(float), weights[:, None] * given_.astype(float)
+    means, matrices, counts = weighted_moments(wide, shares)
+    # Moments are taken about the start's means, or about the middle of them.
+    centres = np.asarray(start.means, float)
+    sizes = np.abs(wide - centres.mean(axis=0)) + np.abs(centres - centres.mean(axis=0)).max(axis=0)
+    size = sizes.max() + np.abs(centres).max()
+    for (mixture, ridge), (moved, info) in found:
+        assert isinstance(info, em.StepInfo)
+        np.testing.assert_allclose(mixture.weights, counts / counts.sum(), rtol=m * eps)
+        np.testing.assert_allclose(mixture.means, means, rtol=0, atol=m * eps * size)
+        assert np.all(ridge == 0)
+        np.testing.assert_allclose(moved.weights.sum(), 1, rtol=m * eps)
+        expected = {
+            "full": covariances,
+            "tied": np.einsum("k,kij->ij", counts / counts.sum(), covariances),
+            "diagonal": np.diagonal(covariances, axis1=1, axis2=2),
+            "spherical": np.trace(covariances, axis1=1, axis2=2) / d,
+        }.get(name)
+        if expected is not None:
+            matrices = mixture.covariance.matrices()
+            np.testing.assert_allclose(matrices, expected, rtol=0, atol=m * eps * size**2)
+        # Log-densities are off by 3 d + 8 roundings of the squares and logarithms in them.
+        densities = np.square(sizes).sum(axis=1).max() / scale**2 + 2 * d * abs(np.log(scale)) + 5
+        assert again.log_likelihood >= info.log_likelihood - 40 * m * eps * densities
+        assert abs(info.log_likelihood - found[0][1][1].log_likelihood) <= m * eps * densities
+        np.testing.assert_allclose(info.counts.sum(), weights.sum(), rtol=m * eps)
+
+
+# Components far apart
+
+far_step = jax.jit(partial(em.em_step, regularisation=0.0))
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("full", "low_rank")]
+
+
+def dense(structure, num, d):
+    """The covariances [K, d, d], in float64."""
+    matrices = np.asarray(jax.tree.map(np.float64, structure).matrices())
+    if isinstance(structure, gmm.Diagonal | gmm.Spherical):
+        return np.stack([np.diag(np.broadcast_to(one, d)) for one in matrices])
+    return np.broadcast_to(matrices, (num, d, d))
+
+
+def numpy_step(mixture, x):
+    """In float64: log-likelihood, then weights, means and dense covariances after a step of EM."""
+    weights, means, structure = jax.tree.map(np.float64, mixture)
+    num, d = means.shape
+    before = dense(structure, num, d)
+    logs = [multivariate_normal(*pair).logpdf(x) for pair in zip(means, before)]
+    joint = np.log(weights) + np.stack(logs, axis=1)
+    density = logsumexp(joint, axis=1)
+    means, after, counts = weighted_moments(x, np.exp(joint - density[:, None]))
+    weights = counts / len(x)
+    match structure:
+        case gmm.Tied():
+            after = np.stack([np.einsum("k,kij->ij", weights, after)] * num)
+        case gmm.Diagonal():
+            after = np.eye(d) * after
+        case gmm.Spherical():
+            after = np.eye(d) * np.trace(after, axis1=1, axis2=2)[:, None, None] / d
+        case gmm.LowRank():
+            for k, (w, scatter) in enumerate(zip(structure.loadings, after)):
+                b = w.T @ np.linalg.inv(before[k])
+                new = scatter @ b.T @ np.linalg.inv(np.eye(w.shape[1]) - b @ w + b @ scatter @ b.T)
+                after[k] = new @ new.T + np.diag(np.diag(scatter - new @ b @ scatter))
+    return density.mean(), weights, means, after
+
+
+@pytest.mark.parametrize("name", ["tied", "diagonal", "spherical", *SLOW])
+@few(8)
+@given(st.floats(0, 5), st.booleans(), st.booleans(), SEEDS)
+def test_components_far_apart(name, exponent, beyond, astray, seed):
+    """Of three components two overlap and one is up to 1e5 standard deviations away. All is float32
+    and off by what it is to round the rows, in standard deviations. Where a mean is too far from
+    its rows its ridge is infinite and its covariance stays, and the next step finds it."""
+    rng, (n, num, d), far = np.random.default_rng(seed), (48, 3, 2), 10.0 ** (exponent, 5)[astray]
+    centres = np.array([[0, 0], [2, 1], [far, -far]]) + far * beyond
+    x = (centres[np.arange(n) % num] + rng.normal(size=(n, d))).astype(np.float32)
+    means = centres + 0.3 * rng.normal(size=(num, d))
+    means[2] += 1000 * astray
+    covariance = structure_of(name)(num, jnp.ones(d, jnp.float32))
+    mixture = gmm.cast(gmm.Mixture(np.full(num, 1 / num), means, covariance), np.float32)
+    close = partial(
+        np.testing.assert_allclose,
+        rtol=0,
+        atol=4 * np.finfo(np.float32).eps * (np.abs(x).max() + n),
+    )
+    for step in range(3):
+        value, *expected = numpy_step(mixture, x.astype(float))
+        before, (mixture, info) = mixture, far_step(mixture, jnp.asarray(x))
+        found = (*jax.tree.map(np.float64, mixture[:2]), dense(mixture.covariance, num, d))
+        kept = np.isinf(np.asarray(info.ridge))
+        np.testing.assert_array_equal(
+            kept, astray & (step == 0) & ((np.arange(num) == 2) | (name == "tied"))
+        )
+        if kept.any():
+            expected[2][kept] = dense(before.covariance, num, d)[kept]
+        else:
+            close(np.float64(info.log_likelihood), value)
+        for one, other in zip(found, expected):
+            close(one, other)
+
+
+# Starts
+
+jit_seeds = jax.jit(starts.kmeans_plus_plus, static_argnums=2)
+
+
+@few(20)
+@given(st.sampled_from([(1, 1, 1), (12, 1, 7)]), DTYPES, EXPONENTS, SEEDS)
+def test_seeds_are_points_of_positive_weight(shape, dtype, exponent, seed):
+    """And distinct as long as there are distinct points left. They do not know the unit: a power
+    of two changes no bit."""
+    (n, d, num), rng = shape, np.random.default_rng(seed)
+    x = (10.0**exponent * rng.integers(0, 3, (n, d))).astype(dtype)
+    weights = (rng.integers(0, 2, n) * rng.uniform(0.5, 1, n)).astype(dtype)
+    weights[rng.integers(n)] = 1
+    with jax.enable_x64(True):
+        points, given_ = jnp.asarray(x), jnp.asarray(weights)
+        centres = jit_seeds(jax.random.key(seed), points, num, given_)
+        doubled = jit_seeds(jax.random.key(seed), 4 * points, num, given_)
+        centres, doubled = np.asarray(centres), np.asarray(doubled)
+    assert (centres.dtype, centres.shape) == (dtype, (num, d))
+    present = {tuple(row) for row in x[weights > 0]}
+    chosen = {tuple(row) for row in centres}
+    assert chosen <= present
+    assert len(chosen) == min(num, len(present))
+    np.testing.assert_array_equal(doubled, 4 * centres)
+
+
+def halves(images):
+    return images / 2
+
+
+@pytest.mark.slow
+@few(6)
+@given(EXPONENTS, SEEDS)
+def test_starts_and_fits(exponent, seed):
+    """Of a diagonal mixture: starts from one-hot responsibilities are moments of the clusters, as
+    those from k-means are; two steps of EM and log-likelihoods are NumPy's. Rows come in blocks and
+    chunks, through a transform, some of weight 0."""
+    dtype, rng = np.float32, np.random.default_rng(seed)
+    n, d, num, eps, scale = 20, 2, 3, np.finfo(dtype).eps, 10.0**exponent
+    x = scale * (4 * rng.permutation(np.arange(n) % num)[:, None] + rng.normal(size=(n, d)))
+    x = x.astype(dtype)
+    x[-1], weights = x[0], rng.uniform(0.2, 1, n)
+    weights[3] = 0
+    options = {"dtype": dtype, "block_size": 5, "chunk_size": 7}
+    data = row_sums.rows(2 * x, weights=weights, transform=halves, **options)
+    assert isinstance(data, row_sums.Rows)
+    assert (data.num_rows, row_sums.dimension(data)) == (n, d)
+    key, regularisation = jax.random.key(seed), 0.1 * scale**2
+    options = {"regularisation": regularisation}
+
+    centres = starts.kmeans(key, data, num)
+    assert (centres.dtype, centres.shape) == (np.float64, (num, d))
+    scaled = starts.kmeans(key, data._replace(x=8 * x), num)
+    np.testing.assert_array_equal(scaled, 4 * centres)
+    wide = x.astype(float)
+    nearest = np.square(wide[:, None] - centres).sum(axis=2).argmin(axis=1)
+    one_hot = np.eye(num)[nearest]
+    make = covariances.diagonal
+    start = starts.responsibilities_start(data, one_hot, make, **options)
+    other = starts.kmeans_start(key, data, num, make, **options)
+    means, matrices, counts = weighted_moments(wide, weights[:, None] * one_hot)
+    variances = np.diagonal(matrices, axis1=1, axis2=2) + regularisation
+    size = np.square(wide).sum(axis=1).max()
+    for found in (start, other):
+        assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float64)}
+        np.testing.assert_allclose(found.weights, counts / weights.sum(), rtol=1e-6)
+        tolerance = 100 * (np.finfo(float).eps if found is start else eps)
+        np.testing.assert_allclose(found.means, means, rtol=0, atol=tolerance * np.sqrt(size))
+        np.testing.assert_allclose(
+            found.covariance.matrices(), variances, rtol=0, atol=tolerance * size
+        )
+
+    # Log-densities are off by 3 d + 8 roundings of squares over the variances, at least
+    # `regularisation`; responsibilities and what is made of them by as much, relatively.
+    off = 4 * (3 * d + 8) * eps * (4 * size / regularisation + 2 * d * abs(np.log(scale)) + 5)
+    result = em.fit(data, start, tolerance=0.0, max_iterations=2, show_progress=False, **options)
+    assert isinstance(result, em.FitResult)
+    shares, means, variances = counts / weights.sum(), start.means, start.covariance.scales**2
+    for t in range(3):
+        joint = np.log(shares) + norm.logpdf(wide[:, None], means, np.sqrt(variances)).sum(axis=2)
+        density = logsumexp(joint, axis=1)
+        value = weights @ density / weights.sum()
+        if t == 2:
+            found = em.mean_log_likelihood(result.mixture, data)
+            assert abs(found - value) <= 10 * off
+            break
+        assert abs(result.log_likelihoods[t] - value) <= 10 * off
+        given_ = np.exp(joint - density[:, None]) * weights[:, None]
+        means, matrices, counts = weighted_moments(wide, given_)
+        variances = np.diagonal(matrices, axis1=1, axis2=2) + regularisation
+        shares = counts / counts.sum()
+        np.testing.assert_allclose(result.counts[t], counts, rtol=0, atol=off * n)
+    assert not result.repairs
+    length = np.sqrt(size)
+    np.testing.assert_allclose(result.mixture.means, means, rtol=0, atol=10 * n * off * length)
+
+
+# Sums over rows
+
+
+def power_sums(power, points, weights, labels):
+    return {"sum": weights @ points**power, "labels": weights @ labels, "weight": weights.sum()}
+
+
+@few(12)
+@given(
+    st.sampled_from(
+        [
+            (1, 1, 3, 4, np.float64),
+            (15, 3, 100, 4, np.float32),
+            (15, 3, 6, 17, np.uint8),
+            (15, 3, 3, 2, np.float64),
+        ]
+    ),
+    SEEDS,
+)
+def test_sums_over_rows(layout, seed):
+    """Of any blocks and chunks; products in the rows' dtype, sums over blocks in float64."""
+    (n, d, chunk_size, block_size, dtype), rng = layout, np.random.default_rng(seed)
+    x = rng.integers(0, 256, (n, d)).astype(dtype)
+    weights, labels = rng.integers(0, 5, n).astype(float), rng.normal(size=(n, 2))
+    weights[0] = 1
+    computed = np.float32 if dtype == np.float32 else np.float64
+    data = row_sums.rows(
+        x, weights=weights, dtype=computed, block_size=block_size, chunk_size=chunk_size
+    )
+    found = row_sums.sum_over_rows(power_sums, np.asarray(2, computed), data, labels)
+    with jax.enable_x64(True):
+        alone = row_sums.sum_over_blocks(
+            power_sums,
+            jnp.asarray(2, computed),
+            (jnp.asarray(x), jnp.asarray(weights), jnp.asarray(labels)),
+            dtype=computed,
+            total_dtype=computed,
+            block_size=block_size,
+        )
+    wide = x.astype(float)
+    eps = np.finfo(computed).eps
+    for sums, total in ((found, np.float64), (alone, computed)):
+        sums = {name: np.asarray(value) for name, value in sums.items()}
+        assert {value.dtype for value in sums.values()} == {np.dtype(total)}
+        np.testing.assert_allclose(sums["sum"], weights @ wide**2, rtol=(n + 3) * eps)
+        size = np.abs(weights) @ np.abs(labels)
+        assert np.all(np.abs(sums["labels"] - weights @ labels) <= (n + 3) * eps * size)
+        assert sums["weight"] == weights.sum()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_are_finite_in_the_dtype_of_the_products(dtype):
+    """What float64 holds is no infinity there, and is one in float32; neither warns."""
+    check = partial(row_sums.rows, np.array([[0.0], [1e39]]), dtype=dtype)
+    if dtype == np.float64:
+        assert check().num_rows == 2
+    else:
+        with pytest.raises(ValueError, match="row 1 of the data is not finite"):
+            check()

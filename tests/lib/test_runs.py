@@ -1,0 +1,358 @@
+"""Run folders: their names, their metrics, and where a result comes from."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lib import runs
+from lib.runs import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int = 100
+    bandwidths: tuple[float, ...] = (1.0, math.inf)
+    inner: Inner = Inner()
+    folder: Path = Path("a/b")
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reordered:
+    seed: int = 3
+    folder: Path = Path("a/b")
+    inner: Inner = Inner()
+    bandwidths: tuple[float, ...] = (1.0, math.inf)
+    steps: int = 100
+
+
+@pytest.fixture
+def run(tmp_path):
+    return runs.open_run(tmp_path, "xp", "flow", Config(), seed=0)
+
+
+# Hashes and folders
+
+
+def test_hash_ignores_field_order_excluded_fields_and_container_types():
+    expected = runs.config_hash(Config())
+    assert len(expected) == 10
+    assert int(expected, 16) >= 0
+    assert runs.config_hash(Reordered()) == expected
+    assert runs.config_hash(dataclasses.asdict(Config())) == expected
+    assert runs.config_hash(Config(seed=7)) == expected
+    assert runs.config_hash(Config(seed=7), exclude=()) != runs.config_hash(Config(), exclude=())
+    assert runs.config_hash(Config(steps=1), exclude=["steps"]) == runs.config_hash(
+        Config(), exclude=["steps"]
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 101},
+        {"bandwidths": (1.0,)},
+        {"bandwidths": (math.inf, 1.0)},
+        {"inner": Inner(0.2)},
+        {"folder": Path("a/c")},
+    ],
+)
+def test_hash_sees_every_other_change(change):
+    assert runs.config_hash(dataclasses.replace(Config(), **change)) != runs.config_hash(Config())
+
+
+def test_hash_is_the_same_in_another_process_and_version():
+    # SHA-256 of {"a":1,"b":"x"}, from the command line's sha256sum.
+    assert runs.config_hash({"b": "x", "a": 1, "seed": 5}) == "ecf9e98ec0"
+
+
+def test_hash_rejects_what_has_no_canonical_form():
+    with pytest.raises(TypeError, match="function"):
+        runs.config_hash({"kernel": lambda x: x})
+    with pytest.raises(TypeError, match="dataclass or a mapping"):
+        runs.config_hash([1, 2])
+    with pytest.raises(TypeError, match="no JSON"):
+        runs.config_hash({"a": {1: 2}})
+
+
+def test_open_run_writes_the_configuration_and_the_environment(tmp_path):
+    run = runs.open_run(tmp_path, "xp", "flow", Config(), seed=4)
+    digest = runs.config_hash(Config())
+    assert run.folder == tmp_path / "xp" / f"flow-{digest}" / "seed4"
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["seed"] == 4
+    assert config["bandwidths"] == [1.0, "Infinity"]
+    assert runs.config_hash(config) == digest
+    environment = json.loads((run.folder / "env.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    assert environment["device"]["platform"] == jax.devices()[0].platform
+
+
+def test_provenance_says_commit_device_seeds_and_command(tmp_path):
+    cpu = {"model": "AMD EPYC", "cores": 2}
+    environment = {
+        "time": "2025-01-02T03:04:05+00:00",
+        "command": "python run.py --seeds 0 1",
+        "commit": "0123456789abcdef",
+        "dirty": True,
+        "device": {"platform": "cpu", "kind": "cpu", "count": 1},
+        "cpu": cpu,
+    }
+    path = tmp_path / "rings_paper.json"
+    files.write_json(path, {"seeds": [0, 1], "environment": environment})
+    assert runs.provenance(path) == (
+        "`rings_paper.json`: commit `0123456` and changes; AMD EPYC, 2 cores; seeds 0, 1; "
+        "2025-01-02; `python run.py --seeds 0 1`"
+    )
+    gpu = {"platform": "gpu", "kind": "NVIDIA H100", "count": 4}
+    elsewhere = environment | {"commit": None, "dirty": None, "device": gpu}
+    files.write_json(path, {"environment": elsewhere})
+    assert ": no commit; 4 x NVIDIA H100; 2025-01-02; `python" in runs.provenance(path)
+
+
+def test_every_committed_summary_says_where_it_comes_from():
+    for path in Path(__file__).parents[2].glob("xp_*/published/*.json"):
+        assert re.match(rf"`{path.name}`: commit `\w{{7}}`", runs.provenance(path)), path
+
+
+def test_reopening_keeps_what_is_there(run, tmp_path):
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.folder.iterdir()}
+    assert set(before) == {".lock", "config.json", "env.json"}
+    assert runs.open_run(tmp_path, "xp", "flow", Config(), seed=0) == run
+    after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.folder.iterdir()}
+    assert after == before
+
+
+@pytest.mark.parametrize("edit", [lambda t: t.replace("100", "99"), lambda t: t[:-9]])
+def test_an_edited_configuration_is_an_error_that_names_the_file(run, tmp_path, edit):
+    path = run.folder / "config.json"
+    path.write_text(edit(path.read_text()))
+    with pytest.raises(files.RunFileError, match=r"config\.json .*edited"):
+        runs.open_run(tmp_path, "xp", "flow", Config(), seed=0)
+
+
+def test_finished_only_with_the_final_result(run):
+    assert not run.finished
+    assert run.load_checkpoint({"x": np.ones(2)}) is None
+    with pytest.raises(FileNotFoundError):
+        run.load_arrays()
+    run.save_checkpoint({"x": np.ones(2)}, step=1)
+    assert not run.finished
+    run.finish(x=np.arange(3))
+    assert run.finished
+    np.testing.assert_array_equal(run.load_arrays()["x"], np.arange(3), strict=True)
+
+
+SAVED = ("checkpoint.npz", "checkpoint.previous.npz", "trajectory.npz")
+
+
+@pytest.mark.parametrize("operations", range(6))
+def test_finish_discards_what_was_saved_wherever_it_is_killed(
+    run, tmp_path, monkeypatch, operations
+):
+    """After so many renames and deletions. Either all that it resumes from is there, or the result
+    is, and nothing else as soon as the run is opened again."""
+    for step in (1, 2):
+        run.save_checkpoint({"x": np.ones(2)}, step=step)
+    files.save_arrays(run.trajectory, losses=np.ones(2))
+    done = []
+
+    def counted(system):
+        def call(*arguments, **options):
+            if len(done) == operations:
+                raise KeyboardInterrupt
+            done.append(arguments)
+            return system(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        with contextlib.suppress(KeyboardInterrupt):
+            run.finish(x=np.arange(3))
+    reopened = runs.open_run(tmp_path, "xp", "flow", Config(), seed=0)
+    found = {path.name for path in run.folder.glob("*.npz")}
+    assert found == ({"arrays.npz"} if reopened.finished else set(SAVED))
+    assert reopened.finished == (operations > 0)
+    assert not list(run.folder.glob("*.tmp"))
+
+
+# Killed writers
+
+
+WRITER = """
+import os, signal, sys
+import numpy as np
+from lib import files
+
+path, mode = sys.argv[1:]
+big = np.ones(500_000)
+if mode == "half":
+    files.save_checkpoint(path, {"x": 7 * big}, step=7)
+    def die(file, array, **settings):
+        file.write(array.tobytes()[:1000])
+        os.kill(os.getpid(), signal.SIGKILL)
+    np.lib.format.write_array = die
+    files.save_checkpoint(path, {"x": 8 * big}, step=8)
+step = 0
+while True:
+    step += 1
+    files.save_checkpoint(path, {"x": step * big}, step=step)
+    if step == 2:
+        print("ready", flush=True)
+"""
+
+
+def start_writer(path, mode):
+    command = [sys.executable, "-c", WRITER, str(path), mode]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+
+
+def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path):
+    run = runs.open_run(tmp_path, "xp", "flow", Config(), seed=0)
+    looping = start_writer(tmp_path / "checkpoint.npz", "loop")
+    half = start_writer(run.checkpoint, "half")
+    assert looping.stdout.readline() == b"ready\n"
+    time.sleep(random.Random(0).uniform(0.1, 0.3))
+    looping.kill()
+    for process in (looping, half):
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        process.stdout.close()
+
+    like = {"x": np.ones(500_000)}
+    state, step = files.load_checkpoint(tmp_path / "checkpoint.npz", like)
+    assert step >= 2
+    assert np.all(state["x"] == step)
+
+    # The other died with half an array written: the old file is whole, the rest is cleaned.
+    state, step = run.load_checkpoint(like)
+    assert step == 7
+    assert np.all(state["x"] == 7)
+    assert len(list(run.folder.glob(".*.tmp"))) == 1
+    runs.open_run(tmp_path, "xp", "flow", Config(), seed=0)
+    assert sorted(os.listdir(run.folder)) == [".lock", "checkpoint.npz", "config.json", "env.json"]
+
+
+# Metrics
+
+
+def rows(start, stop):
+    return [{"step": i, "loss": jnp.float32(1 / (i + 1)), "note": "é"} for i in range(start, stop)]
+
+
+def test_a_resumed_file_is_that_of_an_uninterrupted_run(tmp_path):
+    whole = runs.open_run(tmp_path, "xp", "whole", Config(), seed=0)
+    whole.truncate_metrics(0)
+    whole.append_metrics(rows(0, 10))
+    resumed = runs.open_run(tmp_path, "xp", "resumed", Config(), seed=0)
+    resumed.append_metrics(rows(0, 6))
+    resumed.append_metrics([{"step": 4, "loss": 0.0}])
+    with open(resumed.metrics, "ab") as file:
+        file.write(b'{"step": 3, "lo')
+    resumed.truncate_metrics(4)
+    assert [row["step"] for row in resumed.read_metrics()] == [0, 1, 2, 3]
+    resumed.append_metrics(rows(4, 10))
+    assert resumed.metrics.read_bytes() == whole.metrics.read_bytes()
+    assert [row["step"] for row in resumed.read_metrics()] == list(range(10))
+
+
+def test_every_torn_last_line_is_dropped(run):
+    assert run.read_metrics() == []
+    run.append_metrics(rows(0, 2))
+    content = run.metrics.read_bytes()
+    first = content.index(b"\n") + 1
+    for size in range(first, len(content)):
+        run.metrics.write_bytes(content[:size])
+        assert [row["step"] for row in run.read_metrics()] == [0]
+        run.truncate_metrics(5)
+        assert run.metrics.read_bytes() == content[:first]
+
+
+def test_truncation_without_need_writes_nothing(run):
+    run.truncate_metrics(0)
+    assert not run.metrics.exists()
+    run.append_metrics(rows(0, 2))
+    before = run.metrics.stat()
+    run.truncate_metrics(2)
+    after = run.metrics.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_not_finite_values_are_valid_json(run):
+    losses = np.array([np.nan, np.inf, -np.inf, 1.5], np.float32)
+    run.append_metrics([{"step": np.int64(0), "loss": jnp.float32(np.nan), "losses": losses}])
+
+    def reject(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    stored = json.loads(run.metrics.read_text(), parse_constant=reject)
+    assert stored == {"step": 0, "loss": "NaN", "losses": ["NaN", "Infinity", "-Infinity", 1.5]}
+    (row,) = run.read_metrics()
+    assert math.isnan(row["loss"])
+    np.testing.assert_array_equal(np.float32(row["losses"]), losses, strict=True)
+
+
+def test_bad_rows_are_refused_and_broken_lines_named(run):
+    run.append_metrics(rows(0, 1))
+    before = run.metrics.read_bytes()
+    for bad in ({"loss": 1.0}, {"step": 1.5}, {"step": None}):
+        with pytest.raises(ValueError, match="integer"):
+            run.append_metrics([*rows(1, 2), bad])
+    assert run.metrics.read_bytes() == before
+    for line in (b"nonsense", b"[1]", b'{"loss": 1}', b'{"step": "x"}'):
+        run.metrics.write_bytes(before + line + b"\n" + before)
+        with pytest.raises(files.RunFileError, match=r"metrics\.jsonl, line 2"):
+            run.read_metrics()
+
+
+# Environment
+
+
+def test_the_environment_says_what_ran(x64):
+    environment = runs.environment()
+    assert json.loads(json.dumps(environment)) == environment
+    assert environment["versions"]["numpy"] == np.__version__
+    assert environment["device"]["kind"] == jax.devices()[0].device_kind
+    assert environment["cpu"]["cores"] >= 1
+    assert environment["cpu"]["model"]
+    assert environment["x64"] is True
+    assert time.strptime(environment["time"][:10], "%Y-%m-%d")
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    environment = runs.environment()
+    assert (environment["commit"], environment["dirty"]) == (None, None)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "start")
+    environment = runs.environment()
+    assert (environment["commit"], environment["dirty"]) == (git("rev-parse", "HEAD"), False)
+    (tmp_path / "new.py").write_text("")
+    assert runs.environment()["dirty"] is True

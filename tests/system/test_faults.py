@@ -1,0 +1,681 @@
+"""What dies, fills up or is damaged: nothing is lost, and one line says what happened."""
+
+import ast
+import dataclasses
+import errno
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tqdm.std
+
+from lib import gd, gmm, rows, runs
+from lib.networks import classification
+from lib.report import page, plotting
+from lib.runs import commands, console, files, processes
+from lib.runs._locks import FolderBusyError
+from xp_data_mixing.embedding_files import write_embeddings
+from xp_data_mixing.mmd_data_mixing import MMDDataMixer
+from xp_dataset_distillation import export
+from xp_gmm_source import gmm_files
+from xp_gmm_source.config import FitConfig
+
+LIKE = {"x": np.zeros(50_000)}
+
+
+def state(step):
+    return {"x": np.full(50_000, float(step))}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return runs.open_run(tmp_path, "xp", "flow", {"steps": 3}, seed=0)
+
+
+def names_in(run):
+    return sorted(path.name for path in run.folder.iterdir())
+
+
+# Two processes in one folder
+
+OTHER = """
+import sys
+from lib import console, runs
+
+with console.one_line_errors():
+    run = runs.open_run(sys.argv[1], "xp", "flow", {"steps": 3}, seed=0)
+    print(run.finished)
+"""
+
+
+def other(folder):
+    command = [sys.executable, "-c", OTHER, str(folder)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_a_second_process_is_refused_until_the_run_is_finished(tmp_path, run):
+    temporary = run.folder / ".checkpoint.npz.1a2b3c4d.tmp"
+    temporary.write_bytes(b"being written")
+    refused = other(tmp_path)
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("FolderBusyError: ")
+    assert str(run.folder) in line
+    assert f"process {os.getpid()} on " in line
+    assert temporary.exists()  # a live writer's file is not a leftover
+    run.finish(x=np.ones(2))
+    read = other(tmp_path)
+    assert (read.returncode, read.stdout) == (0, "True\n"), read.stderr
+
+
+def test_the_same_process_opens_a_run_twice(tmp_path, run):
+    assert runs.open_run(tmp_path, "xp", "flow", {"steps": 3}, seed=0) == run
+    assert issubclass(FolderBusyError, OSError)
+
+
+def test_a_killed_export_is_cleaned_up(tmp_path, run):
+    """A folder under a temporary name, as the export of condensed sets leaves it when killed."""
+    leftover = run.folder / ".condensed.1a2b3c4d.tmp"
+    (leftover / "images").mkdir(parents=True)
+    (leftover / "images" / "0.png").write_bytes(b"half")
+    runs.open_run(tmp_path, "xp", "flow", {"steps": 3}, seed=0)
+    assert not leftover.exists()
+
+
+# A full disk, a folder that cannot be written
+
+
+def fail(number):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fails
+
+
+def half_written(monkeypatch):
+    """The disk is full after 1,000 bytes of an array, as for everything written after them."""
+
+    def write_array(file, array, **_):
+        file.write(array.tobytes()[:1000])
+        fail(errno.ENOSPC)()
+
+    monkeypatch.setattr(np.lib.format, "write_array", write_array)
+
+
+FULL = {
+    "half way": half_written,
+    "at fsync": lambda patch: patch.setattr(os, "fsync", fail(errno.ENOSPC)),
+    "at rename": lambda patch: patch.setattr(os, "replace", fail(errno.EDQUOT)),
+}
+
+
+@pytest.mark.parametrize("moment", FULL)
+def test_a_full_disk_leaves_the_checkpoints_and_no_temporary_file(run, monkeypatch, moment):
+    for step in (1, 2):
+        run.save_checkpoint(state(step), step=step)
+    before = names_in(run)
+    with monkeypatch.context() as patch:
+        FULL[moment](patch)
+        with pytest.raises(OSError, match=r"No space|quota") as error:
+            run.save_checkpoint(state(3), step=3)
+    (line,) = str(error.value).splitlines()
+    assert str(run.checkpoint) in line
+    assert names_in(run) == before
+    loaded, step = run.load_checkpoint(LIKE)
+    assert step == 2
+    assert np.all(loaded["x"] == 2)
+    run.save_checkpoint(state(3), step=3)
+    assert run.load_checkpoint(LIKE)[1] == 3
+
+
+def test_a_full_disk_in_a_command_is_one_line(run, monkeypatch, capsys):
+    FULL["half way"](monkeypatch)
+    with pytest.raises(SystemExit) as stopped, console.one_line_errors():
+        run.finish(x=np.ones(3))
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(run.arrays) in line
+    assert "No space left on device" in line
+    assert not run.finished
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 KB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no file system may be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk):
+    run = runs.open_run(small_disk, "xp", "flow", {"steps": 3}, seed=0)
+    small = {"x": np.arange(1000.0)}
+    run.save_checkpoint(small, step=1)
+    before = names_in(run)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"No space left.*checkpoint\.npz"):
+            run.save_checkpoint({"x": np.ones(100_000)}, step=2)
+        with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+            run.append_metrics([{"step": 0, "long": "x" * 1_000_000}])
+    assert run.read_metrics() == []
+    assert [name for name in names_in(run) if name != "metrics.jsonl"] == before
+    loaded, step = run.load_checkpoint(small)
+    assert step == 1
+    np.testing.assert_array_equal(loaded["x"], small["x"])
+
+
+@pytest.mark.parametrize("suffix", ["npy", "pt"])
+def test_embeddings_on_a_full_disk_are_named_and_leave_nothing(small_disk, suffix):
+    """Of a .pt 160 KB fit, but not twice: torch meets the end of the disk, not the rows' file."""
+    path = small_disk / f"a.{suffix}"
+    for num in (2500, 6000) if suffix == "pt" else (6000,):
+        with pytest.raises(OSError, match=rf"No space left.*{path}"):
+            write_embeddings(path, iter([np.ones((num, 16), np.float32)]))
+        assert os.listdir(small_disk) == []
+
+
+CONDENSED = export.Condensed(
+    np.zeros((2, 1, 4, 4, 1), np.float32), ("a", "b"), 1, [0.5], [0.5], "toy", {"commit": ""}
+)
+
+
+def test_figures_and_condensed_sets_on_a_full_disk_are_named(tmp_path, monkeypatch):
+    figure, _ = plotting.plt.subplots()
+    monkeypatch.setattr(type(figure), "savefig", fail(errno.ENOSPC))
+    with pytest.raises(OSError, match=rf"No space left.*{tmp_path / 'a.png'}"):
+        plotting.save_figure(figure, tmp_path / "a.png")
+    monkeypatch.setattr(export.Image.Image, "save", fail(errno.ENOSPC))
+    with pytest.raises(OSError, match=rf"No space left.*{tmp_path / 'set'}"):
+        export.save(tmp_path / "set", CONDENSED)
+    assert os.listdir(tmp_path) == []
+
+
+def test_metrics_are_appended_whole_or_not_at_all(run, monkeypatch):
+    run.append_metrics([{"step": 0}])
+    before = run.metrics.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail(errno.ENOSPC))
+        with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+            run.append_metrics([{"step": 1}, {"step": 2}])
+    assert run.metrics.read_bytes() == before
+    run.append_metrics([{"step": 1}])
+    assert [row["step"] for row in run.read_metrics()] == [0, 1]
+
+
+def test_a_read_only_folder_is_named_and_finished_runs_are_read(tmp_path, run, monkeypatch):
+    """As for root, whom permissions do not stop: every opening to write fails."""
+    run.save_checkpoint(state(1), step=1)
+    really_open, system_open = open, os.open
+
+    def read_only(path, mode="r", *rest, **options):
+        if set(mode) & set("wax+"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return really_open(path, mode, *rest, **options)
+
+    def read_only_descriptor(path, flags, *rest, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return system_open(path, flags, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", read_only)
+        patch.setattr(os, "open", read_only_descriptor)
+        with pytest.raises(OSError, match=r"Read-only.*checkpoint\.npz'$"):
+            run.save_checkpoint(state(2), step=2)
+        with pytest.raises(OSError, match=r"Read-only.*metrics\.jsonl'$"):
+            run.append_metrics([{"step": 0}])
+        assert run.load_checkpoint(LIKE)[1] == 1
+    run.finish(x=np.ones(2))
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", read_only)
+        patch.setattr(os, "open", read_only_descriptor)
+        again = runs.open_run(tmp_path, "xp", "flow", {"steps": 3}, seed=0)
+        assert again.load_arrays()["x"].sum() == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not stop root")
+def test_a_folder_without_permission_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError, match=str(tmp_path)):
+            runs.open_run(tmp_path, "xp", "flow", {"steps": 3}, seed=0)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+# Damaged checkpoints
+
+
+def test_the_checkpoint_before_is_used_when_the_last_is_damaged(run, capsys):
+    for step in (1, 2):
+        run.save_checkpoint(state(step), step=step)
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:-100])
+    # Whoever only reads changes nothing.
+    loaded, step = runs.Run(run.folder).load_checkpoint(LIKE)
+    assert step == 1
+    assert run.previous_checkpoint.exists()
+    loaded, step = run.load_checkpoint(LIKE)
+    assert step == 1
+    assert np.all(loaded["x"] == 1)
+    for line in capsys.readouterr().err.splitlines():
+        assert f"{run.checkpoint} is damaged: going on from step 1" in line
+    # The next save keeps the good one, not the damaged one.
+    run.save_checkpoint(state(2), step=2)
+    run.checkpoint.write_bytes(b"")
+    assert run.load_checkpoint(LIKE)[1] == 1
+
+
+def test_a_writer_killed_between_two_names_leaves_the_checkpoint_before(run, monkeypatch):
+    """Where there are no hard links the old checkpoint is renamed before the new one is."""
+    monkeypatch.setattr(os, "link", fail(errno.EPERM))
+    for step in (1, 2):
+        run.save_checkpoint(state(step), step=step)
+    assert files.load_checkpoint(run.previous_checkpoint, LIKE)[1] == 1
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target) == run.checkpoint:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.save_checkpoint(state(3), step=3)
+    assert not run.checkpoint.exists()
+    assert run.load_checkpoint(LIKE)[1] == 2
+
+
+def test_two_damaged_checkpoints_are_refused(run):
+    for step in (1, 2):
+        run.save_checkpoint(state(step), step=step)
+    for path in (run.checkpoint, run.previous_checkpoint):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(files.DamagedFileError) as error:
+        run.load_checkpoint(LIKE)
+    assert str(run.checkpoint) in str(error.value)
+    assert str(run.previous_checkpoint) in str(error.value)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_whatever_the_one_before(run):
+    run.save_checkpoint(state(1), step=1)
+    run.save_checkpoint({"x": np.zeros(7)}, step=2)
+    with pytest.raises(files.RunFileError, match="other settings") as error:
+        run.load_checkpoint(LIKE)
+    assert not isinstance(error.value, files.DamagedFileError)
+
+
+def test_a_checkpoint_moved_to_another_name_is_still_only_two_files(run):
+    for step in range(5):
+        run.save_checkpoint(state(step), step=step)
+    assert [name for name in names_in(run) if name.startswith("checkpoint")] == [
+        "checkpoint.npz",
+        "checkpoint.previous.npz",
+    ]
+    assert files.load_checkpoint(run.previous_checkpoint, LIKE)[1] == 3
+    run.discard_saved()
+    assert run.load_checkpoint(LIKE) is None
+
+
+# Folders that are missing, or cannot be made
+
+MIXTURE = gmm_files.ImageMixture(
+    gmm.Mixture(np.ones(1), np.zeros((1, 4)), gmm.from_cholesky(np.eye(4)[None])),
+    None, np.zeros(4), np.ones(4), (2, 2, 1), {},
+)  # fmt: skip
+WRITERS = {
+    "bytes": lambda path: files.write_bytes(path, b"1"),
+    "JSON": lambda path: files.write_json(path, {}),
+    "arrays": lambda path: files.save_arrays(path, x=np.ones(2)),
+    "checkpoint": lambda path: files.save_checkpoint(path, {"x": np.ones(2)}, step=1),
+    "figure": lambda path: plotting.save_figure(plotting.plt.figure(), path.with_suffix(".png")),
+    "embeddings": lambda path: write_embeddings(path.with_suffix(".npy"), [np.ones((1, 2))]),
+    "condensed": lambda path: export.save(path, CONDENSED),
+    "mixture": lambda path: gmm_files.save(path.with_suffix(".npz"), MIXTURE),
+    "page": lambda path: page.write_page(path),
+    "check": lambda path: files.check_writable(path),
+    "check of a folder": lambda path: files.check_writable(path, is_folder=True),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_writer_makes_its_folder_or_names_it(tmp_path, writer):
+    WRITERS[writer](tmp_path / "a" / "b" / "name")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert not list(tmp_path.rglob("*.tmp"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"so there is no such folder.*name another: '.*/file"):
+        WRITERS[writer](tmp_path / "file" / "b" / "name")
+
+
+def test_a_folder_in_place_of_the_file_is_named_before_the_work(tmp_path):
+    with pytest.raises(OSError, match=rf"Is a directory.*'{tmp_path}'"):
+        files.check_writable(tmp_path)
+
+
+@pytest.mark.parametrize("option", [*commands.OUTPUT_FOLDERS, *commands.OUTPUT_FILES])
+@pytest.mark.parametrize("bases", [(), (processes.DeviceOptions,)])
+def test_a_command_tries_to_write_before_it_works(tmp_path, capsys, option, bases):
+    options = [(option, Path), ("unused", Path, None)]
+    kind = dataclasses.make_dataclass("Options", options, bases=bases, frozen=True, kw_only=True)
+    done = []
+    commands.run_command(done.append, lambda: kind(**{option: tmp_path / "a" / "b"}))
+    assert (tmp_path / "a").is_dir()
+    assert len(done) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        commands.run_command(done.append, lambda: kind(**{option: tmp_path / "file" / "b"}))
+    assert (stopped.value.code, len(done)) == (1, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file") in line
+
+
+INPUTS = {"data_root", "train_paths", "val_paths", "read", "folder"}
+
+
+def test_every_command_and_benchmark_writes_where_it_tries_to():
+    """Options that are paths: those of outputs are among the ones `run_command` looks at."""
+    root = Path(__file__).parents[2]
+    for path in [*root.glob("xp_*/*.py"), *root.glob("benchmarks/*.py")]:
+        text = path.read_text()
+        if "run_command(" in text:
+            names = re.findall(r"^    (\w+): (?:tuple\[|Annotated\[)?Path\b", text, re.MULTILINE)
+            assert {*names} <= {*INPUTS, *commands.OUTPUT_FOLDERS, *commands.OUTPUT_FILES}, path
+            assert {*names} - INPUTS, path
+        else:
+            assert "tyro.cli(" not in text or path.name == "convert.py"  # which checks by itself
+
+
+# Seeds
+
+
+@pytest.mark.parametrize("option", commands.SEEDS)
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 1, int(2e21), True])
+def test_a_command_refuses_what_is_no_seed_before_it_works(capsys, option, seed):
+    given = (3, seed) if option == "seeds" else seed
+    kind, done = partial(types.SimpleNamespace, ntry=1), []
+    for good in (0, 2**32 - 1, None):
+        commands.run_command(done.append, lambda value=good: kind(**{option: value}))
+    with pytest.raises(SystemExit) as stopped:
+        commands.run_command(done.append, lambda: kind(**{option: given}))
+    assert (stopped.value.code, len(done)) == (1, 3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"ValueError: --{option} must be a whole number from 0 to 4294967295, got {seed}: random "
+        "keys hold 32 bits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seeds": (3, 1, 3)}, "--seeds names 3 twice"),
+        ({"first_seed": 2**32 - 2, "ntry": 3}, "the last of the seeds, .* got 4294967296"),
+    ],
+)
+def test_seeds_that_are_one_or_run_out_are_refused(capsys, options, words):
+    with pytest.raises(SystemExit):
+        commands.run_command(pytest.fail, lambda: types.SimpleNamespace(**options))
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_every_seed_of_a_command_is_checked():
+    root = Path(__file__).parents[2]
+    found = set()
+    for path in [*root.glob("xp_*/*.py"), *root.glob("benchmarks/*.py")]:
+        found |= set(
+            re.findall(r"^    (\w*(?:seed|random_state)\w*): .* = ", path.read_text(), re.M)
+        )
+    assert found <= {*commands.SEEDS}
+
+
+def test_settings_and_runs_refuse_what_is_no_seed(tmp_path):
+    for call in (
+        lambda: MMDDataMixer(random_seed=2**32),
+        lambda: FitConfig(random_state=-1),
+        lambda: runs.open_run(tmp_path, "xp", "flow", {}, seed=2**32 + 1),
+    ):
+        with pytest.raises(ValueError, match="must be a whole number from 0 to 4294967295"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+# Flows
+
+
+def target(x, y, key):
+    noise = jax.random.normal(key, x.shape)
+    return jnp.mean((x - y) ** 2, axis=(1, 2)), x - y + 0.1 * noise
+
+
+def flow(run=None, n_epochs=12, **options):
+    x0, y = jax.random.normal(jax.random.key(1), (2, 2, 4, 2))
+    return gd.wasserstein_gradient_descent(
+        x0,
+        y,
+        target,
+        jax.random.key(2),
+        n_epochs,
+        0.1,
+        0.5,
+        run=run,
+        show_progress=False,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return flow()
+
+
+def assert_same_bits(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_a_flow_resumes_from_the_checkpoint_before_in_the_same_bits(
+    run, monkeypatch, whole, size, capsys
+):
+    monkeypatch.setattr(gd, "SECONDS_BETWEEN_VISITS", 0.0)  # a visit a step
+    flow(run, n_epochs=9, checkpoint_seconds=0.0)
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:size])
+    assert_same_bits(flow(run), whole)
+    assert "going on from step 8" in capsys.readouterr().err
+    assert files.load_arrays(run.checkpoint)["step"] == 12
+
+
+def test_a_flow_without_its_trajectory_is_refused(run):
+    flow(run)
+    path = run.folder / "trajectory.npz"
+    content = path.read_bytes()
+    files.save_arrays(path, losses=np.zeros((12, 2)))
+    with pytest.raises(files.RunFileError, match=rf"{path} holds no trajectory; delete"):
+        flow(run)
+    path.write_bytes(content[:-40])
+    with pytest.raises(
+        files.RunFileError, match=rf"{path} is gone or damaged.*delete {run.folder}"
+    ):
+        flow(run)
+    path.unlink()
+    with pytest.raises(files.RunFileError, match=rf"{path} is gone or damaged"):
+        flow(run)
+
+
+def test_a_trajectory_shorter_than_the_checkpoint_is_refused(tmp_path, run):
+    shorter = runs.open_run(tmp_path, "xp", "shorter", {}, seed=0)
+    flow(shorter, n_epochs=5)
+    flow(run)
+    (shorter.folder / "trajectory.npz").replace(run.folder / "trajectory.npz")
+    with pytest.raises(files.RunFileError, match="ends before the checkpoint's step 12"):
+        flow(run)
+
+
+# Clocks
+
+
+class Backwards:
+    """A wall clock that jumps back an hour at every look, and one that counts but stands still."""
+
+    def __init__(self):
+        self.now = 1e9
+
+    def time(self):
+        self.now -= 3600
+        return self.now
+
+    def monotonic(self):
+        return 1.0
+
+
+def test_clocks_that_go_back_or_stand_still_change_nothing(run, monkeypatch, whole):
+    clock = Backwards()
+    monkeypatch.setattr(time, "time", clock.time)
+    monkeypatch.setattr(tqdm.std, "time", clock.time)
+    fake = types.SimpleNamespace(monotonic=clock.monotonic)
+    monkeypatch.setattr("lib.runs.loop.time", fake)
+    assert_same_bits(flow(run), whole)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with console.progress(10, description="flow") as advance:
+        for _ in range(10):
+            advance(1, loss=0.5)
+    assert "10/10" in sys.stderr.getvalue()
+
+
+def test_a_standing_clock_does_not_stop_training(monkeypatch):
+    monkeypatch.setattr("lib.runs.loop.time", types.SimpleNamespace(monotonic=lambda: 1.0))
+    images = jnp.zeros((4, 2, 2, 1))
+
+    import flax.linen as nn
+
+    class Flat(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x.reshape(len(x), -1))
+
+    _, losses = classification.fit_seeds(
+        jax.random.split(jax.random.key(0), 1),
+        Flat(),
+        images,
+        jnp.array([0, 1, 0, 1]),
+        optimizer=optax.sgd(0.1),
+        num_epochs=3,
+        batch_size=2,
+        show_progress=False,
+    )
+    assert np.isfinite(losses).all()
+
+
+# Memory
+
+
+def really_out_of_memory():
+    np.zeros(2**55)
+
+
+def really_out_of_device_memory():
+    jax.block_until_ready(jnp.zeros(2**50, jnp.int8))
+
+
+@pytest.mark.parametrize("work", [really_out_of_memory, really_out_of_device_memory])
+def test_running_out_of_memory_is_one_line_that_says_what_to_lower(work, capsys):
+    with pytest.raises(SystemExit) as stopped, console.one_line_errors(lower="--block_size"):
+        work()
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Out of memory: lower --block_size, or use a machine with more (")
+
+
+REPOSITORY = Path(__file__).parents[2]
+COMMANDS = sorted(
+    path
+    for path in REPOSITORY.glob("xp_*/*.py")
+    if re.search(r"run_command\([^#]*lower=", path.read_text())
+)
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_what_commands_say_to_lower_are_options_of_theirs(path):
+    """Fields of the settings of the same experiment, found without importing it."""
+    (call,) = re.findall(r"(?:lower=|lower = )\(?\s*((?:\"[^\"]*\"\s*)+)", path.read_text())
+    named = set(re.findall(r"--(\w+)|(\w+_\w+) ", call))
+    names = {option or field for option, field in named}
+    trees = [ast.parse(other.read_text()) for other in path.parent.glob("*.py")]
+    fields = {
+        node.target.id
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert names
+    assert names <= fields
+
+
+def test_every_experiment_says_what_to_lower():
+    assert len(COMMANDS) == 16
+    assert {path.parent.name for path in COMMANDS} == {p.name for p in REPOSITORY.glob("xp_*")}
+
+
+def test_other_errors_of_the_runtime_keep_their_traceback():
+    with pytest.raises(jax.errors.JaxRuntimeError), console.one_line_errors(lower="--block_size"):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a fault")
+    assert not sys.flags.dev_mode
+
+
+# Threads that read ahead: there are no worker processes
+
+
+def test_an_error_in_the_reading_thread_comes_out():
+    def items():
+        yield 1
+        raise OSError(errno.EIO, "the disk is gone")
+
+    found = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        found.extend(rows.read_ahead(items()))
+
+
+# Archives that promise more than they hold
+
+
+@pytest.mark.parametrize("promised", ["(1000000000000,)", "(-1,)", "(4,4)"])
+def test_a_header_that_promises_other_sizes_allocates_nothing(tmp_path, promised):
+    path, member = tmp_path / "a.npz", io.BytesIO()
+    np.lib.format.write_array(member, np.arange(4.0))
+    header = member.getvalue()
+    assert header.count(b"(4,), }") == 1
+    changed = header.replace(b"(4,), }", f"{promised}, }}".encode())
+    start = 10 + int.from_bytes(changed[8:10], "little") + len(changed) - len(header)
+    changed = changed[:8] + (start - 10).to_bytes(2, "little") + changed[10:]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", changed)
+    with pytest.raises(files.DamagedFileError, match=r"x\.npy"):
+        files.load_arrays(path)
+
+
+def test_a_compressed_archive_is_not_one_of_ours(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros(10))
+    with pytest.raises(files.DamagedFileError, match="compressed"):
+        files.load_arrays(tmp_path / "a.npz")

@@ -1,0 +1,666 @@
+"""Damaged files: whatever is done to a file's bytes, it loads or it is refused in our own words.
+
+    python tests/test_fuzz_files.py 2000
+
+prints, for every format, what came of so many mutations of a valid file: the same values, other
+values that are as valid, or a refusal (ValueError or FileNotFoundError that names the file). Any
+other error, code that runs, or more than `MOST_BYTES` allocated is a failure.
+"""
+
+import collections
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import sys
+import tracemalloc
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lib import datasets, gmm, runs
+from lib.rows.files import open_rows
+from lib.runs.files import load_arrays, load_checkpoint, save_arrays, save_checkpoint
+from xp_dataset_distillation import condensed_numpy, export
+from xp_gmm_source import gmm_files
+
+MOST_BYTES = 32 * 2**20
+ROWS = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
+
+
+class Format(NamedTuple):
+    """`make` writes a valid file (or more) into a folder and returns the one to be changed; `read`
+    reads all of it. `named` is what an error must name, by default the file."""
+
+    make: Callable[[Path], Path]
+    read: Callable[[Path], Any]
+    named: Callable[[Path], Path] = lambda path: path
+
+
+class Payload:
+    """Unpickled, it makes the file `MARKER`."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(Path(os.environ["FUZZ_MARKER"])),)
+
+
+# ---- Rows
+
+
+def read_rows(path):
+    rows = open_rows(path)
+    whole = np.concatenate(list(rows.chunks(3)))
+    np.testing.assert_array_equal(rows.take([0, rows.shape[0] - 1]), whole[[0, -1]])
+    return whole
+
+
+def make_npy(folder):
+    np.save(folder / "a.npy", ROWS)
+    return folder / "a.npy"
+
+
+def make_npz(folder):
+    np.savez(folder / "a.npz", rows=ROWS, ids=np.arange(4))
+    return folder / "a.npz"
+
+
+def make_compressed_npz(folder):
+    np.savez_compressed(folder / "a.npz", rows=ROWS.repeat(9, axis=0))
+    return folder / "a.npz"
+
+
+def make_safetensors(folder):
+    header = {
+        "rows": {"dtype": "F32", "shape": [4, 3], "data_offsets": [0, 48]},
+        "__metadata__": {"format": "pt"},
+    }
+    text = json.dumps(header).encode()
+    path = folder / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + ROWS.tobytes())
+    return path
+
+
+def make_pt(folder):
+    import torch
+
+    torch.save({"rows": torch.from_numpy(ROWS), "n": 3}, folder / "a.pt")
+    return folder / "a.pt"
+
+
+def make_pt_with_code(folder):
+    import torch
+
+    torch.save({"rows": torch.from_numpy(ROWS), "more": Payload()}, folder / "a.pt")
+    return folder / "a.pt"
+
+
+def make_old_pt_with_code(folder):
+    (folder / "a.pt").write_bytes(pickle.dumps([Payload(), ROWS]))
+    return folder / "a.pt"
+
+
+def make_npy_with_code(folder):
+    np.save(folder / "a.npy", np.array([[Payload(), 1]], object))
+    return folder / "a.npy"
+
+
+def make_npz_with_code(folder):
+    np.savez(folder / "a.npz", x=np.array([[Payload(), 1]], object), step=1, names="[]")
+    return folder / "a.npz"
+
+
+# ---- Images
+
+
+def make_idx(folder):
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    for prefix in ("train", "t10k"):
+        header = struct.pack(">IIII", 0x803, *images.shape)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = struct.pack(">II", 0x801, 3)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + bytes([3, 0, 9]))
+    return raw / "train-images-idx3-ubyte"
+
+
+def make_idx_labels(folder):
+    return make_idx(folder).with_name("train-labels-idx1-ubyte")
+
+
+def read_idx(path):
+    found = datasets.load("mnist", data_root=path.parents[2])
+    assert found.images.dtype == np.uint8
+    assert found.images.ndim == 4
+    assert len(found.images) == len(found.labels)
+    return found.images, found.labels
+
+
+def picture(suffix):
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(stream, {"jpg": "jpeg"}.get(suffix, suffix))
+    return stream.getvalue()
+
+
+def image_folder(suffix):
+    def make(folder):
+        for name in ("a", "b"):
+            (folder / "images" / name).mkdir(parents=True)
+            (folder / "images" / name / f"0.{suffix}").write_bytes(picture(suffix))
+        return folder / "images" / "b" / f"0.{suffix}"
+
+    return Format(make, lambda path: read_images(path.parents[2]), lambda path: path.parents[1])
+
+
+def make_zip(folder):
+    with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a", "b"):
+            archive.writestr(f"train/{name}/0.png", picture("png"))
+            archive.writestr(f"test/{name}/0.png", picture("png"))
+    return folder / "a.zip"
+
+
+def read_images(path):
+    found = datasets.load(path)
+    assert found.images.dtype == np.uint8
+    assert found.images.shape[0] == len(found.labels)
+    return found.images, found.labels
+
+
+# ---- What runs leave
+
+CONFIG = {"steps": 3, "lr": 0.5, "name": "é"}
+STATE = {"x": np.arange(6.0).reshape(2, 3), "key": jax.random.key(0), "n": 3}
+
+
+def open_it(results):
+    return runs.open_run(results, "xp", "flow", CONFIG, seed=0)
+
+
+def make_config(folder):
+    return open_it(folder).folder / "config.json"
+
+
+def make_metrics(folder):
+    run = open_it(folder)
+    run.append_metrics([{"step": i, "loss": float(i), "w": [np.nan, 1.0]} for i in range(3)])
+    return run.metrics
+
+
+def read_metrics(path):
+    run = runs.Run(path.parent)
+    found = run.read_metrics()
+    assert all(isinstance(row, dict) for row in found)
+    return json.dumps(found)
+
+
+def make_checkpoint(folder):
+    save_checkpoint(folder / "checkpoint.npz", STATE, step=3)
+    return folder / "checkpoint.npz"
+
+
+def read_checkpoint(path):
+    state, step = load_checkpoint(path, STATE)
+    assert state["x"].shape == (2, 3)
+    return state["x"], jax.random.key_data(state["key"]), state["n"], step
+
+
+def make_arrays(folder):
+    save_arrays(folder / "a.npz", x=ROWS, half=jnp.ones(3, jnp.bfloat16), text="words")
+    return folder / "a.npz"
+
+
+def read_arrays(path):
+    arrays = load_arrays(path)
+    return sorted((name, np.asarray(array).tobytes()) for name, array in arrays.items())
+
+
+def make_mixture(folder):
+    mixture = gmm.Mixture(
+        np.array([0.25, 0.75]),
+        np.arange(6.0).reshape(2, 3),
+        gmm.Diagonal(np.ones((2, 3))),
+    )
+    projection = gmm_files.Projection(np.eye(3, 4), np.zeros(4))
+    stored = gmm_files.ImageMixture(
+        mixture, projection, np.zeros(4), np.ones(4), (2, 2, 1), {"settings": {"seed": 1}}
+    )
+    gmm_files.save(folder / "mixture.npz", stored)
+    return folder / "mixture.npz"
+
+
+def read_mixture(path):
+    stored = gmm_files.load(path)
+    assert np.prod(stored.image_shape) == len(stored.mean)
+    return jax.tree.leaves(stored.mixture), stored.mean, stored.std
+
+
+def make_stats(folder):
+    gmm_files.save_stats(folder / "a_stats.pt", np.zeros(4), np.ones(4), (2, 2, 1))
+    return folder / "a_stats.pt"
+
+
+def read_stats(path):
+    found = gmm_files.load_stats(path)
+    return found["mean"].numpy(), found["std"].numpy()
+
+
+def make_condensed(folder):
+    images = np.linspace(0, 1, 2 * 2 * 4 * 4 * 1, dtype=np.float32).reshape(2, 2, 4, 4, 1)
+    condensed = export.Condensed(images, ("a", "b"), 2, [0.5], [0.25], "toy", {"commit": None})
+    export.save(folder / "set", condensed)
+    return folder / "set" / "condensed.npz"
+
+
+def read_condensed(path):
+    images, labels, _ = condensed_numpy.load(path)
+    assert len(images) == len(labels)
+    return images, labels, export.load(path).images
+
+
+FORMATS = {
+    "npy": Format(make_npy, read_rows),
+    "npz": Format(make_npz, read_rows),
+    "npz, compressed": Format(make_compressed_npz, read_rows),
+    "safetensors": Format(make_safetensors, read_rows),
+    "pt": Format(make_pt, read_rows),
+    "pt with code": Format(make_pt_with_code, read_rows),
+    "pickle named pt": Format(make_old_pt_with_code, read_rows),
+    "npy with code": Format(make_npy_with_code, read_rows),
+    "npz with code": Format(make_npz_with_code, read_arrays),
+    "idx, images": Format(make_idx, read_idx, lambda path: path.parent),
+    "idx, labels": Format(make_idx_labels, read_idx, lambda path: path.parent),
+    **{f"folder of {suffix}": image_folder(suffix) for suffix in ("png", "jpg", "gif", "bmp")},
+    "folder of tiff": image_folder("tiff"),
+    "folder of webp": image_folder("webp"),
+    "zip of images": Format(make_zip, read_images),
+    "config.json": Format(make_config, lambda path: open_it(path.parents[3]) and None),
+    "metrics.jsonl": Format(make_metrics, read_metrics),
+    "checkpoint": Format(make_checkpoint, read_checkpoint),
+    "arrays": Format(make_arrays, read_arrays),
+    "mixture": Format(make_mixture, read_mixture),
+    "stats.pt": Format(make_stats, read_stats),
+    "condensed": Format(make_condensed, read_condensed),
+}
+ARCHIVES = (
+    "npz", "npz, compressed", "pt", "pt with code", "npz with code", "zip of images",
+    "checkpoint", "arrays", "mixture", "stats.pt", "condensed",
+)  # fmt: skip
+
+# ---- Mutations
+
+NUMBERS = (b"1000000000000", b"-1", b"0", b"1e999", b"99", b"true", b"null", b"[]", b"1.5", b'"x"')
+INTEGERS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """One to three changes: bits, bytes, spans, integers, numbers in text, brackets."""
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        content = _change(bytearray(content), rng)
+    return content
+
+
+def _change(content: bytearray, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content) + 1)
+    if rng.random() < 0.5:  # headers are at the ends
+        edge = rng.randrange(min(len(content), 200) + 1)
+        at = edge if rng.random() < 0.5 else len(content) - edge
+    size = rng.randrange(1, 1 << rng.randrange(1, 8))
+    match rng.randrange(10):
+        case 0 | 1 if at < len(content):
+            content[at] ^= 1 << rng.randrange(8)
+        case 2 if at < len(content):
+            content[at] = rng.choice((0, 255, 127, 128, rng.randrange(256)))
+        case 3:
+            content[at:at] = rng.randbytes(size)
+        case 4:
+            del content[at : at + size]
+        case 5:
+            del content[at:]
+        case 6:
+            content[at:at] = content[at : at + size]
+        case 7:
+            code = rng.choice(("<I", ">I", "<Q", "<H"))
+            value = rng.choice(INTEGERS) % (1 << 8 * struct.calcsize(code))
+            content[at : at + struct.calcsize(code)] = struct.pack(code, value)
+        case 8:
+            places = [i for i, byte in enumerate(content) if 48 <= byte < 58]
+            if places:
+                first = last = rng.choice(places)
+                while last < len(content) and 48 <= content[last] < 58:
+                    last += 1
+                content[first:last] = rng.choice(NUMBERS)
+        case _:
+            content[at:at] = rng.choice((b"[", b"(", b"{", b'"')) * rng.choice((1, 40, 5000))
+    return bytes(content)
+
+
+def resealed(content: bytes, rng: random.Random) -> bytes:
+    """The archive with one member changed, dropped, copied or renamed, and right checksums."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = [(info, archive.read(info)) for info in archive.infolist()]
+    at = rng.randrange(len(members))
+    kinds = {info.filename: info.compress_type for info, _ in members}
+    names = [(info.filename, data) for info, data in members]
+    name, data = names[at]
+    match rng.randrange(8):
+        case 4 if data.startswith(b"\x93NUMPY"):
+            names[at] = name, relabelled(data, rng)
+        case 0:
+            del names[at]
+        case 1:
+            names[at] = name, rng.choice(names)[1]
+        case 2:
+            names[at] = name[:-5] + rng.choice(("x.npy", "", "\0.npy", "é.npy", "/")), data
+        case 3:
+            kinds[name] = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+        case _:
+            names[at] = name, mutated(data, rng)
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, data in names:
+            archive.writestr(zipfile.ZipInfo(name), data, kinds.get(name, 0))
+    return stream.getvalue()
+
+
+def relabelled(content: bytes, rng: random.Random) -> bytes:
+    """A .safetensors or .npy file with its header changed, and the length of the header right."""
+    code, start = ("<H", 8) if content.startswith(b"\x93NUMPY") else ("<Q", 0)
+    begin = start + struct.calcsize(code)
+    (length,) = struct.unpack(code, content[start:begin])
+    header = mutated(content[begin : begin + length], rng)
+    size = struct.pack(code, min(len(header), 2**16 - 1))
+    return content[:start] + size + header + content[begin + length :]
+
+
+def attempt(name: str, path: Path, content: bytes, expected: Any) -> str:
+    """What comes of these bytes in place of the file's: "same", "other" or "refused"."""
+    made = FORMATS[name]
+    marker = path.parent / "code ran"
+    os.environ["FUZZ_MARKER"] = str(marker)
+    path.write_bytes(content)
+    try:
+        found = made.read(path)
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, UnicodeError) or str(made.named(path)) not in str(error):
+            raise AssertionError(f"not in our words: {error!r}") from error
+        if len(str(error)) > 2000 or len(str(error).splitlines()) > 1:
+            raise AssertionError(f"{len(str(error))} characters: {error!r}"[:500]) from error
+        return "refused"
+    finally:
+        assert not marker.exists()
+        if not path.exists():  # a checkpoint that the one before it took the place of
+            path.write_bytes(content)
+    return "same" if _same(found, expected) else "other"
+
+
+def _same(found: Any, expected: Any) -> bool:
+    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
+    return len(found) == len(expected) and all(
+        np.shape(one) == np.shape(other) and np.array_equal(one, other)
+        for one, other in zip(found, expected)
+    )
+
+
+def valid(name: str, folder: Path) -> tuple[Path, bytes, Any]:
+    """The file, its bytes, and what they hold; None where the file is refused to begin with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = FORMATS[name].make(folder)
+    expected = None if "code" in name or "pickle" in name else FORMATS[name].read(path)
+    return path, path.read_bytes(), expected
+
+
+def mutation(name: str, content: bytes, seed: int) -> bytes:
+    rng = random.Random(seed)
+    if name in ARCHIVES and rng.random() < 0.5:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of two members of one name
+            return resealed(content, rng)
+    if name in ("npy", "safetensors", "npy with code") and rng.random() < 0.5:
+        return relabelled(content, rng)
+    return mutated(content, rng)
+
+
+# ---- Tests
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = valid(name, tmp_path_factory.mktemp("fuzz"))
+        return made[name]
+
+    return get
+
+
+def attempt_in_little_memory(name, path, changed, expected):
+    """`attempt`, and that it allocates no more than a small file may."""
+    tracemalloc.start()
+    try:
+        outcome = attempt(name, path, changed, expected)
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()
+    return outcome
+
+
+def zipped(members):
+    """The archive of {name: bytes}, with right checksums."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def check(files, name, seed):
+    path, content, expected = files(name)
+    attempt_in_little_memory(name, path, mutation(name, content, seed), expected)
+
+
+FAST = [name for name in FORMATS if not name.startswith("idx")]
+
+
+@pytest.mark.parametrize("name", FAST)
+@settings(max_examples=30, deadline=None, database=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_file_loads_or_is_refused(files, name, seed):
+    check(files, name, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=1000, deadline=None, database=None)
+@given(seed=st.integers(0, 2**32))
+def test_many_damaged_files_load_or_are_refused(files, name, seed):
+    check(files, name, seed)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_valid_file_is_read_and_code_is_refused(files, name):
+    path, content, expected = files(name)
+    wanted = "refused" if "code" in name or "pickle" in name else "same"
+    assert attempt(name, path, content, expected) == wanted
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_every_truncation_loads_or_is_refused(files, name):
+    path, content, expected = files(name)
+    step = max(1, len(content) // 40)
+    outcomes = [
+        attempt(name, path, content[:size], expected) for size in range(0, len(content), step)
+    ]
+    # Lines without their end do not count: what a killed process leaves of metrics is read.
+    assert "refused" in outcomes or name == "metrics.jsonl"
+
+
+# Found by the table, or by thinking; each failed once.
+
+
+def test_a_png_chunk_of_four_gigabytes_allocates_nothing(tmp_path):
+    path, content, expected = valid("folder of png", tmp_path)
+    at = content.index(b"IDAT")
+    changed = content[:at] + b"tEXt" + content[at + 4 :]
+    changed = changed[: at - 4] + struct.pack(">I", 2**31 - 1) + changed[at:]
+    assert attempt_in_little_memory("folder of png", path, changed, expected) == "refused"
+
+
+def test_a_zip_entry_of_four_gigabytes_allocates_nothing(tmp_path):
+    path, content, expected = valid("zip of images", tmp_path)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        length = archive.infolist()[0].compress_size
+    directory = content.index(b"PK\x01\x02")
+    at = content.index(length.to_bytes(4, "little"), directory)
+    promised = content[:at] + b"\xff\xff\xff\xfe" + content[at + 4 :]
+    assert attempt_in_little_memory("zip of images", path, promised, expected) == "refused"
+
+
+@pytest.mark.parametrize("name", ["npy", "npz", "arrays", "condensed"])
+@pytest.mark.parametrize("header", [b"(1, 2" + 2000 * b"{", 5000 * b"-" + b"1"])
+def test_a_header_that_nests_deeply_is_no_lack_of_memory(tmp_path, name, header):
+    """Python's parser has a MemoryError for the first, a RecursionError for the second."""
+    path, content, expected = valid(name, tmp_path)
+    end = struct.pack("<H", len(header)) + header
+    changed = content[:8] + end
+    if name != "npy":
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            changed = zipped({name: archive.read(name)[:8] + end for name in archive.namelist()})
+    assert attempt(name, path, changed, expected) == "refused"
+
+
+def test_an_image_that_promises_another_height_is_not_decoded(tmp_path):
+    path, content, expected = valid("folder of tiff", tmp_path)
+    at = content.index(struct.pack("<HHII", 257, 4, 1, 9)) + 8  # its height, 9
+    changed = content[:at] + struct.pack("<I", 2**23) + content[at + 4 :]
+    assert attempt_in_little_memory("folder of tiff", path, changed, expected) == "refused"
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 28), (0, 28, 28)])
+def test_idx_files_of_no_image_are_named(tmp_path, shape):
+    path, _, expected = valid("idx, images", tmp_path)
+    changed = struct.pack(">IIII", 0x803, *shape)
+    assert attempt("idx, images", path, changed, expected) == "refused"
+
+
+@pytest.mark.parametrize("number", ["1e999", "[1, 2]", "null", "1000000000000", "-4"])
+def test_a_safetensors_shape_of_anything_is_refused(tmp_path, number):
+    path, content, expected = valid("safetensors", tmp_path)
+    header = content[8 : 8 + struct.unpack("<Q", content[:8])[0]]
+    changed = header.replace(b"[4, 3]", f"[{number}, 3]".encode())
+    changed = struct.pack("<Q", len(changed)) + changed + content[8 + len(header) :]
+    assert attempt("safetensors", path, changed, expected) == "refused"
+
+
+def changed_members(path, **members):
+    """The npz at `path` with members replaced; those that are None are dropped."""
+    with np.load(path) as archive:
+        arrays = {**archive, **members}
+    stream = io.BytesIO()
+    np.savez(stream, **{name: array for name, array in arrays.items() if array is not None})
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"pca_centre": None},
+        {"pca_components": np.float64(1)},
+        {"weights": np.float64(1)},
+        {"image_shape": np.array([-2, -2, 1])},
+        {"image_shape": np.array([4])},
+        {"header": np.array('{"format": "mixture of images, version 1", "kind": "diag"}')},
+        {"header": np.array("[" * 100_000)},
+        {"header": np.array('"format"')},
+    ],
+    ids=str,
+)
+def test_mixtures_that_lack_something_are_refused(tmp_path, members):
+    path, _, expected = valid("mixture", tmp_path)
+    assert attempt("mixture", path, changed_members(path, **members), expected) == "refused"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mean": [10**400]}, {"std": [1e300]}, {"factor": True}, {"class_names": [[], {}]}]
+)
+def test_condensed_metadata_of_anything_is_refused(tmp_path, changes):
+    path, _, expected = valid("condensed", tmp_path)
+    with np.load(path) as archive:
+        metadata = json.loads(str(archive["metadata"]))
+    text = np.array(json.dumps({**metadata, **changes}))
+    assert attempt("condensed", path, changed_members(path, metadata=text), expected) == "refused"
+
+
+def test_a_condensed_header_that_promises_terabytes_allocates_nothing(tmp_path):
+    path, content, expected = valid("condensed", tmp_path)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    images = members["images.npy"]
+    assert images.count(b"(4, 4, 4, 1), }") == 1
+    # As long as it was: the header is padded with spaces.
+    members["images.npy"] = images.replace(b"(4, 4, 4, 1), }      ", b"(4000000000000,)}    ")
+    assert attempt_in_little_memory("condensed", path, zipped(members), expected) == "refused"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "\udc80", "9" * 5000, "null", '{"step": []}'])
+def test_json_of_anything_is_refused(tmp_path, text):
+    for name in ("config.json", "metrics.jsonl"):
+        path, _, expected = valid(name, tmp_path / name)
+        content = text.encode(errors="surrogateescape") + b"\n"
+        assert attempt(name, path, content, expected) == "refused"
+
+
+# ---- The table
+
+
+def main(count: int, chosen: list[str]) -> int:
+    """Prints the table; returns the number of failures."""
+    import tempfile
+
+    warnings.simplefilter("error")
+    failures = 0
+    print(f"{'format':<18} {'same':>6} {'other':>6} {'refused':>7} {'failed':>6} {'peak MB':>8}")
+    for name in chosen or FORMATS:
+        outcomes, peak = collections.Counter(), 0
+        with tempfile.TemporaryDirectory() as folder:
+            path, content, expected = valid(name, Path(folder))
+            for seed in range(count):
+                changed = mutation(name, content, seed)
+                tracemalloc.start()
+                try:
+                    outcomes[attempt(name, path, changed, expected)] += 1
+                except Exception as error:
+                    outcomes["failed"] += 1
+                    cause = error.__cause__ or error
+                    key = f"{type(cause).__name__}: {str(error)[:150]}"
+                    if outcomes["failed"] <= 8:
+                        print(f"  {name}, seed {seed}: {key}")
+                used = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                peak = max(peak, used)
+                if used > MOST_BYTES:
+                    outcomes["failed"] += 1
+                    print(f"  {name}, seed {seed}: {used / 2**20:.0f} MB")
+        failures += outcomes["failed"]
+        row = [outcomes[key] for key in ("same", "other", "refused", "failed")]
+        print(f"{name:<18} {row[0]:>6} {row[1]:>6} {row[2]:>7} {row[3]:>6} {peak / 2**20:>8.1f}")
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main(int(sys.argv[1]), sys.argv[2:])))

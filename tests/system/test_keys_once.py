@@ -1,0 +1,210 @@
+"""No two uses of one run share a key: every draw, split and number folded in is recorded."""
+
+import contextlib
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax._src import prng
+
+from xp_data_mixing import coverage
+from xp_data_mixing.config import CoverageConfig, Samples
+from xp_dataset_distillation import evaluation
+from xp_dataset_distillation.config import BaselineConfig, Evaluator, Judged
+from xp_drmmd import run as drmmd
+from xp_drmmd import student_teacher
+from xp_drmmd.config import FlowConfig, StudentConfig
+from xp_transfer_learning import domain_adaptation, image_flow, rings, transfer
+from xp_transfer_learning.config import (
+    ROTATED,
+    AdaptationConfig,
+    FlowSettings,
+    ImageFlowConfig,
+    RingsConfig,
+    TrainingConfig,
+    TransferConfig,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+REDONE = {
+    "data": "transfer: all methods have the same images of a seed",
+    "accuracies": "transfer, distillation: all rows have the same classifiers of a seed",
+    "row_blocks": "mixing: a row's block depends on its number, not on its set",
+    "run_sweep": "rings: all kernels have the same directions of a seed",
+    "target_data": "adaptation: all tries, and the classifier, have the same target images",
+    "_classifier": "adaptation: the classifier is the same for all tries",
+    "aim": "drmmd: all seeds have the same landmarks or frequencies",
+    "training_images": "distillation: all entries and seeds keep the same images away",
+}
+"""Functions that make the same draw again, on purpose."""
+SHARED = {
+    frozenset({"_start", "_steps"}): "training: the first and the second half of one split",
+}
+"""Functions that take different parts of one key."""
+
+
+NETWORKS = {"networks.py", "convolution.py"}
+
+
+class Use:
+    """What was done with a key, by which of our functions."""
+
+    def __init__(self, kind):
+        self.kind, self.chain, frame = kind, [], sys._getframe(2)
+        while frame is not None:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to(REPOSITORY) and "tests" not in path.parts:
+                self.chain.append((path.name, frame.f_code.co_name, frame.f_lineno))
+            frame = frame.f_back
+        # A fingerprint is no part of a run: it asks what a transform does to some images.
+        places = {(file, name) for file, name, _ in self.chain}
+        self.left_out = bool(
+            places & {("keys.py", "named_key"), ("classification.py", "behaviour")}
+        )
+        # Within a network flax derives the keys, from the names of its parts.
+        functions = [name for file, name, _ in self.chain if file not in NETWORKS]
+        self.function = functions[0] if functions else "?"
+        names = [name for _, name, _ in self.chain]
+        again = [i for i, name in enumerate(names) if name in REDONE]
+        self.redone = tuple(self.chain[: again[0] + 1]) if again else None
+
+
+@contextlib.contextmanager
+def recorded(monkeypatch):
+    """{words of a key: its uses} of all that runs within."""
+    uses = defaultdict(list)
+
+    def patched(kind, original):
+        def wrapper(keys, *args, **options):
+            use = Use(kind)
+            if not use.left_out:
+
+                def add(words):
+                    for one in np.reshape(words, (-1, np.shape(words)[-1])).tolist():
+                        uses[tuple(one)].append(use)
+
+                jax.debug.callback(add, prng.random_unwrap(keys))
+            return original(keys, *args, **options)
+
+        return wrapper
+
+    default_rng = np.random.default_rng
+
+    def host(seed=None):
+        if np.size(seed) == 2:
+            uses[tuple(np.asarray(seed).tolist())].append(Use("draw"))
+        return default_rng(seed)
+
+    jax.clear_caches()  # what is compiled records nothing
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "default_rng", host)
+        for name, kind in (("bits", "draw"), ("split", "split"), ("fold_in", "fold")):
+            patch.setattr(prng, f"random_{name}", patched(kind, getattr(prng, f"random_{name}")))
+        yield uses
+        jax.effects_barrier()
+    jax.clear_caches()
+
+
+def shared(uses):
+    """Keys drawn from twice, but for the draws `REDONE`, or used by functions not `SHARED`."""
+    found = []
+    for key, those in uses.items():
+        functions = frozenset(use.function for use in those)
+        draws = [use for use in those if use.kind == "draw"]
+        again = {use.redone for use in draws}
+        if len(draws) > 1 and (None in again or len(again) > 1):
+            found.append((key, [use.chain for use in draws][:3]))
+        elif len(functions) > 1 and functions not in SHARED:
+            found.append((key, functions, [use.chain for use in those][:3]))
+    return found
+
+
+SEEDS = 0, 1
+FLOW = FlowSettings(n_epochs=3, num_directions=4, lr=0.1)
+
+
+def run_transfer(results):
+    for method in (FLOW, FlowSettings("mmd_product", n_epochs=2, lr=1.0, noise=0.01)):
+        config = TransferConfig("digits", ROTATED, 2, num_per_class=3, size=16, flow=method)
+        training = TrainingConfig(n_epochs=2, num_trainings=2)
+        for seed in SEEDS:
+            transfer.run_try(config, training, seed=seed, results=results, data_root=None)
+
+
+def run_adaptation(results):
+    config = AdaptationConfig(
+        ROTATED, "digits", num_per_class=3, size=16, flow=FLOW, records=1, n_epochs_nn=3
+    )
+    for seed in SEEDS:
+        domain_adaptation.run_try(config, seed=seed, results=results, data_root=None)
+
+
+def run_students(results):
+    # A batch an epoch: each step shuffles its epoch's inputs again.
+    config = StudentConfig(
+        students=4, teachers=2, num_inputs=8, batch_size=8, n_epochs=2, noise=0.1, records=1
+    )
+    for seed in SEEDS:
+        student_teacher.run_student(config, seed=seed, results=results)
+
+
+def run_drmmd(results):
+    config = FlowConfig(
+        dataset="FourGaussian", approximation="nystrom", rank=4, step_num=3, records=1, noise=0.1,
+        source_particle_num=6, target_particle_num=8,
+    )  # fmt: skip
+    for seed in SEEDS:
+        drmmd.run_flow(config, seed=seed, results=results)
+
+
+def run_coverage(results, estimator="mmd"):
+    samples = Samples("digits", num_per_class=8, num_target=12, target_from="rest", labels="drawn")
+    config = CoverageConfig(samples, estimator, resamples=2, replicates=3, num_features=4)
+    for seed in SEEDS:
+        coverage.cover(config, seed)
+
+
+def run_calibrated_coverage(results):
+    run_coverage(results, "calibrated")
+
+
+SMALL = {"width": 4, "depth": 2}
+
+
+def run_baseline(results):
+    # Not beside condensed sets: both begin with the seed's own key.
+    entry = BaselineConfig("digits", held_out=5, num_per_class=20)
+    judged = Judged(Evaluator(num_epochs=2, cutmix=1.0, **SMALL), num_networks=2)
+    for seed in SEEDS:
+        evaluation.evaluate(entry, judged, seed=seed, results=results, data_root=None)
+
+
+def run_rings(results):
+    config = RingsConfig(num_points=4, num_directions=3, n_epochs=2, momentum_epochs=2)
+    for sweep in rings.sweeps(config)[:2]:
+        for seed in SEEDS:
+            rings.run_sweep(sweep, config, seed=seed, results=results)
+
+
+def run_images(results):
+    config = ImageFlowConfig("digits", ROTATED, num_per_class=3, n_epochs=2, num_directions=3)
+    for seed in SEEDS:
+        image_flow.run_flow(config, seed=seed, results=results, data_root=None)
+
+
+SLOW = pytest.mark.slow
+RUNS = [run_students, pytest.param(run_adaptation, marks=SLOW)]
+RUNS += [pytest.param(one, marks=SLOW) for one in (run_transfer, run_drmmd, run_coverage)]
+RUNS += [pytest.param(one, marks=SLOW) for one in (run_rings, run_images)]
+RUNS += [pytest.param(one, marks=SLOW) for one in (run_calibrated_coverage, run_baseline)]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_no_two_uses_of_a_run_share_a_key(run, tmp_path, monkeypatch):
+    with recorded(monkeypatch) as uses:
+        run(tmp_path)
+    assert uses
+    assert not shared(uses)

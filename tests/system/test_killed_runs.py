@@ -1,0 +1,255 @@
+"""Processes killed (SIGKILL) at random moments: what resumes ends in the bits of what was not.
+
+A visit to the host, and a save, is forced after every step, and the process kills itself at a
+random one of its operations on files, so also between two of them that belong together; or some
+time after it, in the middle of a computation. Then the same command runs again.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.runs import files
+
+DRIVER = """
+import os, random, signal, sys, threading, time, types
+from pathlib import Path
+
+results, kill_at, operations = Path(sys.argv[2]), int(sys.argv[3]), 0
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(system):
+    def call(*arguments, **options):
+        global operations
+        operations += 1
+        if operations == kill_at:
+            if kill_at % 2:
+                die()
+            threading.Timer(random.Random(kill_at).uniform(0, 0.05), die).start()
+        return system(*arguments, **options)
+    return call
+
+if kill_at:
+    from lib import gmm_em, visits
+
+    class Clock:  # a hundred seconds go by between two looks: a step a visit, a save a visit
+        now = 0.0
+        def monotonic(self):
+            Clock.now += 100.0
+            return Clock.now
+
+    for module in (gmm_em, visits):
+        module.time = Clock()
+    for name in ("fsync", "replace", "link", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+exec(sys.argv[1])
+"""
+TIMES = ("seconds", "train_seconds")
+
+
+def start(code, results, cache, kill_at=0):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+    }
+    command = [sys.executable, "-c", DRIVER, code, str(results), str(kill_at)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == (-signal.SIGKILL if kill_at else 0), done.stderr
+    return done
+
+
+def final_arrays(results):
+    """{(file, array): bits} of all finished runs, but how long they took."""
+    found = {}
+    for path in results.rglob("arrays.npz"):
+        for name, array in files.load_arrays(path).items():
+            if name not in TIMES:
+                bits = (array.dtype, array.shape, np.asarray(array).tobytes())
+                found[path.relative_to(results), name] = bits
+    return found
+
+
+def check_tidy(results):
+    """Neither what killed writers left, nor what was saved to resume from."""
+    for pattern in ("*.tmp", "checkpoint*.npz", "trajectory.npz"):
+        assert not list(results.rglob(pattern))
+
+
+def check(code, tmp_path, operations, kills=3):
+    """Killed `kills` times, each within the first `operations` of a process, then left alone: few
+    enough that the last one killed has as many left to do."""
+    rng, cache = random.Random(code), tmp_path / "cache"
+    start(code, tmp_path / "whole", cache)
+    expected = final_arrays(tmp_path / "whole")
+    assert expected
+    for _ in range(kills):
+        start(code, tmp_path / "killed", cache, rng.randrange(1, operations))
+    start(code, tmp_path / "killed", cache)
+    assert final_arrays(tmp_path / "killed") == expected
+    check_tidy(tmp_path / "killed")
+
+
+FLOW = """
+import jax
+import jax.numpy as jnp
+from lib import gd, runs
+
+def target(x, y, key):
+    return jnp.mean((x - y) ** 2, axis=(1, 2)), x - y + 0.1 * jax.random.normal(key, x.shape)
+
+def flow(results):
+    run = runs.open_run(results, "xp", "flow", {"lr": 0.1}, seed=0)
+    if not run.finished:
+        x0, y = jax.random.normal(jax.random.key(1), (2, 2, 4, 2))
+        losses, particles = gd.wasserstein_gradient_descent(
+            x0, y, target, jax.random.key(2), 60, 0.1, 0.5, record_every=7, run=run,
+            show_progress=False,
+        )
+        run.finish(losses=losses, particles=particles)
+
+if __name__ == "__main__":
+    flow(results)
+"""
+
+
+def test_a_flow_killed_three_times_ends_in_the_same_bits(tmp_path):
+    names, rng = {"__name__": "here"}, random.Random(1)
+    exec(FLOW, names)
+    names["flow"](tmp_path / "whole")
+    for _ in range(3):
+        # Operations: 8 to open a run, then 9 a save; 60 steps.
+        start(FLOW, tmp_path / "killed", tmp_path / "cache", rng.randrange(9, 150))
+    (checkpoint,) = (tmp_path / "killed").rglob("checkpoint.npz")
+    assert 3 <= int(files.load_arrays(checkpoint)["step"]) < 60
+    names["flow"](tmp_path / "killed")
+    assert final_arrays(tmp_path / "killed") == final_arrays(tmp_path / "whole")
+    check_tidy(tmp_path / "killed")
+
+
+EXPERIMENTS = {
+    "rings": (
+        """
+from xp_transfer_learning import rings
+from xp_transfer_learning.config import RingsConfig
+
+one = (0.1, 1.0)
+config = RingsConfig(
+    num_points=8, num_directions=16, n_epochs=30, gaussian=one, momenta=(0.0, 0.9),
+    momentum_epochs=20,
+)
+for sweep in rings.sweeps(config):
+    if sweep.name in ("gaussian", "momentum", "decay"):
+        rings.run_sweep(sweep, config, seed=0, results=results)
+""",
+        150,
+    ),
+    "image flow": (
+        """
+from xp_transfer_learning import image_flow
+from xp_transfer_learning.config import ROTATED, ImageFlowConfig
+
+config = ImageFlowConfig(
+    "digits", ROTATED, num_per_class=5, num_directions=16, n_epochs=40, lr=8.0, decay=True,
+    record_every=10,
+)
+image_flow.run_flow(config, seed=0, results=results, data_root=None)
+""",
+        70,
+    ),
+    "transfer": (
+        """
+from xp_transfer_learning import transfer
+from xp_transfer_learning.config import INVERTED, FlowSettings, TrainingConfig, TransferConfig
+
+settings = FlowSettings(n_epochs=30, num_directions=16)
+config = TransferConfig("digits", INVERTED, 1, num_per_class=6, size=16, flow=settings)
+training = TrainingConfig(n_epochs=2, num_trainings=2)
+transfer.run_try(config, training, seed=0, results=results, data_root=None)
+""",
+        50,
+    ),
+    "drmmd": (
+        """
+from xp_drmmd.config import FlowConfig
+from xp_drmmd.run import run_flow
+
+config = FlowConfig(
+    source_particle_num=20, target_particle_num=21, step_num=40, records=5, adaptive="paper"
+)
+run_flow(config, seed=0, results=results)
+""",
+        70,
+    ),
+    "student": (
+        """
+from xp_drmmd.config import StudentConfig
+from xp_drmmd.student_teacher import run_student
+
+config = StudentConfig(n_epochs=4, students=20, num_inputs=100, batch_size=10, records=5)
+run_student(config, seed=0, results=results)
+""",
+        70,
+    ),
+    "data mixing": (
+        """
+from dataclasses import replace
+from xp_data_mixing import experiments
+from xp_data_mixing.config import DIGITS, AblationConfig
+
+config = AblationConfig(
+    replace(DIGITS, num_per_class=12, num_target=40), num_targets=2, sizes=(6, 12),
+    num_features=(50,),
+)
+experiments.run_one("ablation", config, 0, experiments.Arguments(results=results))
+""",
+        9,
+    ),
+    "gmm source": (
+        """
+from xp_gmm_source import flow
+from xp_gmm_source.config import FlowConfig
+
+config = FlowConfig(
+    "digits", width=16, multipliers=(1,), patch=2, num_steps=16, batch_size=16, num_samples=60,
+    num_train=300, em_iterations=4, euler=(2, 4), heun=(4,), source="gmm", coupling="mode",
+    n_components=2, covariance_type="diag",
+)
+flow.run_flow(config, seed=0, results=results, show_progress=False)
+""",
+        40,
+    ),
+    "condensation": (
+        """
+from xp_dataset_distillation import evaluation
+from xp_dataset_distillation.config import CondenseConfig, Evaluator, Judged
+
+config = CondenseConfig(
+    "digits", images_per_class=1, factor=1, start="real", iterations=16, real_batch=4, lr=0.1,
+    augmentation="", width=4, depth=1, records=2,
+)
+judged = Judged(Evaluator(num_epochs=4, network="mlp", augmentation=""), num_networks=2)
+evaluation.evaluate(config, judged, seed=0, results=results, show_progress=False)
+""",
+        40,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_killed_experiment_ends_in_the_same_bits(tmp_path, name):
+    code, operations = EXPERIMENTS[name]
+    check(code, tmp_path, operations)

@@ -1,0 +1,106 @@
+"""The README keeps its word: recipes print what it prints, links lead somewhere, files exist."""
+
+import doctest
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text()
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text()
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "benchmarks/*.md", "xp_*/*.md")
+    for path in REPOSITORY.glob(pattern)
+)
+# {title: text} of the README's recipes.
+RECIPES = dict(re.findall(r"(?ms)^### (\d\. [^\n]+)\n(.*?)(?=^### |^## |\nIn float64)", README))
+
+
+def run_blocks(text, name):
+    """Runs the python and pycon blocks of `text`, one after the other, in one namespace."""
+    names = {}
+    for kind, body in re.findall(r"(?ms)^```(python|pycon)\n(.*?)^```$", text):
+        if kind == "python":
+            exec(body, names)
+            continue
+        test = doctest.DocTestParser().get_doctest(body, names, name, "README.md", 0)
+        runner = doctest.DocTestRunner(verbose=False)
+        found = []
+        runner.run(test, out=found.append, clear_globs=False)
+        assert test.examples
+        assert not runner.failures, "".join(found)
+        names = test.globs
+    return names
+
+
+def test_there_are_six_recipes():
+    assert [title[0] for title in RECIPES] == list("123456")
+
+
+@pytest.mark.parametrize("title", RECIPES)
+def test_recipes_print_what_the_readme_says(title):
+    assert run_blocks(RECIPES[title], title)
+
+
+def test_the_flow_of_the_guide():
+    names = run_blocks(CONTRIBUTING, "flow")
+    losses, x0, y = names["losses"], np.asarray(names["x0"], float), np.asarray(names["y"], float)
+    expected = 0.0
+    for a, b in zip(x0, y):
+        for p, q, sign in ((a, a, 1), (a, b, -2), (b, b, 1)):
+            squares = np.square(p[:, None] - q[None]).sum(axis=-1)
+            expected += sign * np.exp(-squares / 2).mean() / 2
+    np.testing.assert_allclose(losses[0], expected, rtol=1e-4)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# Links, files, modules
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def anchors(path):
+    text = re.sub(r"(?ms)^```.*?^```", "", path.read_text())
+    return {slug(heading) for heading in re.findall(r"(?m)^#+ (.+)$", text)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere(page):
+    text = re.sub(r"(?ms)^```.*?^```", "", page.read_text())
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in links:
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_scripts_that_are_named_exist(page):
+    scripts = re.findall(r"(?:python|--) ((?:xp_\w+/|benchmarks/)?\w+\.py)", page)
+    missing = {script for script in scripts if not (REPOSITORY / script).exists()}
+    assert not missing
+
+
+def test_the_table_of_modules_is_complete():
+    table = README[README.index("| `lib.` | what |") :].split("\n\n")[0]
+    named = re.findall(r"`(\w+)`", "".join(row.split(" | ")[0] for row in table.splitlines()[2:]))
+    rooms = {path.stem for path in (REPOSITORY / "lib").iterdir() if path.name[0] not in "_."}
+    assert sorted(named) == sorted(rooms)
+
+
+def test_every_benchmark_is_on_their_page():
+    page = (REPOSITORY / "benchmarks/README.md").read_text()
+    for path in (REPOSITORY / "benchmarks").glob("[!_]*.py"):
+        if not path.stem.startswith("published_"):
+            assert f"`{path.name}`" in page

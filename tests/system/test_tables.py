@@ -1,0 +1,173 @@
+"""Tables of results, and that READMEs show what these make of the published numbers."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xp_data_mixing import tables as data_mixing
+from xp_dataset_distillation import tables as distillation
+from xp_drmmd import tables as drmmd
+from xp_gmm_source import tables as gmm_source
+from xp_transfer_learning import plot
+from xp_transfer_learning.tables import (
+    PUBLISHED_TRANSFER,
+    ablation_table,
+    published_transfer,
+    transfer_table,
+)
+
+
+def test_published_numbers_are_those_of_the_paper():
+    assert published_transfer("mnist", "usps", 10, "mmdsw") == (77.2, 1.2)
+    assert published_transfer("mnist", "fashion_mnist", 1, "target_only") == (26.0, 5.3)
+    assert published_transfer("mnist", "kmnist", 5, "mmd_product") == (39.0, 1.0)
+    assert published_transfer("mnist", "usps", 100, "otdd") is None
+    assert published_transfer("digits", "usps", 1, "mmdsw") is None
+    assert published_transfer("mnist", "my_images", 1, "mmdsw") is None
+    assert all(set(cells) == {1, 5, 10, 100} for cells in PUBLISHED_TRANSFER.values())
+
+
+def test_a_line_a_row(tmp_path):
+    row = {"source": "mnist", "target": "usps", "k": 5, "method": "mmdsw"}
+    row["training"] = {"n_epochs": 50, "lr": 1e-3, "labelling": "transport"}
+    # Two tries of two trainings; the first record does not count.
+    row["accuracies"] = [[[0.1, 0.1], [0.7, 0.8]], [[0.1, 0.1], [0.5, 0.6]]]
+    training = {"n_epochs": 1650, "lr": 3e-4, "labelling": "axis"}
+    alone = row | {"method": "target_only", "training": training}
+    path = tmp_path / "summary.json"
+    k10 = row | {"k": 10, "label_agreement": [0.7149, 0.998]}
+    k100 = row | {"k": 100, "label_agreement": [1.0, 0.996]}
+    axis = row | {"training": row["training"] | {"labelling": "axis"}}
+    path.write_text(json.dumps({"rows": [alone, axis, k100, k10, row]}))
+    _, _, first, by_axis, second, ten, hundred = transfer_table([path]).splitlines()
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells == [
+        "mnist → usps", "5", "mmdsw", "50", "transport", "65.0 ± 12.9", "14.1", "73.0 ± 1.0"
+    ]  # fmt: skip
+    cells = [cell.strip() for cell in second.strip("|").split("|")]
+    assert cells[2:5] == ["target_only", "1,650, Adam 0.0003", "-"]
+    assert cells[-1] == ""
+    assert by_axis.endswith("| axis | 65.0 ± 12.9 | 14.1 |  |")
+    assert "| 10 | mmdsw | 50 | transport (71 to 100%) |" in ten
+    assert "| 100 | mmdsw | 50 | transport (100%) |" in hundred
+
+
+def test_a_line_an_option(tmp_path):
+    row = {"option": "ours", "settings": {"lr": 20.0}, "seconds_per_step": 0.02}
+    row |= {"to_objective": [700, 800], "to_accuracy": [300, None]}
+    row |= {"last_losses": [0.003, 0.005], "last_accuracies": [0.98, 0.99]}
+    gone = {"option": "L-BFGS", "settings": {"lr": 0.1}, "diverged": "NaN in step 3"}
+    about = {"arguments": {"objective": 0.05, "accuracy": 0.99}, "rows": [row, gone]}
+    path = tmp_path / "ablation.json"
+    path.write_text(json.dumps(about))
+    head, _, first, second = ablation_table(path).splitlines()
+    assert "to 5% of the loss" in head
+    assert "accuracy of 99%" in head
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells == [
+        "ours", "20", "20", "750 ± 71", "15.0", "-", "-", "4.0e-03 ± 1e-03", "98.5 ± 0.7"
+    ]  # fmt: skip
+    assert second.startswith("| L-BFGS | 0.1 | diverged |")
+    assert second.count("|") == head.count("|")
+
+
+def test_sheets_show_the_first_record_the_last_and_more_early_ones():
+    steps = np.arange(0, 2001, 50)
+    chosen = plot.early_and_late(steps, 6)
+    assert list(steps[chosen]) == [0, 50, 150, 350, 800, 2000]
+    assert list(plot.early_and_late(np.array([0, 7]))) == [0, 1]
+
+
+# What the READMEs show, from the published numbers
+
+REPOSITORY = Path(__file__).parents[2]
+CELL = re.compile(r"(-?[\d.]+(?:e[-+]\d+)?) ± ([\d.]+(?:e[-+]\d+)?)(?: \[(\S+), (\S+)\])?")
+
+
+def summaries(experiment, pattern="*.json"):
+    return sorted((REPOSITORY / experiment / "published").glob(pattern))
+
+
+def rows_of(text):
+    """The lines of tables that have a spread."""
+    return [line for line in text.splitlines() if line.startswith("|") and "±" in line]
+
+
+def made_again(experiment):
+    """All that this experiment's tables make of its published summaries."""
+    if experiment == "xp_data_mixing":
+        return [data_mixing.page(path) for path in summaries(experiment, "*_paper.json")]
+    if experiment == "xp_drmmd":
+        made = [drmmd.table(path) for path in summaries(experiment)]
+        made.append(drmmd.table(*summaries(experiment, "rings*.json"), w1=0.0105))
+        return [*made, drmmd.table(*summaries(experiment, "gaussian*.json"), names=("kl",))]
+    documents = [json.loads(path.read_text()) for path in summaries(experiment)]
+    if experiment == "xp_gmm_source":
+        return [gmm_source.markdown(one["rows"], one["floor"]) for one in documents]
+    if experiment == "xp_dataset_distillation":
+        return [distillation.markdown(one["rows"]) for one in documents]
+    made = [ablation_table(*summaries(experiment, "ablation*.json"))]
+    return [*made, transfer_table(summaries(experiment, "transfer_*.json"))]
+
+
+def by_hand():
+    """{beginning of a README's row: its cells' values}, of the tables that no function makes."""
+    found = {}
+    rings = json.loads(summaries("xp_transfer_learning", "rings*.json")[0].read_text())["rows"]
+    titles = {"momentum": "riesz, τ = .01, 251 steps", "decay": "riesz, τ from .1 to 0"}
+    for row in rings:
+        kernel = titles.get(row["kernel"], row["kernel"])
+        start = f"| {kernel} | {row['parameter']} = {row['value']:g} |"
+        found.setdefault(start, []).append(row["last_losses"])
+    for path in summaries("xp_transfer_learning", "adaptation*.json"):
+        stored = json.loads(path.read_text())
+        columns = 100 * np.array(stored["accuracies"]).T
+        found[path.stem] = dict(zip(stored["steps"], columns))
+    return found
+
+
+@pytest.mark.parametrize(
+    "experiment", ["xp_data_mixing", "xp_drmmd", "xp_gmm_source", "xp_dataset_distillation"]
+)
+def test_rows_of_the_readmes_are_made_of_the_published_numbers(experiment):
+    shown = rows_of((REPOSITORY / experiment / "README.md").read_text())
+    assert shown
+    assert not set(shown) - set("\n".join(made_again(experiment)).splitlines())
+
+
+def test_rows_of_transfer_learning_are_made_of_the_published_numbers():
+    text = (REPOSITORY / "xp_transfer_learning" / "README.md").read_text()
+    made, hand = set("\n".join(made_again("xp_transfer_learning")).splitlines()), by_hand()
+    pairs, before = [], ""
+    for line in text.splitlines():
+        if "→ MNIST, step |" in line:
+            name = line.split()[1].lower().replace("-", "_")
+            numbers = [int(cell.replace(",", "")) for cell in line.strip("|").split("|")[1:]]
+            before = [hand[f"adaptation_{name}-mnist"][number] for number in numbers]
+        if line.startswith("| ours |") and line not in made:
+            pairs.append((line, before))
+        elif line in rows_of(line) and line not in made:
+            pairs.append((line, hand[line[: line.index("|", line.index("|", 2) + 1) + 1]]))
+    assert len(pairs) == 26 + 3
+    for line, samples in pairs:
+        cells = CELL.findall(line)
+        assert len(cells) == len(samples), line
+        for cell, values in zip(cells, samples):
+            ours = np.mean(values), np.std(values, ddof=1), np.min(values), np.max(values)
+            for text, number in zip(filter(None, cell), ours):
+                kind = ".0e" if re.fullmatch(r"\d+e.*", text) else ".1e" if "e" in text else ""
+                kind = kind or f".{len(text.partition('.')[2])}f"
+                assert float(f"{number:{kind}}") == float(text), (line, text, number)
+
+
+def test_spreads_of_the_large_table_are_those_of_the_others():
+    cells = []
+    for path in REPOSITORY.glob("xp_*/README.md"):
+        cells += [(float(a), float(b)) for a, b, *_ in CELL.findall(path.read_text())]
+    for mean, deviation, *_ in CELL.findall((REPOSITORY / "README.md").read_text()):
+        digits = [len(text.partition(".")[2]) for text in (mean, deviation)]
+        shown = {tuple(round(x, n) for x, n in zip(cell, digits)) for cell in cells}
+        assert (float(mean), float(deviation)) in shown

@@ -1,0 +1,42 @@
+"""Checked without running it: types (mypy) and style (ruff), configured in pyproject.toml."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+SOURCES = ["lib", "tests", "benchmarks", *sorted(REPOSITORY.glob("xp_*"))]
+
+
+def output_of(*command) -> str:
+    """What the tool says, if it finds anything; nothing else ends it with status 1."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    return done.stdout if done.returncode else ""
+
+
+def test_types_of_lib_and_experiments():
+    assert output_of("mypy") == ""
+
+
+def test_mypy_sees_shape_annotations_and_functions_without_any(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lib.kernels import gaussian\n"
+        "from lib.runs.settings import settings_of\n\n"
+        'gaussian(2.0)(1.0, "y")\n\n\n'  # Kernel = Callable[[Float[Array, "n d"], ...], ...]
+        "def without_annotations():\n"
+        "    return settings_of(int)\n"
+    )
+    found = output_of("mypy", script)
+    assert "script.py:4: error: Argument 1 has incompatible type" in found
+    assert "script.py:8: error: Missing positional argument" in found
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_style(command):
+    assert output_of("ruff", *command, *SOURCES) == ""

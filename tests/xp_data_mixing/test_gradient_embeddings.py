@@ -1,0 +1,522 @@
+"""Projected gradients against one gradient at a time and a whole projection matrix, in float64."""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import tyro
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
+from scipy.optimize import nnls
+
+from lib import datasets
+from lib.networks import classification
+from xp_data_mixing.embedding_files import write_embeddings
+from xp_data_mixing.gradient_embeddings import (
+    Arguments,
+    adam_direction,
+    class_counts,
+    cross_entropy,
+    main,
+    project_gradients,
+    random_signs,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+EPS = np.finfo(np.float32).eps
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def take(batch, rows):
+    return jax.tree.map(lambda leaf: leaf[rows], batch)
+
+
+def given_gradient(parameters, example):
+    """A loss whose gradient is the example."""
+    return sum(jax.tree.leaves(jax.tree.map(lambda p, e: jnp.sum(p * e), parameters, example)))
+
+
+def projection(key, leaves, dimension):
+    """All of P, [p, D] float64."""
+    sizes = [np.size(leaf) for leaf in leaves]
+    rows = jnp.arange(max(sizes))  # of one shape, to compile once
+    parts = [random_signs(key, i, rows, dimension)[:size] for i, size in enumerate(sizes)]
+    return np.concatenate(parts).astype(float) / np.sqrt(dimension)
+
+
+def one_at_a_time(key, loss, parameters, batch, dimension):
+    """(gradients [B, p], rows [B, D]) in float64."""
+    gradient, gradients = jax.jit(jax.grad(loss)), []
+    for i in range(len(jax.tree.leaves(batch)[0])):
+        leaves = jax.tree.leaves(gradient(parameters, take(batch, i)))
+        gradients.append(np.concatenate([np.ravel(leaf) for leaf in leaves]))
+    gradients = np.stack(gradients)
+    return gradients, gradients @ projection(key, leaves, dimension)
+
+
+def assert_rows(rows, gradients, expected):
+    """Float32 sums of |g_i| / sqrt(D), signed: off by at most a few eps of their total."""
+    size = np.abs(gradients).sum(axis=1, keepdims=True) / np.sqrt(expected.shape[1])
+    assert rows.dtype == jnp.float32
+    assert rows.shape == expected.shape
+    assert np.all(np.abs(rows - expected) <= 8 * EPS * size)
+
+
+# Values
+
+
+def plain_model():
+    """Leaves of rank 0, 1 and 3, of sizes 1, 3 and 24."""
+    parameters = {"a": 0.3, "b": normal(0, 3), "c": normal(2, 2, 3, 4)}
+
+    def loss(parameters, example):
+        hidden = jnp.tanh(parameters["c"] @ example["x"])
+        out = parameters["a"] * jnp.sum(hidden**2) + jnp.sum(hidden @ parameters["b"])
+        return (out - example["y"]) ** 2
+
+    return loss, parameters, {"x": normal(3, 7, 4), "y": normal(4, 7)}
+
+
+class Convolutions(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        x = nn.GroupNorm(2)(nn.Conv(4, (3, 3), use_bias=False, param_dtype=float)(images))
+        return nn.Dense(3, use_bias=False, param_dtype=float)(nn.relu(x).reshape(len(x), -1))
+
+
+def flax_model():
+    network, images = Convolutions(), normal(0, 4, 5, 5, 1)
+    parameters = jax.jit(network.init)(jax.random.key(0), images[:1])
+    return cross_entropy(network), parameters, (images, np.array([0, 2, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("model", "dimension", "block_size", "normalise"),
+    [(plain_model, 70, 5, False), (plain_model, 33, 24, True), (flax_model, 33, 7, True)],
+)
+def test_one_gradient_at_a_time_and_a_whole_projection(
+    x64, model, dimension, block_size, normalise
+):
+    loss, parameters, batch = model()
+    parameters, batch = jax.tree.map(jnp.asarray, (parameters, batch))
+    key, options = jax.random.key(3), {"block_size": block_size, "normalise": normalise}
+    gradients, expected = one_at_a_time(key, loss, parameters, batch, dimension)
+    rows = project_gradients(key, loss, parameters, batch, dimension=dimension, **options)
+    if normalise:
+        norms = np.linalg.norm(expected, axis=1, keepdims=True)
+        gradients, expected = gradients / norms, expected / norms
+    assert_rows(rows, gradients, expected)
+
+
+def test_least_squares_gradients_are_residuals_times_inputs():
+    """loss = (x . w + b - y)^2 / 2 has the gradient r x in w and r in b, r the residual."""
+    x, y, w, key = normal(0, 6, 9), normal(1, 6), normal(2, 9), jax.random.key(0)
+
+    def loss(parameters, example):
+        return (example[0] @ parameters["w"] + parameters["b"] - example[1]) ** 2 / 2
+
+    parameters = {"w": jnp.asarray(w, "f"), "b": jnp.float32(0.5)}
+    batch = (jnp.asarray(x, "f"), jnp.asarray(y, "f"))
+    rows = project_gradients(key, loss, parameters, batch, dimension=20, normalise=False)
+    residuals = x @ w + 0.5 - y
+    gradients = residuals[:, None] * np.concatenate([np.ones((6, 1)), x], axis=1)
+    expected = gradients @ projection(key, [0.0, w], 20)  # leaves by name: b, then w
+    np.testing.assert_allclose(rows, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@settings(deadline=None, max_examples=4)
+@given(st.integers(1, 40), st.integers(1, 8))
+def test_blocks_and_batches_change_nothing_but_rounding(block_size, batch_size):
+    batch, parameters = jnp.asarray(normal(0, 8, 37), "f"), jnp.zeros(37)
+    project = partial(
+        project_gradients,
+        jax.random.key(1),
+        given_gradient,
+        parameters,
+        dimension=40,
+        normalise=False,
+    )
+    parts = [
+        project(batch[i : i + batch_size], block_size=block_size) for i in range(0, 8, batch_size)
+    ]
+    assert_rows(project(batch), np.asarray(batch), np.concatenate(parts).astype(float))
+
+
+def test_signs_depend_on_key_leaf_and_row_alone():
+    key, rows = jax.random.key(0), jnp.arange(2000)
+    signs = np.asarray(random_signs(key, 0, rows, 70))
+    assert signs.shape == (2000, 70)
+    assert signs.dtype == np.float32
+    assert np.all(np.abs(signs) == 1)
+    chosen = jnp.array([1999, 3, 3])
+    np.testing.assert_array_equal(random_signs(key, 0, chosen, 70), signs[chosen])
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(random_signs(key, 0, jnp.arange(2000), 70), signs)
+    for other in (random_signs(jax.random.key(1), 0, rows, 70), random_signs(key, 1, rows, 70)):
+        # Of 140,000 fair signs, the sum of the products has a standard deviation of sqrt(140,000).
+        assert abs(np.sum(signs * other)) < 5 * np.sqrt(signs.size)
+    # So it is for the signs themselves, and for any two columns or rows.
+    assert abs(signs.sum()) < 5 * np.sqrt(signs.size)
+    for gram, terms in ((signs.T @ signs, 2000), (signs[:100] @ signs[:100].T, 70)):
+        assert np.abs(gram - np.diag(np.diagonal(gram))).max() < 6 * np.sqrt(terms)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_one_key_makes_one_projection(impl):
+    """Also for rbg keys, whose random bits are not the same under vmap."""
+    batch, parameters = jnp.asarray(normal(0, 3, 50), "f"), jnp.zeros(50)
+    key = jax.random.key(5, impl=impl)
+    project = partial(project_gradients, loss=given_gradient, dimension=32, normalise=False)
+    rows = project(key, parameters=parameters, batch=batch)
+    again = project(jax.random.key(5, impl=impl), parameters=parameters, batch=batch)
+    np.testing.assert_array_equal(rows, again)
+    blocks = project(key, parameters=parameters, batch=batch, block_size=7)
+    assert_rows(blocks, np.asarray(batch), np.asarray(rows, float))
+    assert np.abs(rows - project(jax.random.key(6), parameters=parameters, batch=batch)).max() > 0.1
+
+
+def test_inner_products_are_kept_on_average():
+    """Over 4,000 keys: the mean, and the variance of the module's docstring, within 4.5 standard
+    errors; without its last term, as for normal entries, it would be far off."""
+    g, h = np.array([[1.0, -2.0, 0.5, 0.1], [0.7, -1.0, -0.4, 0.3]])
+    batch, num_keys, dimension = jnp.asarray([g, h], "f"), 4000, 16
+
+    @jax.jit
+    @jax.vmap
+    def products(key):
+        rows = project_gradients(
+            key, given_gradient, jnp.zeros(4), batch, dimension=dimension, normalise=False
+        )
+        return rows[0] @ rows[1], rows[0] @ rows[0]
+
+    values = map(np.asarray, products(jax.random.split(jax.random.key(0), num_keys)))
+    for value, (a, b) in zip(values, ((g, h), (g, g))):
+        normal_entries = ((a @ a) * (b @ b) + (a @ b) ** 2) / dimension
+        variance = normal_entries - 2 * np.sum(a**2 * b**2) / dimension
+        assert abs(value.mean() - a @ b) < 4.5 * np.sqrt(variance / num_keys)
+        squares = np.square(value - a @ b)
+        error = squares.std() / np.sqrt(num_keys)
+        assert abs(squares.mean() - variance) < 4.5 * error
+        assert abs(squares.mean() - normal_entries) > 20 * error
+
+
+def test_rows_have_norm_one_and_zero_stays_zero():
+    """Down to gradients whose squares are 0 in float32, and up to those whose squares are inf."""
+    scales = np.array([1, 0, 1e-30, 1e25, 1e-3])
+    batch = jnp.asarray(scales[:, None] * normal(0, 1, 30), "f")
+    rows = project_gradients(jax.random.key(0), given_gradient, jnp.zeros(30), batch, dimension=64)
+    norms = np.linalg.norm(np.asarray(rows, float), axis=1)
+    np.testing.assert_allclose(norms, [1, 0, 1, 1, 1], rtol=4 * EPS)
+    for row in (2, 3, 4):
+        np.testing.assert_allclose(rows[row], rows[0], atol=1e-5)
+
+
+def test_half_precision_parameters():
+    batch = jnp.asarray(normal(0, 3, 30), jnp.bfloat16)
+    project = partial(project_gradients, jax.random.key(0), given_gradient, dimension=16)
+    rows = project(jnp.zeros(30, jnp.bfloat16), batch)
+    assert rows.dtype == jnp.float32
+    np.testing.assert_array_equal(rows, project(jnp.zeros(30), batch.astype(jnp.float32)))
+
+
+# Transforms
+
+
+def test_adam_direction_is_the_step_that_adam_would_take(x64):
+    """After three real steps: the formula in numpy, and optax.adam's own update over -lr."""
+    loss, parameters, batch = plain_model()
+    parameters, batch = jax.tree.map(jnp.asarray, (parameters, batch))
+    gradient = jax.jit(jax.grad(loss))
+    optimiser = optax.adam(0.1, b1=0.8, b2=0.97, eps=1e-3)
+    state = optimiser.init(parameters)
+    for i in range(3):
+        updates, state = optimiser.update(gradient(parameters, take(batch, i)), state)
+        parameters = optax.apply_updates(parameters, updates)
+
+    moments = state[0]
+    transform = adam_direction(moments, b1=0.8, b2=0.97, eps=1e-3)
+    gradients, _ = one_at_a_time(jax.random.key(0), loss, parameters, batch, 1)
+    m, v = (np.asarray(ravel_pytree(tree)[0])[None] for tree in (moments.mu, moments.nu))
+    m_hat = (0.8 * m + 0.2 * gradients) / (1 - 0.8**4)
+    v_hat = (0.97 * v + 0.03 * gradients**2) / (1 - 0.97**4)
+    directions = m_hat / (np.sqrt(v_hat) + 1e-3)
+
+    for i, expected in enumerate(directions):
+        g = gradient(parameters, take(batch, i))
+        np.testing.assert_allclose(ravel_pytree(transform(g))[0], expected, rtol=1e-9)
+        updates, _ = optimiser.update(g, state)
+        np.testing.assert_allclose(ravel_pytree(updates)[0] / -0.1, expected, rtol=1e-9)
+
+    key = jax.random.key(1)
+    rows = project_gradients(
+        key, loss, parameters, batch, dimension=24, normalise=False, transform=transform
+    )
+    expected = directions @ projection(key, jax.tree.leaves(parameters), 24)
+    assert_rows(rows, directions, expected)
+
+
+def test_a_transform_may_pick_layers_or_make_them_one():
+    loss, parameters, batch = plain_model()
+    key, tree = jax.random.key(0), jax.tree.map(lambda x: jnp.asarray(x, "f"), (parameters, batch))
+    project = partial(project_gradients, key, loss, *tree, dimension=12, normalise=False)
+    gradients, _ = one_at_a_time(key, loss, *tree, 1)
+    some = project(transform=lambda gradient: gradient["c"])
+    picked = gradients[:, 4:]  # a and b come before
+    assert_rows(some, picked, picked @ projection(key, [picked[0]], 12))
+    one = project(transform=lambda gradient: ravel_pytree(gradient)[0])
+    assert_rows(one, gradients, gradients @ projection(key, [gradients[0]], 12))
+
+
+# Memory and bad input
+
+
+def test_memory_is_that_of_the_gradients_and_a_block():
+    """All of P would be 200,000 x 4,096 numbers, 3 GiB; the gradients here are 6 MiB."""
+    parameters = jax.ShapeDtypeStruct((200_000,), jnp.float32)
+    batch = jax.ShapeDtypeStruct((8, 200_000), jnp.float32)
+
+    def project(parameters, batch):
+        key = jax.random.key(0)
+        return project_gradients(
+            key, given_gradient, parameters, batch, dimension=4096, block_size=256
+        )
+
+    compiled = jax.jit(project).lower(parameters, batch).compile()
+    gradients, block = 4 * 8 * 200_000, 4 * 256 * 4096
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * gradients + 3 * block
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "words"),
+    [
+        (np.ones((3, 2)), {"dimension": 0}, "must be >= 1: 0, 512"),
+        (np.ones((3, 2)), {"block_size": 0}, "must be >= 1: 4, 0"),
+        (np.ones((0, 2)), {}, r"one B >= 1, got shapes \[\(0, 2\)\]"),
+        ((), {}, r"one B >= 1, got shapes \[\]"),
+        (np.float32(1), {}, r"one B >= 1, got shapes \[\(\)\]"),
+        ((np.ones((3, 2)), np.ones(4)), {}, r"got shapes \[\(3, 2\), \(4,\)\]"),
+        (np.ones((3, 2)), {"transform": lambda gradient: ()}, "no parameters to differentiate"),
+    ],
+)
+def test_bad_batches_raise(batch, options, words):
+    options = {"dimension": 4, **options}
+    with pytest.raises(ValueError, match=words):
+        project_gradients(jax.random.key(0), given_gradient, jnp.zeros(2), batch, **options)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_names_its_example(normalise, value):
+    batch = np.ones((6, 5), np.float32)
+    batch[[2, 5], 3] = value
+    words = r"gradient of example 2 of the batch is not finite \(2 of 6"
+    for block_size in (2, 512):  # two blocks of 2, and a third moved back by one
+        with pytest.raises(ValueError, match=words):
+            project_gradients(
+                jax.random.key(0),
+                given_gradient,
+                jnp.zeros(5),
+                jnp.asarray(batch),
+                dimension=4,
+                normalise=normalise,
+                block_size=block_size,
+            )
+
+
+def test_adam_wants_its_moments():
+    state = optax.adam(0.1).init(jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"the first part of optax\.adam's, not tuple"):
+        adam_direction(state)
+
+
+# Files
+
+
+def read(path):
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    return torch.load(path, mmap=True, weights_only=True).numpy()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_files_are_read_back(tmp_path, suffix, dtype):
+    path, rows = tmp_path / f"rows{suffix}", normal(0, 11, 3).astype("f")
+    batches = (rows[:4], jnp.asarray(rows[4:5]), rows[:0], np.asfortranarray(rows[5:]))
+    assert write_embeddings(path, batches, dtype=dtype) == (11, 3)
+    found = read(path)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, rows.astype(dtype))
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_batches_are_not_kept(tmp_path, suffix):
+    made, most = [], 0
+
+    def batches():
+        nonlocal most
+        for i in range(9):
+            batch = np.full((5, 4), i, np.float32)
+            made.append(weakref.ref(batch))
+            most = max(most, sum(reference() is not None for reference in made))
+            yield batch
+
+    assert write_embeddings(tmp_path / f"rows{suffix}", batches()) == (45, 4)
+    assert most == 2
+    np.testing.assert_array_equal(read(tmp_path / f"rows{suffix}")[:, 0], np.repeat(range(9), 5))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    write_embeddings(path, [np.ones((2, 3))])
+
+    def batches():
+        yield np.zeros((4, 3))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_embeddings(path, batches())
+    np.testing.assert_array_equal(read(path), np.ones((2, 3)))
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "batches", "dtype", "words"),
+    [
+        ("rows.npz", [np.ones((1, 2))], "float32", r"rows\.npz: .* as \.npy or \.pt, not '\.npz'"),
+        ("rows.npy", [np.ones((1, 2))], "float64", r"rows\.npy: .* or float32, not float64"),
+        ("rows.npy", [], "float32", r"rows\.npy: no rows"),
+        ("rows.pt", [np.ones((0, 2))], "float32", r"rows\.pt: no rows"),
+        ("rows.npy", [np.ones(2)], "float32", r"rows\.npy: a batch of shape \(2,\)"),
+        ("rows.npy", [np.ones((1, 0))], "float32", r"a batch of shape \(1, 0\)"),
+        (
+            "rows.pt",
+            [np.ones((3, 2)), np.ones((1, 4))],
+            "float32",
+            r"rows\.pt: a batch of shape \(1, 4\) after 3 rows of 2 numbers",
+        ),
+        (
+            "rows.npy",
+            [np.ones((3, 2)), np.array([[1, 2], [3, np.nan]])],
+            "float32",
+            r"rows\.npy: row 4 is not finite in float32",
+        ),
+        (
+            "rows.npy",
+            [np.array([[1.0], [-70_000.0]])],
+            "float16",
+            r"row 1 is not finite in float16 \(its largest is 70000\.0\)",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_named(tmp_path, name, batches, dtype, words):
+    with pytest.raises(ValueError, match=words):
+        write_embeddings(tmp_path / name, batches, dtype=dtype)
+    assert os.listdir(tmp_path) == []
+
+
+# The command
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any), st.integers(1, 10**5))
+def test_class_counts_sum_to_the_total_and_are_nearest(shares, total):
+    mixture = np.asarray(shares) / sum(shares)
+    counts = class_counts(mixture, total)
+    assert counts.sum() == total
+    assert np.abs(counts - mixture * total).max() < 1
+    assert np.all(counts[mixture == 0] == 0)
+
+
+MIXTURE = (0.5, 0, 0.3, 0.2, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["npy", "pt"])
+def test_digits_from_the_command(tmp_path, monkeypatch, capsys, kind):
+    """Files of the right shapes, and a target whose mixture they tell: total variation from the
+    truth far below that of the uniform guess, by least squares on the mean rows."""
+    seen = []
+
+    def train(key, network, images, labels, **options):
+        seen.append(len(images))
+        return classification_train(key, network, images, labels, **options)
+
+    classification_train = classification.train
+    monkeypatch.setattr(classification, "train", train)
+    summary = main(
+        Arguments(
+            out_dir=tmp_path / "new/folder",
+            dataset="digits",
+            dimension=200,
+            num_per_class=60,
+            num_target=60,
+            mixture=MIXTURE,
+            hidden=16,
+            epochs=10,
+            format=kind,
+        )
+    )
+    assert seen == [len(datasets.load("digits").labels) - 600]
+    about = json.loads(summary.read_text())
+    assert list(about["target_mixture"].values()) == list(MIXTURE)
+    names = [f"train_{label}.{kind}" for label in range(10)]
+    assert sorted(os.listdir(summary.parent)) == sorted(
+        [*names, f"target.{kind}", "embeddings.json"]
+    )
+    expected = {name: [60, 200] for name in names} | {f"target.{kind}": [60, 200]}
+    assert about["files"] == expected
+    printed = capsys.readouterr().out
+    arrays = {name: read(summary.parent / name) for name in expected}
+    for name, array in arrays.items():
+        assert list(array.shape) == expected[name]
+        np.testing.assert_allclose(np.linalg.norm(array, axis=1), 1, rtol=1e-5)
+        assert f"{summary.parent / name} {array.shape}" in printed
+    means = np.stack([arrays[name].mean(axis=0) for name in names])
+    weights, _ = nnls(means.T, arrays[f"target.{kind}"].mean(axis=0))
+    weights /= weights.sum()
+    distance = np.abs(weights - MIXTURE).sum() / 2
+    assert distance < 0.5 * np.abs(0.1 - np.asarray(MIXTURE)).sum() / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mixture", ".5", ".4"], "one share >= 0 for each of 10 classes"),
+        (["--mixture", *["0.2"] * 10], r"of sum 1, got \(0\.2,"),
+        (["--dimension", "0"], "dimension must be >= 1, got 0"),
+        (["--num_per_class", "500"], r"has \d+ images, fewer than the 500 asked for"),
+    ],
+)
+def test_bad_arguments_raise(tmp_path, arguments, words):
+    parsed = tyro.cli(
+        Arguments, args=["--dataset", "digits", "--out_dir", str(tmp_path), *arguments]
+    )
+    with pytest.raises(ValueError, match=words):
+        main(parsed)
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_arguments_end_in_one_line(tmp_path):
+    script = "xp_data_mixing/gradient_embeddings.py"
+    command = [sys.executable, script, "--dataset", "absent", "--out_dir", str(tmp_path)]
+    environment = {**os.environ, "DATA_ROOT": str(tmp_path)}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("FileNotFoundError: unknown data set 'absent'")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,295 @@
+"""Transfer learning and domain adaptation, as their users run them, on the embedded digits."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lib.gd import wasserstein_gradient_descent
+from xp_transfer_learning import ablation, domain_adaptation, methods, transfer
+from xp_transfer_learning.config import (
+    ABLATION,
+    INVERTED,
+    ROTATED,
+    AdaptationConfig,
+    FlowSettings,
+    TrainingConfig,
+    TransferConfig,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+SHORT = {
+    "mmdsw": FlowSettings(n_epochs=40, num_directions=100, lr=5.0),
+    "otdd": FlowSettings("otdd", n_epochs=3, lr=0.1, decay=False, m=0.0, epsilon=0.05),
+    "mmd_product": FlowSettings("mmd_product", n_epochs=3, lr=1.0, decay=False, noise=0.01),
+    "target_only": FlowSettings("target_only", n_epochs=0),
+}
+
+
+def config(method="mmdsw", k=2, target=ROTATED):
+    return TransferConfig("digits", target, k, num_per_class=8, size=16, flow=SHORT[method])
+
+
+def test_every_method_gets_the_same_draw_and_every_seed_its_own():
+    first, other = (transfer.data(seed, config(), None) for seed in (0, 1))
+    x0, x_tgt, shape = first
+    assert x0.shape == (10, 8, 256)
+    assert x_tgt.shape == (10, 2, 256)
+    assert shape == (16, 16, 1)
+    for method in SHORT:
+        again = transfer.data(0, config(method), None)
+        np.testing.assert_array_equal(again[0], x0)
+        np.testing.assert_array_equal(again[1], x_tgt)
+    assert not np.array_equal(other[0], x0)
+    assert not np.array_equal(other[1], x_tgt)
+    # More shots begin with the fewer ones, so that curves over k compare like with like.
+    np.testing.assert_array_equal(transfer.data(0, config(k=5), None)[1][:, :2], x_tgt)
+
+
+@pytest.mark.parametrize("method", ["mmdsw", "otdd", "mmd_product"])
+def test_flows_go_down_and_keep_the_images_shape(tmp_path, method):
+    with jax.numpy_rank_promotion("allow"):  # ott relies on it
+        stored = transfer.flow(config(method), seed=0, results=tmp_path, data_root=None)
+    assert stored["particles"].shape[1:] == (10, 8, 256)
+    assert stored["particles"].shape[0] == len(stored["steps"])
+    x0, x_tgt, _ = transfer.data(0, config(method), None)
+    np.testing.assert_array_equal(stored["particles"][0], x0)
+    np.testing.assert_array_equal(stored["x_tgt"], x_tgt)
+    assert stored["losses"][-1] < stored["losses"][0]
+    problem = methods.problem(SHORT[method], x0, x_tgt)
+    np.testing.assert_array_equal(problem.points(problem.start), x0)
+
+
+def test_a_flow_is_stored_once(tmp_path, monkeypatch):
+    first = transfer.flow(config(), seed=0, results=tmp_path, data_root=None)
+    monkeypatch.setattr(methods, "wasserstein_gradient_descent", None)
+    again = transfer.flow(config(), seed=0, results=tmp_path, data_root=None)
+    np.testing.assert_array_equal(first["particles"], again["particles"])
+    assert not list(tmp_path.rglob("checkpoint.npz"))
+
+
+def test_training_set_clips_and_labels():
+    rng = np.random.default_rng(0)
+    x_tgt = rng.uniform(size=(3, 2, 4)).astype(np.float32)
+    # Class c of the particles sits around class 2 - c of the target, partly outside [0, 1].
+    particles = x_tgt[::-1].repeat(3, axis=1) + rng.normal(scale=0.01, size=(3, 6, 4))
+    particles[0, 0] = [-1, 2, 0.5, 0.5]
+    images, labels, right = transfer.training_set(particles, x_tgt, (2, 2, 1), "transport")
+    assert images.shape == (6 + 18, 2, 2, 1)
+    np.testing.assert_array_equal(images[:6], x_tgt.reshape(6, 2, 2, 1))
+    np.testing.assert_array_equal(images[6].ravel(), [0, 1, 0.5, 0.5])
+    assert images.min() >= 0
+    assert images.max() <= 1
+    np.testing.assert_array_equal(labels, [0, 0, 1, 1, 2, 2] + [2] * 6 + [1] * 6 + [0] * 6)
+    # The particle thrown out of place may lie nearest to any class.
+    assert right in (1, 17 / 18)
+    empty = np.zeros((0, 0, 4))
+    images, labels, right = transfer.training_set(empty, x_tgt, (2, 2, 1), "transport")
+    assert len(images) == len(labels) == 6
+    assert np.isnan(right)
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 120), st.integers(1, 300),
+    st.integers(1, 60),
+)  # fmt: skip
+@example(10, 10, 5, 200, 50)
+@example(3, 26, 100, 200, 50)
+def test_without_flowed_images_the_same_epochs_and_the_same_gradient_steps(
+    of_source, of_target, k, n, epochs
+):
+    """Steps counted one by one: an epoch's batches begin at 0, 64, 128, ..."""
+
+    def steps(images, epochs):
+        return epochs * len(range(0, images, TrainingConfig.batch_size))
+
+    arguments = transfer.Arguments(n_epochs_nn=epochs, num_per_class=n)
+    num_classes = of_source, of_target
+    same_epochs, same_steps = transfer.trainings("target_only", k, arguments, num_classes)
+    (one,) = transfer.trainings("mmdsw", k, arguments, num_classes)
+    assert same_epochs.n_epochs == one.n_epochs == epochs
+    wanted = steps(of_target * k + of_source * n, epochs)
+    alone = of_target * k
+    assert steps(alone, same_steps.n_epochs) <= wanted < steps(alone, same_steps.n_epochs + 1)
+
+
+def test_the_published_numbers_of_epochs():
+    """Of ten classes each, 200 flowed images a class."""
+    found = [transfer.trainings("target_only", k, transfer.Arguments(), (10, 10))[1].n_epochs
+             for k in (1, 5, 10, 100)]  # fmt: skip
+    assert found == [1600, 1650, 825, 146]
+
+
+def test_the_classes_that_count_are_those_of_the_data(tmp_path, monkeypatch):
+    classes, asked = {"digits": range(10), "usps": range(3)}, []
+
+    def run_try(config, training, **_):
+        asked.append(training.n_epochs)
+        return {"accuracies": np.zeros((1, 1)), "steps": np.zeros(1, int), "losses": []}
+
+    monkeypatch.setattr(
+        transfer, "load", lambda name, *_: SimpleNamespace(class_names=classes[name])
+    )
+    monkeypatch.setattr(transfer, "run_try", run_try)
+    (tmp_path / transfer.EXPERIMENT).mkdir()
+    options = {"method": ("target_only",), "num_per_class": 20, "n_epochs_nn": 7, "ntry": 1}
+    transfer.run_table(
+        transfer.Arguments(
+            src_dataset="digits", tgt_dataset="usps", k_shot=(2,), results=tmp_path, **options
+        )
+    )
+    # 6 images are a batch, 206 are four.
+    assert asked == [7, 28]
+
+
+@pytest.mark.parametrize(("labelling", "share"), [("transport", 1), ("particles", 1), ("axis", 0)])
+def test_labels_of_an_arrived_flow_agree_with_the_nearest_target_images(labelling, share):
+    """A whole class on one class of the target, none on that of its own number."""
+    x_tgt = np.random.default_rng(0).uniform(size=(3, 2, 4)).astype(np.float32)
+    *_, right = transfer.training_set(x_tgt[[1, 2, 0]], x_tgt, (2, 2, 1), labelling)
+    assert right == share
+
+
+@pytest.mark.slow
+def test_accuracies_along_the_flow_end_with_that_of_its_end(tmp_path):
+    training = TrainingConfig(n_epochs=1, num_trainings=2)
+    options = {"seed": 0, "results": tmp_path, "data_root": None}
+    along = transfer.run_try(config(), training, along=True, **options)
+    end = transfer.run_try(config(), training, **options)
+    assert along["accuracies"].shape == (len(along["steps"]), 2)
+    assert along["steps"][-1] == end["steps"][0] == 40
+    np.testing.assert_array_equal(along["accuracies"][-1], end["accuracies"][0])
+    assert np.all((end["accuracies"] >= 0) & (end["accuracies"] <= 1))
+
+
+@pytest.mark.slow
+def test_flags_are_the_published_ones(tmp_path):
+    command = [sys.executable, "xp_transfer_learning/transfer.py", "--src_dataset", "digits"]
+    command += ["--tgt_dataset", INVERTED, "--k_shot", "2", "--method", "mmdsw"]
+    command += ["--n_epochs_wgd", "3", "--ntry", "2", "--n_epochs_nn", "1", "--lr", "0.5"]
+    command += [
+        "--num_per_class",
+        "5",
+        "--size",
+        "16",
+        "--results",
+        str(tmp_path),
+        "--num_trainings",
+        "2",
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (summary,) = tmp_path.glob("xp_transfer_learning/*.json")
+    assert f"numbers: {summary}" in done.stdout
+    (row,) = json.loads(summary.read_text())["rows"]
+    assert (row["method"], row["k"]) == ("mmdsw", 2)
+    assert np.shape(row["accuracies"]) == (2, 1, 2)
+    assert len(row["label_agreement"]) == 2
+    assert all(0 <= share <= 1 for share in row["label_agreement"])
+    assert (row["settings"]["n_epochs"], row["settings"]["lr"]) == (3, 0.5)
+    assert row["training"]["n_epochs"] == 1
+
+
+@pytest.mark.slow
+def test_adaptation_reaches_the_classifiers_classes(tmp_path):
+    settings = AdaptationConfig(
+        ROTATED,
+        "digits",
+        num_per_class=30,
+        size=28,
+        flow=FlowSettings(n_epochs=300),
+        records=4,
+        n_epochs_nn=30,
+    )
+    run = domain_adaptation.run_try(settings, seed=0, results=tmp_path, data_root=None)
+    stored = run.load_arrays()
+    assert sorted(stored["matched"]) == list(range(10))
+    assert stored["classifier_accuracy"] > 0.7
+    assert stored["accuracies"][0] < 0.5
+    assert stored["accuracies"][-1] > 0.95
+    np.testing.assert_array_equal(stored["steps"], [0, 75, 150, 225, 300])
+
+
+def test_images_too_small_for_the_network_are_refused_before_the_flow(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "wasserstein_gradient_descent", None)
+    small = dataclasses.replace(config(), size=11)
+    with pytest.raises(ValueError, match=r"at least 12 x 12, these have 11 x 11"):
+        transfer.flow(small, seed=0, results=tmp_path, data_root=None)
+    with pytest.raises(ValueError, match=r"these have 8 x 8"):
+        domain_adaptation.run_try(
+            AdaptationConfig(ROTATED, "digits", 5), seed=0, results=tmp_path, data_root=None
+        )
+
+
+def test_adaptation_keeps_the_target_and_draws_the_source_anew():
+    settings = AdaptationConfig(INVERTED, "digits", num_per_class=5)
+    (x0, x_tgt, shape), (x1, same, _) = (
+        domain_adaptation.data(seed, settings, None) for seed in (0, 1)
+    )
+    assert shape == (8, 8, 1)
+    np.testing.assert_array_equal(x_tgt, same)
+    assert not np.array_equal(x0, x1)
+
+
+# The ablation
+
+
+def test_steps_to_an_objective_and_an_accuracy():
+    losses = np.concatenate([np.ones(10), np.full(20, 0.5), np.full(20, 0.01)])
+    losses[12] = 0.0  # one lucky draw does not count
+    # A median of ten is small when six are: losses 30 to 35, that is after 36 steps.
+    assert ablation.steps_to_objective(losses, 0.05) == 36
+    assert ablation.steps_to_objective(losses, 0.001) is None
+    steps, accuracies = np.array([0, 10, 20]), np.array([0.1, 0.99, 1.0])
+    assert ablation.steps_to_accuracy(steps, accuracies, 0.99) == 10
+    assert ablation.steps_to_accuracy(steps, accuracies[:1].repeat(3), 0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "lr"),
+    [("ours", 5.0), ("orthogonal directions", 5.0), ("Adam", 0.05), ("L-BFGS", 0.5)],
+)
+def test_every_kind_of_optimiser_goes_down(option, lr):
+    settings = dataclasses.replace(ABLATION[option], n_epochs=30, num_directions=100, lr=lr)
+    x0, x_tgt, _ = transfer.data(0, config(), None)
+    problem = methods.problem(settings, x0, x_tgt)
+    losses, _ = wasserstein_gradient_descent(
+        problem.start,
+        problem.target,
+        problem.value_and_grad,
+        jax.random.key(0),
+        n_epochs=30,
+        optimizer=methods.optimizer(settings),
+        show_progress=False,
+    )
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_ablation_runs_every_option_with_every_step_size(tmp_path):
+    arguments = ablation.Arguments(
+        ROTATED,
+        "digits",
+        num_per_class=6,
+        size=16,
+        n_epochs_wgd=4,
+        ntry=2,
+        options=("Adam",),
+        lr=(0.5, 1.0),
+        results=tmp_path,
+    )
+    summary = ablation.main(arguments)
+    assert summary.stem.startswith("step_sizes")
+    rows = json.loads(summary.read_text())["rows"]
+    assert [(row["option"], row["settings"]["lr"]) for row in rows] == [("Adam", 0.5), ("Adam", 1)]
+    for row in rows:
+        assert len(row["to_objective"]) == len(row["last_losses"]) == 2
+        assert row["seconds_per_step"] > 0
