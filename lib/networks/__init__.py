@@ -2,6 +2,7 @@
 
 from lib.networks._networks import (
     MLP,
+    VGG11,
     AlexNet,
     Conv,
     ConvNet,
@@ -16,6 +17,7 @@ from lib.networks._networks import (
 
 __all__ = [
     "MLP",
+    "VGG11",
     "AlexNet",
     "Conv",
     "ConvNet",

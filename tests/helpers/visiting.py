@@ -22,7 +22,7 @@ def record_visits(monkeypatch, after=lambda done: None, *, module=None):
 
     if module:
         monkeypatch.setattr(module, "SECONDS_BETWEEN_VISITS", 0.0)
-    monkeypatch.setattr("lib.runs.console.progress", progress)
+    monkeypatch.setattr("lib.runs.loop.progress", progress)
     return visits
 
 

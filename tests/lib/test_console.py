@@ -180,7 +180,9 @@ def test_a_command_stopped_before_its_first_step_ends_in_one_line(capsys):
     assert "the same command goes on" in line
 
 
-COMMAND = "from lib import commands, hosts; commands.run_command(print, processes.DeviceOptions)"
+COMMAND = (
+    "from lib.runs import commands, processes; commands.run_command(print, processes.DeviceOptions)"
+)
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "nonsense,cpu"])

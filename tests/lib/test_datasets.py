@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lib import datasets
-from lib.datasets import Dataset
+from lib.datasets import Dataset, synthetic
+from lib.datasets import _datasets as datasets
 
 
 def toy(counts=(7, 5, 9), shape=(3, 2, 1), seed=0) -> Dataset:
@@ -927,7 +927,7 @@ def test_table_of_constants(name, request):
 
 
 def test_rings_lie_on_their_circles():
-    points = datasets.rings(jax.random.key(0), 500)
+    points = synthetic.rings(jax.random.key(0), 500)
     assert points.shape == (3, 500, 2)
     centres = np.array([[0, 0], [-0.75, 0], [-1.5, 0]])
     offsets = np.asarray(points) - centres[:, None]
@@ -935,17 +935,17 @@ def test_rings_lie_on_their_circles():
     # Uniform angles: the mean of cos t and sin t is 0, with deviation sqrt(1 / 2n) = .032.
     assert np.abs(offsets.mean(axis=1) / 0.3).max() < 0.13
     assert np.abs(offsets[0] - offsets[1]).max() > 0.1
-    assert not np.array_equal(points, datasets.rings(jax.random.key(1), 500))
+    assert not np.array_equal(points, synthetic.rings(jax.random.key(1), 500))
 
 
 def test_even_rings_in_closed_form():
-    points = datasets.rings_even(4, centres=((1.0, 2.0),), radius=2.0)
+    points = synthetic.rings_even(4, centres=((1.0, 2.0),), radius=2.0)
     np.testing.assert_allclose(points, [[[3, 2], [1, 4], [-1, 2], [1, 0]]], atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
 def test_rings_follow_the_precision():
-    points = datasets.rings_even(6)
+    points = synthetic.rings_even(6)
     assert points.dtype == jnp.float64
     np.testing.assert_allclose(np.linalg.norm(points[0], axis=-1), 0.3, rtol=1e-14)
 
@@ -953,26 +953,26 @@ def test_rings_follow_the_precision():
 def test_gaussians_have_their_moments():
     means = np.array([[0.0, 1.0], [5.0, -2.0]])
     covariances = np.array([[[2.0, 0.6], [0.6, 0.5]], [[1.0, -0.9], [-0.9, 1.0]]])
-    points = datasets.gaussians(jax.random.key(0), means, 20_000, covariances=covariances)
+    points = synthetic.gaussians(jax.random.key(0), means, 20_000, covariances=covariances)
     assert points.shape == (2, 20_000, 2)
     np.testing.assert_allclose(points.mean(axis=1), means, atol=0.05)
     for c in range(2):
         np.testing.assert_allclose(np.cov(points[c].T), covariances[c], atol=0.08)
-    scaled = datasets.gaussians(jax.random.key(0), means, 20_000, scale=np.array([0.5, 3.0]))
+    scaled = synthetic.gaussians(jax.random.key(0), means, 20_000, scale=np.array([0.5, 3.0]))
     np.testing.assert_allclose(scaled.std(axis=1), [[0.5, 0.5], [3, 3]], rtol=0.03)
     diagonal = np.array([0.25, 9.0])[:, None, None] * np.eye(2)
-    same = datasets.gaussians(jax.random.key(0), means, 20_000, covariances=diagonal)
+    same = synthetic.gaussians(jax.random.key(0), means, 20_000, covariances=diagonal)
     np.testing.assert_allclose(same, scaled, atol=1e-4)
     np.testing.assert_array_equal(
-        datasets.gaussians(jax.random.key(0), means, 3, scale=0.0), np.repeat(means[:, None], 3, 1)
+        synthetic.gaussians(jax.random.key(0), means, 3, scale=0.0), np.repeat(means[:, None], 3, 1)
     )
 
 
 def test_gaussians_want_one_kind_of_spread():
     with pytest.raises(ValueError, match="either scale or covariances"):
-        datasets.gaussians(jax.random.key(0), np.zeros((1, 2)), 3)
+        synthetic.gaussians(jax.random.key(0), np.zeros((1, 2)), 3)
     with pytest.raises(ValueError, match="either scale or covariances"):
-        datasets.gaussians(
+        synthetic.gaussians(
             jax.random.key(0), np.zeros((1, 2)), 3, scale=1.0, covariances=np.eye(2)[None]
         )
 
@@ -981,7 +981,7 @@ def test_gaussian_mixture_has_its_shares_and_spreads():
     weights, scales = np.array([1.0, 3.0, 0.0]), np.array([0.1, 0.5, 1.0])
     means = np.array([[-10.0, 0.0, 0.0], [10.0, 0.0, 0.0], [0.0, 50.0, 0.0]])
     points = np.asarray(
-        datasets.gaussian_mixture(jax.random.key(0), weights, means, scales, 20_000)
+        synthetic.gaussian_mixture(jax.random.key(0), weights, means, scales, 20_000)
     )
     assert points.shape == (20_000, 3)
     assert points[:, 1].max() < 10  # a component of no weight is not drawn

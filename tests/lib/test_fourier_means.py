@@ -368,7 +368,7 @@ MEMORY = """
 import resource, sys
 import jax
 from lib.rff import gaussian_frequencies
-from lib.row_files import open_rows
+from lib.rows.files import open_rows
 from lib.streamed_means import stream_mean_embeddings
 unit = 1 if sys.platform == "darwin" else 1024
 frequencies = jax.block_until_ready(gaussian_frequencies(jax.random.key(0), 100, 8192))

@@ -409,8 +409,8 @@ def test_images_are_read_as_they_are():
 SHARDED = """
 import jax, numpy as np
 from lib.gmm import Mixture, from_matrices
-from lib.gmm_em import fit
-from lib.gmm_rows import rows
+from lib.gmm.em import fit
+from lib.gmm.moments import rows
 x = np.random.default_rng(0).normal(size=(101, 4)) + np.arange(101)[:, None] % 3
 start = Mixture(np.array([0.4, 0.6]), x[:2], from_matrices(np.stack([np.eye(4)] * 2)))
 for count in (1, 3):
@@ -479,7 +479,7 @@ def test_resumes_to_the_same_bits(tmp_path, monkeypatch):
     run = open_run(tmp_path, "gmm", "test", {}, seed=0)
 
     calls = iter([False, False, True])
-    monkeypatch.setattr("lib.runs.console.interruptible", lambda: _Stop(calls))
+    monkeypatch.setattr("lib.gmm.em.interruptible", lambda: _Stop(calls))
     with pytest.raises(Interrupted, match="after step 3"):
         quiet_fit(data, start, run=run, **options)
     monkeypatch.undo()

@@ -17,12 +17,10 @@ from lib.networks import (
     ConvNet,
     LeNet5,
     ResNet18,
-    _normalised,
-    _PatchConv,
-    _pool,
     network_by_name,
     torch_like,
 )
+from lib.networks._networks import _normalised, _PatchConv, _pool
 
 x64 = pytest.mark.usefixtures("x64")
 

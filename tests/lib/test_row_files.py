@@ -505,7 +505,7 @@ def test_the_same_file_twice(tmp_path, monkeypatch):
 READ_ALL = """
 import resource, sys
 from lib import row_formats
-from lib.row_files import open_rows
+from lib.rows.files import open_rows
 unit = 1 if sys.platform == "darwin" else 1024
 file = open_rows(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

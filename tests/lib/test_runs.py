@@ -203,7 +203,7 @@ def test_finish_discards_what_was_saved_wherever_it_is_killed(
 WRITER = """
 import os, signal, sys
 import numpy as np
-from lib import files
+from lib.runs import files
 
 path, mode = sys.argv[1:]
 big = np.ones(500_000)
@@ -346,7 +346,7 @@ def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setattr("lib.runs._folders.__file__", str(tmp_path / "runs.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     environment = runs.environment()
     assert (environment["commit"], environment["dirty"]) == (None, None)

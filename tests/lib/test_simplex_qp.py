@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import rel_entr
 
-from lib import simplex_qp
 from lib.simplex_qp import (
     SolverError,
     frank_wolfe_gap,
@@ -31,6 +30,7 @@ from lib.simplex_qp import (
     solve_with_cvxpy,
 )
 from lib.simplex_qp import _active_set as active_set
+from lib.simplex_qp import _solve as simplex_qp
 
 ROOT = Path(__file__).parents[2]
 SEEDS = st.integers(0, 2**32 - 1)

@@ -295,7 +295,7 @@ def slurm(tmp_path, monkeypatch):
         (here / name).write_text(f"#!/usr/bin/env bash\nHERE={here}\n{text}\n")
         (here / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
-    monkeypatch.setattr(sweeps, "_SLURM_LOOK", 0.1)
+    monkeypatch.setattr(_workers, "_SLURM_LOOK", 0.1)
     monkeypatch.setattr(SlurmJob, "_results_timeout_s", 1)
     return here
 
@@ -345,7 +345,7 @@ def test_jobs_of_a_node_that_is_lost_are_told(job, slurm, capsys, monkeypatch):
         (slurm / "lost").write_text("".join(f"{job.job_id}\n" for job in jobs))
         return jobs
 
-    monkeypatch.setattr(sweeps, "submit", submit_and_lose)
+    monkeypatch.setattr(_workers, "submit", submit_and_lose)
     assert run(job, "good", "other", slurm=("time=30",)) == 1
     out = capsys.readouterr().out
     assert out.count("    worker died (NODE_FAIL)\n") == 2

@@ -52,7 +52,8 @@ def names_in(run):
 
 OTHER = """
 import sys
-from lib import console, runs
+from lib import runs
+from lib.runs import console
 
 with console.one_line_errors():
     run = runs.open_run(sys.argv[1], "xp", "flow", {"steps": 3}, seed=0)

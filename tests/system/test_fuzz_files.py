@@ -162,7 +162,7 @@ def image_folder(suffix):
             (folder / "images" / name / f"0.{suffix}").write_bytes(picture(suffix))
         return folder / "images" / "b" / f"0.{suffix}"
 
-    return Format(make, lambda path: read_images(path.parents[2]), lambda path: path.parents[1])
+    return Format(make, lambda path: read_images(path.parents[1]), lambda path: path.parents[1])
 
 
 def make_zip(folder):

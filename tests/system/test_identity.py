@@ -68,11 +68,11 @@ def one_pixel(root, file):
 CHANGES = {
     "one pixel": one_pixel,
     "another class": lambda root, file: file.rename(
-        file.parents[2] / {"cat": "dog", "dog": "cat"}[file.parent.name] / "9.bmp"
+        file.parents[1] / {"cat": "dog", "dog": "cat"}[file.parent.name] / "9.bmp"
     ),
     "another split": lambda root, file: file.rename(
         file.parents[2]
-        / {"train": "test", "test": "train"}[file.parents[2].name]
+        / {"train": "test", "test": "train"}[file.parents[1].name]
         / file.parent.name
         / "9.bmp"
     ),

@@ -211,7 +211,7 @@ def test_a_run_condenses_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, 
             return False
 
     with monkeypatch.context() as patch:
-        patch.setattr("lib.runs.console.interruptible", Stop)
+        patch.setattr("lib.runs.loop.interruptible", Stop)
         patch.setattr(gd, "MAX_STEPS_BETWEEN_VISITS", 2)
         with pytest.raises(Interrupted):
             condense.condense(settings, seed=0, results=tmp_path / "b", show_progress=False)
