@@ -8,16 +8,16 @@ resumes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 
 from lib import runs
+from lib.report.tables import write_summary
 from lib.runs import settings
 from lib.runs.commands import run_command
-from lib.runs.files import write_bytes, write_json
 from lib.runs.processes import DeviceOptions
 from xp_drmmd import plot, tables
 from xp_drmmd.config import EXPERIMENT, FlowConfig, Preset, StudentConfig, presets
@@ -52,21 +52,16 @@ def run_group(
     for label, config in flows.items():
         done = [run_one(config, seed, arguments) for seed in arguments.seeds]
         stored = [run.load_arrays() for run in done]
-        row = {"label": label, "settings": config, "steps": stored[0]["steps"]}
+        row = {"label": label, "settings": asdict(config), "steps": stored[0]["steps"]}
         for name in (*tables.NAMES, "seconds"):
             if name in stored[0]:
                 row[name] = np.stack([one[name] for one in stored])
         row["folders"] = [run.folder.relative_to(arguments.results).as_posix() for run in done]
         rows.append(row)
         print(f"  {tables.line(row)}", flush=True)
-    summary = arguments.results / EXPERIMENT / f"{group}_{arguments.preset}.json"
-    about = {"group": group, "seeds": arguments.seeds, "environment": runs.environment()}
-    write_json(summary, {**about, "rows": rows})
-    write_bytes(summary.with_suffix(".md"), tables.page(summary).encode())
-    print(f"numbers: {summary}")
-    for figure in plot.figures(summary):
-        print(f"figure:  {figure}")
-    return summary
+    path = arguments.results / EXPERIMENT / f"{group}_{arguments.preset}.json"
+    summary = {"group": group, "seeds": arguments.seeds, "rows": rows}
+    return write_summary(path, summary, [tables.table(summary)], figures=plot.figures)
 
 
 def main(arguments: Arguments) -> list[Path]:

@@ -1,11 +1,12 @@
 """Tables of this experiment, from stored summaries alone."""
 
-import json
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from lib.report.spreads import mean_and_spread
+from lib.report.tables import Table
 
 NAMES = {"mmd2": "MMD²", "w1": "W1", "w2": "W2", "kl": "KL", "validation": "validation error"}
 
@@ -29,24 +30,19 @@ def first_below(row: dict, name: str, level: float) -> int | None:
     return int(row["steps"][reached[0]]) if len(reached) else None
 
 
-def page(summary: Path) -> str:
-    """Markdown: the table of a summary and what stands in it."""
-    seeds = len(json.loads(Path(summary).read_text())["seeds"])
-    spread = f", mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else ""
-    return f"Where each flow ends{spread}.\n\n{table(summary)}\n"
-
-
-def table(summary: Path, *, names: tuple[str, ...] = tuple(NAMES), w1: float | None = None) -> str:
-    """Markdown: a line a flow, those of the distances `names` that it has at its end, mean ±
-    sample standard deviation over seeds; with `w1` also the first recorded step at which the mean
-    W1 is at most that."""
-    rows = json.loads(Path(summary).read_text())["rows"]
+def table(
+    summary: Mapping[str, Any], *, names: Iterable[str] = NAMES, w1: float | None = None
+) -> Table:
+    """A row per flow: the distances `names` that it has at its end, mean ± sample standard
+    deviation over seeds; with `w1` also the first recorded step at which the mean W1 is at most
+    that."""
+    rows, seeds = summary["rows"], len(summary["seeds"])
     names = [name for name in names if name in rows[0]]
     unit = "epochs" if "validation" in names else "steps"
     heads = ["flow", "λ", "step size", unit, *(NAMES[name] for name in names)]
     if w1 is not None:
         heads.append(f"W1 ≤ {w1:g} at step")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for row in rows:
         settings = row["settings"]
         lmbda = f"{settings['lmbda']:g}" if settings["flow"] in ("drmmd", "kale") else "-"
@@ -56,5 +52,6 @@ def table(summary: Path, *, names: tuple[str, ...] = tuple(NAMES), w1: float | N
         if w1 is not None:
             step = first_below(row, "w1", w1)
             cells.append("-" if step is None else f"{step:,}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    spread = f", mean ± sample standard deviation over {seeds} seeds" if seeds > 1 else ""
+    return Table(heads, lines, f"Where each flow ends{spread}.")

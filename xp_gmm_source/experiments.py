@@ -21,9 +21,9 @@ from matplotlib import pyplot as plt
 from lib import runs
 from lib.datasets import file_stem
 from lib.report import plotting
+from lib.report.tables import write_summary
 from lib.runs import settings
 from lib.runs.commands import run_command
-from lib.runs.files import write_bytes, write_json
 from lib.runs.processes import DeviceOptions
 from xp_gmm_source import metrics, plot, tables
 from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
@@ -90,26 +90,22 @@ def run_group(group: str, flows: dict[str, FlowConfig], arguments: Arguments) ->
     name = f"{group}_{arguments.preset}"
     if arguments.dataset is not None:
         name += f"_{file_stem(arguments.dataset, data_root=arguments.data_root)}"
-    summary = arguments.results / EXPERIMENT / f"{name}.json"
+    path = arguments.results / EXPERIMENT / f"{name}.json"
     mixtures = fitted_mixtures(flows, arguments)
-    about: dict[str, Any] = {
+    summary = {
         "group": group,
         "seeds": arguments.seeds,
-        "environment": runs.environment(),
+        "rows": rows,
         "feature_accuracy": float(stored[0]["feature_accuracy"]),
         "floor": tables.floor_of(stored[0]),
         "mixtures": mixtures_alone(mixtures, arguments.results),
     }
-    write_json(summary, {**about, "rows": rows})
-    page = tables.page({**about, "rows": rows})
-    write_bytes(summary.with_suffix(".md"), page.encode())
-    print(tables.markdown(rows, about["floor"]))
-    for name, measures in about["mixtures"].items():
-        print(f"draws of the mixture {name} itself, without a flow: {measures['frechet']:.3g}")
-    print(f"numbers: {summary}")
-    for figure in (*plot.figures(summary), *mixture_figures(mixtures, summary)):
-        print(f"figure:  {figure}")
-    return summary
+    return write_summary(
+        path,
+        summary,
+        tables.tables(summary),
+        figures=lambda path: (*plot.figures(path), *mixture_figures(mixtures, path)),
+    )
 
 
 Mixtures = dict[str, tuple[FlowConfig, Split, ImageMixture]]

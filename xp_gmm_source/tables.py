@@ -1,10 +1,12 @@
 """Tables of the comparison of sources, from stored results alone."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lib.report.spreads import mean_and_spread
+from lib.report.tables import Table
 
 MEASURES = {
     "frechet": "Fréchet distance of features",
@@ -49,35 +51,34 @@ def cell(values: np.ndarray) -> str:
     return mean_and_spread(values, ".3g", ".1g")
 
 
-def page(document: dict[str, Any]) -> str:
-    """Markdown: the tables of a summary's content and what stands in them."""
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The sources at every sampler and how straight their paths are; draws of the mixtures."""
     words = f"{MEASURES['frechet']} after so many evaluations, straightness and cost of the paths"
-    seeds = len(document["seeds"])
+    seeds = len(summary["seeds"])
     spread = f", mean ± sample standard deviation over {seeds} seeds" * (seeds > 1)
-    parts = [f"{words}{spread}.", markdown(document["rows"], document["floor"])]
-    if document["mixtures"]:
-        lines = [
-            f"| {name} | " + " | ".join(f"{measures[one]:.3g}" for one in MEASURES) + " |"
-            for name, measures in document["mixtures"].items()
-        ]
-        heads = f"| mixture | {' | '.join(MEASURES.values())} |\n|---|{'---|' * len(MEASURES)}"
-        parts += ["Draws of the mixtures themselves, without a flow.", "\n".join([heads, *lines])]
-    return "\n\n".join(parts) + "\n"
+    sources = table(summary["rows"], summary["floor"])._replace(caption=f"{words}{spread}.")
+    if not summary.get("mixtures"):
+        return [sources]
+    draws = [
+        [name, *(f"{measures[measure]:.3g}" for measure in MEASURES)]
+        for name, measures in summary["mixtures"].items()
+    ]
+    caption = "Draws of the mixtures themselves, without a flow."
+    return [sources, Table(["mixture", *MEASURES.values()], draws, caption)]
 
 
-def markdown(rows: list[dict[str, Any]], floor: dict[str, float], measure: str = "frechet") -> str:
-    """One line a source: the measure at every sampler, then how straight its paths are."""
+def table(
+    rows: Sequence[Mapping[str, Any]], floor: Mapping[str, float], measure: str = "frechet"
+) -> Table:
+    """A row per source: the measure at every sampler, then how straight its paths are."""
     first = rows[0]
     names = [f"{method} {num}" for method, num in zip(first["methods"], first["evaluations"])]
-    lines = [
-        f"| source | {' | '.join(names)} | straightness | cost |",
-        f"|---|{'---|' * (len(names) + 2)}",
-    ]
+    lines = []
     for row in rows:
         values = np.asarray(row[measure])
         cells = [cell(values[:, j]) for j in range(values.shape[1])]
         cells += [cell(row["normalised_straightness"]), cell(row["transport_cost"])]
-        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
-    blank = " |" * (len(names) + 1)
-    lines.append(f"| as many training images | {floor[measure]:.3g} |{blank}")
-    return "\n".join(lines)
+        lines.append([row["label"], *cells])
+    blank = [""] * (len(names) + 1)
+    lines.append(["as many training images", f"{floor[measure]:.3g}", *blank])
+    return Table(["source", *names, "straightness", "cost"], lines)

@@ -20,10 +20,9 @@ import jax
 import numpy as np
 import tyro
 
-from lib import runs
 from lib.gd import DivergedError, flow_init, flow_step
+from lib.report.tables import write_summary
 from lib.runs.commands import run_command
-from lib.runs.files import write_bytes, write_json
 from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import domain_adaptation, methods, tables
 from xp_transfer_learning.config import ABLATION, EXPERIMENT, AdaptationConfig
@@ -92,7 +91,6 @@ def measured(tries: list[dict], arguments: Arguments) -> dict:
 
 def main(arguments: Arguments) -> Path:
     """Runs the options, prints the table as it grows, returns the summary's path."""
-    print(tables.ablation_head(arguments.objective, arguments.accuracy), flush=True)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
     rows = []
     for option, lr in product(arguments.options, arguments.lr or (None,)):
@@ -119,15 +117,12 @@ def main(arguments: Arguments) -> Path:
         except DivergedError as error:
             row = {"diverged": str(error)}
         rows.append({"option": option, "settings": asdict(flow), **row})
-        print(tables.ablation_line(rows[-1]), flush=True)
+        print(" | ".join(tables.ablation_cells(rows[-1])), flush=True)
     pair = summary_name(arguments.src_dataset, arguments.tgt_dataset, arguments.data_root)
     kind = "step_sizes" if arguments.lr else "ablation"
-    summary = arguments.results / EXPERIMENT / f"{kind}_{pair}.json"
-    about = {"arguments": arguments, "environment": runs.environment()}
-    write_json(summary, {**about, "rows": rows})
-    write_bytes(summary.with_suffix(".md"), tables.ablation_page(summary).encode())
-    print(f"numbers: {summary}")
-    return summary
+    path = arguments.results / EXPERIMENT / f"{kind}_{pair}.json"
+    table = tables.ablation_table(rows, objective=arguments.objective, accuracy=arguments.accuracy)
+    return write_summary(path, {"arguments": arguments, "rows": rows}, [table])
 
 
 if __name__ == "__main__":

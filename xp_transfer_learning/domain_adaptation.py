@@ -10,7 +10,7 @@ class, along the flow (Figure 3 of Bonet et al., 2025). Every try draws its sour
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import tyro
 
 from lib import datasets, runs
 from lib.networks import LeNet5, classification, optimizers
+from lib.report.tables import write_summary
 from lib.runs.commands import run_command
-from lib.runs.files import write_bytes, write_json
 from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import methods, plot, tables
 from xp_transfer_learning.config import (
@@ -184,26 +184,23 @@ def main(arguments: Arguments) -> list[Path]:
         stored = [runs.Run(folder).load_arrays() for folder in folders]
         accuracies = np.stack([one["accuracies"] for one in stored])
         pair = summary_name(config.source, config.target, arguments.data_root)
-        name = f"adaptation_{pair}"
-        summary = arguments.results / EXPERIMENT / f"{name}.json"
-        write_json(
-            summary,
+        path = arguments.results / EXPERIMENT / f"adaptation_{pair}.json"
+        table = tables.adaptation_table(
+            f"{config.source} → {config.target}", stored[0]["steps"], accuracies
+        )
+        summary = write_summary(
+            path,
             {
                 "config": config,
-                "environment": runs.environment(),
                 "steps": stored[0]["steps"],
                 "accuracies": accuracies,
                 "losses": [one["losses"][[0, -1]] for one in stored],
                 "matched": [one["matched"] for one in stored],
                 "classifier_accuracy": stored[0]["classifier_accuracy"],
             },
+            [table],
+            figures=partial(plot.adaptation, arrays=stored[0]),
         )
-        pair = f"{config.source} → {config.target}"
-        page = tables.adaptation_page(pair, stored[0]["steps"], accuracies)
-        write_bytes(summary.with_suffix(".md"), page.encode())
-        print(page)
-        figures = plot.adaptation(summary, stored[0])
-        print(f"numbers: {summary}", *(f"figure:  {path}" for path in figures), sep="\n")
         summaries.append(summary)
     return summaries
 

@@ -20,9 +20,9 @@ import tyro
 
 from lib import datasets, mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
+from lib.report.tables import Table, write_summary
 from lib.runs import processes
 from lib.runs.commands import run_command
-from lib.runs.files import write_json
 from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import plot
 from xp_transfer_learning.config import (
@@ -118,22 +118,23 @@ def report(run: runs.Run, config: ImageFlowConfig, seed: int) -> None:
     arrays = run.load_arrays()
     losses, arrived = arrays["losses"], arrival(arrays["particles"][-1], arrays["x_tgt"])
     shown = {str(i): losses[i] for i in np.linspace(0, len(losses) - 1, 11).astype(int)}
-    about = {"config": config, "seed": seed, "environment": runs.environment()}
-    summary = run.folder / "summary.json"
-    write_json(summary, {**about, "losses": shown, **arrived})
-    figures = plot.image_flow(
-        arrays,
-        f"{stem(config.source)} → {stem(config.target)}, {config.num_per_class} a class",
-        run.folder / "figures" / pair_name(config.source, config.target),
+    table = Table(
+        ["step", "loss F = MMD²/2"],
+        [[f"{int(step):,}", f"{loss:.4g}"] for step, loss in shown.items()],
+        "Loss before each step; at the end the nearest target images are "
+        f"{arrived['root_mean_square_to_nearest_target_image']['median']:.2g} per pixel away "
+        f"(median), {arrived['distinct_nearest_target_images']:,} different ones of "
+        f"{arrived['target_images']:,}.",
     )
-    print(
-        f"  loss {losses[0]:.4g} -> {losses[-1]:.4g} in {len(losses)} steps; nearest target "
-        f"images {arrived['root_mean_square_to_nearest_target_image']['median']:.2g} a pixel "
-        f"away (median), {arrived['distinct_nearest_target_images']:,} different ones of "
-        f"{arrived['target_images']:,}"
+    title = f"{stem(config.source)} → {stem(config.target)}, {config.num_per_class} per class"
+    name = run.folder / "figures" / pair_name(config.source, config.target)
+    write_summary(
+        run.folder / "summary.json",
+        {"config": config, "seed": seed, "losses": shown, **arrived},
+        [table],
+        figures=lambda _: plot.image_flow(arrays, title, name),
     )
-    print(f"  summary: {summary}", f"  numbers: {run.arrays}", sep="\n")
-    print(*(f"  figure:  {path}" for path in figures), sep="\n")
+    print(f"arrays:  {run.arrays}")
 
 
 def _linear_decay(lr: float, n_epochs: int):

@@ -18,9 +18,9 @@ import tyro
 
 from lib import datasets, mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
+from lib.report.tables import write_summary
 from lib.runs import processes
 from lib.runs.commands import run_command
-from lib.runs.files import write_bytes, write_json
 from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import plot, tables
 from xp_transfer_learning.config import EXPERIMENT, RINGS, Preset, RingsConfig
@@ -172,15 +172,9 @@ def main(arguments: Arguments) -> Path:
                         "index": i,
                     }
                 )
-    summary = arguments.results / EXPERIMENT / f"rings_{arguments.preset}.json"
-    about = {"preset": arguments.preset, "seeds": seeds, "environment": runs.environment()}
-    write_json(summary, {**about, "rows": rows})
-    page = tables.rings_page(rows, len(seeds))
-    write_bytes(summary.with_suffix(".md"), page.encode())
-    print(f"\n{page}")
-    figures = plot.rings(summary)
-    print(f"numbers: {summary}", *(f"figure:  {path}" for path in figures), sep="\n")
-    return summary
+    path = arguments.results / EXPERIMENT / f"rings_{arguments.preset}.json"
+    summary = {"preset": arguments.preset, "seeds": seeds, "rows": rows}
+    return write_summary(path, summary, [tables.rings_table(rows, len(seeds))], figures=plot.rings)
 
 
 if __name__ == "__main__":

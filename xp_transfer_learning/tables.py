@@ -1,13 +1,12 @@
 """Tables of this experiment, from stored summaries alone, beside the published numbers."""
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
-from typing import get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 import numpy as np
 
 from lib.report.spreads import mean_and_spread, spread
+from lib.report.tables import Table
 from xp_transfer_learning.config import METHODS, Labelling, TrainingConfig
 
 # Bonet et al. (2025), Table 2: accuracy in percent and its standard deviation, which leaves out the
@@ -43,60 +42,45 @@ def published_transfer(source: str, target: str, k: int, method: str) -> tuple[f
     return cell[PUBLISHED_METHODS.index(method)] if cell else None
 
 
-def rings_page(rows: list[dict], num_seeds: int) -> str:
-    """Markdown: the last losses of `rings.py` beside the published ones, and what stands there."""
+def rings_table(rows: Sequence[Mapping[str, Any]], num_seeds: int) -> Table:
+    """The last losses of `rings.py` beside the published ones."""
     over = f"mean ± sample standard deviation over {num_seeds} seeds (data and directions)"
     lines = [
-        f"Last loss F = MMD²/2, {over if num_seeds > 1 else 'one seed'}; published: one run.\n",
-        "| kernel | parameter | estimator | last loss | published |\n|---|---|---|---|---|",
+        [
+            row["kernel"],
+            f"{row['parameter']} = {row['value']:g}",
+            row["estimator"],
+            mean_and_spread(np.asarray(row["last_losses"]), ".2e", ".1e"),
+            "" if row["published"] is None else f"{row['published']:.3f}",
+        ]
+        for row in rows
     ]
-    for row in rows:
-        last = np.asarray(row["last_losses"])
-        shown = mean_and_spread(last, ".2e", ".1e")
-        published = "" if row["published"] is None else f"{row['published']:.3f}"
-        parameter = f"{row['parameter']} = {row['value']:g}"
-        lines.append(
-            f"| {row['kernel']} | {parameter} | {row['estimator']} | {shown} | {published} |"
-        )
-    return "\n".join(lines) + "\n"
+    return Table(
+        ["kernel", "parameter", "estimator", "last loss", "published"],
+        lines,
+        f"Last loss F = MMD²/2, {over if num_seeds > 1 else 'one seed'}; published: one run.",
+    )
 
 
-def transfer_page(summary: Path) -> str:
-    """Markdown: the table of `transfer.py` and what stands in it."""
-    words = "Accuracy in percent at the end of the flow, mean ± sample standard deviation over all "
-    words += "tries and trainings."
-    return f"{words}\n\n{transfer_table([summary])}\n"
-
-
-def adaptation_page(pair: str, steps: np.ndarray, accuracies: np.ndarray) -> str:
-    """Markdown: the accuracies [tries, T] of `domain_adaptation.py` in percent along the flow."""
+def adaptation_table(pair: str, steps: np.ndarray, accuracies: np.ndarray) -> Table:
+    """The accuracies [tries, T] of `domain_adaptation.py` in percent along the flow."""
     tries = len(accuracies)
     over = f", mean ± sample standard deviation over {tries} draws" if tries > 1 else ""
-    lines = [f"{pair}, accuracy in percent{over}.\n", "| step | accuracy |\n|---|---|"]
-    for step, column in zip(steps, 100 * accuracies.T):
-        shown = mean_and_spread(column, ".1f")
-        lines.append(f"| {int(step):,} | {shown} |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [f"{int(step):,}", mean_and_spread(column, ".1f")]
+        for step, column in zip(steps, 100 * np.asarray(accuracies).T)
+    ]
+    return Table(["step", "accuracy"], lines, f"{pair}, accuracy in percent{over}.")
 
 
-def ablation_page(summary: Path) -> str:
-    """Markdown: the table of `ablation.py` and what stands in it."""
-    words = "Options of the flow, mean ± sample standard deviation over tries."
-    return f"{words}\n\n{ablation_table(summary)}\n"
-
-
-def transfer_table(summaries: Iterable[Path]) -> str:
-    """Markdown: a line for each target, k, method and way of training, in that order.
+def transfer_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """A row for each target, k, method and way of training, in that order.
 
     Accuracy in percent at the end of the flow: mean and sample standard deviation over all tries
     and trainings, then that of the tries' means. Behind the labelling, the least and
     greatest percentage of labels that are right, over the tries, where the summary has them.
     """
-    lines = [
-        "| flow | k | method | epochs | labels | accuracy | std of tries' means | published |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    rows = [row for path in summaries for row in json.loads(Path(path).read_text())["rows"]]
+    lines = []
     for row in sorted(rows, key=_place):
         training = row["training"]
         last = 100 * np.asarray(row["accuracies"])[:, -1]
@@ -113,40 +97,41 @@ def transfer_table(summaries: Iterable[Path]) -> str:
         if (alone and other_epochs) or (not alone and labelling == "axis"):
             published = None
         rate = "" if training["lr"] == TrainingConfig.lr else f", Adam {training['lr']:g}"
-        lines.append(
-            f"| {row['source']} → {row['target']} | {row['k']} | {row['method']} "
-            f"| {training['n_epochs']:,}{rate} "
-            f"| {labels} "
-            f"| {mean_and_spread(last, '.1f')} "
-            f"| {f'{spread(last.mean(axis=1)):.1f}' if len(last) > 1 else '-'} "
-            f"| {'' if published is None else f'{published[0]} ± {published[1]}'} |"
-        )
-    return "\n".join(lines)
-
-
-def ablation_table(summary: Path) -> str:
-    """Markdown: a line an option of `ablation.py`. Steps and seconds of flowing until the objective
-    is the given share of its start, and until the accuracy is the given one: mean and sample
-    standard deviation over the tries, "-" unless all arrived; then loss and accuracy at the end."""
-    summary = json.loads(Path(summary).read_text())
-    objective, accuracy = (summary["arguments"][name] for name in ("objective", "accuracy"))
-    return "\n".join([ablation_head(objective, accuracy), *map(ablation_line, summary["rows"])])
-
-
-def ablation_head(objective: float, accuracy: float) -> str:
-    return (
-        f"| option | step size | ms a step | to {objective:.0%} of the loss, steps | seconds "
-        f"| to an accuracy of {accuracy:.0%}, steps | seconds | last loss | last accuracy |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        cells = [f"{row['source']} → {row['target']}", str(row["k"]), row["method"]]
+        cells += [f"{training['n_epochs']:,}{rate}", labels, mean_and_spread(last, ".1f")]
+        cells.append(f"{spread(last.mean(axis=1)):.1f}" if len(last) > 1 else "-")
+        cells.append("" if published is None else f"{published[0]} ± {published[1]}")
+        lines.append(cells)
+    heads = ["flow", "k", "method", "epochs", "labels", "accuracy", "std of tries' means"]
+    return Table(
+        [*heads, "published"],
+        lines,
+        "Accuracy in percent at the end of the flow, mean ± sample standard deviation over all "
+        "tries and trainings.",
     )
 
 
-def ablation_line(row: dict) -> str:
-    head = f"| {row['option']} | {row['settings']['lr']:g} "
+def ablation_table(
+    rows: Iterable[Mapping[str, Any]], *, objective: float, accuracy: float
+) -> Table:
+    """A row per option of `ablation.py`. Steps and seconds of flowing until the objective is the
+    given share of its start, and until the accuracy is the given one: mean and sample standard
+    deviation over the tries, "-" unless all arrived; then loss and accuracy at the end."""
+    heads = ["option", "step size", "ms a step", f"to {objective:.0%} of the loss, steps"]
+    heads += ["seconds", f"to an accuracy of {accuracy:.0%}, steps", "seconds"]
+    return Table(
+        [*heads, "last loss", "last accuracy"],
+        [ablation_cells(row) for row in rows],
+        "Options of the flow, mean ± sample standard deviation over tries.",
+    )
+
+
+def ablation_cells(row: Mapping[str, Any]) -> list[str]:
+    cells = [row["option"], f"{row['settings']['lr']:g}"]
     if "diverged" in row:
-        return f"{head}| diverged | | | | | | |"
+        return [*cells, "diverged", *[""] * 6]
     pace = row["seconds_per_step"]
-    cells = [f"{1e3 * pace:.0f}"]
+    cells.append(f"{1e3 * pace:.0f}")
     for steps in (row["to_objective"], row["to_accuracy"]):
         if None in steps:
             cells += ["-", "-"]
@@ -155,11 +140,10 @@ def ablation_line(row: dict) -> str:
             cells.append(f"{np.mean(steps) * pace:.1f}")
     losses, accuracies = np.array(row["last_losses"]), 100 * np.array(row["last_accuracies"])
     cells.append(mean_and_spread(losses, ".1e", ".0e"))
-    cells.append(mean_and_spread(accuracies, ".1f"))
-    return f"{head}| {' | '.join(cells)} |"
+    return [*cells, mean_and_spread(accuracies, ".1f")]
 
 
-def _place(row: dict) -> tuple:
+def _place(row: Mapping[str, Any]) -> tuple:
     training = row["training"]
     method = list(METHODS).index(row["method"])
     labelling = get_args(Labelling).index(training["labelling"])

@@ -12,7 +12,7 @@ twice: for the same number of epochs, as published, and for as many gradient ste
 in whole epochs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from lib import datasets, runs
 from lib.networks import LeNet5, classification, optimizers
 from lib.numerics import key_of_seed
 from lib.report.spreads import mean_and_spread, spread
+from lib.report.tables import write_summary
 from lib.runs import processes
 from lib.runs.commands import run_command
-from lib.runs.files import write_bytes, write_json
 from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import methods, plot, tables
 from xp_transfer_learning.config import (
@@ -265,7 +265,7 @@ def run_table(arguments: Arguments) -> Path:
                 ]
                 every = np.stack([t["accuracies"] for t in tries])  # [tries, records, trainings]
                 row = {"source": arguments.src_dataset, "target": arguments.tgt_dataset, "k": k}
-                row |= {"method": method, "settings": settings, "training": training}
+                row |= {"method": method, "settings": settings, "training": asdict(training)}
                 row |= {"steps": tries[0]["steps"], "accuracies": every}
                 # A flow's loss at those steps, the start before them.
                 shown = np.concatenate([[0], row["steps"]])
@@ -283,14 +283,14 @@ def run_table(arguments: Arguments) -> Path:
         stem += f"-lr_nn{arguments.lr_nn:g}"
     # Not a row of the table of last accuracies.
     stem = f"along_{stem}" if arguments.along else f"transfer_{stem}"
-    summary = arguments.results / EXPERIMENT / f"{stem}.json"
-    about = {"seeds": list(seeds), "n_epochs_nn": arguments.n_epochs_nn}
-    write_json(summary, {**about, "environment": runs.environment(), "rows": rows})
-    write_bytes(summary.with_suffix(".md"), tables.transfer_page(summary).encode())
-    print(f"numbers: {summary}")
-    if arguments.along:
-        print(f"figure:  {plot.transfer_along(summary)}")
-    return summary
+    path = arguments.results / EXPERIMENT / f"{stem}.json"
+    summary = {"seeds": list(seeds), "n_epochs_nn": arguments.n_epochs_nn, "rows": rows}
+    return write_summary(
+        path,
+        summary,
+        [tables.transfer_table(rows)],
+        figures=lambda path: [plot.transfer_along(path)] if arguments.along else [],
+    )
 
 
 def trainings(
@@ -318,10 +318,10 @@ def describe(row: dict) -> str:
     """One line a setting: accuracy in percent, mean and spread over tries and trainings."""
     every = 100 * np.asarray(row["accuracies"])
     training = row["training"]
-    name = f"k = {row['k']:<3d} {row['method']:12s} {training.n_epochs:5d} epochs"
+    name = f"k = {row['k']:<3d} {row['method']:12s} {training['n_epochs']:5d} epochs"
     if row["method"] != "target_only":
         agreement = 100 * np.mean(row["label_agreement"])
-        name += f", labels by {training.labelling} ({agreement:.0f}% right)"
+        name += f", labels by {training['labelling']} ({agreement:.0f}% right)"
     parts = []
     for i, step in enumerate(row["steps"]):
         last = every[:, i]

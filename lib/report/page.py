@@ -4,12 +4,11 @@
 
 It shows what lies there, whoever wrote it:
 
-    EXPERIMENT/NAME.json              a summary, shown as the tables of NAME.md, else of its "rows"
+    EXPERIMENT/NAME.json              a summary, of which its "tables" are shown
     EXPERIMENT/NAME*.png, *.gif       its figures, also in EXPERIMENT/figures/
     EXPERIMENT/RUN/seed<k>/           a run of `lib.runs`, with summaries and figures of its own
 
-What is damaged is named on the page and is no error; nothing but the page is written. Title and
-first sentence of an experiment are those of its README, where it is a folder beside `lib`.
+What is damaged is named on the page and is no error; nothing but the page is written.
 """
 
 import argparse
@@ -33,7 +32,8 @@ from PIL import Image
 
 from lib import runs
 from lib.report import _html as html
-from lib.report._html import Table, words
+from lib.report._html import words
+from lib.report.tables import Table
 from lib.runs import console
 from lib.runs.files import make_folder, write_bytes
 
@@ -110,9 +110,6 @@ class _Reader:
         spans = [run["span"] for run in found if run["span"]]
         return {
             "name": folder.name,
-            "title": folder.name,
-            "sentence": "",
-            **_readme(folder.name),
             "problems": self.problems,
             "sections": sections,
             "num_figures": sum(len(section["figures"]) for section in sections),
@@ -143,28 +140,34 @@ class _Reader:
                     "title": title,
                     "figures": [],
                     "source": None,
-                    "blocks": [],
+                    "tables": [],
                 }
                 found.setdefault(stem, empty)["figures"].append(figure)
         return list(found.values())
 
     def summary(self, path: Path) -> dict[str, Any]:
         document = self.json(path)
-        env = document.get("environment")
-        try:
-            tables = path.with_suffix(".md").read_text(encoding="utf-8")
-            blocks = html.markdown_blocks(tables)
-        except FileNotFoundError:
-            blocks = html.summary_blocks(document)
-        except (OSError, ValueError) as error:
-            self.unreadable(path.with_suffix(".md"), error)
-            blocks = html.summary_blocks(document)
         return {
             "source": self.name(path),
             "link": self.link(path),
-            "blocks": blocks,
-            **self.made(env),
+            "tables": self.tables(path, document),
+            **self.made(document.get("environment")),
         }
+
+    def tables(self, path: Path, document: dict[str, Any]) -> list[Table]:
+        """Those that `write_summary` put there; what else has this name is a problem."""
+        try:
+            return [
+                Table(
+                    [str(head) for head in table["heads"]],
+                    [[str(cell) for cell in row] for row in table["rows"]],
+                    str(table["caption"]),
+                )
+                for table in document.get("tables", [])
+            ]
+        except (TypeError, KeyError) as error:
+            self.unreadable(path, ValueError(f"its tables are damaged: {error!r}"))
+            return []
 
     def made(self, env: Any) -> dict[str, Any]:
         """When, by what command, in which environment, of an env.json or a summary's."""
@@ -271,16 +274,6 @@ def _files(folder: Path, *patterns: str) -> list[Path]:
 def _natural(path: Path) -> list[tuple[int, str]]:
     parts = re.split(r"([0-9]+)", str(path))
     return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
-
-
-def _readme(experiment: str) -> dict[str, str]:
-    """Title and first sentence."""
-    path = Path(__file__).parents[2] / experiment / "README.md"
-    if not path.is_file():
-        return {}
-    title, text, *_ = [*path.read_text(encoding="utf-8").split("\n\n"), ""]
-    text = re.sub(r"[*`]", "", " ".join(text.split()))
-    return {"title": title.strip("# \n"), "sentence": re.split(r"(?<=[.?!]) ", text)[0]}
 
 
 def _span(run: runs.Run, env: dict[str, Any]) -> tuple[float, float] | None:

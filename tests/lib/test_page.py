@@ -6,7 +6,6 @@ import html
 import io
 import json
 import os
-import statistics
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -20,12 +19,8 @@ from PIL import Image
 from lib import runs
 from lib.report import _html as pages
 from lib.report import page as results_page
+from lib.report.tables import Table, write_summary
 from lib.runs import files
-from xp_data_mixing import tables as mixing_tables
-from xp_dataset_distillation import tables as distillation_tables
-from xp_drmmd import tables as drmmd_tables
-from xp_gmm_source import tables as gmm_tables
-from xp_transfer_learning import tables as transfer_tables
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -94,9 +89,8 @@ def results(tmp_path) -> Path:
         {"label": "theirs", "loss": [1, 2, "-Infinity"], "rate": 0.123456},
     ]
     files.write_json(folder / "plain.json", {"seeds": [0, 1, 2], "rows": rows, "about": {"n": 7}})
-    told = {"environment": runs.environment(), "rows": rows}
-    files.write_json(folder / "told.json", told)
-    (folder / "told.md").write_text("Losses\nof all.\n\n| flow | loss |\n|---|---|\n| a b | .5 |\n")
+    table = Table(["flow", "loss"], [["a b", ".5"]], "Losses of all.")
+    write_summary(folder / "told.json", {"rows": rows}, [table])
     image(folder / "told_losses.png")
     image(folder / "figures" / "plain.gif", "GIF")
     return tmp_path / "results"
@@ -126,43 +120,25 @@ def test_the_page_holds_all_and_needs_nothing_else(results):
     assert {p.name for p in results.iterdir()} == {"index.html", "xp_one"}
 
 
-def test_tables_are_those_written_beside_the_summary(results):
+def test_summaries_bring_their_tables(results, capsys):
     parsed = Parsed(results_page.write_page(results))
     assert parsed.table("flow") == [["flow", "loss"], ["a b", ".5"]]
     assert "Losses of all." in parsed.text
-
-
-def test_a_table_with_too_many_cells_is_shown_as_it_is(results):
-    text = "| name | n |\n|---|---|\n| a | b | 1 |\n| 2 |\n"
-    (results / "xp_one" / "told.md").write_text(text)
+    path = results / "xp_one" / "told.json"
+    ragged = Table(["name", "n"], [["a", "b", "1"], ["2"]])
+    figures = []
+    capsys.readouterr()
+    write_summary(path, {"n": 7}, [ragged], figures=lambda at: figures.append(at) or [at])
+    assert figures == [path]
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"numbers: {path}", f"figure:  {path}"]
+    assert json.loads(path.read_text())["n"] == 7
     table = Parsed(results_page.write_page(results)).table("name")
     assert table == [["name", "n"], ["a", "b", "1"], ["2"]]
 
 
-def test_a_summary_without_tables_is_shown_by_its_rows(results):
-    table = Parsed(results_page.write_page(results)).table("label")
-    assert table[0] == ["label", "loss, mean ± sample std over 3 seeds", "steps", "rate"]
-    losses = [0.5, 0.25, 1.5]
-    spread = f"{statistics.mean(losses):.4g} ± {statistics.stdev(losses):.2g}"
-    assert table[1] == ["ours", spread, "1,000", "–"]
-    assert table[2] == ["theirs", "-inf ± nan", "–", "0.1235"]
-
-
-def test_other_values_are_listed_by_name():
-    document = {"loss": {"first": 2.0, "last": 1e-5}, "arguments": {"lr": 1}, "names": ["a", "b"]}
-    document |= {"grid": [[1, 2, 3], [4, 5, 6]], "converged": True, "ends": [1, 2]}
-    (table,) = pages.summary_blocks(document)
-    assert table.rows == [
-        ["loss.first", "2"],
-        ["loss.last", "1e-05"],
-        ["names", "a, b"],
-        ["grid", "2 × 3 values"],
-        ["converged", "yes"],
-        ["ends, mean ± sample std over 2 values", "1.5 ± 0.71"],
-    ]
-    assert table.numeric == [False, False]
-    assert pages.Table(["", "n"], [["a", "1.5 ± 2"], ["b"], ["c", "-"], ["d", "9e-05"]]).numeric[1]
-    assert not pages.Table(["commit"], [["3c3dbf8505"]]).numeric[0]
+def test_columns_of_numbers():
+    assert Table(["", "n"], [["a", "1.5 ± 2"], ["b"], ["c", "-"], ["d", "9e-05"]]).numeric[1]
+    assert not Table(["commit"], [["3c3dbf8505"]]).numeric[0]
 
 
 def test_runs_are_listed_with_seed_steps_time_and_configuration(results):
@@ -218,10 +194,9 @@ def damage(results: Path) -> set[str]:
     (folder / "deep.json").write_text('{"a": ' * 900 + "1" + "}" * 900)
     (folder / "deeper.json").write_text("[" * 100_000)
     (folder / "huge.json").write_text('{"rows": [{"n": [1' + "0" * 400 + ', 2]}], "m": 1e999}')
-    (folder / "bytes.json").write_text('{"rows": [{"n": 1}]}')
-    (folder / "bytes.md").write_bytes(b"\xff\xfe|")
+    (folder / "tables.json").write_text('{"tables": [{"heads": ["n"]}]}')
     (folder / "odd.json").write_text('{"rows": 3, "environment": "none", "seeds": {}}')
-    names = ["cut.png", "text.gif", "list.json", "deep.json", "deeper.json", "bytes.md"]
+    names = ["cut.png", "text.gif", "list.json", "deep.json", "deeper.json", "tables.json"]
     return {
         *names,
         *(str(path.relative_to(folder)) for path in (config, run.arrays, other.checkpoint)),
@@ -254,7 +229,7 @@ def test_names_and_values_are_escaped(results):
     files.write_json(folder / f"{name}.json", content)
     image(folder / f"{name}#?%41.png")
     image(Path(os.fsdecode(os.fsencode(folder) + b"/\xff\n.png")))
-    (results / "xp_one" / "told.md").write_text(f"{evil}\n\n| {evil} |\n|---|\n| {evil} |\n")
+    write_summary(results / "xp_one" / "told.json", {}, [Table([evil], [[evil]], evil)])
     (results / "xp_one" / f"broken{name}.json").write_text("\ud800", errors="surrogatepass")
     run = runs.open_run(results, folder.name, name, {evil: evil, "half": "\ud800"}, seed=0)
     (run.folder / "env.json").write_text(json.dumps({"command": evil, "time": evil}))
@@ -336,63 +311,6 @@ def test_durations_in_words(seconds, words):
     assert pages.duration(seconds) == words
 
 
-def published(experiment: str, *patterns: str) -> list[Path]:
-    folder = REPOSITORY / experiment / "published"
-    return sorted(path for pattern in patterns for path in folder.glob(pattern))
-
-
-def content(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
-MEASURED = {"frechet": 3.5, "sliced_wasserstein": 0.1, "mmd2_features": -1e-4, "class_distance": 0}
-PAGES = [
-    *((path, mixing_tables.page) for path in published("xp_data_mixing", "*_paper.json")),
-    *((path, drmmd_tables.page) for path in published("xp_drmmd", "*.json")),
-    *(
-        (path, lambda path: gmm_tables.page({"mixtures": {"1_full": MEASURED}, **content(path)}))
-        for path in published("xp_gmm_source", "*.json")
-    ),
-    *(
-        (path, lambda path: distillation_tables.page(content(path)))
-        for path in published("xp_dataset_distillation", "*.json")
-    ),
-    *(
-        (path, transfer_tables.transfer_page)
-        for path in published("xp_transfer_learning", "transfer_*.json", "along_*.json")
-    ),
-    *(
-        (path, transfer_tables.ablation_page)
-        for path in published("xp_transfer_learning", "ablation_*.json", "step_sizes_*.json")
-    ),
-    *(
-        (path, lambda path: transfer_tables.rings_page(content(path)["rows"], 5))
-        for path in published("xp_transfer_learning", "rings_*.json")
-    ),
-    *(
-        (
-            path,
-            lambda path: transfer_tables.adaptation_page(
-                "a → b", content(path)["steps"], np.asarray(content(path)["accuracies"])
-            ),
-        )
-        for path in published("xp_transfer_learning", "adaptation_*.json")
-    ),
-]
-
-
-@pytest.mark.parametrize(("path", "page"), PAGES, ids=[f"{p.parts[-3]}-{p.stem}" for p, _ in PAGES])
-def test_every_experiment_tells_what_its_tables_are(path, page):
-    blocks = pages.markdown_blocks(page(path))
-    assert isinstance(blocks[0], str)
-    assert blocks[0].endswith(".")
-    tables = [block for block in blocks if isinstance(block, pages.Table)]
-    assert tables
-    for table in tables:
-        assert table.rows
-        assert {len(row) for row in table.rows} == {len(table.heads)}
-
-
 @pytest.mark.parametrize("status", [0, 130])
 def test_run_sh_ends_with_the_page_also_after_a_failure(tmp_path, status):
     """With a python that only says what it was asked for."""
@@ -425,6 +343,6 @@ def test_run_sh_ends_with_the_page_also_after_a_failure(tmp_path, status):
 
 def test_the_command_prints_where_the_page_is(results, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["results_page", str(results)])
-    page.main()
+    results_page.main()
     assert capsys.readouterr().out == f"page:    {results / 'index.html'}\n"
     assert html.escape(results.as_posix()) in (results / "index.html").read_text()

@@ -161,10 +161,10 @@ def test_tables_show_mean_and_spread():
     }
     second = stored | {"frechet": np.array([[3.0, 2.0]])}
     rows = tables.rows_of("one", [stored, second])
-    lines = tables.markdown(rows, {"frechet": 0.25}).splitlines()
-    assert lines[0] == "| source | euler 5 | heun 20 | straightness | cost |"
-    assert lines[2] == "| one | 2 ± 1 | 2 ± 0 | 0.5 ± 0 | 0.5 ± 0 |"
-    assert lines[3].startswith("| as many training images | 0.25 |")
+    table = tables.table(rows, {"frechet": 0.25})
+    assert table.heads == ["source", "euler 5", "heun 20", "straightness", "cost"]
+    assert table.rows[0] == ["one", "2 ± 1", "2 ± 0", "0.5 ± 0", "0.5 ± 0"]
+    assert table.rows[1] == ["as many training images", "0.25", "", "", ""]
 
 
 def test_settings_that_cannot_be(tmp_path):
