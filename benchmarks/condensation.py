@@ -7,7 +7,7 @@ One data set, one start, in one process, in turn within each round:
 - JAX loop: the same loss and gradient, class after class and network after network, each one call
   of a jitted function (compiled once, all classes have one shape);
 - PyTorch loop: the published form, eager: class after class, one network, the same sizes, the same
-  operations of augmentation (siamese shift, colour and cutout), its Gram matrix on the joint
+  operations of augmentation (siamese shift, color and cutout), its Gram matrix on the joint
   sample.
 Compiling is timed apart. Nothing else should run on the machine: its load before is kept.
 """
@@ -258,7 +258,7 @@ def main(options: Options) -> None:
         for name, each in found.items():
             ratio = each["median"] / found["ours"]["median"]
             print(
-                f"{num_networks} networks, {name:12s}: {1000 * each['median']:8.1f} ms a step "
+                f"{num_networks} networks, {name:12s}: {1000 * each['median']:8.1f} ms per step "
                 f"({ratio:.2f} of ours), first {each['first']:.1f} s"
             )
     about = {"options": options, "load_before": load, "environment": environment()}

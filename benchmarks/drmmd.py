@@ -62,18 +62,18 @@ def contenders(name: str, config: FlowConfig, count: int):
     """({contender: a call that takes `count` steps}, seconds each took to compile, the relative
     difference of the two velocities)."""
     start, target, *_ = problem(config, 0)
-    aimed = flows.aim(config, target)
+    prepared = flows.prepare(config, target)
     value_and_grad = flows.objective(config)
     key = jax.random.PRNGKey(0)
 
     def ours(state):
         y, memory = state
-        _, velocity, memory = value_and_grad(y[None], aimed, key, memory)
+        _, velocity, memory = value_and_grad(y[None], prepared, key, memory)
         return y - velocity[0], memory
 
-    before = loop(ours, Options.steps_before)((start, flows.first_memory(aimed)))
+    before = loop(ours, Options.steps_before)((start, flows.first_memory(prepared)))
     y, memory = before
-    (_, _, gamma), velocity, _ = (z[0] for z in value_and_grad(y[None], aimed, key, memory))
+    (_, _, gamma), velocity, _ = (z[0] for z in value_and_grad(y[None], prepared, key, memory))
     ell, fixed = config.bandwidth, config.lmbda
     if name == "mmd":
         theirs = partial(published.mmd_velocity, x=target, bandwidth=ell)
@@ -104,7 +104,7 @@ def contenders(name: str, config: FlowConfig, count: int):
 
 
 def measure(calls: dict, count: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median wall and CPU seconds a step."""
+    """Median wall and CPU seconds per step."""
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""DrMMD flows too large for a Gram matrix: seconds a step, and the error against the exact flow.
+"""DrMMD flows too large for a Gram matrix: seconds per step, and the error against the exact flow.
 
     python benchmarks/drmmd_low_rank.py [--num_points 20000] [--num_exact 2000] [--out FILE]
 
@@ -41,26 +41,26 @@ class Options:
 
 def stepper(config: FlowConfig):
     """(start, aim, step): a flow's step, one compiled call of (particles, aim)."""
-    posed = problem(config, 0)
-    aimed = flows.aim(config, posed.target)
+    setup = problem(config, 0)
+    prepared = flows.prepare(config, setup.target)
     value_and_grad = flows.objective(config)
     key = jax.random.PRNGKey(0)
 
     @jax.jit
-    def step(y, aimed):
-        return value_and_grad(y[None], aimed, key, flows.first_memory(aimed))[1][0]
+    def step(y, prepared):
+        return value_and_grad(y[None], prepared, key, flows.first_memory(prepared))[1][0]
 
-    return posed.start, aimed, step
+    return setup.start, prepared, step
 
 
-def flow(start, aimed, step, count: int):
+def flow(start, prepared, step, count: int):
     """The particles after `count` steps."""
     advance = jax.jit(
-        lambda y, aimed: jax.lax.scan(
-            lambda y, _: (y - step(y, aimed), None), y, None, length=count
+        lambda y, prepared: jax.lax.scan(
+            lambda y, _: (y - step(y, prepared), None), y, None, length=count
         )
     )
-    return advance(start, aimed)[0]
+    return advance(start, prepared)[0]
 
 
 def main(options: Options) -> None:
@@ -73,30 +73,30 @@ def main(options: Options) -> None:
         count = num - num % 3
         return FlowConfig(source_particle_num=count, target_particle_num=count, **changes)
 
-    start, aimed, step = stepper(sized(options.num_exact))
-    end = flow(start, aimed, step, options.steps)
-    exact = {"start": step(start, aimed), "end": step(end, aimed)}
+    start, prepared, step = stepper(sized(options.num_exact))
+    end = flow(start, prepared, step, options.steps)
+    exact = {"start": step(start, prepared), "end": step(end, prepared)}
     gone = float(jnp.sqrt(jnp.mean(jnp.sum((end - start) ** 2, axis=1))))
     began = time.perf_counter()
-    jax.block_until_ready(step(end, aimed))
-    print(f"exact, {options.num_exact}: {time.perf_counter() - began:.3f} s a step")
+    jax.block_until_ready(step(end, prepared))
+    print(f"exact, {options.num_exact}: {time.perf_counter() - began:.3f} s per step")
     for kind, rank in kinds:
         changes = {"approximation": kind, "rank": rank}
-        _, aimed, step = stepper(sized(options.num_exact, **changes))
+        _, prepared, step = stepper(sized(options.num_exact, **changes))
         row = {"kind": kind, "rank": rank, "gone": gone}
         for name, at in (("start", start), ("end", end)):
             scale = jnp.abs(exact[name]).max()
-            row[f"error_{name}"] = float(jnp.abs(step(at, aimed) - exact[name]).max() / scale)
-        own = flow(start, aimed, step, options.steps)
+            row[f"error_{name}"] = float(jnp.abs(step(at, prepared) - exact[name]).max() / scale)
+        own = flow(start, prepared, step, options.steps)
         row["moved"] = float(jnp.sqrt(jnp.mean(jnp.sum((own - end) ** 2, axis=1))))
         row["seconds"] = {}
         for num in options.num_points:
-            large, aimed, step = stepper(sized(num, **changes))
-            jax.block_until_ready(step(large, aimed))
+            large, prepared, step = stepper(sized(num, **changes))
+            jax.block_until_ready(step(large, prepared))
             times = []
             for _ in range(options.rounds):
                 began = time.perf_counter()
-                jax.block_until_ready(step(large, aimed))
+                jax.block_until_ready(step(large, prepared))
                 times.append(time.perf_counter() - began)
             row["seconds"][str(num)] = float(np.median(times))
         rows.append(row)

@@ -8,7 +8,7 @@ What is compared, for (C, n, d) particles and as many targets, on the CPU and on
   (`published_wow.py`, rebuilt from its description). Their values estimate the same F.
 - pair: SW_2 of one pair of clouds along given directions. Ours against POT's NumPy backend, and
   value with gradient against POT's PyTorch backend; CPU only.
-- parts: what our step is made of, each part compiled alone, beside the least time in which this
+- parts: what our step is made of, each part compiled by itself, beside the least time in which this
   machine could do it (arithmetic at its float32 matrix-product rate, or reading every input and
   writing every output once at its copy bandwidth, whichever is longer).
 - flow: `wasserstein_gradient_descent` over 1 and 20 steps, so that what a flow costs once and what

@@ -9,7 +9,7 @@ and float32, and draws of the fitted mixture:
 - k2-full: K = 2, d = 784, full covariances, regularisation 1e-3.
 - k10-pca: K = 10, the first 100 principal components, full, 1e-6.
 - k10-diag: K = 10, d = 784, diagonal, 1e-3.
-- cifar10: K = 2, d = 3072, full, ours alone, from uint8 images in chunks, with the peak memory of
+- cifar10: K = 2, d = 3072, full, only ours, from uint8 images in chunks, with the peak memory of
   the process. In development the data set is a JPEG copy: --cifar10 cifar10_jpeg.zip.
 
 One process, one contender after the other in rounds; compiling apart; medians of wall and CPU time.

@@ -24,8 +24,8 @@ Bootstrap: 200 replicates of the rows at N = 50, `solve_batch` beside a loop ove
 How: one process, a round of each in turn, so that drift is shared. The first call is apart: it is
 where ours compiles, from N = `FIRST_PHASE` on. A call shorter than ROUND_SECONDS is repeated within
 its round; one that takes long has fewer rounds, or but the second call, and where a solve takes
-over LONG_SECONDS its time from means, the same but for a few milliseconds, is left out. Seconds are
-wall time, the median over rounds.
+over LONG_SECONDS its time from means, the same except for a few milliseconds, is left out.
+Seconds are wall time, the median over rounds.
 What is not installed is left out, and said: `pip install cvxpy quadprog piqp` for all. The
 machine's load before is kept.
 """
@@ -327,7 +327,7 @@ def measure(calls: dict[Any, Call], repeats: int) -> dict[Any, dict[str, Any]]:
     return found
 
 
-def judge(problem: Problem, weights: np.ndarray) -> dict[str, float]:
+def evaluate(problem: Problem, weights: np.ndarray) -> dict[str, float]:
     """Certificate of weights, relative to the scale and to the objective."""
     if not np.isfinite(weights).all():
         return {"gap_to_scale": math.nan, "gap_to_objective": math.nan}
@@ -365,7 +365,7 @@ def benchmark(
     for (name, what), one in found.items():
         result = one.pop("result")
         weights = result.weights if name == "ours" else result
-        contenders.setdefault(name, judge(problem, weights))[what] = one
+        contenders.setdefault(name, evaluate(problem, weights))[what] = one
     solution = solve(problem)
     return {
         "size": size,

@@ -112,9 +112,9 @@ def _drmmd_config(N, M, approximation="none", rank=300, **_) -> FlowConfig:
 def _drmmd_arguments(N, M, d, **options):
     scale = d**-0.5  # distances near the bandwidth in any dimension
     target = scale * normal(1, M, d, dtype=jnp.float64)
-    aimed = flows.aim(_drmmd_config(N, M, **options), target)
+    prepared = flows.prepare(_drmmd_config(N, M, **options), target)
     start = scale * normal(0, 1, N, d, dtype=jnp.float64)
-    return start, aimed, jax.random.key(2), flows.first_memory(aimed)
+    return start, prepared, jax.random.key(2), flows.first_memory(prepared)
 
 
 def _drmmd_function(mesh, **sizes):
@@ -144,8 +144,8 @@ def _preparation_function(mesh, **_):
 def _condensation_arguments(C, n, ipc=5, side=28, channels=1, **_):
     shape, count = (side, side, channels), max(n, 256)
     images = jax.random.randint(jax.random.key(0), (C * count, *shape), 0, 256, jnp.int32)
-    names, colours = tuple(str(c) for c in range(C)), (0.5,) * channels
-    real = RealData(images.astype(jnp.uint8), (count,) * C, names, "benchmark", colours, colours)
+    names, colors = tuple(str(c) for c in range(C)), (0.5,) * channels
+    real = RealData(images.astype(jnp.uint8), (count,) * C, names, "benchmark", colors, colors)
     target = objectives.Target(real, jax.random.key_data(jax.random.key(1)))
     x = jax.random.uniform(jax.random.key(3), (C, ipc, side * side * channels))
     return x, target, jax.random.key(4), jnp.zeros((), jnp.int32)
@@ -154,8 +154,8 @@ def _condensation_arguments(C, n, ipc=5, side=28, channels=1, **_):
 def _condensation_function(
     mesh, C, n, width, networks=1, class_chunk=None, ipc=5, side=28, channels=1, **options
 ):
-    colours = (0.5,) * channels
-    setting = objectives.Setting(C, (side, side, channels), colours, colours, False)
+    colors = (0.5,) * channels
+    setting = objectives.Setting(C, (side, side, channels), colors, colors, False)
     config = CondenseConfig(
         "benchmark",
         images_per_class=ipc,

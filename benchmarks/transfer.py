@@ -2,8 +2,8 @@
 
     DATA_ROOT=... python benchmarks/transfer.py [--tgt_dataset usps] [--k_shot 5] [--out FILE]
 
-One draw of 200 source images and k target images a class, in one process, one after the other:
-- ours: `transfer.py` as its preset has it (1,000 steps that fall to 0), run whole;
+One draw of 200 source images and k target images per class, in one process, one after the other:
+- ours: `transfer.py` as its preset has it (1,000 steps with linear decay), run whole;
 - published: heavy ball with tau = 1, m = .9, 5,000 steps (20,000 for k = 100) of
   `published_wow.py`. A few steps are timed in rounds between steps of ours, and their median is
   multiplied;
@@ -59,7 +59,7 @@ def seconds(function, *arguments) -> tuple[float, object]:
 
 
 def per_step(contenders: dict, key, rounds: int) -> dict:
-    """Compiling and median seconds a step of (step, state, target, steps a round)."""
+    """Compiling and median seconds per step of (step, state, target, steps a round)."""
     times, states, found = {name: [] for name in contenders}, {}, {}
     for name, (step, state, target, _) in contenders.items():
         first, (states[name], _) = seconds(step, key, state, target)
@@ -153,7 +153,7 @@ def main(options: Options) -> None:
     published_flow = found["published"]["compiling"] + published_steps * found["published"]["step"]
     published_whole = published_flow + labelling + trained["in_turn"]
     for name, one in found.items():
-        print(f"{name:10s} {1e3 * one['step']:7.1f} ms a step, compiling {one['compiling']:.1f} s")
+        print(f"{name:10s} {1e3 * one['step']:7.1f} ms/step, compiling {one['compiling']:.1f} s")
     print(
         f"ours       {ours:7.1f} s: flow {whole:.1f} (compiling included, {config.flow.n_epochs} "
         f"steps), labels {labelling:.2f}, five trainings at once {trained['at_once']:.1f}"

@@ -24,7 +24,7 @@ def recovery(rows: list[dict]) -> Figure:
     )
     for axis, row in zip(axes[0], rows):
         found = tables.variations(row)
-        for column, colour in zip(tables.kernel_columns(row), plotting.CLASS_COLOURS):
+        for column, colour in zip(tables.kernel_columns(row), plotting.CLASS_COLORS):
             values = np.stack([found[f"{column}, σ = {sigma:g}"].ravel() for sigma in SIGMAS])
             mean, error = values.mean(1), standard_error(values, 1)
             axis.semilogx(SIGMAS, mean, color=colour, label=column)
@@ -56,7 +56,7 @@ def coverage(rows: list[dict], *, shown: int = 40) -> Figure:
             x = i + np.linspace(-0.38, 0.38, len(intervals))
             low, high = intervals[:, i].T
             missed = (weight < low) | (weight > high)
-            colours = np.where(missed, plotting.CLASS_COLOURS[1], plotting.CLASS_COLOURS[5])
+            colours = np.where(missed, plotting.CLASS_COLORS[1], plotting.CLASS_COLORS[5])
             axis.vlines(x, low, high, colors=colours, lw=0.8)
             axis.hlines(weight, i - 0.42, i + 0.42, color="black", lw=1.0)
             axis.annotate(
@@ -86,7 +86,7 @@ def downstream(rows: list[dict]) -> Figure:
         axis.plot(values.T, color="0.8", lw=0.7)
         error = standard_error(values, 0)
         axis.errorbar(
-            range(len(names)), values.mean(0), error, fmt="o", color=plotting.CLASS_COLOURS[0]
+            range(len(names)), values.mean(0), error, fmt="o", color=plotting.CLASS_COLORS[0]
         )
         axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=7)
         axis.set_ylabel(label)
@@ -104,7 +104,7 @@ def ablation(rows: list[dict]) -> Figure:
         1, len(sizes), figsize=(max(5.0, 2.5 * len(sizes)), 3.4), sharey=True, squeeze=False
     )
     for n, (axis, size) in enumerate(zip(axes[0], sizes)):
-        for d, (label, colour) in enumerate(zip(labels, plotting.CLASS_COLOURS)):
+        for d, (label, colour) in enumerate(zip(labels, plotting.CLASS_COLORS)):
             values = tv[:, n, d].swapaxes(0, 1).reshape(len(SIGMAS), -1)
             mean, std = values.mean(1), spread(values, 1)
             axis.loglog(SIGMAS, mean, color=colour, label=label)

@@ -75,7 +75,7 @@ def accuracies(rows: list[dict]) -> Figure:
             if n is None:
                 axis.axvline(values.mean(), color="0.6", ls=":")
                 continue
-            colour = plotting.CLASS_COLOURS[numbers.index(n)]
+            colour = plotting.CLASS_COLORS[numbers.index(n)]
             place = labels.index(row["label"])
             axis.errorbar(values.mean(), place, xerr=spread(values), fmt="o", ms=4, color=colour)
         axis.set(title=judge, xlabel="accuracy, %")
@@ -84,7 +84,7 @@ def accuracies(rows: list[dict]) -> Figure:
     axes[0, 0].set_yticks([labels.index(label) for label in shown], shown)
     axes[0, 0].invert_yaxis()
     handles = [
-        plt.Line2D([], [], marker="o", ls="", ms=4, color=plotting.CLASS_COLOURS[i])
+        plt.Line2D([], [], marker="o", ls="", ms=4, color=plotting.CLASS_COLORS[i])
         for i in range(len(numbers))
     ]
     names = [f"{n} a class" for n in numbers]

@@ -19,7 +19,7 @@ START_VARIANCE = 0.5
 def kl_of_quantiles(quantiles: Float[np.ndarray | Array, " n"]) -> float:
     """KL(mu || N(0, 1)) over the cells between mu's quantiles at the levels (i + 1/2) / n.
 
-    Of the masses alone, 1 / n a cell and half as much at either end, so a lower bound that is 0 at
+    Only of the masses, 1 / n a cell and half as much at either end, so a lower bound that is 0 at
     the quantiles of N(0, 1). Infinite where two quantiles coincide.
     """
     q = np.sort(np.asarray(quantiles, np.float64))

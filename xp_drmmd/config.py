@@ -47,7 +47,7 @@ class FlowConfig:
     opt: OptimizerName = "sgd"
     """momentum: heavy ball, m = .9."""
     decay: bool = False
-    """The step falls linearly to 0."""
+    """The step decays linearly to 0."""
     adaptive: Literal["fixed", "paper", "published"] = "fixed"
     """paper: lambda_n ~ DrMMD^(1/(r+1)), at most 1. published: r = 1, no bound, and the step falls
     with lambda, not below 1e-4."""
@@ -69,10 +69,10 @@ class FlowConfig:
     approximation: Literal["none", "nystrom", "rff"] = "none"
     """Of the kernel, by `rank` features, for samples too large for a Gram matrix: MMD and DrMMD
     then cost O(N rank) a step, nystrom O(M rank^2): its landmarks are target points and, anew at
-    each step, particles, half of each. rff: Gaussian alone."""
+    each step, particles, half of each. rff: only Gaussian."""
     rank: int = 300
     records: int = 50
-    """How often particles are kept and judged."""
+    """How often particles are kept and evaluated."""
     components: int = 50
     """Principal components of images."""
 

@@ -78,7 +78,7 @@ class Landmarks(NamedTuple):
     of_particles: Int[Array, " s"]
 
 
-class Aim(NamedTuple):
+class Prepared(NamedTuple):
     """What the flows of a stack aim at: one target, and each its own lambda and step size."""
 
     target: Target | Fourier | Landmarks
@@ -95,22 +95,22 @@ class Memory(NamedTuple):
     log_ratio: Float[Array, "C M"]
 
 
-def aim(
+def prepare(
     config: FlowConfig, target: Array, weights: Array | None = None, *, num_flows: int = 1
-) -> Aim:
+) -> Prepared:
     """The precomputed target, with the config's lambda and step size for every flow."""
     kernel = kernel_of(config)
     if config.approximation == "none":
-        prepared = drmmd.prepare_target(kernel, target, weights)
+        target_ = drmmd.prepare_target(kernel, target, weights)
     else:
         if config.flow not in ("mmd", "drmmd"):
             raise ValueError(f"{config.flow} has no form in features")
         if config.approximation == "rff" and config.kernel != "Gaussian":
             raise ValueError(f"random Fourier features are Gaussian here, not {config.kernel}")
         make = _landmarks if config.approximation == "nystrom" else _fourier
-        prepared = make(config, target, weights)
+        target_ = make(config, target, weights)
     ones = jnp.ones(num_flows, target.dtype)
-    return Aim(prepared, config.lmbda * ones, config.gamma * ones)
+    return Prepared(target_, config.lmbda * ones, config.gamma * ones)
 
 
 def _fourier(config, target, weights) -> Fourier:
@@ -142,11 +142,11 @@ def _landmarks(config, target, weights) -> Landmarks:
     )
 
 
-def first_memory(aimed: Aim) -> Memory:
+def first_memory(prepared: Prepared) -> Memory:
     """The memory before the first step."""
-    zeros = jnp.zeros_like(aimed.lmbda)
-    points = len(aimed.target.points) if isinstance(aimed.target, Target) else 0
-    return Memory(zeros, aimed.lmbda, zeros, jnp.zeros((len(zeros), points), zeros.dtype))
+    zeros = jnp.zeros_like(prepared.lmbda)
+    points = len(prepared.target.points) if isinstance(prepared.target, Target) else 0
+    return Memory(zeros, prepared.lmbda, zeros, jnp.zeros((len(zeros), points), zeros.dtype))
 
 
 @cache
@@ -156,14 +156,14 @@ def objective(config: FlowConfig, log_density: Callable | None = None) -> Callab
     for Adam, which is not told. The values are the functional, lambda and the step."""
     one = {"ula": _langevin, "svgd": _stein}.get(config.flow, _witness_flow)
 
-    def value_and_grad(x, aimed, key, memory):
+    def value_and_grad(x, prepared, key, memory):
         keys = jax.random.split(key, len(x))
         flow = jax.vmap(
             lambda y, lmbda, gamma, key, memory: one(
-                config, log_density, y, aimed.target, lmbda, gamma, key, memory
+                config, log_density, y, prepared.target, lmbda, gamma, key, memory
             )
         )
-        return flow(x, aimed.lmbda, aimed.gamma, keys, memory)
+        return flow(x, prepared.lmbda, prepared.gamma, keys, memory)
 
     return value_and_grad
 
@@ -201,7 +201,7 @@ def _witness_flow(config, log_density, y, target, lmbda, gamma, key, memory):
 def _exact(config, target: Target, y):
     """(solve: (lambda, memory) -> (witness, memory), velocity_at: (witness, points) -> grad h)."""
     kernel = kernel_of(config)
-    statistics, pull = drmmd.particle_statistics(kernel, y, target)
+    statistics, vjp = drmmd.particle_statistics(kernel, y, target)
 
     def solve(lmbda, memory: Memory) -> tuple[Witness, Memory]:
         if config.flow == "mmd":
@@ -214,7 +214,7 @@ def _exact(config, target: Target, y):
 
     def velocity_at(witness, points):
         if points is y:
-            return pull(witness)[1]
+            return vjp(witness)[1]
 
         def h(z):
             return drmmd.witness_function(kernel, witness, target, y, z, block_size=len(z))

@@ -36,7 +36,7 @@ def _mmd_squared(particles, target, weights, bandwidth):
     return mmd.mmd_squared(gaussian(bandwidth), particles, target, y_weights=weights)
 
 
-def judge(
+def evaluate(
     particles: Float[AnyArray, "n d"],
     target: Float[AnyArray, "m d"],
     bandwidth: float,
@@ -44,15 +44,15 @@ def judge(
 ) -> dict[str, float]:
     """mmd2 (squared, biased, Gaussian kernel of that bandwidth), w1 and w2; on the line also kl,
     KL(mu || N(0, 1)) from the particles as quantiles. Of samples over `MAX_POINTS` every k-th point
-    is judged: exact transport is cubic."""
+    is evaluated: exact transport is cubic."""
     particles, target = (z[:: -(-len(z) // MAX_POINTS)] for z in (particles, target))
     if weights is not None and len(weights) != len(target):
         raise ValueError(f"a weighted target of more than {MAX_POINTS:,} points: {len(weights):,}")
-    judged = {
+    measured = {
         "mmd2": float(_mmd_squared(jnp.asarray(particles), target, weights, bandwidth)),
         "w1": wasserstein(particles, target, 1, weights),
         "w2": wasserstein(particles, target, 2, weights),
     }
     if particles.shape[1] == 1:
-        judged["kl"] = kl_of_quantiles(particles[:, 0])
-    return judged
+        measured["kl"] = kl_of_quantiles(particles[:, 0])
+    return measured

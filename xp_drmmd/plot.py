@@ -1,4 +1,4 @@
-"""Figures of this experiment, drawn from stored results alone."""
+"""Figures of this experiment, drawn from stored results only."""
 
 import json
 import textwrap
@@ -25,11 +25,11 @@ def curves(rows: list[dict]) -> Figure:
         for i, row in enumerate(rows):
             values = np.maximum(np.asarray(row[name])[:, 1:], 1e-17)
             steps = np.asarray(row["steps"])[1:]
-            # Ten colours: a second line style for the flows after that.
-            style = STYLES[i // len(plotting.CLASS_COLOURS)]
-            colour = plotting.CLASS_COLOURS[i % len(plotting.CLASS_COLOURS)]
-            axis.loglog(steps, values.mean(0), style, color=colour, label=row["label"])
-            axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
+            # Ten colors: a second line style for the flows after that.
+            style = STYLES[i // len(plotting.CLASS_COLORS)]
+            color = plotting.CLASS_COLORS[i % len(plotting.CLASS_COLORS)]
+            axis.loglog(steps, values.mean(0), style, color=color, label=row["label"])
+            axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
         axis.set_xlabel("epoch" if name == "validation" else "step")
         axis.set_title(NAMES[name])
     figure.legend(

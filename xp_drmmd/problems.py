@@ -16,7 +16,7 @@ from lib.numerics import key_of_seed
 from xp_drmmd.analytic import START_VARIANCE
 from xp_drmmd.config import IMAGES, FlowConfig
 
-RING_CENTRES = ((0.0, 0.0), (0.0, -0.75), (0.0, -1.5))
+RING_CENTERS = ((0.0, 0.0), (0.0, -0.75), (0.0, -1.5))
 FOUR_MEANS = np.array([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])
 FOUR_VARIANCE = 0.3
 STUDENT_BOUND = 10.0
@@ -53,7 +53,7 @@ def problem(config: FlowConfig, seed: int, data_root: Path | None = None) -> Pro
     if config.dataset == "ThreeRing":  # equispaced: only the start is random
         if m % 3:
             raise ValueError(f"three rings need a multiple of 3 target points, got {m}")
-        rings = synthetic.rings_even(m // 3, centres=RING_CENTRES)
+        rings = synthetic.rings_even(m // 3, centres=RING_CENTERS)
         return Problem(normal(0.01, (0.0, -0.3)), rings.reshape(-1, 2))
     if config.dataset == "FourGaussian":
         scales = jnp.full(4, FOUR_VARIANCE**0.5)

@@ -44,44 +44,46 @@ def run_flow(
     if run.finished:
         return run
     with jax.enable_x64(True):
-        posed = problem(config, seed, data_root)
-        if config.flow in ("ula", "svgd") and posed.log_density is None:
+        setup = problem(config, seed, data_root)
+        if config.flow in ("ula", "svgd") and setup.log_density is None:
             raise ValueError(f"{config.flow} needs a density, {config.dataset} has none")
         bandwidth = config.bandwidth or float(
-            median_bandwidth(named_key(jax.random.key(0), "bandwidth"), posed.target)
+            median_bandwidth(named_key(jax.random.key(0), "bandwidth"), setup.target)
         )
         resolved = replace(config, bandwidth=bandwidth)
-        aimed = flows.aim(resolved, posed.target, posed.weights)
+        prepared = flows.prepare(resolved, setup.target, setup.weights)
         every = max(1, config.step_num // config.records)
         began = time.perf_counter()
         values, particles = wasserstein_gradient_descent(
-            posed.start[None],
-            aimed,
-            flows.objective(resolved, posed.log_density),
+            setup.start[None],
+            prepared,
+            flows.objective(resolved, setup.log_density),
             key_of_seed(seed, shift=1_000_000),
             n_epochs=config.step_num,
             optimizer=flows.optimizer(resolved),
-            carry=flows.first_memory(aimed),
+            carry=flows.first_memory(prepared),
             record_every=every,
             run=run,
             description=name,
             mesh=processes.current(),
         )
         seconds = time.perf_counter() - began
-        judged = [metrics.judge(x, posed.target, bandwidth, posed.weights) for x in particles[:, 0]]
+        measured = [
+            metrics.evaluate(x, setup.target, bandwidth, setup.weights) for x in particles[:, 0]
+        ]
         if config.dataset == "Gaussian1d":  # the KL is that to the whole of N(0, 1)
-            judged = [{k: v for k, v in one.items() if k != "kl"} for one in judged]
+            measured = [{k: v for k, v in one.items() if k != "kl"} for one in measured]
     run.finish(
         particles=particles[:, 0],
         steps=recorded_steps(config.step_num, every),
-        target=np.asarray(posed.target),
+        target=np.asarray(setup.target),
         bandwidth=np.asarray(bandwidth),
         seconds=np.asarray(seconds),
         values=values[:, 0, 0],
         lambdas=values[:, 0, 1],
         gammas=values[:, 0, 2],
-        **{name: np.asarray([one[name] for one in judged]) for name in judged[0]},
-        **({} if posed.basis is None else posed.basis._asdict()),
+        **{name: np.asarray([one[name] for one in measured]) for name in measured[0]},
+        **({} if setup.basis is None else setup.basis._asdict()),
     )
     return run
 

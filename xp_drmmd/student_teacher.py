@@ -147,14 +147,14 @@ def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
         mesh=processes.current(),
     )
     seconds = time.perf_counter() - began
-    judge = jax.jit(lambda x: jnp.stack([loss(x, train), loss(x, validation)]))
-    judged = np.stack([judge(x[0]) for x in particles])
+    evaluate = jax.jit(lambda x: jnp.stack([loss(x, train), loss(x, validation)]))
+    measured = np.stack([evaluate(x[0]) for x in particles])
     run.finish(
         losses=losses,
         steps=recorded_steps(steps, every) / batches,
         seconds=np.asarray(seconds),
-        train=judged[:, 0],
-        validation=judged[:, 1],
+        train=measured[:, 0],
+        validation=measured[:, 1],
         particles=particles[-1, 0],
     )
     return run

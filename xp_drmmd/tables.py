@@ -1,4 +1,4 @@
-"""Tables of this experiment, from stored summaries alone."""
+"""Tables of this experiment, from stored summaries only."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -64,7 +64,7 @@ Preset = Literal["quick", "paper", "gpu"]
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """One flow-matching model, trained from one source and judged at several costs of sampling."""
+    """One flow-matching model, trained from one source, evaluated at several costs of sampling."""
 
     dataset: str = "mnist"
     """A data set's name, or the path of a folder or zip of images."""
@@ -74,7 +74,7 @@ class FlowConfig:
     the images hardly have."""
     coupling: Coupling = "optimal"
     """Of x0 and x1. optimal: exact optimal transport within the minibatch. mode: x0 from the
-    component responsible for x1 (gmm alone)."""
+    component responsible for x1 (gmm only)."""
     n_components: int = 10
     """Of the mixture, as the next two."""
     covariance_type: CovarianceType = "full"
@@ -96,7 +96,7 @@ class FlowConfig:
     attention: tuple[int, ...] = ()
     patch: int = 4
     num_steps: int = 2000
-    """Of Adam, after `warm_up` steps at `learning_rate`, which falls to 0 along a cosine."""
+    """Of Adam, after `warm_up` steps at `learning_rate`, which decays to 0 along a cosine."""
     batch_size: int = 64
     learning_rate: float = 1e-3
     warm_up: int = 100

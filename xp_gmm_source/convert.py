@@ -2,7 +2,7 @@
 
     python xp_gmm_source/convert.py data/cifar10_gmm2_pca3072_full.pkl --trust_pickle
 
-A pickle runs whatever its author put into it; the npz holds numbers alone.
+A pickle runs whatever its author put into it; the npz holds only numbers.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Arguments:
     trust_pickle: bool = False
     """You know who made the file, and trust them with your machine."""
     image_shape: tuple[int, int, int] | None = None
-    """Height, width and channels. None: square, and colour where that fits."""
+    """Height, width and channels. None: square, and color where that fits."""
     output: Path | None = None
     """None: beside the .pkl, with the ending .npz."""
 

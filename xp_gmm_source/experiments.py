@@ -5,8 +5,8 @@
     python xp_gmm_source/experiments.py --preset gpu --dataset path/to/cifar10.zip --seeds 0
 
 Groups (data sets) and their flows are in `config.py`. A finished flow is skipped, an interrupted
-one resumes. Mixtures and the classifier whose features judge are fitted once a data set, for all
-seeds.
+one resumes. Mixtures and the classifier whose features are compared are fitted once per data set,
+for all seeds.
 """
 
 from dataclasses import dataclass, replace
@@ -125,13 +125,13 @@ def fitted_mixtures(flows: dict[str, FlowConfig], arguments: Arguments) -> Mixtu
 
 def mixtures_alone(mixtures: Mixtures, results: Path) -> dict[str, dict[str, float]]:
     """What draws of the mixtures are worth as images, before any flow: the measures of
-    `metrics.judge`."""
+    `metrics.evaluate`."""
     found = {}
     for name, (config, split, stored) in mixtures.items():
         source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
         draws = source.sample(jax.random.key(2), config.num_samples)
-        judged = metrics.judge(draws, reference(config, split, results))
-        found[name] = {measure: float(value) for measure, value in judged.items()}
+        measured = metrics.evaluate(draws, reference(config, split, results))
+        found[name] = {measure: float(value) for measure, value in measured.items()}
     return found
 
 

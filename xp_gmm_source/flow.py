@@ -1,10 +1,10 @@
-"""One flow-matching model from one source: trained, sampled from, judged.
+"""One flow-matching model from one source: trained, sampled from, evaluated.
 
     python xp_gmm_source/flow.py --dataset mnist --source gmm --n_components 10 --coupling optimal
     python xp_gmm_source/flow.py --dataset path/to/images.zip --source norm_aligned --prune
 
-The model sees training images alone and is judged against test images, with the running mean of its
-parameters after the last step: nothing is selected. An interrupted run resumes.
+The model sees only training images and is evaluated against test images, with the running mean
+of its parameters after the last step: nothing is selected. An interrupted run resumes.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ MEASURES = tuple(MEASURE_OF.values())
 
 
 class Split(NamedTuple):
-    """Training images and labels, and as many test images as are judged."""
+    """Training images and labels, and as many test images as are evaluated."""
 
     train: Dataset
     test: Dataset
@@ -79,7 +79,7 @@ def to_unit(images: np.ndarray) -> np.ndarray:
 
 
 def read(config: FlowConfig, data_root: Path | None) -> Split:
-    """Both splits. Raises ValueError where there are fewer test images than samples to judge."""
+    """Both splits. Raises ValueError where there are fewer test images than samples to evaluate."""
     train, test = (
         load(config.dataset, split=split, data_root=data_root) for split in ("train", "test")
     )
@@ -142,7 +142,7 @@ def feature_network(config: FlowConfig, split: Split, results: Path) -> metrics.
     network = metrics.default_network(split.train.image_shape, len(split.train.class_names))
     path = run.folder / "network.npz"
     if not (run.finished and path.exists()):
-        print(f"{split.train.name}: training the classifier whose features judge", flush=True)
+        print(f"{split.train.name}: training the classifier of the features", flush=True)
         trained = metrics.train_feature_network(
             jax.random.key(0),
             to_unit(split.train.images),
@@ -248,7 +248,7 @@ def run_flow(
     data_root: Path | None = None,
     show_progress: bool = True,
 ) -> runs.Run:
-    """Trains one model, or finds it done. See `judge_flow` for what its folder holds, beside
+    """Trains one model, or finds it done. See `evaluate_flow` for what its folder holds, beside
     losses [num_steps] and train_seconds."""
     name = f"{Path(config.dataset).stem}-{config.source}-{config.coupling}"
     known = known_by_content(config, data_root)
@@ -257,9 +257,9 @@ def run_flow(
         return run
     split = read(config, data_root)
     config = known
-    judged_by = reference(config, split, results)
+    reference_images = reference(config, split, results)
     source = source_of(config, split.train, results, show_progress=show_progress)
-    train_key, judge_key = jax.random.split(key_of_seed(seed, shift=1000))
+    train_key, evaluation_key = jax.random.split(key_of_seed(seed, shift=1000))
     began = time.perf_counter()
     trained = flow_matching.fit(
         train_key,
@@ -279,23 +279,25 @@ def run_flow(
     )
     seconds = time.perf_counter() - began
     sources = sampling_sources(config, source, split.train, show_progress=show_progress)
-    judged = judge_flow(judge_key, config, trained.ema, sources, judged_by, split.train)
-    run.finish(**judged, losses=trained.losses, train_seconds=np.asarray(seconds))
+    measured = evaluate_flow(
+        evaluation_key, config, trained.ema, sources, reference_images, split.train
+    )
+    run.finish(**measured, losses=trained.losses, train_seconds=np.asarray(seconds))
     return run
 
 
-def judge_flow(
+def evaluate_flow(
     key: jax.Array,
     config: FlowConfig,
     parameters: Any,
     sources: dict[str, Source],
-    judged_by: metrics.Reference,
+    reference_images: metrics.Reference,
     train: Dataset,
 ) -> dict[str, np.ndarray]:
     """Samples at every number of evaluations, and what they are worth.
 
     Of S samplers (methods and evaluations [S]) and V sources (`own`, then `pruned` if asked): every
-    measure of `metrics.judge` [V, S], and of as many training images (floor_*); samples uint8
+    measure of `metrics.evaluate` [V, S], and of as many training images (floor_*); samples uint8
     [V, S, 64, H, W, channels] and the starts of the first source; their straightness [V];
     paths [V, steps + 1, 64, 2] on the test images' first two principal components; of pruning
     the number of axes and the share of draws accepted; accuracy of the feature network; targets
@@ -304,16 +306,16 @@ def judge_flow(
     shape, model = train.image_shape, network(config)
     samplers = [("euler", num) for num in config.euler] + [("heun", num) for num in config.heun]
     order = np.random.default_rng(1).permutation(len(train.images))[: config.num_samples]
-    floor = metrics.judge(to_unit(train.images[order]), judged_by)
+    floor = metrics.evaluate(to_unit(train.images[order]), reference_images)
     found: dict[str, list] = {name: [] for name in (*floor, "samples", "paths", *MEASURES)}
-    basis, starts = _two_components(judged_by.points), None
+    basis, starts = _two_components(reference_images.points), None
     for i, source in enumerate(sources.values()):
         x0 = _draw(jax.random.fold_in(key, i), source, config.num_samples)
         starts = x0[:SHOWN] if starts is None else starts
         rows, kept = [], []
         for method, num in samplers:
             x1 = _integrate(parameters, x0, model=model, shape=shape, num=num, method=method)
-            rows.append(metrics.judge(x1, judged_by))
+            rows.append(metrics.evaluate(x1, reference_images))
             kept.append(_pixels(x1[:SHOWN], shape))
         for name in floor:
             found[name].append([row[name] for row in rows])
@@ -326,9 +328,9 @@ def judge_flow(
         "evaluations": [num for _, num in samplers],
         "methods": [method for method, _ in samplers],
         "starts": np.asarray(starts).reshape(-1, *shape),
-        "feature_accuracy": judged_by.feature_network.accuracy,
+        "feature_accuracy": reference_images.feature_network.accuracy,
         "basis": basis,
-        "targets": np.asarray(judged_by.points[:PATHS]) @ basis,
+        "targets": np.asarray(reference_images.points[:PATHS]) @ basis,
         **{f"floor_{name}": value for name, value in floor.items()},
     }
     for source in sources.values():
@@ -380,7 +382,7 @@ class Arguments(DeviceOptions, FlowConfig):
 
 
 def main(arguments: Arguments) -> Path:
-    """Trains and judges one model, prints what it is worth, returns its folder."""
+    """Trains and evaluates one model, prints what it is worth, returns its folder."""
     config = settings_of(FlowConfig, arguments)
     run = run_flow(
         config, seed=arguments.seed, results=arguments.results, data_root=arguments.data_root

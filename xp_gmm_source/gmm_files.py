@@ -1,6 +1,6 @@
 """Mixtures of images in files: ours without pickle, and the published pair for PyTorch.
 
-`NAME.npz` is what our own code reads (`load`): numbers alone, in the order of our images, [H, W,
+`NAME.npz` is what our own code reads (`load`): only numbers, in the order of our images, [H, W,
 channels]. `NAME.pkl` and `NAME_stats.pt` are the published files, in PyTorch's order [channels, H,
 W]: a joblib dict {'gmm': GaussianMixture, 'pca': PCA or None}, and {'mean', 'std'} of shape
 (1, channels, H, W). A pickle runs what its author put into it, so `load_published` wants to be told
@@ -237,7 +237,7 @@ def load_published(
 ) -> ImageMixture:
     """A published .pkl as our own `ImageMixture`, with exact mean and std.
 
-    `image_shape` (H, W, channels): by default 32 x 32 colour at 3072 pixels, and square grey.
+    `image_shape` (H, W, channels): by default 32 x 32 color at 3072 pixels, and square grey.
     Raises ValueError without `trust_pickle`, and on a file that is damaged or holds something else.
     """
     if not trust_pickle:
@@ -284,7 +284,7 @@ def from_published(
 
 
 def square_shape(num_pixels: int, name: str) -> tuple[int, int, int]:
-    """(H, W, channels) of square images, in colour where that fits. Raises ValueError, naming
+    """(H, W, channels) of square images, in color where that fits. Raises ValueError, naming
     `name`, where the number is of no square."""
     for channels in (3, 1):
         side = math.isqrt(num_pixels // channels)

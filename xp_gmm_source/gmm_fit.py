@@ -81,7 +81,7 @@ def check_sizes(config: FitConfig, images: np.ndarray) -> int | None:
     if config.covariance_type == "full" and n < config.n_components * (dimension + 1):
         warnings.warn(
             f"{n} images are {n / config.n_components:.0f} a component, in {dimension} dimensions: "
-            "full covariances are singular but for reg_covar. Use --n_pca, or "
+            "full covariances are singular except for reg_covar. Use --n_pca, or "
             "--covariance_type tied, diag, spherical or low_rank, instead",
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
 """How far samples of images are from real ones, in pixels and in the features of a classifier.
 
 The classifier is trained here, on the training split of the data set at hand, so its Frechet
-distances compare with each other alone: with nothing that was published for another network.
+distances compare only with each other: with nothing that was published for another network.
 
 Points are rows [n, d] of images [n, H, W, channels] in [-1, 1], float32 on the device; moments are
 float64 on the host.
@@ -75,7 +75,7 @@ def frechet_distance(
     features: Float[AnyArray, "n d"], reference_features: Float[AnyArray, "m d"]
 ) -> float:
     """`frechet_distance_of_moments` of two samples. Biased upwards, by about d / n for features of
-    variance 1: compare equal numbers of points alone."""
+    variance 1: compare only equal numbers of points."""
     return frechet_distance_of_moments(moments(features), moments(reference_features))
 
 
@@ -237,7 +237,7 @@ def reference(
     )
 
 
-def judge(samples: Float[AnyArray, "n *shape"], reference: Reference) -> dict[str, float]:
+def evaluate(samples: Float[AnyArray, "n *shape"], reference: Reference) -> dict[str, float]:
     """Distances of samples, [n, d] or [n, H, W, channels], to the reference; 0 is best in all.
 
     - frechet: `frechet_distance` of the classifier's features.
@@ -280,7 +280,7 @@ def floor(
     *,
     num_directions: int = 500,
 ) -> dict[str, float]:
-    """`judge` of one random half of real images against the other: what a perfect sampler gets.
+    """`evaluate` of one random half of real images against the other: what a perfect sampler gets.
 
     Biases depend on numbers: for n samples against n reference images, give 2 n.
     """
@@ -289,7 +289,7 @@ def floor(
     order = jax.random.permutation(split_key, len(points))
     half = len(points) // 2
     first, second = points[order[:half]], points[order[half : 2 * half]]
-    return judge(
+    return evaluate(
         first, reference(reference_key, second, feature_network, num_directions=num_directions)
     )
 

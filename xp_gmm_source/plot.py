@@ -1,4 +1,4 @@
-"""Figures of this experiment, drawn from stored results alone."""
+"""Figures of this experiment, drawn from stored results only."""
 
 import json
 import textwrap
@@ -30,10 +30,10 @@ def curves(rows: list[dict], floor: dict[str, float]) -> Figure:
             chosen = [method == "euler" for method in row["methods"]]
             evaluations = np.asarray(row["evaluations"])[chosen]
             values = np.asarray(row[name])[:, chosen]
-            colour = plotting.CLASS_COLOURS[i % len(plotting.CLASS_COLOURS)]
-            style = STYLES[i // len(plotting.CLASS_COLOURS)]
-            axis.plot(evaluations, values.mean(0), style, color=colour, label=row["label"])
-            axis.fill_between(evaluations, values.min(0), values.max(0), color=colour, alpha=0.2)
+            color = plotting.CLASS_COLORS[i % len(plotting.CLASS_COLORS)]
+            style = STYLES[i // len(plotting.CLASS_COLORS)]
+            axis.plot(evaluations, values.mean(0), style, color=color, label=row["label"])
+            axis.fill_between(evaluations, values.min(0), values.max(0), color=color, alpha=0.2)
         axis.axhline(floor[name], color="0.4", ls=":", label="training images")
         axis.set_xscale("log")
         if name in LOGARITHMIC:
@@ -95,8 +95,8 @@ def paths(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure:
         path = one["paths"][row["variant"]][:, :SHOWN_PATHS]
         axis.scatter(*one["targets"].T, s=2, color="0.8", lw=0, zorder=0)
         axis.plot(path[..., 0], path[..., 1], color="0.4", lw=0.5)
-        axis.scatter(*path[0].T, s=6, color=plotting.CLASS_COLOURS[0], zorder=3, lw=0)
-        axis.scatter(*path[-1].T, s=6, color=plotting.CLASS_COLOURS[1], zorder=3, lw=0)
+        axis.scatter(*path[0].T, s=6, color=plotting.CLASS_COLORS[0], zorder=3, lw=0)
+        axis.scatter(*path[-1].T, s=6, color=plotting.CLASS_COLORS[1], zorder=3, lw=0)
         straight = float(np.mean(row["normalised_straightness"]))
         axis.set_title(
             "\n".join(textwrap.wrap(row["label"], 24)) + f"\nstraightness {straight:.3f}",

@@ -41,17 +41,17 @@ YCRCB = np.stack(
 
 
 class FrequencySource(NamedTuple):
-    """White noise without some coefficients of its cosine transform, then of variance 1 a pixel.
+    """White noise without some coefficients of its cosine transform, then of variance 1 per pixel.
 
     The coefficients are of images padded to [P, Q], a whole number of blocks. `rows` [P, H] and
-    `columns` [Q, W] are the orthonormal DCT-II of every block, cut to the images; `colour` [c, c]
-    maps channels to luminance and chrominances, `inverse_colour` back; `kept` [P, Q, c] is 1 or 0.
+    `columns` [Q, W] are the orthonormal DCT-II of every block, cut to the images; `color` [c, c]
+    maps channels to luminance and chrominances, `inverse_color` back; `kept` [P, Q, c] is 1 or 0.
     """
 
     rows: Float[Array, "P H"]
     columns: Float[Array, "Q W"]
-    colour: Float[Array, "c c"]
-    inverse_colour: Float[Array, "c c"]
+    color: Float[Array, "c c"]
+    inverse_color: Float[Array, "c c"]
     kept: Float[Array, "P Q c"]
     std: Float[Array, "H W c"]
 
@@ -59,10 +59,10 @@ class FrequencySource(NamedTuple):
         """Those of the noise in luminance and chrominances, masked ones 0."""
         # An orthonormal transform of white noise is white noise: it is drawn transformed.
         noise = jax.random.normal(key, (num, *self.kept.shape), self.kept.dtype)
-        return jnp.einsum("ef,npqf->npqe", self.colour, noise) * self.kept[None]
+        return jnp.einsum("ef,npqf->npqe", self.color, noise) * self.kept[None]
 
     def sample(self, key: Key[Array, ""], num: int) -> Points:
-        shaped = jnp.einsum("ce,npqe->npqc", self.inverse_colour, self.coefficients(key, num))
+        shaped = jnp.einsum("ce,npqe->npqc", self.inverse_color, self.coefficients(key, num))
         lines = jnp.einsum("ph,npqc->nhqc", self.rows, shaped)
         images = jnp.einsum("qw,nhqc->nhwc", self.columns, lines) / self.std[None]
         return images.reshape(num, -1)
@@ -93,7 +93,7 @@ def frequency_statistics(images: Images, *, block: int | None = 8) -> FrequencyS
     images' units, float64. `block` as in `frequency_source`."""
     height, width, channels = check_images(images)
     block_height, block_width = _block(block, height, width)
-    colour = _colour(channels)
+    color = _color(channels)
     down, across = cosine_basis(block_height), cosine_basis(block_width)
     padding = (0, 0), (0, -height % block_height), (0, -width % block_width), (0, 0)
     count, total, squares = 0, np.zeros(()), np.zeros(())
@@ -109,7 +109,7 @@ def frequency_statistics(images: Images, *, block: int | None = 8) -> FrequencyS
             "pi,qj,ec,nrisjc->pqenrs",
             down,
             across,
-            colour,
+            color,
             blocks,
             optimize=True,
         )
@@ -169,20 +169,20 @@ def _masked_noise(kept: np.ndarray, height: int, width: int, channels: int) -> F
     rows = np.kron(np.eye(repeats[0]), cosine_basis(block_height))[:, :height]
     columns = np.kron(np.eye(repeats[1]), cosine_basis(block_width))[:, :width]
     kept = np.tile(kept.astype(float), (*repeats, 1))
-    colour = _colour(channels)
-    inverse = np.linalg.inv(colour)
-    # Channel c of a coefficient is sum_f (inverse diag(kept) colour)_cf z_f, z white.
-    mixing = np.einsum("ce,pqe,ef->pqcf", inverse, kept, colour)
+    color = _color(channels)
+    inverse = np.linalg.inv(color)
+    # Channel c of a coefficient is sum_f (inverse diag(kept) color)_cf z_f, z white.
+    mixing = np.einsum("ce,pqe,ef->pqcf", inverse, kept, color)
     spectrum = np.square(mixing).sum(axis=3)
     variance = np.einsum("ph,qw,pqc->hwc", np.square(rows), np.square(columns), spectrum)
     if variance.min() < 1e-12:
         place = np.unravel_index(np.argmin(variance), variance.shape)
         raise ValueError(f"every frequency of pixel {tuple(map(int, place))} is masked: mask fewer")
-    arrays = rows, columns, colour, inverse, kept, np.sqrt(variance)
+    arrays = rows, columns, color, inverse, kept, np.sqrt(variance)
     return FrequencySource(*(jnp.asarray(array, jnp.float32) for array in arrays))
 
 
-def _colour(channels: int) -> np.ndarray:
+def _color(channels: int) -> np.ndarray:
     if channels not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, got {channels}")
     return np.eye(1) if channels == 1 else YCRCB

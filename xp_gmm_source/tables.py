@@ -1,4 +1,4 @@
-"""Tables of the comparison of sources, from stored results alone."""
+"""Tables of the comparison of sources, from stored results only."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -32,7 +32,7 @@ class GMM_TORCH:
       gmm: a `sklearn.mixture.GaussianMixture` of any covariance type, in the order [channels, H, W]
         of its pixels or in the coordinates of `pca`.
       gmm_stats: {'mean', 'std'} of shape (1, channels, H, W), as `gmm_fit.py` writes them. None:
-        draws are left as they are, mean 0 and std 1; images are then square, colour where that
+        draws are left as they are, mean 0 and std 1; images are then square, color where that
         fits.
       device: where factors are kept and draws made.
       dtype: of factors and draws.
@@ -169,7 +169,7 @@ class GMM_TORCH:
 
     def _images(self, owners: torch.Tensor) -> torch.Tensor:
         """Draws of the components `owners`, as pixels."""
-        draws = self.means[owners] + self._colour(owners)
+        draws = self.means[owners] + self._color(owners)
         if self._projection is not None:
             components, centre = self._projection
             draws = draws @ components + centre
@@ -178,7 +178,7 @@ class GMM_TORCH:
     def _noise(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=self.dtype, device=self.device, generator=self._generator)
 
-    def _colour(self, owners: torch.Tensor) -> torch.Tensor:
+    def _color(self, owners: torch.Tensor) -> torch.Tensor:
         """Draws of N(0, Sigma_k), k = owners[i]."""
         num, d = len(owners), self.means.shape[1]
         tensors: dict[str, torch.Tensor] = self._structure._asdict()

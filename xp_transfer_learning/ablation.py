@@ -1,4 +1,4 @@
-"""How the flow is best run: schedules, optimisers, directions, on one adaptation task.
+"""How the flow is best run: schedules, optimizers, directions, on one adaptation task.
 
     python xp_transfer_learning/ablation.py
     python xp_transfer_learning/ablation.py --src_dataset digits:rotated --tgt_dataset digits
@@ -6,7 +6,7 @@
     python xp_transfer_learning/ablation.py --options Adam --lr 0.01 0.05 --first_seed 100 --ntry 1
 
 Every option of `config.ABLATION` runs the same task from the same draws: steps, and seconds of
-flowing alone (compilation aside), until the objective is a given share of its start, and until the
+only flowing (compilation aside), until the objective is a given share of its start, and until the
 frozen classifier of `domain_adaptation.py` gives a given share of the images their class.
 """
 

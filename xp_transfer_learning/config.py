@@ -116,13 +116,13 @@ class FlowSettings:
     optimizer: Literal["heavy_ball", "adam", "lbfgs"] = "heavy_ball"
     """adam and lbfgs (ten gradients, no line search) do not use m."""
     kernel: Literal["gaussian", "laplace", "imq", "riesz"] = "riesz"
-    """mmdsw alone; likewise the next two."""
+    """only mmdsw; likewise the next two."""
     num_directions: int = 500
     directions: Literal["random", "orthogonal"] = "random"
     noise: float = 0.0
-    """mmd_product alone: injected where the gradient is evaluated."""
+    """only mmd_product: injected where the gradient is evaluated."""
     epsilon: float = 0.0
-    """otdd alone: entropic regularisation, relative to the mean cost."""
+    """only otdd: entropic regularisation, relative to the mean cost."""
 
 
 METHODS: dict[str, FlowSettings] = {
@@ -143,9 +143,9 @@ class TransferConfig:
     source: str = "mnist"
     target: str = "fashion_mnist"
     k_shot: int = 5
-    """Target images a class."""
+    """Target images per class."""
     num_per_class: int = 200
-    """Source images a class."""
+    """Source images per class."""
     size: int | None = None
     """Side of the images; None: the source's."""
     flow: FlowSettings = FlowSettings()
@@ -200,7 +200,7 @@ ADAPTATION: dict[str, tuple[AdaptationConfig, ...]] = {
 
 
 # One change each from the first. Step sizes: the least loss after 1,000 steps of a draw that the
-# table does not use (`ablation.py --first_seed 100 --ntry 1 --lr ...`), but for the published one.
+# table does not use (`ablation.py --first_seed 100 --ntry 1 --lr ...`), except the published one.
 ABLATION: dict[str, FlowSettings] = {
     "ours": FlowSettings(),
     "published: constant step": FlowSettings(lr=1.0, decay=False),

@@ -44,7 +44,7 @@ def stored_shape(arrays: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def shaped(dataset: datasets.Dataset, image_shape: tuple[int, int, int]) -> datasets.Dataset:
-    """The data set resized, and made grey or colour, to have images of `image_shape`."""
+    """The data set resized, and made gray or color, to have images of `image_shape`."""
     height, width, channels = image_shape
     if dataset.image_shape[:2] != (height, width):
         dataset = datasets.resize(dataset, (height, width))

@@ -143,7 +143,7 @@ class Arguments(DeviceOptions):
     size: int | None = None
     """Side of the images. None: the target's."""
     n_epochs_wgd: int | None = None
-    """Steps of the flow; `lr` its first step size, `decay` whether it falls to 0."""
+    """Steps of the flow; `lr` its first step size, `decay` whether it decays linearly to 0."""
     lr: float | None = None
     decay: bool | None = None
     ntry: int | None = None

@@ -38,7 +38,7 @@ from xp_transfer_learning.labels import nearest
 
 
 def data(key, config: ImageFlowConfig, data_root: Path | None):
-    """(x0, x_tgt, image shape): the source is resized, and made grey or colour, like the target."""
+    """(x0, x_tgt, image shape): the source is resized, and made gray or color, like the target."""
     source = None
     if config.source != NOISE:
         source = load(config.source, config.split, data_root)

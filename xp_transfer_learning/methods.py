@@ -97,7 +97,7 @@ def _value_and_grad(settings: FlowSettings, mesh: Mesh | None) -> TargetValueAnd
 
 @cache
 def optimizer(settings: FlowSettings) -> optax.GradientTransformation:
-    """The optimiser of the particles, its step constant or falling linearly to 0."""
+    """The optimizer of the particles, its step constant or falling linearly to 0."""
     lr = settings.lr
     if settings.decay:
         lr = optax.linear_schedule(settings.lr, 0.0, settings.n_epochs)

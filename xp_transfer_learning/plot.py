@@ -1,4 +1,4 @@
-"""Figures of this experiment, drawn from stored results alone."""
+"""Figures of this experiment, drawn from stored results only."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def load_rings(summary: Path) -> list[dict]:
 
 
 def rings_grid(rows: list[dict]) -> Figure:
-    """A row a kernel, a column a bandwidth: the last particles, their paths, the target in grey."""
+    """A row per kernel, a column per bandwidth: the last particles, paths, the target in gray."""
     names = [n for n in ("gaussian", "laplace", "imq", "riesz", "momentum", "decay") if any(
         row["kernel"] == n for row in rows)]  # fmt: skip
     columns = max(sum(row["kernel"] == name for row in rows) for name in names)
@@ -107,7 +107,7 @@ def early_and_late(steps: np.ndarray, count: int = 10) -> np.ndarray:
 
 
 def sample_sheet(samples: np.ndarray, shape: tuple[int, int, int], title: str) -> Figure:
-    """Images [columns, C, d] as a sheet: a row a class."""
+    """Images [columns, C, d] as a sheet: a row per class."""
     sheet = np.swapaxes(np.asarray(as_images(samples, shape)), 0, 1)
     figure, axis = plt.subplots(figsize=(0.62 * sheet.shape[1], 0.62 * sheet.shape[0] + 0.5))
     plotting.show_images(axis, sheet)
@@ -116,7 +116,7 @@ def sample_sheet(samples: np.ndarray, shape: tuple[int, int, int], title: str) -
 
 
 def image_flow(arrays: dict, title: str, stem: Path) -> list[Path]:
-    """Samples along one flow (a row a class, a column a step; last the target image nearest to
+    """Samples along one flow (a row per class, a column per step; last the target image nearest to
     where the sample ended, for classes are matched by the flow), and its loss."""
     particles, steps = arrays["particles"], arrays["steps"]
     shape = stored_shape(arrays)
@@ -144,7 +144,7 @@ def image_flow(arrays: dict, title: str, stem: Path) -> list[Path]:
 def animate_images(
     particles: np.ndarray, steps: np.ndarray, shape: tuple[int, int, int], path: Path
 ) -> Path:
-    """Ten images a class on their way, at some forty records, more of them early on."""
+    """Ten images per class on their way, at some forty records, more of them early on."""
     last = len(steps) - 1
     frames = np.unique(np.geomspace(1, last + 1, 40).round().astype(int) - 1)
     shown = np.asarray(as_images(particles[frames][:, :, :10], shape))

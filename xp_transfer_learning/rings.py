@@ -54,7 +54,7 @@ def sweeps(config: RingsConfig) -> list[Sweep]:
 
     def over(target, values):
         def value_and_grad(x, x_tgt, key):
-            # One key: the flows see the same directions and differ by their number alone.
+            # One key: the flows see the same directions and differ only by their number.
             return jax.vmap(lambda x, value: target(x, x_tgt, key, None, value, **shared))(
                 x, jnp.asarray(values, x.dtype)
             )

@@ -1,4 +1,4 @@
-"""Tables of this experiment, from stored summaries alone, beside the published numbers."""
+"""Tables of this experiment, from stored summaries only, beside the published numbers."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
@@ -10,7 +10,7 @@ from lib.report.tables import Table
 from xp_transfer_learning.config import METHODS, Labelling, TrainingConfig
 
 # Bonet et al. (2025), Table 2: accuracy in percent and its standard deviation, which leaves out the
-# draw of the data. By target and k: target alone, MMDSW, OTDD, product kernel.
+# draw of the data. By target and k: target only, MMDSW, OTDD, product kernel.
 PUBLISHED_METHODS = ("target_only", "mmdsw", "otdd", "mmd_product")
 PUBLISHED_TRANSFER: dict[str, dict[int, tuple[tuple[float, float] | None, ...]]] = {
     "fashion_mnist": {
@@ -117,7 +117,7 @@ def ablation_table(
     """A row per option of `ablation.py`. Steps and seconds of flowing until the objective is the
     given share of its start, and until the accuracy is the given one: mean and sample standard
     deviation over the tries, "-" unless all arrived; then loss and accuracy at the end."""
-    heads = ["option", "step size", "ms a step", f"to {objective:.0%} of the loss, steps"]
+    heads = ["option", "step size", "ms per step", f"to {objective:.0%} of the loss, steps"]
     heads += ["seconds", f"to an accuracy of {accuracy:.0%}, steps", "seconds"]
     return Table(
         [*heads, "last loss", "last accuracy"],

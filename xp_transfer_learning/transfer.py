@@ -1,4 +1,4 @@
-"""Transfer learning: source images flow to k target images a class, then train a classifier.
+"""Transfer learning: source images flow to k target images per class, then train a classifier.
 
     python xp_transfer_learning/transfer.py --src_dataset mnist --tgt_dataset usps --k_shot 5
     python xp_transfer_learning/transfer.py --method otdd --k_shot 10 --ntry 3
@@ -7,7 +7,7 @@ Each try draws source and target images anew, flows the source to the target, cl
 labels the particles, trains LeNet-5 several times on target and flowed images, and reports the
 accuracy on the target's whole test split after the last epoch. Nothing is chosen by that accuracy.
 
-The flowed images make an epoch longer. So `target_only`, training on the target images alone, comes
+The flowed images make an epoch longer. So `target_only`, training on only the target images, comes
 twice: for the same number of epochs, as published, and for as many gradient steps as the others,
 in whole epochs.
 """
@@ -140,7 +140,7 @@ def run_try(
     along: bool = False,
 ) -> dict:
     """One try: accuracies [records, trainings] and label_agreement [records] at `steps`, the last
-    record alone unless `along`; the flow's losses."""
+    record only unless `along`; the flow's losses."""
     name = f"transfer_accuracy_{_setting(config)}"
     known = known_by_content(config, data_root)
     settings = {"transfer": known, "training": training, "along": along}
@@ -175,7 +175,7 @@ class Arguments(DeviceOptions):
     """A data set's name, or the path of a folder or zip of images; likewise `tgt_dataset`."""
     tgt_dataset: str = "fashion_mnist"
     k_shot: tuple[int, ...] = (5,)
-    """Target images a class; several are run one after the other."""
+    """Target images per class; several are run one after the other."""
     method: tuple[Method, ...] = ("mmdsw",)
     ntry: int = 3
     """Tries, each with its own draw of source and target images."""

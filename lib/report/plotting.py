@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from lib.runs import processes
 from lib.runs.files import make_folder, named_errors
 
-# Okabe and Ito's palette: told apart by colour-blind readers.
-CLASS_COLOURS = (
+# Okabe and Ito's palette: told apart by color-blind readers.
+CLASS_COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
     "#56B4E9", "#000000", "#F0E442", "#8C6BB1", "#7F7F7F",
 )  # fmt: skip
@@ -31,7 +31,7 @@ STYLE: Any = {
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": mpl.rcsetup.cycler(color=CLASS_COLOURS),
+    "axes.prop_cycle": mpl.rcsetup.cycler(color=CLASS_COLORS),
     "legend.frameon": False,
     "lines.linewidth": 1.3,
 }
@@ -82,14 +82,14 @@ def save_animation(
 
 
 def scatter_classes(axes: Axes, points: np.ndarray, *, target: np.ndarray | None = None) -> None:
-    """Points [C, n, 2], a colour a class, over a target [C', m, 2] in grey."""
+    """Points [C, n, 2], a color a class, over a target [C', m, 2] in grey."""
     if target is not None:
         x, y = target.reshape(-1, 2).T
         axes.scatter(x, y, s=9, color="0.8", linewidths=0, zorder=1)
     for label, cloud in enumerate(points):
-        colour = CLASS_COLOURS[label % len(CLASS_COLOURS)]
+        color = CLASS_COLORS[label % len(CLASS_COLORS)]
         x, y = cloud.T
-        axes.scatter(x, y, s=5, color=colour, linewidths=0, zorder=3)
+        axes.scatter(x, y, s=5, color=color, linewidths=0, zorder=3)
     axes.set_aspect("equal")
     axes.set_axis_off()
 
@@ -98,9 +98,9 @@ def plot_paths(axes: Axes, records: np.ndarray, *, longest: float = np.inf) -> N
     """Thin lines along records [T, C, n, 2] of particles; paths over `longest` are left out."""
     length = np.linalg.norm(np.diff(records, axis=0), axis=-1).sum(axis=0)
     for label in range(records.shape[1]):
-        colour = CLASS_COLOURS[label % len(CLASS_COLOURS)]
+        color = CLASS_COLORS[label % len(CLASS_COLORS)]
         paths = records[:, label][:, length[label] <= longest]
-        axes.plot(*np.moveaxis(paths, -1, 0), lw=0.3, alpha=0.25, color=colour, zorder=2)
+        axes.plot(*np.moveaxis(paths, -1, 0), lw=0.3, alpha=0.25, color=color, zorder=2)
 
 
 def tile_images(images: np.ndarray, *, padding: int = 1) -> np.ndarray:

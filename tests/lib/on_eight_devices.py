@@ -146,16 +146,16 @@ def drmmd():
             flow=flow, source_particle_num=40, bandwidth=0.5, adaptive="paper", step_num=20
         )
         log_density = (lambda z: -jnp.sum(z**2) / 2) if flow == "svgd" else None
-        aimed = flows.aim(settings, target)
+        prepared = flows.prepare(settings, target)
         one, eight = (
             gd.wasserstein_gradient_descent(
                 0.1 * normal(9, 1, 40, 2),
-                aimed,
+                prepared,
                 flows.objective(settings, log_density),
                 jax.random.key(1),
                 n_epochs=20,
                 optimizer=flows.optimizer(settings),
-                carry=flows.first_memory(aimed),
+                carry=flows.first_memory(prepared),
                 show_progress=False,
                 mesh=mesh,
             )
@@ -261,13 +261,13 @@ def memory():
         )
         FOUND["memory: otdd"] = eight / one
     settings = FlowConfig(flow="drmmd", source_particle_num=1600, bandwidth=0.3)
-    aimed = flows.aim(settings, normal(1, 400, 2))
+    prepared = flows.prepare(settings, normal(1, 400, 2))
     start = normal(2, 1, 1600, 2)
     one, eight = (
         temporaries(
             flows.objective(settings),
             devices.place(start, mesh, devices.divided(start.shape, (-2, -3), mesh)),
-            *devices.place((aimed, jax.random.key(0), flows.first_memory(aimed)), mesh),
+            *devices.place((prepared, jax.random.key(0), flows.first_memory(prepared)), mesh),
         )
         for mesh in (None, MESH)
     )

@@ -36,7 +36,7 @@ REDONE = {
     "run_sweep": "rings: all kernels have the same directions of a seed",
     "target_data": "adaptation: all tries, and the classifier, have the same target images",
     "_classifier": "adaptation: the classifier is the same for all tries",
-    "aim": "drmmd: all seeds have the same landmarks or frequencies",
+    "prepare": "drmmd: all seeds have the same landmarks or frequencies",
     "training_images": "distillation: all entries and seeds keep the same images away",
 }
 """Functions that make the same draw again, on purpose."""

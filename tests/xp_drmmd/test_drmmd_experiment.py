@@ -83,7 +83,7 @@ def test_weights_split_a_point():
 def test_judge_names_and_squares():
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(6, 1)), rng.normal(size=(7, 1))
-    judged = metrics.judge(jnp.asarray(x), jnp.asarray(y), 0.7)
+    judged = metrics.evaluate(jnp.asarray(x), jnp.asarray(y), 0.7)
 
     def gram(a, b):
         return np.exp(-((a - b.T) ** 2) / (2 * 0.7**2)).mean()
@@ -92,7 +92,7 @@ def test_judge_names_and_squares():
     expected = ot.emd2_1d(x[:, 0], y[:, 0], metric="euclidean")
     assert judged["w1"] == pytest.approx(expected, rel=1e-9)
     assert set(judged) == {"mmd2", "w1", "w2", "kl"}
-    flat = metrics.judge(jnp.asarray(np.tile(x, 2)), jnp.asarray(np.tile(y, 2)), 0.7)
+    flat = metrics.evaluate(jnp.asarray(np.tile(x, 2)), jnp.asarray(np.tile(y, 2)), 0.7)
     assert set(flat) == {"mmd2", "w1", "w2"}
 
 
@@ -155,10 +155,12 @@ def test_images_are_their_principal_components():
 def moved(config, seed=0):
     """What one step adds to the particles, by the engine's own objective."""
     posed = problem(config, seed)
-    aimed = flows.aim(config, posed.target, posed.weights)
+    prepared = flows.prepare(config, posed.target, posed.weights)
     value_and_grad = flows.objective(config, posed.log_density)
     key = jax.random.PRNGKey(3)
-    values, velocity, _ = value_and_grad(posed.start[None], aimed, key, flows.first_memory(aimed))
+    values, velocity, _ = value_and_grad(
+        posed.start[None], prepared, key, flows.first_memory(prepared)
+    )
     return posed, -np.asarray(velocity[0]), np.asarray(values[0]), key
 
 
@@ -192,15 +194,15 @@ def test_flows_of_a_stack_are_single_flows(flow):
     """Lambdas and step sizes of their own, one call."""
     config = replace(SMALL, flow=flow)
     posed = problem(config, 0)
-    aimed = flows.aim(config, posed.target, num_flows=2)._replace(
+    prepared = flows.prepare(config, posed.target, num_flows=2)._replace(
         lmbda=jnp.asarray([1e-2, 1e-1]), gamma=jnp.asarray([1.0, 2.0])
     )
     stack = jnp.stack([posed.start, posed.start + 0.1])
     key = jax.random.PRNGKey(0)
     value_and_grad = flows.objective(config)
-    values, velocities, _ = value_and_grad(stack, aimed, key, flows.first_memory(aimed))
+    values, velocities, _ = value_and_grad(stack, prepared, key, flows.first_memory(prepared))
     for i in range(2):
-        one = aimed._replace(lmbda=aimed.lmbda[i : i + 1], gamma=aimed.gamma[i : i + 1])
+        one = prepared._replace(lmbda=prepared.lmbda[i : i + 1], gamma=prepared.gamma[i : i + 1])
         value, velocity, _ = value_and_grad(stack[i : i + 1], one, key, flows.first_memory(one))
         np.testing.assert_allclose(values[i], value[0], rtol=1e-9)
         np.testing.assert_allclose(velocities[i], velocity[0], rtol=1e-8, atol=1e-12)
@@ -214,19 +216,19 @@ def test_adaptive_rules_step_by_step():
         ("published", replace(SMALL, adaptive="published", lmbda=0.1, gamma=0.05)),
     ):
         posed = problem(config, 0)
-        aimed = flows.aim(config, posed.target)
+        prepared = flows.prepare(config, posed.target)
         fixed = replace(config, adaptive="fixed")
-        memory, y, lmbda, first = flows.first_memory(aimed), posed.start, 0.1, None
+        memory, y, lmbda, first = flows.first_memory(prepared), posed.start, 0.1, None
         for _ in range(3):
-            at_last = aimed._replace(lmbda=jnp.asarray([lmbda]))
+            at_last = prepared._replace(lmbda=jnp.asarray([lmbda]))
             value = flows.objective(fixed)(
-                y[None], at_last, jax.random.PRNGKey(0), flows.first_memory(aimed)
+                y[None], at_last, jax.random.PRNGKey(0), flows.first_memory(prepared)
             )[0][0, 0]
             first = value if first is None else first
             power = 1 / 1.5 if rule == "paper" else 0.5
             lmbda = float(0.1 * (value / first) ** power)
             values, velocity, memory = flows.objective(config)(
-                y[None], aimed, jax.random.PRNGKey(0), memory
+                y[None], prepared, jax.random.PRNGKey(0), memory
             )
             assert values[0, 1] == pytest.approx(lmbda, rel=1e-9)
             step = config.gamma if rule == "paper" else 0.05 * lmbda / 0.1
@@ -247,9 +249,9 @@ def test_features_of_full_rank_are_the_exact_flow(flow):
     results = []
     for approximation in ("none", "nystrom"):
         chosen = replace(config, approximation=approximation, rank=60)
-        aimed = flows.aim(chosen, target)
+        prepared = flows.prepare(chosen, target)
         value_and_grad = flows.objective(chosen)
-        results.append(value_and_grad(y[None], aimed, key, flows.first_memory(aimed))[:2])
+        results.append(value_and_grad(y[None], prepared, key, flows.first_memory(prepared))[:2])
     (value, velocity), (other_value, other_velocity) = results
     np.testing.assert_allclose(other_value[0, 0], value[0, 0], rtol=1e-6)
     atol = 1e-5 * jnp.abs(velocity).max()
@@ -268,16 +270,18 @@ def test_landmarks_among_the_particles_follow_them():
         velocities = []
         for approximation in ("none", "nystrom"):
             chosen = replace(config, approximation=approximation, rank=60)
-            aimed = flows.aim(chosen, target)
+            prepared = flows.prepare(chosen, target)
             value_and_grad = flows.objective(chosen)
-            velocities.append(value_and_grad(y[None], aimed, key, flows.first_memory(aimed))[1])
+            velocities.append(
+                value_and_grad(y[None], prepared, key, flows.first_memory(prepared))[1]
+            )
         atol = 0.02 * jnp.abs(velocities[0]).max()
         np.testing.assert_allclose(velocities[1], velocities[0], rtol=0, atol=atol)
     with pytest.raises(ValueError, match="rank 86 wants 43 target points as landmarks of 42"):
-        flows.aim(replace(config, approximation="nystrom", rank=86), target)
+        flows.prepare(replace(config, approximation="nystrom", rank=86), target)
     config = replace(config, source_particle_num=20)
     with pytest.raises(ValueError, match="rank 60 wants 30 particles as landmarks of 20"):
-        flows.aim(replace(config, approximation="nystrom", rank=60), target)
+        flows.prepare(replace(config, approximation="nystrom", rank=60), target)
 
 
 @pytest.mark.slow

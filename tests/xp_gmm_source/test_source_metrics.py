@@ -170,7 +170,7 @@ def test_bad_training_data_are_refused(digits):
 
 def test_judge_is_what_numpy_finds(digits, network, reference):
     samples = digits[0][:150] + 0.3 * np.random.default_rng(0).normal(size=(150, 8, 8, 1))
-    found = metrics.judge(samples.astype(np.float32), reference)
+    found = metrics.evaluate(samples.astype(np.float32), reference)
     x, y = (z.reshape(len(z), -1).astype(np.float32) for z in (samples, digits[2][:200]))
     of_x, of_y = metrics.outputs(network, x), metrics.outputs(network, y)
 
@@ -209,7 +209,7 @@ def test_judge_is_what_numpy_finds(digits, network, reference):
 
 def test_sliced_wasserstein_on_one_direction_is_scipys(digits, reference):
     one = reference._replace(directions=reference.directions[:1])
-    found = metrics.judge(digits[0][:200], one)["sliced_wasserstein"]
+    found = metrics.evaluate(digits[0][:200], one)["sliced_wasserstein"]
     x, y = (z[:200].reshape(200, -1) @ np.asarray(one.directions[0]) for z in digits[::2])
     # W_1 <= W_2, and W_2^2 <= W_1 times the largest distance.
     w1 = wasserstein_distance(x, y)
@@ -218,7 +218,7 @@ def test_sliced_wasserstein_on_one_direction_is_scipys(digits, reference):
 
 
 def test_the_reference_itself_is_at_zero(digits, reference):
-    found = metrics.judge(digits[2][:200], reference)
+    found = metrics.evaluate(digits[2][:200], reference)
     assert found["frechet"] < 1e-4
     assert found["sliced_wasserstein"] < 1e-5
     assert found["class_distance"] == found["class_entropy_gap"] == 0
@@ -230,10 +230,10 @@ def test_a_dropped_mode_and_noise_are_seen_above_the_floor(digits, network, refe
     train, labels, test, _ = digits
     half = np.concatenate([test[:200], train[:200]])
     floor = metrics.floor(KEY, half, network, num_directions=100)
-    real = metrics.judge(train[:200], reference)
-    even = metrics.judge(train[labels % 2 == 0][:200], reference)
+    real = metrics.evaluate(train[:200], reference)
+    even = metrics.evaluate(train[labels % 2 == 0][:200], reference)
     noise = np.asarray(jax.random.normal(KEY, (200, 8, 8, 1)))
-    noisy = metrics.judge(noise, reference)
+    noisy = metrics.evaluate(noise, reference)
     for name in ("frechet", "mmd2_features", "class_distance"):
         assert even[name] > 3 * abs(floor[name]), name
         assert even[name] > 3 * abs(real[name]), name
@@ -247,11 +247,11 @@ def test_a_dropped_mode_and_noise_are_seen_above_the_floor(digits, network, refe
 def test_bad_samples_are_refused(digits, network, reference):
     samples = digits[0][:20].copy()
     with pytest.raises(ValueError, match=r"\(20, 63\) is no sample of images \(8, 8, 1\)"):
-        metrics.judge(samples.reshape(20, -1)[:, :63], reference)
+        metrics.evaluate(samples.reshape(20, -1)[:, :63], reference)
     with pytest.raises(ValueError, match=r"\(20, 8, 8\) is no sample"):
-        metrics.judge(samples[..., 0], reference)
+        metrics.evaluate(samples[..., 0], reference)
     with pytest.raises(ValueError, match="two samples"):
-        metrics.judge(samples[:1], reference)
+        metrics.evaluate(samples[:1], reference)
     samples[5, 0] = np.nan
     with pytest.raises(ValueError, match="points is not finite in row 5"):
-        metrics.judge(samples, reference)
+        metrics.evaluate(samples, reference)
