@@ -10,9 +10,11 @@ resumes.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib import runs
 from lib.report.tables import write_summary
@@ -36,21 +38,27 @@ class Arguments(DeviceOptions):
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
 
 
-def run_one(config: FlowConfig | StudentConfig, seed: int, arguments: Arguments) -> runs.Run:
+def run_one(
+    config: FlowConfig | StudentConfig, seed: int, arguments: Arguments, mesh: Mesh | None = None
+) -> runs.Run:
     """One flow or one student, or finds it done."""
     if isinstance(config, StudentConfig):
-        return run_student(config, seed=seed, results=arguments.results)
-    return run_flow(config, seed=seed, results=arguments.results, data_root=arguments.data_root)
+        return run_student(config, seed=seed, results=arguments.results, mesh=mesh)
+    where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
+    return run_flow(config, seed=seed, mesh=mesh, **where)
 
 
 def run_group(
-    group: str, flows: Mapping[str, FlowConfig | StudentConfig], arguments: Arguments
+    group: str,
+    flows: Mapping[str, FlowConfig | StudentConfig],
+    arguments: Arguments,
+    mesh: Mesh | None = None,
 ) -> Path:
     """Runs the flows of a group and returns its summary: for each label its settings, steps
     (epochs of students), distances [seeds, records], seconds [seeds] and folders."""
     rows = []
     for label, config in flows.items():
-        done = [run_one(config, seed, arguments) for seed in arguments.seeds]
+        done = [run_one(config, seed, arguments, mesh) for seed in arguments.seeds]
         stored = [run.load_arrays() for run in done]
         row = {"label": label, "settings": asdict(config), "steps": stored[0]["steps"]}
         for name in (*tables.NAMES, "seconds"):
@@ -64,13 +72,13 @@ def run_group(
     return write_summary(path, summary, [tables.table(summary)], figures=plot.figures)
 
 
-def main(arguments: Arguments) -> list[Path]:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs the groups; returns their summaries."""
     groups = presets(arguments.preset)
     summaries = []
     for group in settings.chosen(arguments.only, groups, kind="group"):
         print(f"{group}, {len(groups[group])} flows x {len(arguments.seeds)} seeds")
-        summaries.append(run_group(group, groups[group], arguments))
+        summaries.append(run_group(group, groups[group], arguments, mesh))
     return summaries
 
 

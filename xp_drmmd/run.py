@@ -19,12 +19,13 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib import runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.kernels import median_bandwidth
 from lib.numerics import key_of_seed, named_key
-from lib.runs import NOT_HASHED, processes
+from lib.runs import NOT_HASHED
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from xp_drmmd import flows, metrics
@@ -33,7 +34,12 @@ from xp_drmmd.problems import problem
 
 
 def run_flow(
-    config: FlowConfig, *, seed: int, results: Path, data_root: Path | None = None
+    config: FlowConfig,
+    *,
+    seed: int,
+    results: Path,
+    data_root: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> runs.Run:
     """Runs one flow, or finds it done. Its folder holds particles [records, N, d], steps, target,
     the seconds it took, values, lambdas and gammas [T], mmd2, w1, w2 (and on the line kl)
@@ -65,7 +71,7 @@ def run_flow(
             record_every=every,
             run=run,
             description=name,
-            mesh=processes.current(),
+            mesh=mesh,
         )
         seconds = time.perf_counter() - began
         measured = [
@@ -144,12 +150,16 @@ def config_of(arguments: Arguments) -> FlowConfig:
     return FlowConfig(**values)
 
 
-def main(arguments: Arguments) -> Path:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Runs the flow, prints its distances, returns its folder."""
     config = config_of(arguments)
     print(flows.kernel_line(config), flush=True)
     run = run_flow(
-        config, seed=arguments.seed, results=arguments.results, data_root=arguments.data_root
+        config,
+        seed=arguments.seed,
+        results=arguments.results,
+        data_root=arguments.data_root,
+        mesh=mesh,
     )
     stored = run.load_arrays()
     print(f"{config.dataset}, {config.flow}, lambda {config.lmbda:g}, gamma {config.gamma:g}")

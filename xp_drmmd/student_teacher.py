@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lib import runs
 from lib.drmmd.features import feature_witness, prepare_target_features
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.numerics import PRNGKey, key_of_seed, named_key
-from lib.runs import processes
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
@@ -122,7 +122,9 @@ def objective(config: StudentConfig):
     return value_and_grad
 
 
-def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
+def run_student(
+    config: StudentConfig, *, seed: int, results: Path, mesh: Mesh | None = None
+) -> runs.Run:
     """One training. Its folder holds losses [T] of the batches, the seconds it took, and steps
     (epochs), train and validation [records], half the mean squared residual."""
     run = runs.open_run(results, EXPERIMENT, f"student-{config.flow}", config, seed=seed)
@@ -144,7 +146,7 @@ def run_student(config: StudentConfig, *, seed: int, results: Path) -> runs.Run:
         record_every=every,
         run=run,
         description=f"student, {config.flow}",
-        mesh=processes.current(),
+        mesh=mesh,
     )
     seconds = time.perf_counter() - began
     evaluate = jax.jit(lambda x: jnp.stack([loss(x, train), loss(x, validation)]))
@@ -193,12 +195,12 @@ def config_of(arguments: Arguments) -> StudentConfig:
     return replace(config, noise=(config.noise or 1.0) if arguments.with_noise == "true" else 0.0)
 
 
-def main(arguments: Arguments) -> Path:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Trains one student and prints its validation error."""
     config = config_of(arguments)
     form = "each of its own weights" if config.form == "particles" else "with one shared layer"
     print(f"{config.flow}, noise {config.noise:g}, {config.students} particles {form}", flush=True)
-    run = run_student(config, seed=arguments.seed, results=arguments.results)
+    run = run_student(config, seed=arguments.seed, results=arguments.results, mesh=mesh)
     stored = run.load_arrays()
     for i in np.unique(np.linspace(0, len(stored["steps"]) - 1, 11).round().astype(int)):
         print(f"  epoch {stored['steps'][i]:8.0f}: validation {stored['validation'][i]:.3e}")

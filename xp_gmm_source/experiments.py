@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from matplotlib import pyplot as plt
 
 from lib import runs
@@ -69,7 +70,9 @@ def chosen(arguments: Arguments) -> dict[str, dict[str, FlowConfig]]:
     return result
 
 
-def run_group(group: str, flows: dict[str, FlowConfig], arguments: Arguments) -> Path:
+def run_group(
+    group: str, flows: dict[str, FlowConfig], arguments: Arguments, mesh: Mesh | None = None
+) -> Path:
     """Runs the flows of a group and returns its summary: for each source its settings, measures
     [seeds, samplers] and folders."""
     done: dict[str, list[runs.Run]] = {label: [] for label in flows}
@@ -78,7 +81,11 @@ def run_group(group: str, flows: dict[str, FlowConfig], arguments: Arguments) ->
         for label, config in flows.items():
             done[label].append(
                 run_flow(
-                    config, seed=seed, results=arguments.results, data_root=arguments.data_root
+                    config,
+                    seed=seed,
+                    results=arguments.results,
+                    data_root=arguments.data_root,
+                    mesh=mesh,
                 )
             )
     rows: list[dict[str, Any]] = []
@@ -151,12 +158,12 @@ def mixture_figures(mixtures: Mixtures, summary: Path) -> list[Path]:
     return saved
 
 
-def main(arguments: Arguments) -> list[Path]:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs the groups; returns their summaries."""
     summaries = []
     for group, flows in chosen(arguments).items():
         print(f"{group}, {len(flows)} flows x {len(arguments.seeds)} seeds", flush=True)
-        summaries.append(run_group(group, flows, arguments))
+        summaries.append(run_group(group, flows, arguments, mesh))
     return summaries
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.sharding import Mesh
 
 from lib import flow_matching, runs
 from lib.datasets import Dataset, identity, load
@@ -25,7 +26,7 @@ from lib.flow_matching import sampling
 from lib.flow_matching.unet import UNet
 from lib.networks import convolution
 from lib.numerics import key_of_seed, named_key
-from lib.runs import files, processes
+from lib.runs import files
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
@@ -109,7 +110,12 @@ def known_by_content(config: FlowConfig, data_root: Path | None) -> FlowConfig:
 
 
 def fitted_mixture(
-    config: FlowConfig, train: Dataset, results: Path, *, show_progress: bool = True
+    config: FlowConfig,
+    train: Dataset,
+    results: Path,
+    *,
+    show_progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> gmm_files.ImageMixture:
     """The mixture of the training images, fitted or found in its folder."""
     wanted = FitConfig(
@@ -126,7 +132,7 @@ def fitted_mixture(
     if path.exists():
         stored = gmm_files.load(path)
     else:
-        found = fit_images(wanted, train.images, run=run, show_progress=show_progress)
+        found = fit_images(wanted, train.images, run=run, show_progress=show_progress, mesh=mesh)
         stored = image_mixture(found, train.image_shape)
         gmm_files.save(path, stored)
     if not run.finished:
@@ -169,7 +175,12 @@ def reference(config: FlowConfig, split: Split, results: Path) -> metrics.Refere
 
 
 def source_of(
-    config: FlowConfig, train: Dataset, results: Path, *, show_progress: bool = True
+    config: FlowConfig,
+    train: Dataset,
+    results: Path,
+    *,
+    show_progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> Source:
     """The source that the model is trained from."""
     match config.source:
@@ -179,7 +190,7 @@ def source_of(
             return norm_aligned(to_unit(train.images))
         case "dct":
             return frequency_source(to_unit(train.images), masked_share=config.masked_share)
-    stored = fitted_mixture(config, train, results, show_progress=show_progress)
+    stored = fitted_mixture(config, train, results, show_progress=show_progress, mesh=mesh)
     make = mode_coupled_source if config.coupling == "mode" else mixture_source
     return make(stored.mixture, mean=stored.mean, std=stored.std, pca=stored.projection)
 
@@ -247,6 +258,7 @@ def run_flow(
     results: Path,
     data_root: Path | None = None,
     show_progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> runs.Run:
     """Trains one model, or finds it done. See `evaluate_flow` for what its folder holds, beside
     losses [num_steps] and train_seconds."""
@@ -258,7 +270,7 @@ def run_flow(
     split = read(config, data_root)
     config = known
     reference_images = reference(config, split, results)
-    source = source_of(config, split.train, results, show_progress=show_progress)
+    source = source_of(config, split.train, results, show_progress=show_progress, mesh=mesh)
     train_key, evaluation_key = jax.random.split(key_of_seed(seed, shift=1000))
     began = time.perf_counter()
     trained = flow_matching.fit(
@@ -275,7 +287,7 @@ def run_flow(
         run=run,
         show_progress=show_progress,
         description=name,
-        mesh=processes.current(),
+        mesh=mesh,
     )
     seconds = time.perf_counter() - began
     sources = sampling_sources(config, source, split.train, show_progress=show_progress)
@@ -381,11 +393,15 @@ class Arguments(DeviceOptions, FlowConfig):
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
 
 
-def main(arguments: Arguments) -> Path:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Trains and evaluates one model, prints what it is worth, returns its folder."""
     config = settings_of(FlowConfig, arguments)
     run = run_flow(
-        config, seed=arguments.seed, results=arguments.results, data_root=arguments.data_root
+        config,
+        seed=arguments.seed,
+        results=arguments.results,
+        data_root=arguments.data_root,
+        mesh=mesh,
     )
     stored = run.load_arrays()
     shown = ("frechet", "mmd2_pixels", "sliced_wasserstein", "class_distance")

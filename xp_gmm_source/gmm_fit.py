@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib import gmm, runs
 from lib.datasets import file_stem, identity, load
@@ -30,7 +31,6 @@ from lib.gmm.em import fit, mean_log_likelihood
 from lib.gmm.moments import Rows, rows
 from lib.gmm.starts import Structure, kmeans_start
 from lib.numerics import named_key
-from lib.runs import processes
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
@@ -161,6 +161,7 @@ def fit_images(
     test_images: np.ndarray | None = None,
     run: runs.Run | None = None,
     show_progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> Fitted:
     """The mixture that `config` asks for, of uint8 images [n, H, W, channels].
 
@@ -174,7 +175,8 @@ def fit_images(
     if config.augmentation:
         images = flipped(images, config.random_state)
     began = time.perf_counter()
-    projection, dtype, devices = None, np.dtype(config.dtype), processes.current_devices()
+    projection, dtype = None, np.dtype(config.dtype)
+    devices = None if mesh is None else tuple(mesh.devices.flat)
     if num_pca:
         projection, points, kept = principal_components(images, num_pca, config.random_state)
         about["variance_kept"] = kept
@@ -311,7 +313,7 @@ def _finished(path: Path, settings: dict[str, Any]) -> bool:
     return gmm_files.load(path).about.get("settings") == settings
 
 
-def main(arguments: Arguments) -> Path:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Fits, writes the three files, says where they lie; returns the path of the npz."""
     config = settings_of(FitConfig, arguments)
     where: dict[str, Any] = {"data_root": arguments.data_root}
@@ -334,7 +336,7 @@ def main(arguments: Arguments) -> Path:
         f"{train.name}: {len(train.images)} images of {d} pixels, K = {config.n_components}, "
         f"{config.covariance_type}, {config.engine}"
     )
-    fitted = fit_images(config, train.images, test_images=test_images, run=run)
+    fitted = fit_images(config, train.images, test_images=test_images, run=run, mesh=mesh)
     fitted = fitted._replace(
         about=fitted.about | {"settings": settings, "environment": runs.environment()}
     )

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib.gd import DivergedError, flow_init, flow_step
 from lib.report.tables import write_summary
@@ -51,10 +52,18 @@ class Arguments(DeviceOptions):
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
 
 
-def seconds_per_step(config: AdaptationConfig, data_root: Path | None, repeats: int = 40) -> float:
+def seconds_per_step(
+    config: AdaptationConfig,
+    data_root: Path | None,
+    repeats: int = 40,
+    mesh: Mesh | None = None,
+) -> float:
     """Median wall time of a compiled step, on the task's own arrays."""
     x0, x_tgt, _ = domain_adaptation.data(0, config, data_root)
-    problem, optimizer = methods.problem(config.flow, x0, x_tgt), methods.optimizer(config.flow)
+    problem, optimizer = (
+        methods.problem(config.flow, x0, x_tgt, mesh),
+        methods.optimizer(config.flow),
+    )
     step = jax.jit(flow_step(problem.value_and_grad, optimizer))
     state, key, times = flow_init(optimizer, problem.start), jax.random.PRNGKey(0), []
     for _ in range(2 + repeats):
@@ -89,7 +98,7 @@ def measured(tries: list[dict], arguments: Arguments) -> dict:
     }
 
 
-def main(arguments: Arguments) -> Path:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Runs the options, prints the table as it grows, returns the summary's path."""
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
     rows = []
@@ -108,12 +117,16 @@ def main(arguments: Arguments) -> Path:
         try:
             tries = [
                 domain_adaptation.run_try(
-                    config, seed=seed, results=arguments.results, data_root=arguments.data_root
+                    config,
+                    seed=seed,
+                    results=arguments.results,
+                    data_root=arguments.data_root,
+                    mesh=mesh,
                 ).load_arrays()
                 for seed in seeds
             ]
             row: dict[str, Any] = measured(tries, arguments)
-            row["seconds_per_step"] = seconds_per_step(config, arguments.data_root)
+            row["seconds_per_step"] = seconds_per_step(config, arguments.data_root, mesh=mesh)
         except DivergedError as error:
             row = {"diverged": str(error)}
         rows.append({"option": option, "settings": asdict(flow), **row})

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib import datasets, runs
 from lib.networks import LeNet5, classification, optimizers
@@ -90,7 +91,12 @@ def _classifier(config: AdaptationConfig, known: AdaptationConfig, data_root: Pa
 
 
 def run_try(
-    config: AdaptationConfig, *, seed: int, results: Path, data_root: Path | None
+    config: AdaptationConfig,
+    *,
+    seed: int,
+    results: Path,
+    data_root: Path | None,
+    mesh: Mesh | None = None,
 ) -> runs.Run:
     """One flow. Its folder holds accuracies [records], steps, losses [T], matched [C] (the target
     class of each source class), classifier_accuracy and samples [records, C, d]."""
@@ -105,7 +111,14 @@ def run_try(
         f"{name}: the frozen classifier has {100 * test_accuracy:.1f}% on the target's test split"
     )
     losses, steps, images = methods.flow(
-        config.flow, x0, x_tgt, seed=seed, records=config.records, run=run, description=name
+        config.flow,
+        x0,
+        x_tgt,
+        seed=seed,
+        records=config.records,
+        run=run,
+        description=name,
+        mesh=mesh,
     )
     clipped = np.clip(images[-1], 0, 1)
     matched = match_classes(
@@ -170,14 +183,18 @@ def chosen(arguments: Arguments) -> list[AdaptationConfig]:
     return [replace(c, flow=replace(c.flow, **flow), **sizes) for c in configs]
 
 
-def main(arguments: Arguments) -> list[Path]:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs the flows, prints accuracies along them, draws the figure; returns the summaries."""
     tries = arguments.ntry or (1 if arguments.preset == "quick" else 3)
     summaries = []
     for config in chosen(arguments):
         folders = [
             run_try(
-                config, seed=seed, results=arguments.results, data_root=arguments.data_root
+                config,
+                seed=seed,
+                results=arguments.results,
+                data_root=arguments.data_root,
+                mesh=mesh,
             ).folder
             for seed in range(tries)
         ]

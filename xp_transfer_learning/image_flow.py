@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib import datasets, mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.report.tables import Table, write_summary
-from lib.runs import processes
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import plot
@@ -52,7 +52,12 @@ def data(key, config: ImageFlowConfig, data_root: Path | None):
 
 
 def run_flow(
-    config: ImageFlowConfig, *, seed: int, results: Path, data_root: Path | None
+    config: ImageFlowConfig,
+    *,
+    seed: int,
+    results: Path,
+    data_root: Path | None,
+    mesh: Mesh | None = None,
 ) -> runs.Run:
     """Runs one flow, or finds it done. Its folder holds losses [T], particles
     [records, C, n, d], steps, x_tgt and image_shape."""
@@ -73,7 +78,7 @@ def run_flow(
             n_projs=config.num_directions,
             n_sample_batch=config.n_sample_batch,
             block_size=config.block_size,
-            mesh=processes.current(),
+            mesh=mesh,
         )
 
     print(f"{config.source} -> {config.target}: {config.n_epochs} steps of {tuple(x0.shape)}")
@@ -88,7 +93,7 @@ def run_flow(
         record_every=config.record_every,
         run=run,
         description=name,
-        mesh=processes.current(),
+        mesh=mesh,
     )
     run.finish(
         losses=losses,
@@ -189,7 +194,7 @@ def chosen(arguments: Arguments) -> list[ImageFlowConfig]:
     return [replace(config, **replaced) for config in configs]
 
 
-def main(arguments: Arguments) -> list[Path]:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs the flows and draws their figures; returns the run folders."""
     folders = []
     asked_for = bool(arguments.src_dataset or arguments.tgt_dataset)
@@ -200,6 +205,7 @@ def main(arguments: Arguments) -> list[Path]:
                 seed=arguments.seed,
                 results=arguments.results,
                 data_root=arguments.data_root,
+                mesh=mesh,
             )
         except FileNotFoundError as error:
             if asked_for:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from lib import mmd
 from lib.gd import TargetValueAndGrad, recorded_steps, wasserstein_gradient_descent
 from lib.numerics import named_key
-from lib.runs import Run, processes
+from lib.runs import Run
 from lib.sliced_wasserstein import orthogonal_directions, random_directions
 from xp_transfer_learning.config import FlowSettings
 from xp_transfer_learning.product_kernel import MOMENTS, product_value_and_grad, with_moments
@@ -36,9 +36,11 @@ def flow(
     records: int,
     run: Run,
     description: str,
+    mesh: Mesh | None = None,
 ) -> Flowed:
-    """Moves x0 [C, n, d] to x_tgt [D, k, d] by `settings`, saving into, or resuming, `run`."""
-    moved = problem(settings, x0, x_tgt)
+    """Moves x0 [C, n, d] to x_tgt [D, k, d] by `settings`, saving into, or resuming, `run`. The
+    devices of `mesh` share what can be shared."""
+    moved = problem(settings, x0, x_tgt, mesh)
     every = max(1, settings.n_epochs // records)
     losses, particles = wasserstein_gradient_descent(
         moved.start,
@@ -50,31 +52,29 @@ def flow(
         record_every=every,
         run=run,
         description=f"{description}, try {seed}",
-        mesh=moved.mesh,
+        mesh=mesh,
     )
     images = np.asarray(moved.points(particles))
     return Flowed(losses, recorded_steps(settings.n_epochs, every), images)
 
 
 class Problem(NamedTuple):
-    """`start` and `target` are what `lib.gd` moves and aims at; `points` takes such particles
-    [..., n, d'] to images [..., n, d]; the devices of `mesh` share what can be shared."""
+    """`start` and `target` are what `lib.gd` moves, and where to; `points` takes such particles
+    [..., n, d'] to images [..., n, d]."""
 
     start: Array
     target: Array
     value_and_grad: TargetValueAndGrad
     points: Callable[[Any], Array]
-    mesh: Mesh | None = None
 
 
-def problem(settings: FlowSettings, x0: Array, x_tgt: Array) -> Problem:
+def problem(settings: FlowSettings, x0: Array, x_tgt: Array, mesh: Mesh | None = None) -> Problem:
     """The flow of x0 [C, n, d] to x_tgt [D, k, d] by `settings.method`."""
-    mesh = processes.current()
     value_and_grad = _value_and_grad(settings, mesh)
     if settings.method == "mmd_product":
         extended = with_moments(x0, x_tgt)
-        return Problem(*extended, value_and_grad, lambda x: x[..., :-MOMENTS], mesh)
-    return Problem(x0, x_tgt, value_and_grad, lambda x: x, mesh)
+        return Problem(*extended, value_and_grad, lambda x: x[..., :-MOMENTS])
+    return Problem(x0, x_tgt, value_and_grad, lambda x: x)
 
 
 @cache

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.sharding import Mesh
 
 from lib import datasets, mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.report.tables import write_summary
-from lib.runs import processes
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import plot, tables
@@ -47,9 +47,9 @@ class Sweep(NamedTuple):
     n_epochs: int
 
 
-def sweeps(config: RingsConfig) -> list[Sweep]:
+def sweeps(config: RingsConfig, mesh: Mesh | None = None) -> list[Sweep]:
     """The sweeps of Figure 1 and appendix D.2, and a decaying step."""
-    mesh = None if config.num_levels else processes.current()
+    mesh = None if config.num_levels else mesh
     shared = {"n_projs": config.num_directions, "num_levels": config.num_levels, "mesh": mesh}
 
     def over(target, values):
@@ -145,14 +145,14 @@ class Arguments(DeviceOptions):
     results: Path = Path("results")
 
 
-def main(arguments: Arguments) -> Path:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Runs the preset, prints the last losses beside the published ones, draws the figures, and
     returns the path of the summary."""
     seeds = arguments.seeds or ((0,) if arguments.preset == "quick" else (0, 1, 2, 3, 4))
     rows = []
     for config in RINGS[arguments.preset]:
         estimator = "exact" if config.num_levels is None else f"{config.num_levels} percentiles"
-        for sweep in sweeps(config):
+        for sweep in sweeps(config, mesh):
             folders = [
                 run_sweep(sweep, config, seed=seed, results=arguments.results).folder
                 for seed in seeds

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib import datasets, runs
 from lib.networks import LeNet5, classification, optimizers
 from lib.numerics import key_of_seed
 from lib.report.spreads import mean_and_spread, spread
 from lib.report.tables import write_summary
-from lib.runs import processes
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import methods, plot, tables
@@ -68,7 +68,14 @@ def _setting(config: TransferConfig) -> str:
     return f"{pair_name(config.source, config.target)}-k{config.k_shot}-{config.flow.method}"
 
 
-def flow(config: TransferConfig, *, seed: int, results: Path, data_root: Path | None) -> dict:
+def flow(
+    config: TransferConfig,
+    *,
+    seed: int,
+    results: Path,
+    data_root: Path | None,
+    mesh: Mesh | None = None,
+) -> dict:
     """The flowed images of one try: particles [records, C, n, d] (none for target_only), steps,
     losses, x_tgt, image_shape. Stored, and read back if done before."""
     name = f"transfer_{_setting(config)}"
@@ -83,7 +90,14 @@ def flow(config: TransferConfig, *, seed: int, results: Path, data_root: Path | 
             stored |= {"steps": np.zeros(1, np.int64), "losses": np.zeros(0, np.float32)}
         else:
             stored["losses"], stored["steps"], stored["particles"] = methods.flow(
-                settings, x0, x_tgt, seed=seed, records=config.records, run=run, description=name
+                settings,
+                x0,
+                x_tgt,
+                seed=seed,
+                records=config.records,
+                run=run,
+                description=name,
+                mesh=mesh,
             )
         run.finish(**stored)
     return run.load_arrays()
@@ -107,7 +121,14 @@ def training_set(particles, x_tgt, image_shape, labelling):
 
 
 def accuracies(
-    images, labels, test_images, test_labels, config: TrainingConfig, *, seed: int
+    images,
+    labels,
+    test_images,
+    test_labels,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Test accuracy of `config.num_trainings` networks trained from keys of their own."""
     keys = jax.random.split(key_of_seed(seed, shift=1_000_000), config.num_trainings)
@@ -120,7 +141,7 @@ def accuracies(
         optimizer=optimizers.adam(config.lr),
         num_epochs=config.n_epochs,
         batch_size=config.batch_size,
-        mesh=processes.current(),
+        mesh=mesh,
     )
     test_images, test_labels = jnp.asarray(test_images), jnp.asarray(test_labels)
     return np.asarray(
@@ -138,6 +159,7 @@ def run_try(
     results: Path,
     data_root: Path | None,
     along: bool = False,
+    mesh: Mesh | None = None,
 ) -> dict:
     """One try: accuracies [records, trainings] and label_agreement [records] at `steps`, the last
     record only unless `along`; the flow's losses."""
@@ -146,7 +168,7 @@ def run_try(
     settings = {"transfer": known, "training": training, "along": along}
     run = runs.open_run(results, EXPERIMENT, name, settings, seed=seed)
     if not run.finished:
-        flowed = flow(config, seed=seed, results=results, data_root=data_root)
+        flowed = flow(config, seed=seed, results=results, data_root=data_root, mesh=mesh)
         shape = stored_shape(flowed)
         test = shaped(load(config.target, "test", data_root), shape)
         test_images = np.asarray(datasets.flat(test)).reshape(-1, *shape)
@@ -156,7 +178,9 @@ def run_try(
             images, labels, right = training_set(
                 flowed["particles"][record], flowed["x_tgt"], shape, training.labelling
             )
-            rows.append(accuracies(images, labels, test_images, test.labels, training, seed=seed))
+            rows.append(
+                accuracies(images, labels, test_images, test.labels, training, seed=seed, mesh=mesh)
+            )
             agreements.append(right)
         run.finish(
             accuracies=np.stack(rows),
@@ -227,18 +251,19 @@ def preset(arguments: Arguments) -> list[Arguments]:
     return [arguments]
 
 
-def main(arguments: Arguments) -> list[Path]:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs what the preset or the arguments say; returns the summaries' paths."""
-    return [run_table(one) for one in preset(arguments)]
+    return [run_table(one, mesh) for one in preset(arguments)]
 
 
-def run_table(arguments: Arguments) -> Path:
+def run_table(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Runs every k and method, prints and stores accuracies; returns the summary's path."""
     given: dict[str, Any] = {"n_epochs": arguments.n_epochs_wgd, "lr": arguments.lr}
     given |= {"decay": arguments.decay, "m": arguments.m}
     given = {name: value for name, value in given.items() if value is not None}
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
     where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
+    where["mesh"] = mesh
     num_classes = 0, 0
     if "target_only" in arguments.method:
         named = arguments.src_dataset, arguments.tgt_dataset

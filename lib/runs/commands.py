@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,12 +20,14 @@ SEEDS = ("seed", "seeds", "first_seed", "random_state", "random_seed")
 """Options that are a seed, or several."""
 
 
-def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: str = "") -> None:
-    """`main(parse())` on the devices that the arguments ask for, if they extend
-    `DeviceOptions`; errors as `lib.runs.console.one_line_errors` has them, `lower` what memory
-    depends on. A stop where there is nothing to save, as before the first step, ends in one line
-    too. Before the work seeds are checked (`lib.numerics.check_seed`), and the folders that results
-    go to are made, and written to for a trial.
+def run_command(main: Callable[..., Any], parse: Callable[[], Any], *, lower: str = "") -> None:
+    """`main(parse())`, or `main(parse(), mesh)` where the arguments extend `DeviceOptions`, with
+    the mesh of the devices that they ask for (None for one device).
+
+    Errors are as `lib.runs.console.one_line_errors` has them, `lower` what memory depends on. A
+    stop where there is nothing to save, as before the first step, ends in one line too. Before the
+    work seeds are checked (`lib.numerics.check_seed`), and the folders that results go to are made,
+    and written to for a trial.
 
     Where several processes work together, one that fails ends at once, and so do those that wait
     for it: what they have saved is in the runs' folders.
@@ -34,11 +36,11 @@ def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: 
         with console.one_line_errors():
             arguments = parse()
             _check_seeds(arguments)
-            with _started(arguments):
+            with _started(arguments) as given:
                 try:
                     with console.one_line_errors(lower=lower):
                         _check_outputs(arguments)
-                        main(arguments)
+                        main(arguments, *given)
                 except BaseException as error:
                     if processes.several_processes() and not _all_stop(error):
                         _end_alone(error)
@@ -50,11 +52,15 @@ def run_command(main: Callable[[Any], Any], parse: Callable[[], Any], *, lower: 
         sys.exit(console.STATUS_OF_A_STOP)
 
 
-def _started(arguments: Any) -> contextlib.AbstractContextManager:
-    """What benchmarks run on they choose themselves."""
-    if isinstance(arguments, DeviceOptions):
-        return processes.started(settings_of(DeviceOptions, arguments))
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def _started(arguments: Any) -> Iterator[tuple]:
+    """What `main` gets after the arguments: the mesh, if they extend `DeviceOptions`. What
+    benchmarks run on they choose themselves."""
+    if not isinstance(arguments, DeviceOptions):
+        yield ()
+        return
+    with processes.started(settings_of(DeviceOptions, arguments)) as mesh:
+        yield (mesh,)
 
 
 def _check_seeds(arguments: Any) -> None:

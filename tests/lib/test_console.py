@@ -170,7 +170,7 @@ def test_one_line_errors_name_the_kind_and_leave_the_status(capsys):
 
 
 def test_a_command_stopped_before_its_first_step_ends_in_one_line(capsys):
-    def main(arguments):
+    def main(arguments, mesh):
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(SystemExit) as stopped:
