@@ -43,7 +43,7 @@ class Options:
     num_per_class: int = 200
     size: int | None = None
     """Side of the images; None: the source's."""
-    n_epochs_wgd: int = METHODS["mmdsw"].n_epochs
+    n_epochs_wgd: int = METHODS["mmdsw"].num_steps
     rounds: int = 5
     """Rounds of timing, each of 10 steps of ours and 2 published ones."""
     seed: int = 0
@@ -80,8 +80,8 @@ def per_step(contenders: dict, key, rounds: int) -> dict:
 def train_both(images, labels, config: TrainingConfig) -> dict[str, float]:
     """Seconds, compiling and all, of the trainings at once, and one after the other."""
     options = {
-        "optimizer": optimizers.adam(config.lr),
-        "num_epochs": config.n_epochs,
+        "optimizer": optimizers.adam(config.learning_rate),
+        "num_epochs": config.num_epochs,
         "batch_size": config.batch_size,
     }
     network = LeNet5()
@@ -103,7 +103,7 @@ def main(options: Options) -> None:
         options.k_shot,
         num_per_class=options.num_per_class,
         size=options.size,
-        flow=dataclasses.replace(METHODS["mmdsw"], n_epochs=options.n_epochs_wgd),
+        flow=dataclasses.replace(METHODS["mmdsw"], num_steps=options.n_epochs_wgd),
     )
     x0, x_tgt, image_shape = transfer.data(options.seed, config, options.data_root)
     key = jax.random.PRNGKey(options.seed)
@@ -135,9 +135,9 @@ def main(options: Options) -> None:
             x_tgt,
             problem.value_and_grad,
             key,
-            n_epochs=config.flow.n_epochs,
+            n_epochs=config.flow.num_steps,
             optimizer=optimizer,
-            record_every=config.flow.n_epochs,
+            record_every=config.flow.num_steps,
         )
     )
     training = TrainingConfig()
@@ -155,7 +155,7 @@ def main(options: Options) -> None:
     for name, one in found.items():
         print(f"{name:10s} {1e3 * one['step']:7.1f} ms/step, compiling {one['compiling']:.1f} s")
     print(
-        f"ours       {ours:7.1f} s: flow {whole:.1f} (compiling included, {config.flow.n_epochs} "
+        f"ours       {ours:7.1f} s: flow {whole:.1f} (compiling included, {config.flow.num_steps} "
         f"steps), labels {labelling:.2f}, five trainings at once {trained['at_once']:.1f}"
     )
     print(

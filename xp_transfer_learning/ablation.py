@@ -102,10 +102,10 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Runs the options, prints the table as it grows, returns the summary's path."""
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
     rows = []
-    for option, lr in product(arguments.options, arguments.lr or (None,)):
-        flow = replace(ABLATION[option], n_epochs=arguments.n_epochs_wgd)
-        if lr is not None:
-            flow = replace(flow, lr=lr)
+    for option, step_size in product(arguments.options, arguments.lr or (None,)):
+        flow = replace(ABLATION[option], num_steps=arguments.n_epochs_wgd)
+        if step_size is not None:
+            flow = replace(flow, step_size=step_size)
         config = AdaptationConfig(
             arguments.src_dataset,
             arguments.tgt_dataset,

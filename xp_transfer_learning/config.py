@@ -18,8 +18,8 @@ class RingsConfig:
     num_directions: int = 500
     num_levels: int | None = None
     """None: exact sliced-Wasserstein. 100: the published percentile approximation."""
-    n_epochs: int = 501
-    lr: float = 0.1
+    num_steps: int = 501
+    step_size: float = 0.1
     gaussian: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
     """Bandwidths h of exp(-SW2^2 / 2h); likewise for the next two."""
     imq: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
@@ -27,11 +27,11 @@ class RingsConfig:
     riesz: tuple[float, ...] = (0.5, 1.0, 1.5)
     """Exponents r of -SW2^r."""
     momenta: tuple[float, ...] = (0.0, 0.25, 0.6, 0.9)
-    """Riesz, r = 1, with `momentum_lr` and `momentum_epochs`."""
-    momentum_lr: float = 0.01
-    momentum_epochs: int = 251
+    """Riesz, r = 1, with `momentum_step_size` and `momentum_steps`."""
+    momentum_step_size: float = 0.01
+    momentum_steps: int = 251
     decay: bool = True
-    """Also Riesz, r = 1, with a step that falls linearly from lr to 0."""
+    """Also Riesz, r = 1, with a linear decay of the step size to 0."""
 
 
 RINGS: dict[str, tuple[RingsConfig, ...]] = {
@@ -52,10 +52,10 @@ class ImageFlowConfig:
     split: Literal["train", "test"] = "train"
     num_per_class: int = 200
     num_directions: int = 500
-    n_epochs: int = 100_000
-    lr: float = 0.05
+    num_steps: int = 100_000
+    step_size: float = 0.05
     decay: bool = False
-    """The step falls linearly from lr to 0; then lr can be far larger."""
+    """The step decays linearly from step_size to 0, which then can be far larger."""
     m: float = 0.9
     n_sample_batch: int | None = None
     """Points drawn from every target class at each step; None takes all. The flow then ends at a
@@ -71,17 +71,19 @@ ROTATED, INVERTED = "digits:rotated", "digits:inverted"
 NOISE = "noise"
 
 QUICK_DIGITS = ImageFlowConfig(
-    "digits", ROTATED, num_per_class=60, n_epochs=400, lr=8.0, decay=True, record_every=10
+    "digits", ROTATED, num_per_class=60, num_steps=400, step_size=8.0, decay=True, record_every=10
 )
 QUICK_WITH_DATA = ImageFlowConfig(
-    num_per_class=50, n_epochs=500, lr=20.0, decay=True, record_every=10
+    num_per_class=50, num_steps=500, step_size=20.0, decay=True, record_every=10
 )
 IMAGE_FLOWS: dict[str, tuple[ImageFlowConfig, ...]] = {
     "quick": (QUICK_DIGITS, replace(QUICK_DIGITS, target=INVERTED)),
     # Ours in 5,000 steps, generative ones too, then the published 100,000 small ones.
     "paper": (
-        ImageFlowConfig(n_epochs=5_000, lr=20.0, decay=True, record_every=50),
-        ImageFlowConfig(NOISE, "mnist", n_epochs=5_000, lr=20.0, decay=True, record_every=50),
+        ImageFlowConfig(num_steps=5_000, step_size=20.0, decay=True, record_every=50),
+        ImageFlowConfig(
+            NOISE, "mnist", num_steps=5_000, step_size=20.0, decay=True, record_every=50
+        ),
         # Four times the pixels, four times the directions: with 500 the steps' noise outweighs
         # what they gain, and the images stay noisy.
         ImageFlowConfig(
@@ -89,8 +91,8 @@ IMAGE_FLOWS: dict[str, tuple[ImageFlowConfig, ...]] = {
             "cifar10",
             num_per_class=50,
             num_directions=2_000,
-            n_epochs=3_000,
-            lr=40.0,
+            num_steps=3_000,
+            step_size=40.0,
             decay=True,
             record_every=100,
         ),
@@ -108,8 +110,8 @@ class FlowSettings:
     """How a method moves the source images of a transfer."""
 
     method: Method = "mmdsw"
-    n_epochs: int = 1000
-    lr: float = 20.0
+    num_steps: int = 1000
+    step_size: float = 20.0
     """The step size; `decay`: it falls linearly to 0."""
     decay: bool = True
     m: float = 0.9
@@ -128,10 +130,10 @@ class FlowSettings:
 METHODS: dict[str, FlowSettings] = {
     "mmdsw": FlowSettings(),
     "mmd_product": FlowSettings(
-        "mmd_product", n_epochs=1000, lr=10.0, decay=False, m=0.9, noise=0.01
+        "mmd_product", num_steps=1000, step_size=10.0, decay=False, m=0.9, noise=0.01
     ),
-    "otdd": FlowSettings("otdd", n_epochs=100, lr=0.1, decay=False, m=0.0, epsilon=0.01),
-    "target_only": FlowSettings("target_only", n_epochs=0),
+    "otdd": FlowSettings("otdd", num_steps=100, step_size=0.1, decay=False, m=0.0, epsilon=0.01),
+    "target_only": FlowSettings("target_only", num_steps=0),
 }
 
 
@@ -157,9 +159,9 @@ class TransferConfig:
 class TrainingConfig:
     """LeNet-5 on the target images and the flowed ones."""
 
-    n_epochs: int = 50
+    num_epochs: int = 50
     batch_size: int = 64
-    lr: float = 1e-3
+    learning_rate: float = 1e-3
     """Of Adam."""
     num_trainings: int = 5
     labelling: Labelling = "transport"
@@ -174,11 +176,11 @@ class AdaptationConfig:
     num_per_class: int = 500
     size: int | None = None
     """Side of the images; None: the target's."""
-    flow: FlowSettings = FlowSettings(n_epochs=2000)
+    flow: FlowSettings = FlowSettings(num_steps=2000)
     records: int = 30
-    n_epochs_nn: int = 50
+    num_epochs: int = 50
     """Epochs, and Adam's step size, of the classifier."""
-    lr_nn: float = 1e-3
+    learning_rate: float = 1e-3
     num_matched: int = 200
     """Images a class that the optimal transport between classes looks at."""
 
@@ -190,9 +192,9 @@ ADAPTATION: dict[str, tuple[AdaptationConfig, ...]] = {
             "digits",
             num_per_class=40,
             size=28,
-            flow=FlowSettings(n_epochs=300),
+            flow=FlowSettings(num_steps=300),
             records=10,
-            n_epochs_nn=30,
+            num_epochs=30,
         ),
     ),
     "paper": tuple(AdaptationConfig(source) for source in ("fashion_mnist", "usps", "kmnist")),
@@ -203,13 +205,13 @@ ADAPTATION: dict[str, tuple[AdaptationConfig, ...]] = {
 # table does not use (`ablation.py --first_seed 100 --ntry 1 --lr ...`), except the published one.
 ABLATION: dict[str, FlowSettings] = {
     "ours": FlowSettings(),
-    "published: constant step": FlowSettings(lr=1.0, decay=False),
-    "constant step": FlowSettings(lr=10.0, decay=False),
-    "constant step, m = 0": FlowSettings(lr=30.0, decay=False, m=0.0),
-    "falling step, m = 0": FlowSettings(lr=100.0, m=0.0),
+    "published: constant step": FlowSettings(step_size=1.0, decay=False),
+    "constant step": FlowSettings(step_size=10.0, decay=False),
+    "constant step, m = 0": FlowSettings(step_size=30.0, decay=False, m=0.0),
+    "falling step, m = 0": FlowSettings(step_size=100.0, m=0.0),
     "orthogonal directions": FlowSettings(directions="orthogonal"),
     "100 directions": FlowSettings(num_directions=100),
     "2,000 directions": FlowSettings(num_directions=2000),
-    "Adam": FlowSettings(optimizer="adam", lr=0.1),
-    "L-BFGS": FlowSettings(optimizer="lbfgs", lr=1.0),
+    "Adam": FlowSettings(optimizer="adam", step_size=0.1),
+    "L-BFGS": FlowSettings(optimizer="lbfgs", step_size=1.0),
 }

@@ -81,8 +81,8 @@ def _classifier(config: AdaptationConfig, known: AdaptationConfig, data_root: Pa
         network,
         x_tgt.reshape(-1, *image_shape),
         jnp.repeat(jnp.arange(num_classes), n),
-        optimizer=optimizers.adam(config.lr_nn),
-        num_epochs=config.n_epochs_nn,
+        optimizer=optimizers.adam(config.learning_rate),
+        num_epochs=config.num_epochs,
     )
     test = shaped(load(config.target, "test", data_root), image_shape)
     images = datasets.flat(test).reshape(-1, *image_shape)
@@ -173,8 +173,8 @@ def chosen(arguments: Arguments) -> list[AdaptationConfig]:
         named: dict[str, Any] = {"source": arguments.src_dataset, "target": arguments.tgt_dataset}
         configs = [AdaptationConfig(**{k: v for k, v in named.items() if v})]
     flow: dict[str, Any] = {
-        "n_epochs": arguments.n_epochs_wgd,
-        "lr": arguments.lr,
+        "num_steps": arguments.n_epochs_wgd,
+        "step_size": arguments.lr,
         "decay": arguments.decay,
     }
     flow = {k: v for k, v in flow.items() if v is not None}

@@ -81,14 +81,14 @@ def run_flow(
             mesh=mesh,
         )
 
-    print(f"{config.source} -> {config.target}: {config.n_epochs} steps of {tuple(x0.shape)}")
+    print(f"{config.source} -> {config.target}: {config.num_steps} steps of {tuple(x0.shape)}")
     losses, particles = wasserstein_gradient_descent(
         x0,
         x_tgt,
         target_value_and_grad,
         key_flow,
-        n_epochs=config.n_epochs,
-        lr=_linear_decay(config.lr, config.n_epochs) if config.decay else config.lr,
+        n_epochs=config.num_steps,
+        lr=_linear_decay(config.step_size, config.num_steps) if config.decay else config.step_size,
         m=config.m,
         record_every=config.record_every,
         run=run,
@@ -98,7 +98,7 @@ def run_flow(
     run.finish(
         losses=losses,
         particles=particles,
-        steps=recorded_steps(config.n_epochs, config.record_every),
+        steps=recorded_steps(config.num_steps, config.record_every),
         x_tgt=np.asarray(x_tgt),
         image_shape=np.asarray(image_shape),
     )
@@ -142,8 +142,8 @@ def report(run: runs.Run, config: ImageFlowConfig, seed: int) -> None:
     print(f"arrays:  {run.arrays}")
 
 
-def _linear_decay(lr: float, n_epochs: int):
-    return lambda step: lr * (1 - step / n_epochs)
+def _linear_decay(step_size: float, num_steps: int):
+    return lambda step: step_size * (1 - step / num_steps)
 
 
 def with_data(data_root: Path | None) -> bool:
@@ -186,11 +186,18 @@ def chosen(arguments: Arguments) -> list[ImageFlowConfig]:
     if arguments.src_dataset or arguments.tgt_dataset:
         named: dict[str, Any] = {"source": arguments.src_dataset, "target": arguments.tgt_dataset}
         configs = [replace(ImageFlowConfig(), **{k: v for k, v in named.items() if v})]
-    fields = (
-        "num_per_class", "num_directions", "n_epochs", "lr", "decay", "m", "record_every",
-        "block_size", "n_sample_batch",
-    )  # fmt: skip
-    replaced = {f: getattr(arguments, f) for f in fields if getattr(arguments, f) is not None}
+    given: dict[str, Any] = {
+        "num_per_class": arguments.num_per_class,
+        "num_directions": arguments.num_directions,
+        "num_steps": arguments.n_epochs,
+        "step_size": arguments.lr,
+        "decay": arguments.decay,
+        "m": arguments.m,
+        "record_every": arguments.record_every,
+        "block_size": arguments.block_size,
+        "n_sample_batch": arguments.n_sample_batch,
+    }
+    replaced = {name: value for name, value in given.items() if value is not None}
     return [replace(config, **replaced) for config in configs]
 
 

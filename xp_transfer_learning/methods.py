@@ -41,13 +41,13 @@ def flow(
     """Moves x0 [C, n, d] to x_tgt [D, k, d] by `settings`, saving into, or resuming, `run`. The
     devices of `mesh` share what can be shared."""
     moved = problem(settings, x0, x_tgt, mesh)
-    every = max(1, settings.n_epochs // records)
+    every = max(1, settings.num_steps // records)
     losses, particles = wasserstein_gradient_descent(
         moved.start,
         moved.target,
         moved.value_and_grad,
         named_key(jax.random.PRNGKey(seed), f"flow by {settings.method}"),
-        n_epochs=settings.n_epochs,
+        n_epochs=settings.num_steps,
         optimizer=optimizer(settings),
         record_every=every,
         run=run,
@@ -55,7 +55,7 @@ def flow(
         mesh=mesh,
     )
     images = np.asarray(moved.points(particles))
-    return Flowed(losses, recorded_steps(settings.n_epochs, every), images)
+    return Flowed(losses, recorded_steps(settings.num_steps, every), images)
 
 
 class Problem(NamedTuple):
@@ -97,12 +97,12 @@ def _value_and_grad(settings: FlowSettings, mesh: Mesh | None) -> TargetValueAnd
 
 @cache
 def optimizer(settings: FlowSettings) -> optax.GradientTransformation:
-    """The optimizer of the particles, its step constant or falling linearly to 0."""
-    lr = settings.lr
+    """The optimizer of the particles, its step size constant or with linear decay."""
+    step_size = settings.step_size
     if settings.decay:
-        lr = optax.linear_schedule(settings.lr, 0.0, settings.n_epochs)
+        step_size = optax.linear_schedule(settings.step_size, 0.0, settings.num_steps)
     if settings.optimizer == "adam":
-        return optax.adam(lr)
+        return optax.adam(step_size)
     if settings.optimizer == "lbfgs":
-        return optax.lbfgs(lr, memory_size=10, linesearch=None)
-    return optax.sgd(lr, momentum=settings.m or None)
+        return optax.lbfgs(step_size, memory_size=10, linesearch=None)
+    return optax.sgd(step_size, momentum=settings.m or None)

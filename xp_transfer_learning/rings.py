@@ -44,7 +44,7 @@ class Sweep(NamedTuple):
     values: tuple[float, ...]
     target_value_and_grad: Callable
     optimizer: optax.GradientTransformation
-    n_epochs: int
+    num_steps: int
 
 
 def sweeps(config: RingsConfig, mesh: Mesh | None = None) -> list[Sweep]:
@@ -61,7 +61,7 @@ def sweeps(config: RingsConfig, mesh: Mesh | None = None) -> list[Sweep]:
 
         return value_and_grad
 
-    constant = optax.sgd(config.lr)
+    constant = optax.sgd(config.step_size)
     listed = [
         Sweep(
             kernel,
@@ -69,22 +69,20 @@ def sweeps(config: RingsConfig, mesh: Mesh | None = None) -> list[Sweep]:
             getattr(config, kernel),
             over(getattr(mmd, f"target_value_and_grad_{kernel}"), getattr(config, kernel)),
             constant,
-            config.n_epochs,
+            config.num_steps,
         )
         for kernel in ("gaussian", "imq", "laplace", "riesz")
     ]
     riesz = mmd.target_value_and_grad_riesz
     ones = (1.0,) * len(config.momenta)
     decays = jnp.asarray(config.momenta)[:, None, None, None]
-    heavy_ball = optax.chain(optax.trace(decays), optax.scale(-config.momentum_lr))
+    heavy_ball = optax.chain(optax.trace(decays), optax.scale(-config.momentum_step_size))
     listed.append(
-        Sweep(
-            "momentum", "m", config.momenta, over(riesz, ones), heavy_ball, config.momentum_epochs
-        )
+        Sweep("momentum", "m", config.momenta, over(riesz, ones), heavy_ball, config.momentum_steps)
     )
     if config.decay:
-        falling = optax.sgd(optax.linear_schedule(config.lr, 0.0, config.n_epochs))
-        listed.append(Sweep("decay", "r", (1.0,), over(riesz, (1.0,)), falling, config.n_epochs))
+        falling = optax.sgd(optax.linear_schedule(config.step_size, 0.0, config.num_steps))
+        listed.append(Sweep("decay", "r", (1.0,), over(riesz, (1.0,)), falling, config.num_steps))
     return listed
 
 
@@ -102,8 +100,8 @@ def run_sweep(sweep: Sweep, config: RingsConfig, *, seed: int, results: Path) ->
     settings = {
         "parameter": sweep.parameter,
         "values": sweep.values,
-        "n_epochs": sweep.n_epochs,
-        "lr": config.momentum_lr if sweep.name == "momentum" else config.lr,
+        "num_steps": sweep.num_steps,
+        "step_size": config.momentum_step_size if sweep.name == "momentum" else config.step_size,
         "num_points": config.num_points,
         "num_directions": config.num_directions,
         "num_levels": config.num_levels,
@@ -120,7 +118,7 @@ def run_sweep(sweep: Sweep, config: RingsConfig, *, seed: int, results: Path) ->
         x_tgt,
         sweep.target_value_and_grad,
         key_flow,
-        n_epochs=sweep.n_epochs,
+        n_epochs=sweep.num_steps,
         optimizer=sweep.optimizer,
         record_every=every,
         run=run,
@@ -130,7 +128,7 @@ def run_sweep(sweep: Sweep, config: RingsConfig, *, seed: int, results: Path) ->
     run.finish(
         losses=losses,
         particles=particles,
-        steps=recorded_steps(sweep.n_epochs, every),
+        steps=recorded_steps(sweep.num_steps, every),
         x_tgt=np.asarray(x_tgt),
         values=np.asarray(sweep.values),
     )
@@ -165,7 +163,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
                         "estimator": estimator,
                         "parameter": sweep.parameter,
                         "value": value,
-                        "n_epochs": sweep.n_epochs,
+                        "num_steps": sweep.num_steps,
                         "last_losses": last[:, i].tolist(),
                         "published": PUBLISHED.get(sweep.name, {}).get(value),
                         "folders": [str(f.relative_to(arguments.results)) for f in folders],

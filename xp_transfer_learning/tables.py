@@ -93,12 +93,16 @@ def transfer_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             labels += f" ({span}%)"
         published = published_transfer(row["source"], row["target"], row["k"], row["method"])
         # The paper trains for as many epochs without flowed images, and does not label by position.
-        other_epochs = training["n_epochs"] != TrainingConfig.n_epochs
+        other_epochs = training["num_epochs"] != TrainingConfig.num_epochs
         if (alone and other_epochs) or (not alone and labelling == "axis"):
             published = None
-        rate = "" if training["lr"] == TrainingConfig.lr else f", Adam {training['lr']:g}"
+        rate = (
+            ""
+            if training["learning_rate"] == TrainingConfig.learning_rate
+            else f", Adam {training['learning_rate']:g}"
+        )
         cells = [f"{row['source']} → {row['target']}", str(row["k"]), row["method"]]
-        cells += [f"{training['n_epochs']:,}{rate}", labels, mean_and_spread(last, ".1f")]
+        cells += [f"{training['num_epochs']:,}{rate}", labels, mean_and_spread(last, ".1f")]
         cells.append(f"{spread(last.mean(axis=1)):.1f}" if len(last) > 1 else "-")
         cells.append("" if published is None else f"{published[0]} ± {published[1]}")
         lines.append(cells)
@@ -127,7 +131,7 @@ def ablation_table(
 
 
 def ablation_cells(row: Mapping[str, Any]) -> list[str]:
-    cells = [row["option"], f"{row['settings']['lr']:g}"]
+    cells = [row["option"], f"{row['settings']['step_size']:g}"]
     if "diverged" in row:
         return [*cells, "diverged", *[""] * 6]
     pace = row["seconds_per_step"]
@@ -148,4 +152,4 @@ def _place(row: Mapping[str, Any]) -> tuple:
     method = list(METHODS).index(row["method"])
     labelling = get_args(Labelling).index(training["labelling"])
     place = row["source"], row["target"], row["k"], method, labelling
-    return (*place, -training["lr"], training["n_epochs"])
+    return (*place, -training["learning_rate"], training["num_epochs"])

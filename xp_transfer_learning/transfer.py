@@ -138,8 +138,8 @@ def accuracies(
         network,
         jnp.asarray(images),
         jnp.asarray(labels),
-        optimizer=optimizers.adam(config.lr),
-        num_epochs=config.n_epochs,
+        optimizer=optimizers.adam(config.learning_rate),
+        num_epochs=config.num_epochs,
         batch_size=config.batch_size,
         mesh=mesh,
     )
@@ -211,9 +211,9 @@ class Arguments(DeviceOptions):
     num_per_class: int = 200
     size: int | None = None
     """Side of the images; None: the source's."""
-    n_epochs_nn: int = TrainingConfig.n_epochs
+    n_epochs_nn: int = TrainingConfig.num_epochs
     """Epochs, and Adam's step size `lr_nn`, of the classifier."""
-    lr_nn: float = TrainingConfig.lr
+    lr_nn: float = TrainingConfig.learning_rate
     num_trainings: int = 5
     labelling: tuple[Labelling, ...] = ("transport",)
     """transport: classes by optimal transport; axis: by position; particles: each for itself."""
@@ -258,7 +258,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
 
 def run_table(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Runs every k and method, prints and stores accuracies; returns the summary's path."""
-    given: dict[str, Any] = {"n_epochs": arguments.n_epochs_wgd, "lr": arguments.lr}
+    given: dict[str, Any] = {"num_steps": arguments.n_epochs_wgd, "step_size": arguments.lr}
     given |= {"decay": arguments.decay, "m": arguments.m}
     given = {name: value for name, value in given.items() if value is not None}
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
@@ -304,7 +304,7 @@ def run_table(arguments: Arguments, mesh: Mesh | None = None) -> Path:
                 print(describe(row), flush=True)
     pair = summary_name(arguments.src_dataset, arguments.tgt_dataset, arguments.data_root)
     stem = f"{pair}-k{'_'.join(map(str, arguments.k_shot))}-{'_'.join(arguments.method)}"
-    if arguments.lr_nn != TrainingConfig.lr:
+    if arguments.lr_nn != TrainingConfig.learning_rate:
         stem += f"-lr_nn{arguments.lr_nn:g}"
     # Not a row of the table of last accuracies.
     stem = f"along_{stem}" if arguments.along else f"transfer_{stem}"
@@ -326,8 +326,8 @@ def trainings(
     flowed images too. `num_classes` are those of the source and of the target, which count only
     there."""
     base = TrainingConfig(
-        n_epochs=arguments.n_epochs_nn,
-        lr=arguments.lr_nn,
+        num_epochs=arguments.n_epochs_nn,
+        learning_rate=arguments.lr_nn,
         num_trainings=arguments.num_trainings,
     )
     if method != "target_only":
@@ -336,14 +336,14 @@ def trainings(
     without = classification.steps_per_epoch(of_target * k, base.batch_size)
     flowed = of_source * arguments.num_per_class
     together = classification.steps_per_epoch(of_target * k + flowed, base.batch_size)
-    return [base, replace(base, n_epochs=base.n_epochs * together // without)]
+    return [base, replace(base, num_epochs=base.num_epochs * together // without)]
 
 
 def describe(row: dict) -> str:
     """One line a setting: accuracy in percent, mean and spread over tries and trainings."""
     every = 100 * np.asarray(row["accuracies"])
     training = row["training"]
-    name = f"k = {row['k']:<3d} {row['method']:12s} {training['n_epochs']:5d} epochs"
+    name = f"k = {row['k']:<3d} {row['method']:12s} {training['num_epochs']:5d} epochs"
     if row["method"] != "target_only":
         agreement = 100 * np.mean(row["label_agreement"])
         name += f", labels by {training['labelling']} ({agreement:.0f}% right)"

@@ -379,12 +379,16 @@ def test_a_command_tries_to_write_before_it_works(tmp_path, capsys, option, base
     options = [(option, Path), ("unused", Path, None)]
     kind = dataclasses.make_dataclass("Options", options, bases=bases, frozen=True, kw_only=True)
     done = []
-    commands.run_command(lambda *given: done.append(given), lambda: kind(**{option: tmp_path / "a" / "b"}))
+    commands.run_command(
+        lambda *given: done.append(given), lambda: kind(**{option: tmp_path / "a" / "b"})
+    )
     assert (tmp_path / "a").is_dir()
     assert len(done) == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stopped:
-        commands.run_command(lambda *given: done.append(given), lambda: kind(**{option: tmp_path / "file" / "b"}))
+        commands.run_command(
+            lambda *given: done.append(given), lambda: kind(**{option: tmp_path / "file" / "b"})
+        )
     assert (stopped.value.code, len(done)) == (1, 1)
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "file") in line
@@ -415,7 +419,9 @@ def test_a_command_refuses_what_is_no_seed_before_it_works(capsys, option, seed)
     given = (3, seed) if option == "seeds" else seed
     kind, done = partial(types.SimpleNamespace, ntry=1), []
     for good in (0, 2**32 - 1, None):
-        commands.run_command(lambda *given: done.append(given), lambda value=good: kind(**{option: value}))
+        commands.run_command(
+            lambda *given: done.append(given), lambda value=good: kind(**{option: value})
+        )
     with pytest.raises(SystemExit) as stopped:
         commands.run_command(lambda *given: done.append(given), lambda: kind(**{option: given}))
     assert (stopped.value.code, len(done)) == (1, 3)

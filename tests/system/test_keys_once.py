@@ -123,20 +123,20 @@ def shared(uses):
 
 
 SEEDS = 0, 1
-FLOW = FlowSettings(n_epochs=3, num_directions=4, lr=0.1)
+FLOW = FlowSettings(num_steps=3, num_directions=4, step_size=0.1)
 
 
 def run_transfer(results):
-    for method in (FLOW, FlowSettings("mmd_product", n_epochs=2, lr=1.0, noise=0.01)):
+    for method in (FLOW, FlowSettings("mmd_product", num_steps=2, step_size=1.0, noise=0.01)):
         config = TransferConfig("digits", ROTATED, 2, num_per_class=3, size=16, flow=method)
-        training = TrainingConfig(n_epochs=2, num_trainings=2)
+        training = TrainingConfig(num_epochs=2, num_trainings=2)
         for seed in SEEDS:
             transfer.run_try(config, training, seed=seed, results=results, data_root=None)
 
 
 def run_adaptation(results):
     config = AdaptationConfig(
-        ROTATED, "digits", num_per_class=3, size=16, flow=FLOW, records=1, n_epochs_nn=3
+        ROTATED, "digits", num_per_class=3, size=16, flow=FLOW, records=1, num_epochs=3
     )
     for seed in SEEDS:
         domain_adaptation.run_try(config, seed=seed, results=results, data_root=None)
@@ -183,14 +183,14 @@ def run_baseline(results):
 
 
 def run_rings(results):
-    config = RingsConfig(num_points=4, num_directions=3, n_epochs=2, momentum_epochs=2)
+    config = RingsConfig(num_points=4, num_directions=3, num_steps=2, momentum_steps=2)
     for sweep in rings.sweeps(config)[:2]:
         for seed in SEEDS:
             rings.run_sweep(sweep, config, seed=seed, results=results)
 
 
 def run_images(results):
-    config = ImageFlowConfig("digits", ROTATED, num_per_class=3, n_epochs=2, num_directions=3)
+    config = ImageFlowConfig("digits", ROTATED, num_per_class=3, num_steps=2, num_directions=3)
     for seed in SEEDS:
         image_flow.run_flow(config, seed=seed, results=results, data_root=None)
 

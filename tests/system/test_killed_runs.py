@@ -147,8 +147,8 @@ from xp_transfer_learning.config import RingsConfig
 
 one = (0.1, 1.0)
 config = RingsConfig(
-    num_points=8, num_directions=16, n_epochs=30, gaussian=one, momenta=(0.0, 0.9),
-    momentum_epochs=20,
+    num_points=8, num_directions=16, num_steps=30, gaussian=one, momenta=(0.0, 0.9),
+    momentum_steps=20,
 )
 for sweep in rings.sweeps(config):
     if sweep.name in ("gaussian", "momentum", "decay"):
@@ -162,7 +162,7 @@ from xp_transfer_learning import image_flow
 from xp_transfer_learning.config import ROTATED, ImageFlowConfig
 
 config = ImageFlowConfig(
-    "digits", ROTATED, num_per_class=5, num_directions=16, n_epochs=40, lr=8.0, decay=True,
+    "digits", ROTATED, num_per_class=5, num_directions=16, num_steps=40, step_size=8.0, decay=True,
     record_every=10,
 )
 image_flow.run_flow(config, seed=0, results=results, data_root=None)
@@ -174,9 +174,9 @@ image_flow.run_flow(config, seed=0, results=results, data_root=None)
 from xp_transfer_learning import transfer
 from xp_transfer_learning.config import INVERTED, FlowSettings, TrainingConfig, TransferConfig
 
-settings = FlowSettings(n_epochs=30, num_directions=16)
+settings = FlowSettings(num_steps=30, num_directions=16)
 config = TransferConfig("digits", INVERTED, 1, num_per_class=6, size=16, flow=settings)
-training = TrainingConfig(n_epochs=2, num_trainings=2)
+training = TrainingConfig(num_epochs=2, num_trainings=2)
 transfer.run_try(config, training, seed=0, results=results, data_root=None)
 """,
         50,

@@ -32,10 +32,10 @@ def test_published_numbers_are_those_of_the_paper():
 
 def test_a_line_a_row():
     row = {"source": "mnist", "target": "usps", "k": 5, "method": "mmdsw"}
-    row["training"] = {"n_epochs": 50, "lr": 1e-3, "labelling": "transport"}
+    row["training"] = {"num_epochs": 50, "learning_rate": 1e-3, "labelling": "transport"}
     # Two tries of two trainings; the first record does not count.
     row["accuracies"] = [[[0.1, 0.1], [0.7, 0.8]], [[0.1, 0.1], [0.5, 0.6]]]
-    training = {"n_epochs": 1650, "lr": 3e-4, "labelling": "axis"}
+    training = {"num_epochs": 1650, "learning_rate": 3e-4, "labelling": "axis"}
     alone = row | {"method": "target_only", "training": training}
     k10 = row | {"k": 10, "label_agreement": [0.7149, 0.998]}
     k100 = row | {"k": 100, "label_agreement": [1.0, 0.996]}
@@ -52,10 +52,10 @@ def test_a_line_a_row():
 
 
 def test_a_line_an_option():
-    row = {"option": "ours", "settings": {"lr": 20.0}, "seconds_per_step": 0.02}
+    row = {"option": "ours", "settings": {"step_size": 20.0}, "seconds_per_step": 0.02}
     row |= {"to_objective": [700, 800], "to_accuracy": [300, None]}
     row |= {"last_losses": [0.003, 0.005], "last_accuracies": [0.98, 0.99]}
-    gone = {"option": "L-BFGS", "settings": {"lr": 0.1}, "diverged": "NaN in step 3"}
+    gone = {"option": "L-BFGS", "settings": {"step_size": 0.1}, "diverged": "NaN in step 3"}
     table = ablation_table([row, gone], objective=0.05, accuracy=0.99)
     assert "to 5% of the loss" in table.heads[3]
     assert "accuracy of 99%" in table.heads[5]

@@ -27,10 +27,10 @@ from xp_transfer_learning.config import (
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = {
-    "mmdsw": FlowSettings(n_epochs=40, num_directions=100, lr=5.0),
-    "otdd": FlowSettings("otdd", n_epochs=3, lr=0.1, decay=False, m=0.0, epsilon=0.05),
-    "mmd_product": FlowSettings("mmd_product", n_epochs=3, lr=1.0, decay=False, noise=0.01),
-    "target_only": FlowSettings("target_only", n_epochs=0),
+    "mmdsw": FlowSettings(num_steps=40, num_directions=100, step_size=5.0),
+    "otdd": FlowSettings("otdd", num_steps=3, step_size=0.1, decay=False, m=0.0, epsilon=0.05),
+    "mmd_product": FlowSettings("mmd_product", num_steps=3, step_size=1.0, decay=False, noise=0.01),
+    "target_only": FlowSettings("target_only", num_steps=0),
 }
 
 
@@ -115,15 +115,15 @@ def test_without_flowed_images_the_same_epochs_and_the_same_gradient_steps(
     num_classes = of_source, of_target
     same_epochs, same_steps = transfer.trainings("target_only", k, arguments, num_classes)
     (one,) = transfer.trainings("mmdsw", k, arguments, num_classes)
-    assert same_epochs.n_epochs == one.n_epochs == epochs
+    assert same_epochs.num_epochs == one.num_epochs == epochs
     wanted = steps(of_target * k + of_source * n, epochs)
     alone = of_target * k
-    assert steps(alone, same_steps.n_epochs) <= wanted < steps(alone, same_steps.n_epochs + 1)
+    assert steps(alone, same_steps.num_epochs) <= wanted < steps(alone, same_steps.num_epochs + 1)
 
 
 def test_the_published_numbers_of_epochs():
     """Of ten classes each, 200 flowed images a class."""
-    found = [transfer.trainings("target_only", k, transfer.Arguments(), (10, 10))[1].n_epochs
+    found = [transfer.trainings("target_only", k, transfer.Arguments(), (10, 10))[1].num_epochs
              for k in (1, 5, 10, 100)]  # fmt: skip
     assert found == [1600, 1650, 825, 146]
 
@@ -132,7 +132,7 @@ def test_the_classes_that_count_are_those_of_the_data(tmp_path, monkeypatch):
     classes, asked = {"digits": range(10), "usps": range(3)}, []
 
     def run_try(config, training, **_):
-        asked.append(training.n_epochs)
+        asked.append(training.num_epochs)
         return {"accuracies": np.zeros((1, 1)), "steps": np.zeros(1, int), "losses": []}
 
     monkeypatch.setattr(
@@ -160,7 +160,7 @@ def test_labels_of_an_arrived_flow_agree_with_the_nearest_target_images(labellin
 
 @pytest.mark.slow
 def test_accuracies_along_the_flow_end_with_that_of_its_end(tmp_path):
-    training = TrainingConfig(n_epochs=1, num_trainings=2)
+    training = TrainingConfig(num_epochs=1, num_trainings=2)
     options = {"seed": 0, "results": tmp_path, "data_root": None}
     along = transfer.run_try(config(), training, along=True, **options)
     end = transfer.run_try(config(), training, **options)
@@ -194,8 +194,8 @@ def test_flags_are_the_published_ones(tmp_path):
     assert np.shape(row["accuracies"]) == (2, 1, 2)
     assert len(row["label_agreement"]) == 2
     assert all(0 <= share <= 1 for share in row["label_agreement"])
-    assert (row["settings"]["n_epochs"], row["settings"]["lr"]) == (3, 0.5)
-    assert row["training"]["n_epochs"] == 1
+    assert (row["settings"]["num_steps"], row["settings"]["step_size"]) == (3, 0.5)
+    assert row["training"]["num_epochs"] == 1
 
 
 @pytest.mark.slow
@@ -205,9 +205,9 @@ def test_adaptation_reaches_the_classifiers_classes(tmp_path):
         "digits",
         num_per_class=30,
         size=28,
-        flow=FlowSettings(n_epochs=300),
+        flow=FlowSettings(num_steps=300),
         records=4,
-        n_epochs_nn=30,
+        num_epochs=30,
     )
     run = domain_adaptation.run_try(settings, seed=0, results=tmp_path, data_root=None)
     stored = run.load_arrays()
@@ -258,7 +258,7 @@ def test_steps_to_an_objective_and_an_accuracy():
     [("ours", 5.0), ("orthogonal directions", 5.0), ("Adam", 0.05), ("L-BFGS", 0.5)],
 )
 def test_every_kind_of_optimiser_goes_down(option, lr):
-    settings = dataclasses.replace(ABLATION[option], n_epochs=30, num_directions=100, lr=lr)
+    settings = dataclasses.replace(ABLATION[option], num_steps=30, num_directions=100, step_size=lr)
     x0, x_tgt, _ = transfer.data(0, config(), None)
     problem = methods.problem(settings, x0, x_tgt)
     losses, _ = wasserstein_gradient_descent(
@@ -289,7 +289,10 @@ def test_the_ablation_runs_every_option_with_every_step_size(tmp_path):
     summary = ablation.main(arguments)
     assert summary.stem.startswith("step_sizes")
     rows = json.loads(summary.read_text())["rows"]
-    assert [(row["option"], row["settings"]["lr"]) for row in rows] == [("Adam", 0.5), ("Adam", 1)]
+    assert [(row["option"], row["settings"]["step_size"]) for row in rows] == [
+        ("Adam", 0.5),
+        ("Adam", 1),
+    ]
     for row in rows:
         assert len(row["to_objective"]) == len(row["last_losses"]) == 2
         assert row["seconds_per_step"] > 0
