@@ -11,15 +11,15 @@ from jax import lax
 from jaxtyping import Array, Int, Int32, PRNGKeyArray, UInt8
 
 from lib import datasets
-from lib.datasets import Dataset, Normalisation
+from lib.datasets import Dataset, Normalization
 
 # What the literature of condensation normalises with, so that its numbers compare. CIFAR-10's
 # deviations are means of every image's own, and smaller than those over all pixels.
 PUBLISHED = {
-    "mnist": Normalisation((0.1307,), (0.3081,)),
-    "fashion_mnist": Normalisation((0.2861,), (0.3530,)),
-    "cifar10": Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "svhn": Normalisation((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "mnist": Normalization((0.1307,), (0.3081,)),
+    "fashion_mnist": Normalization((0.2861,), (0.3530,)),
+    "cifar10": Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "svhn": Normalization((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
 }
 
 
@@ -70,11 +70,11 @@ def load(
     *,
     data_root: str | Path | None = None,
     size: int | None = None,
-    normalisation: Normalisation | None = None,
+    normalisation: Normalization | None = None,
 ) -> RealData:
     """The training images of `lib.datasets.load`, resized to `size` x `size` if that is given.
 
-    Normalisation is the published one for the data sets of `PUBLISHED` in their own size, else
+    Normalization is the published one for the data sets of `PUBLISHED` in their own size, else
     that of the images (after `subset` and `held_out`, of those that are left); or the one given.
     Raises as `lib.datasets.load` and `from_dataset`.
     """
@@ -86,7 +86,7 @@ def load(
     return from_dataset(dataset, normalisation=normalisation)
 
 
-def from_dataset(dataset: Dataset, *, normalisation: Normalisation | None = None) -> RealData:
+def from_dataset(dataset: Dataset, *, normalisation: Normalization | None = None) -> RealData:
     """The data set sorted by class, in its own order within a class; see `load`.
 
     Raises ValueError for labels outside of 0..C-1, for a class without images, and for another
@@ -120,8 +120,8 @@ def from_dataset(dataset: Dataset, *, normalisation: Normalisation | None = None
     )
 
 
-def _constants(dataset: Dataset) -> Normalisation:
-    found = datasets.normalisation_constants(dataset)
+def _constants(dataset: Dataset) -> Normalization:
+    found = datasets.normalization_constants(dataset)
     for channel in np.flatnonzero(np.array(found.std) == 0):
         raise ValueError(
             f"channel {channel} of {dataset.name} is the same in every pixel of every image"

@@ -21,8 +21,8 @@ import tyro
 from jax.sharding import Mesh
 
 from lib import flow_matching, runs
-from lib.datasets import Dataset, identity, load
-from lib.flow_matching import sampling
+from lib.datasets import Dataset, identity, load, to_unit
+from lib.flow_matching import Source, sampling
 from lib.flow_matching.unet import UNet
 from lib.networks import convolution
 from lib.numerics import key_of_seed, named_key
@@ -30,7 +30,7 @@ from lib.runs import files
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
-from xp_gmm_source import gmm_files, gmm_fit, metrics
+from xp_gmm_source import gmm_files, metrics
 from xp_gmm_source.config import EXPERIMENT, FitConfig, FlowConfig
 from xp_gmm_source.gmm_fit import fit_images, image_mixture
 from xp_gmm_source.shaped_sources import (
@@ -45,7 +45,6 @@ from xp_gmm_source.shaped_sources import (
 )
 from xp_gmm_source.sources import (
     Gaussian,
-    Source,
     gaussian,
     mixture_source,
     mode_coupled_source,
@@ -72,11 +71,6 @@ class Split(NamedTuple):
 
     train: Dataset
     test: Dataset
-
-
-def to_unit(images: np.ndarray) -> np.ndarray:
-    """uint8 pixels in [-1, 1], float32."""
-    return gmm_fit.to_unit(np.float32(images))
 
 
 def read(config: FlowConfig, data_root: Path | None) -> Split:

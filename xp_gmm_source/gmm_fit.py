@@ -25,7 +25,7 @@ import tyro
 from jax.sharding import Mesh
 
 from lib import gmm, runs
-from lib.datasets import file_stem, identity, load
+from lib.datasets import file_stem, identity, load, to_unit
 from lib.gmm.covariances import diagonal, full, low_rank, spherical, tied
 from lib.gmm.em import fit, mean_log_likelihood
 from lib.gmm.moments import Rows, rows
@@ -39,11 +39,6 @@ from xp_gmm_source.config import EXPERIMENT, FitConfig
 from xp_gmm_source.sources import Projection, mixture_source, moments_of
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-
-
-def to_unit(images):
-    """Pixels 0..255 in [-1, 1], in numpy or jax; of the images' dtype where that is floating."""
-    return images / 127.5 - 1
 
 
 class Fitted(NamedTuple):
@@ -118,7 +113,7 @@ def principal_components(
     [n, num] float32, and the share of the variance that it keeps."""
     from sklearn.decomposition import PCA
 
-    pixels = to_unit(np.float32(images.reshape(len(images), -1)))
+    pixels = to_unit(np.float64(images.reshape(len(images), -1)))
     pca = PCA(num, random_state=seed, copy=False)
     coordinates = pca.fit_transform(pixels)
     projection = Projection(
@@ -196,7 +191,7 @@ def fit_images(
 def _same_coordinates(images: np.ndarray, projection: Projection | None, data: Rows) -> Rows:
     if projection is None:
         return data._replace(x=images, weights=np.ones(len(images)))
-    pixels = to_unit(images.reshape(len(images), -1))
+    pixels = to_unit(np.float64(images.reshape(len(images), -1)))
     points = (pixels - projection.centre) @ projection.components.T
     return rows(points.astype(data.dtype), dtype=data.dtype, devices=data.devices)
 

@@ -13,7 +13,7 @@ Is There a Better Source Distribution than Gaussian? (arXiv 2512.18184).
 """
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +32,7 @@ SMALLEST_DEVIATION = 1e-4  # of a pixel, in root mean squares of all pixels' dev
 CHUNK = 4096  # images at a time
 
 
-class Source(Protocol):
-    """What every source can do; see the module."""
-
-    def sample(self, key: Key[Array, ""], num: int) -> Points: ...
-
-    def couple(self, key: Key[Array, ""], x1: Points) -> Points: ...
-
-
-# At the door
+# Input validation
 
 
 def check_images(images: Images) -> tuple[int, int, int]:

@@ -2,9 +2,7 @@
 
 from lib.datasets._datasets import (
     NAMES,
-    NORMALISATIONS,
     Dataset,
-    Normalisation,
     Split,
     as_images,
     draw,
@@ -12,25 +10,27 @@ from lib.datasets._datasets import (
     file_stem,
     flat,
     identity,
-    invert,
     load,
-    normalisation,
-    normalisation_constants,
+)
+from lib.datasets._folders import SPLITS
+from lib.datasets.synthetic import Centres, gaussian_mixture, gaussians, rings, rings_even
+from lib.datasets.transforms import (
+    Normalization,
+    invert,
+    normalization_constants,
     resize,
     rotate,
     to_gray,
     to_rgb,
+    to_unit,
 )
-from lib.datasets._folders import SPLITS
-from lib.datasets.synthetic import Centres, gaussian_mixture, gaussians, rings, rings_even
 
 __all__ = [
     "NAMES",
-    "NORMALISATIONS",
     "SPLITS",
     "Centres",
     "Dataset",
-    "Normalisation",
+    "Normalization",
     "Split",
     "as_images",
     "draw",
@@ -42,12 +42,12 @@ __all__ = [
     "identity",
     "invert",
     "load",
-    "normalisation",
-    "normalisation_constants",
+    "normalization_constants",
     "resize",
     "rings",
     "rings_even",
     "rotate",
     "to_gray",
     "to_rgb",
+    "to_unit",
 ]

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lib.datasets import Dataset, synthetic
+from lib.datasets import Dataset, synthetic, transforms
 from lib.datasets import _datasets as datasets
 
 
@@ -57,11 +57,7 @@ def toy(counts=(7, 5, 9), shape=(3, 2, 1), seed=0) -> Dataset:
     ],
 )
 def test_spellings(spelling, name):
-    assert datasets.normalisation(spelling) is datasets.NORMALISATIONS[name]
-
-
-def test_every_name_has_normalisation_constants():
-    assert set(datasets.NORMALISATIONS) == set(datasets.NAMES)
+    assert datasets._canonical(spelling) == name
 
 
 def test_digits_are_scikit_learns_split_by_every_fifth_of_a_class():
@@ -347,8 +343,6 @@ def test_archives_in_place_are_unpacked_without_network(tmp_path, mirror, no_net
 def test_unknown_data_set(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"unknown data set 'mnits'.* mnist, .*no such"):
         datasets.load("mnits", data_root=tmp_path)
-    with pytest.raises(ValueError, match="no constants for 'mnits'"):
-        datasets.normalisation("mnits")
 
 
 # ---- Folders and zips of images
@@ -849,7 +843,7 @@ def test_draw_errors():
 def test_resize_is_antialiased_bilinear(size, channels):
     dataset = toy((3, 2), shape=(8, 8, channels))
     height, width = (size, size) if isinstance(size, int) else size
-    resized = datasets.resize(dataset, size)
+    resized = transforms.resize(dataset, size)
     expected = jax.image.resize(
         dataset.images.astype(np.float32), (5, height, width, channels), "linear", antialias=True
     )
@@ -860,67 +854,59 @@ def test_resize_is_antialiased_bilinear(size, channels):
 def test_resized_digits_keep_their_place():
     dataset = datasets.load("digits")._replace(name="d")
     some = dataset._replace(images=dataset.images[:50], labels=dataset.labels[:50])
-    larger = datasets.resize(some, 16)
+    larger = transforms.resize(some, 16)
     back = larger.images.reshape(50, 8, 2, 8, 2).mean(axis=(2, 4))
     correlation = np.corrcoef(back.ravel(), some.images.ravel())[0, 1]
     assert correlation > 0.95
     np.testing.assert_array_equal(
-        datasets.resize(datasets.rotate(some, 1), 16).images, datasets.rotate(larger, 1).images
+        transforms.resize(transforms.rotate(some, 1), 16).images,
+        transforms.rotate(larger, 1).images,
     )
 
 
 def test_gray_and_rgb():
     dataset = toy(shape=(3, 2, 3))
-    grey = datasets.to_gray(dataset)
+    grey = transforms.to_gray(dataset)
     luma = dataset.images @ np.array([0.299, 0.587, 0.114])
     assert grey.image_shape == (3, 2, 1)
     np.testing.assert_allclose(grey.images[..., 0], luma, atol=0.51)
-    assert datasets.to_gray(grey) is grey
-    assert datasets.to_rgb(dataset) is dataset
-    rgb = datasets.to_rgb(grey)
+    assert transforms.to_gray(grey) is grey
+    assert transforms.to_rgb(dataset) is dataset
+    rgb = transforms.to_rgb(grey)
     assert rgb.image_shape == (3, 2, 3)
     np.testing.assert_array_equal(rgb.images, np.concatenate([grey.images] * 3, axis=-1))
-    np.testing.assert_array_equal(datasets.to_gray(rgb).images, grey.images)
+    np.testing.assert_array_equal(transforms.to_gray(rgb).images, grey.images)
     assert (grey.name, rgb.name) == ("toy-gray", "toy-gray-rgb")
 
 
 def test_rotate_and_invert():
     dataset = toy()
-    turned = datasets.rotate(dataset, 1)
+    turned = transforms.rotate(dataset, 1)
     assert turned.image_shape == (2, 3, 1)
     for i in range(3):
         for j in range(2):  # anticlockwise: the last column becomes the first row
             np.testing.assert_array_equal(turned.images[:, 1 - j, i], dataset.images[:, i, j])
     assert turned.name == "toy-rotated90"
-    assert datasets.rotate(dataset, 4) is dataset
-    np.testing.assert_array_equal(datasets.rotate(turned, -1).images, dataset.images)
-    inverted = datasets.invert(dataset)
+    assert transforms.rotate(dataset, 4) is dataset
+    np.testing.assert_array_equal(transforms.rotate(turned, -1).images, dataset.images)
+    inverted = transforms.invert(dataset)
     assert inverted.name == "toy-inverted"
     np.testing.assert_array_equal(inverted.images.astype(int) + dataset.images, 255)
     np.testing.assert_array_equal(inverted.labels, dataset.labels)
 
 
-# ---- Normalisation
+# ---- Normalization
 
 
-def test_normalisation_constants_by_a_loop():
+def test_normalization_constants_by_a_loop():
     dataset = toy(shape=(3, 2, 3))
-    mean, std = datasets.normalisation_constants(dataset)
+    mean, std = transforms.normalization_constants(dataset)
     for channel in range(3):
         values = [float(v) / 255 for v in dataset.images[..., channel].ravel()]
         expected = math.fsum(values) / len(values)
         variance = math.fsum((v - expected) ** 2 for v in values) / len(values)
         assert mean[channel] == pytest.approx(expected, rel=1e-12)
         assert std[channel] == pytest.approx(math.sqrt(variance), rel=1e-12)
-
-
-@pytest.mark.parametrize("name", ["digits", "mnist", "fashion_mnist", "usps"])
-def test_table_of_constants(name, request):
-    root = None if name == "digits" else request.getfixturevalue("data_root")
-    dataset = datasets.load(name, data_root=root)
-    np.testing.assert_allclose(
-        datasets.normalisation_constants(dataset), datasets.normalisation(name), atol=5.1e-5
-    )
 
 
 # ---- Synthetic sets

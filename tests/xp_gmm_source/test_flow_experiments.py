@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lib import runs
+from lib.datasets import to_unit
 from xp_gmm_source import experiments, flow, tables
 from xp_gmm_source.config import FlowConfig, comparison, presets
 
@@ -117,7 +118,7 @@ def test_sources_start_as_they_are_named(summary):
     """norm_aligned is as long as the images, dct has variance 1 and fewer frequencies."""
     results = summary[1].results
     train = flow.read(TINY, None).train
-    images = flow.to_unit(train.images).reshape(300, -1)
+    images = to_unit(train.images).reshape(300, -1)
     aligned = flow.source_of(dataclasses.replace(TINY, source="norm_aligned"), train, results)
     lengths = np.linalg.norm(aligned.sample(jax.random.key(0), 20_000), axis=1)
     np.testing.assert_allclose(lengths.mean(), np.linalg.norm(images, axis=1).mean(), rtol=0.01)
