@@ -53,7 +53,7 @@ def problem(config: FlowConfig, seed: int, data_root: Path | None = None) -> Pro
     if config.dataset == "ThreeRing":  # equispaced: only the start is random
         if m % 3:
             raise ValueError(f"three rings need a multiple of 3 target points, got {m}")
-        rings = synthetic.rings_even(m // 3, centres=RING_CENTERS)
+        rings = synthetic.rings_even(m // 3, centers=RING_CENTERS)
         return Problem(normal(0.01, (0.0, -0.3)), rings.reshape(-1, 2))
     if config.dataset == "FourGaussian":
         scales = jnp.full(4, FOUR_VARIANCE**0.5)

@@ -13,7 +13,7 @@ from lib.datasets._datasets import (
     load,
 )
 from lib.datasets._folders import SPLITS
-from lib.datasets.synthetic import Centres, gaussian_mixture, gaussians, rings, rings_even
+from lib.datasets.synthetic import Centers, gaussian_mixture, gaussians, rings, rings_even
 from lib.datasets.transforms import (
     Normalization,
     invert,
@@ -28,7 +28,7 @@ from lib.datasets.transforms import (
 __all__ = [
     "NAMES",
     "SPLITS",
-    "Centres",
+    "Centers",
     "Dataset",
     "Normalization",
     "Split",

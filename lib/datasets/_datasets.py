@@ -43,7 +43,7 @@ class Dataset(NamedTuple):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, channels); channels is 1 (grey) or 3 (colour)."""
+        """(H, W, channels); channels is 1 (gray) or 3 (color)."""
         return self.images.shape[1:]
 
 
@@ -111,14 +111,14 @@ def load(
     zip of one, laid out as train/CLASS/FILE and test/CLASS/FILE; or as CLASS/FILE, which is all
     train. Classes are sorted by name, files by name within a class; a name is the same whichever
     way its accents are written. Files are images by their suffix, as Pillow knows it (jpg, jfif,
-    png, webp, tiff, ...); a line on stderr counts what is ignored, but for hidden files and
+    png, webp, tiff, ...); a line on stderr counts what is ignored, except hidden files and
     __MACOSX. Images are turned as their metadata say, and of several frames the first is read. A
-    zip is read in place. A grey image has one channel and a colour image three; all have one size.
+    zip is read in place. A gray image has one channel and a color image three; all have one size.
 
     Raises:
       FileNotFoundError: there is no such path, or a named set is missing and the download failed.
       ValueError: a corrupt, truncated or transparent image or data file, which is named; mixed
-        sizes, or grey mixed with colour; a class without images; another layout; a link to a
+        sizes, or gray mixed with color; a class without images; another layout; a link to a
         folder that it lies in; no such split.
     """
     if split not in SPLITS:
@@ -156,7 +156,7 @@ def identity(name_or_path: str | Path, *, data_root: str | Path | None = None) -
     """What results from a data set are known by: a name as it is given; of a folder or zip of
     images `lib.runs._folders.CONTENT` and a `fingerprint` of both splits, wherever it lies.
 
-    Reads the files, as fast as the disk gives them (of a zip its directory alone). Raises as `load`
+    Reads the files, as fast as the disk gives them (of a zip only its directory). Raises as `load`
     where there are none.
     """
     if _canonical(str(name_or_path)):

@@ -60,7 +60,7 @@ def read_image_folder(path: Path, split: str) -> tuple[np.ndarray, np.ndarray, t
     Images are turned as their metadata say (EXIF orientation). Of one with several frames the first
     is read; a line on stderr counts these, another the files that are ignored.
 
-    Raises ValueError naming the file: one that cannot be read, sizes or colours that differ, a
+    Raises ValueError naming the file: one that cannot be read, sizes or colors that differ, a
     class without an image, no class at all, a link to a folder that it lies in.
     """
     with contextlib.ExitStack() as stack:
@@ -91,7 +91,7 @@ def read_image_folder(path: Path, split: str) -> tuple[np.ndarray, np.ndarray, t
                 images = np.empty((len(files), *image.shape), np.uint8)
             if shape != images.shape[1:]:
                 raise ValueError(
-                    f"{path}: images differ in size or in colour: {entry} is {shape} as "
+                    f"{path}: images differ in size or in color: {entry} is {shape} as "
                     f"(height, width, channels), and {files[0][0]} is {images.shape[1:]}"
                 )
             images[i] = image
@@ -104,9 +104,9 @@ def fingerprint(path: Path) -> str:
     """SHA-256, in hex, of what decides the arrays of both splits: in their order, the class, the
     size and the CRC-32 of every image's file.
 
-    So it is of the content: where the folder lies, what it and its files are called (but for their
+    So it is of the content: where the folder lies, what it and its files are called (except their
     order) and when they were written do not count, nor whether it is zipped. Files are read, and
-    not decoded; of a zip its directory is read alone. Another image has the same CRC-32 once in
+    not decoded; of a zip only its directory is read. Another image has the same CRC-32 once in
     2^32. Raises ValueError as `read_image_folder`, where the layout is none.
     """
     digest = hashlib.sha256()
@@ -300,7 +300,7 @@ def _files_of(
 
 def _decode(image: Image.Image) -> UInt8[np.ndarray, "height width channels"]:
     if image.mode not in _GREY + _COLOUR:
-        raise ValueError(f"its pixels ({image.mode}) are not 8-bit grey or colour")
+        raise ValueError(f"its pixels ({image.mode}) are not 8-bit gray or color")
     mode = "L" if image.mode in _GREY else "RGB"
     if image.has_transparency_data:
         image = image.convert("LA" if mode == "L" else "RGBA")

@@ -8,34 +8,34 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
-Centres = Sequence[Sequence[float]] | Real[Array | np.ndarray, "classes 2"]
-THREE_CENTRES = ((0.0, 0.0), (-0.75, 0.0), (-1.5, 0.0))
+Centers = Sequence[Sequence[float]] | Real[Array | np.ndarray, "classes 2"]
+THREE_CENTERS = ((0.0, 0.0), (-0.75, 0.0), (-1.5, 0.0))
 
 
 def rings(
-    key: PRNGKeyArray, num_points: int, *, centres: Centres = THREE_CENTRES, radius: float = 0.3
+    key: PRNGKeyArray, num_points: int, *, centers: Centers = THREE_CENTERS, radius: float = 0.3
 ) -> Float[Array, "classes n 2"]:
-    """Circles, one a class: c + r (cos t, sin t) with t uniform in [0, 2 pi) by `key`, [C, n, 2].
+    """Circles, one per class: c + r (cos t, sin t) with t uniform in [0, 2 pi) by `key`, [C, n, 2].
 
     The default is three circles side by side, of radius .3 and .75 apart.
     """
-    shape = (len(centres), num_points)
-    return _on_circles(jax.random.uniform(key, shape, maxval=2 * math.pi), centres, radius)
+    shape = (len(centers), num_points)
+    return _on_circles(jax.random.uniform(key, shape, maxval=2 * math.pi), centers, radius)
 
 
 def rings_even(
-    num_points: int, *, centres: Centres = THREE_CENTRES, radius: float = 0.3
+    num_points: int, *, centers: Centers = THREE_CENTERS, radius: float = 0.3
 ) -> Float[Array, "classes n 2"]:
     """The circles of `rings` with equally spaced angles t = 2 pi i / n, i = 0..n-1: [C, n, 2]."""
     angles = jnp.arange(num_points) * (2 * math.pi / num_points)
-    return _on_circles(jnp.tile(angles, (len(centres), 1)), centres, radius)
+    return _on_circles(jnp.tile(angles, (len(centers), 1)), centers, radius)
 
 
 def _on_circles(
-    angles: Float[Array, "classes n"], centres: Centres, radius: float
+    angles: Float[Array, "classes n"], centers: Centers, radius: float
 ) -> Float[Array, "classes n 2"]:
     directions = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-    return jnp.asarray(centres, directions.dtype)[:, None, :] + radius * directions
+    return jnp.asarray(centers, directions.dtype)[:, None, :] + radius * directions
 
 
 def gaussians(

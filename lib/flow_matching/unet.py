@@ -63,7 +63,7 @@ class UNet(nn.Module):
     Level i works at 1 / (patch 2^i) of the images' sides with width * multipliers[i] channels:
     `blocks` residual blocks on the way down and as many on the way up, which see those of the way
     down beside their input. Levels in `attention` (counted from 0) have self-attention after each
-    block. `patch` makes blocks of pixels channels at the door. Images of any size are padded with
+    block. `patch` makes blocks of pixels channels at the input. Images of any size are padded with
     zeros at their ends, and cropped. The last convolution starts at 0, so the velocity does too.
 
     `convolution` is how kernel gradients are computed: "patches" is faster on CPU, and for "xla",
@@ -131,7 +131,7 @@ class UNet(nn.Module):
 
 
 class _Norm(nn.Module):
-    """Group normalisation (Wu and He, 2018), with further scales and shifts [n, c] where given.
+    """Group normalization (Wu and He, 2018), with further scales and shifts [n, c] where given.
 
     All of it is one multiplication and addition a pixel, from moments of every channel.
     """

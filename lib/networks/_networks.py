@@ -1,6 +1,6 @@
 """Networks, as flax.linen modules: `init` and `apply` are pure, so an ensemble is a vmap.
 
-Images are [N, H, W, channels] with values as the caller normalised them; outputs are logits
+Images are [N, H, W, channels] with values as the caller normalized them; outputs are logits
 [N, num_classes], or, where `num_classes` is None, the features [N, f] that go into the last linear
 layer. Parameters of the one serve the other, which has no use for the last layer's.
 """
@@ -24,7 +24,7 @@ torch_like = variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Conv(Convolution):
-    """A convolution that starts as torch's do, but for its biases. Networks take its method, how
+    """A convolution that starts as torch's do, except its biases. Networks take its method, how
     gradients are computed, as `convolution`: "xla" on GPU, and "patches" on CPU, where it is many
     times faster in compiled loops; parameters and values are the same."""
 
@@ -48,7 +48,7 @@ class MLP(nn.Module):
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al., 1998) with ReLU and average pooling.
 
-    `first_kernel` = 1, the default, has 61,562 parameters at 28x28 grey, the number of the network
+    `first_kernel` = 1, the default, has 61,562 parameters at 28x28 gray, the number of the network
     that the published transfer experiments train (Bonet et al., 2025); 5 is the classical one with
     61,706. The input keeps its size in the first convolution. Images smaller than `SMALLEST` a
     side raise ValueError: nothing would be left of them.
@@ -116,8 +116,8 @@ class ConvNet(nn.Module):
     """`depth` blocks of 3x3 convolution, norm, ReLU and 2x2 average pooling, then a linear layer:
     the network of data set condensation (Zhao and Bilen, 2021).
 
-    28x28 images are padded to 32x32. With the defaults it has 317,706 parameters at 28x28 grey and
-    320,010 at 32x32 colour. `norm` "instance" is a group norm with as many groups as channels,
+    28x28 images are padded to 32x32. With the defaults it has 317,706 parameters at 28x28 gray and
+    320,010 at 32x32 color. `norm` "instance" is a group norm with as many groups as channels,
     "layer" one over all of an image's pixels and channels, with a scale and a shift for each. The
     features are the last pool's output, flattened: 2,048 by default. Images smaller than 2^depth a
     side raise ValueError.
@@ -139,7 +139,7 @@ class ConvNet(nn.Module):
         x = _padded(images)
         for _ in range(self.depth):
             x = Conv(self.width, 3, self.convolution)(x)
-            x = nn.avg_pool(nn.relu(_normalised(x, self.norm)), (2, 2), strides=(2, 2))
+            x = nn.avg_pool(nn.relu(_normalized(x, self.norm)), (2, 2), strides=(2, 2))
         return _head(x, self.num_classes)
 
     def check(self, image_shape: tuple[int, ...]) -> None:
@@ -152,7 +152,7 @@ class AlexNet(nn.Module):
     for small images, as Zhao and Bilen (2021) test condensed sets with.
 
     They have no norm in it. 28x28 images are padded to 32x32; at this size it has 1,872,202
-    parameters for colour images, 1,865,802 for grey ones.
+    parameters for color images, 1,865,802 for gray ones.
     """
 
     SMALLEST: ClassVar[int] = 8
@@ -168,7 +168,7 @@ class AlexNet(nn.Module):
         x = _padded(images)
         for i, (width, size) in enumerate(zip(self.widths, (5, 5, 3, 3, 3))):
             x = Conv(width, size, self.convolution)(x)
-            x = nn.relu(_normalised(x, self.norm))
+            x = nn.relu(_normalized(x, self.norm))
             x = nn.max_pool(x, (2, 2), strides=(2, 2)) if i in (0, 1, 4) else x
         return _head(x, self.num_classes)
 
@@ -182,7 +182,7 @@ class VGG11(nn.Module):
     Zisserman, 2015) for small images, as Zhao and Bilen (2021) test condensed sets with.
 
     28x28 images are padded to 32x32. `widths` are those between two pools. 9,231,114 parameters for
-    colour images, 9,229,962 for grey ones.
+    color images, 9,229,962 for gray ones.
     """
 
     SMALLEST: ClassVar[int] = 32
@@ -199,7 +199,7 @@ class VGG11(nn.Module):
         for stage in self.widths:
             for width in stage:
                 x = Conv(width, 3, self.convolution)(x)
-                x = nn.relu(_normalised(x, self.norm))
+                x = nn.relu(_normalized(x, self.norm))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         return _head(x, self.num_classes)
 
@@ -211,11 +211,11 @@ class VGG11(nn.Module):
 
 class ResNet18(nn.Module):
     """ResNet-18 (He et al., 2016) for small images, as Zhao and Bilen (2021) test condensed sets
-    with: a 3x3 convolution of stride 1 at the door and no pool after it, then two basic blocks at
+    with: a 3x3 convolution of stride 1 first and no pool after it, then two basic blocks at
     each width, all but the first width at half the side of the one before, the mean over pixels,
     and a linear layer.
 
-    11,173,962 parameters for colour images, 11,172,810 for grey ones.
+    11,173,962 parameters for color images, 11,172,810 for gray ones.
     """
 
     SMALLEST: ClassVar[int] = 9  # below, the last norms are over one pixel, and leave nothing of it
@@ -228,7 +228,7 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, images: Images) -> Outputs:
         self.check(images.shape[1:])
-        x = nn.relu(_normalised(self.conv(images, self.widths[0], 3, 1), self.norm))
+        x = nn.relu(_normalized(self.conv(images, self.widths[0], 3, 1), self.norm))
         for stage, width in enumerate(self.widths):
             x = self.block(x, width, stride=1 if stage == 0 else 2)
             x = self.block(x, width, stride=1)
@@ -239,10 +239,10 @@ class ResNet18(nn.Module):
 
     def block(self, x, width: int, stride: int):
         """Two 3x3 convolutions, and the input added: through a 1x1 one where shapes differ."""
-        y = nn.relu(_normalised(self.conv(x, width, 3, stride), self.norm))
-        y = _normalised(self.conv(y, width, 3, 1), self.norm)
+        y = nn.relu(_normalized(self.conv(x, width, 3, stride), self.norm))
+        y = _normalized(self.conv(y, width, 3, 1), self.norm)
         if stride > 1 or x.shape[3] != width:
-            x = _normalised(self.conv(x, width, 1, stride), self.norm)
+            x = _normalized(self.conv(x, width, 1, stride), self.norm)
         return nn.relu(y + x)
 
     def check(self, image_shape: tuple[int, ...]) -> None:
@@ -260,7 +260,7 @@ def _padded(images):
     return jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
 
 
-def _normalised(x, norm):
+def _normalized(x, norm):
     """Moments are an image's own: no running statistics, no difference in training."""
     if norm == "instance":
         return nn.GroupNorm(num_groups=None, group_size=1, epsilon=1e-5)(x)

@@ -74,7 +74,7 @@ def _kernel_gradient(x, gradient, kernel):
 
 
 def _patches(x, size):
-    """[n, H, W, c] -> [n H W, size size c]: each pixel's neighbourhood, 0 outside."""
+    """[n, H, W, c] -> [n H W, size size c]: each pixel's neighborhood, 0 outside."""
     _, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
     offsets = ((i, j) for i in range(size) for j in range(size))

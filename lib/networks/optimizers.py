@@ -1,6 +1,6 @@
 """Optimisers for training networks, one object for each setting.
 
-A jitted training loop takes its optimiser as a static argument, and jit tells functions apart by
+A jitted training loop takes its optimizer as a static argument, and jit tells functions apart by
 identity: with two objects of the same setting it would compile twice.
 """
 

@@ -203,7 +203,7 @@ class _Reader:
         """Steps done: the last one recorded, or the checkpoint's."""
         path, name = (run.arrays, "steps") if run.finished else (run.checkpoint, "step")
         try:
-            # Opened here, since numpy does not close what it cannot read. Reads that array alone.
+            # Opened here, since numpy does not close what it cannot read. Reads only that array.
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 if name in stored.files:
                     return f"{int(np.ravel(stored[name])[-1]):,}"

@@ -39,7 +39,7 @@ STYLE: Any = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The common style, within the block alone."""
+    """The common style, only within the block."""
     with mpl.rc_context(STYLE):
         yield
 
@@ -82,7 +82,7 @@ def save_animation(
 
 
 def scatter_classes(axes: Axes, points: np.ndarray, *, target: np.ndarray | None = None) -> None:
-    """Points [C, n, 2], a color a class, over a target [C', m, 2] in grey."""
+    """Points [C, n, 2], a color per class, over a target [C', m, 2] in gray."""
     if target is not None:
         x, y = target.reshape(-1, 2).T
         axes.scatter(x, y, s=9, color="0.8", linewidths=0, zorder=1)

@@ -94,7 +94,7 @@ class Worker(submitit.helpers.Checkpointable):
     """
 
     visible_gpus: str | None
-    """What CUDA_VISIBLE_DEVICES is here; of workers here alone, from which submitit hides all."""
+    """What CUDA_VISIBLE_DEVICES is here; only of workers here, from which submitit hides all."""
 
     def __call__(self, entry: Entry) -> int | str:
         """Returns the exit status, or in words who else has the command."""
@@ -157,7 +157,7 @@ class Worker(submitit.helpers.Checkpointable):
 
 
 def slurm_options(texts: Iterable[str]) -> dict[str, Any]:
-    """NAME=VALUE, or NAME alone, of sbatch's long options as a mapping. Raises ValueError unless
+    """NAME=VALUE, or only NAME, of sbatch's long options as a mapping. Raises ValueError unless
     time, in minutes, is among them."""
     options: dict[str, Any] = {}
     for text in texts:

@@ -1,10 +1,10 @@
 """Several hosts: what processes agree on, who writes, and what a command runs on.
 
 With several processes (`jax.distributed`) each runs the same command, takes part in every step, and
-reads what its own devices need; the first alone writes files (`lib.runs.files`) and shows
+reads what its own devices need; only the first writes files (`lib.runs.files`) and shows
 progress. The folder of results is one that all of them see.
 
-`current()` is the mesh of the running command, for commands alone: in `lib` a mesh is an argument.
+`current()` is the mesh of the running command, only for commands: in `lib` a mesh is an argument.
 """
 
 import contextlib
@@ -206,8 +206,8 @@ def _with_environment(options: DeviceOptions) -> DeviceOptions:
             given = os.environ.get(f"JAX_{field.upper()}")
             numbers[field] = getattr(options, field) if given is None else int(given)
         options = dataclasses.replace(options, coordinator=address, **numbers)
-    alone = options.num_processes is None and options.process_id is None
-    if options.coordinator is None and not alone:
+    numbered = options.num_processes is not None or options.process_id is not None
+    if options.coordinator is None and numbered:
         raise ValueError("--num_processes and --process_id need --coordinator ADDRESS:PORT")
     if options.coordinator not in (None, "auto"):
         count, own = options.num_processes, options.process_id

@@ -30,8 +30,7 @@ def check_not_negative(config: Any, *names: str) -> None:
 
 
 def settings_of(kind: type[Settings], arguments: Any) -> Settings:
-    """The `kind` with the fields that `arguments`, such as those of a command that extends it, have
-    of it."""
+    """The `kind` with the fields that `arguments` have of it (a command's that extends it)."""
     fields = dataclasses.fields(cast(Any, kind))
     return kind(**{field.name: getattr(arguments, field.name) for field in fields})
 

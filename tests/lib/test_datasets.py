@@ -925,7 +925,7 @@ def test_rings_lie_on_their_circles():
 
 
 def test_even_rings_in_closed_form():
-    points = synthetic.rings_even(4, centres=((1.0, 2.0),), radius=2.0)
+    points = synthetic.rings_even(4, centers=((1.0, 2.0),), radius=2.0)
     np.testing.assert_allclose(points, [[[3, 2], [1, 4], [-1, 2], [1, 0]]], atol=1e-6)
 
 

@@ -20,7 +20,7 @@ from lib.networks import (
     network_by_name,
     torch_like,
 )
-from lib.networks._networks import _normalised, _PatchConv, _pool
+from lib.networks._networks import _normalized, _PatchConv, _pool
 
 x64 = pytest.mark.usefixtures("x64")
 
@@ -363,7 +363,7 @@ def test_width_and_depth_are_those_of_the_convnet():
 
 def test_an_unknown_norm_raises():
     with pytest.raises(ValueError, match=r"norm is .* got 'batch'"):
-        _normalised(jnp.zeros((1, 2, 2, 1)), "batch")
+        _normalized(jnp.zeros((1, 2, 2, 1)), "batch")
 
 
 def test_initial_weights_are_uniform_as_those_of_torch():

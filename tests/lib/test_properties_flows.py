@@ -362,8 +362,8 @@ def test_made_up_points_lie_where_they_should(case, exponent, seed):
     with jax.enable_x64(x64):
         dtype, key = jnp.zeros(()).dtype, jax.random.key(seed)
         circles = [
-            synthetic.rings(key, n, centres=centres, radius=scale),
-            synthetic.rings_even(n, centres=centres, radius=scale),
+            synthetic.rings(key, n, centers=centres, radius=scale),
+            synthetic.rings_even(n, centers=centres, radius=scale),
         ]
         means, factors = np.zeros((num, 2)), np.stack([np.diag([2.0, 3.0])] * num)
         noise = synthetic.gaussians(key, means, n, scale=1.0)
