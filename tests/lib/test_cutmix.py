@@ -32,37 +32,6 @@ def boxes(images):
     return top, bottom, left, right
 
 
-def test_mixtures_by_a_loop():
-    mixed, targets = many(jax.random.key(0), 40, probability=1.0)
-    compared = 0
-    for images, rows in zip(np.asarray(mixed), np.asarray(targets)):
-        box = boxes(images)
-        top, bottom, left, right = box or (0, 0, 0, 0)
-        # Who is the partner is told by the values; the loop then puts images together anew.
-        partner = [int(image[top, left, 0]) // IMAGES[0].size for image in images]
-        if box is None:
-            partner = list(range(BATCH))
-        assert sorted(partner) == list(range(BATCH))
-        expected, area = IMAGES.copy(), 0
-        for i in range(HEIGHT):
-            for j in range(WIDTH):
-                if top <= i < bottom and left <= j < right:
-                    area += 1
-                    for n in range(BATCH):
-                        expected[n, i, j] = IMAGES[partner[n], i, j]
-        np.testing.assert_array_equal(images, expected)
-        share = area / (HEIGHT * WIDTH)
-        if box is None:
-            # No box, or a permutation that moves nobody, which this key does not draw.
-            np.testing.assert_array_equal(rows, TARGETS)
-            continue
-        for n in range(BATCH):
-            label = (1 - share) * TARGETS[n] + share * TARGETS[partner[n]]
-            np.testing.assert_allclose(rows[n], label, rtol=0, atol=1e-7)
-        compared += 1
-    assert compared > 25
-
-
 def test_half_of_the_batches_and_boxes_of_half_the_area_around_every_pixel():
     """A large alpha has lambda = 1/2: no box is empty, none seen where the permutation (of 120)
     moves nobody."""
@@ -80,12 +49,6 @@ def test_half_of_the_batches_and_boxes_of_half_the_area_around_every_pixel():
         for ends in zip(low.tolist(), high.tolist()):
             counts[ends] += 1
         assert scipy.stats.chisquare(list(counts.values()), list(expected.values())).pvalue > 1e-3
-
-
-def test_probability_zero_keeps_every_bit():
-    images, targets = many(jax.random.key(2), 20, probability=0.0)
-    np.testing.assert_array_equal(images, np.broadcast_to(IMAGES, images.shape))
-    np.testing.assert_array_equal(targets, np.broadcast_to(TARGETS, targets.shape))
 
 
 @pytest.mark.parametrize("alpha", [0.3, pytest.param(3.0, marks=pytest.mark.slow)])

@@ -80,15 +80,6 @@ def test_arrays_round_trip_bit_for_bit(tmp_path_factory, arrays):
     assert path.read_bytes() == first
 
 
-def test_nan_payloads_and_negative_zero_survive(tmp_path):
-    bits = np.array([0x7FC00001, 0xFFC12345, 0x7F800001, 0x80000000, 0x00000001], np.uint32)
-    files.save_arrays(tmp_path / "a.npz", x=bits.view(np.float32), y=jnp.asarray(-0.0))
-    loaded = files.load_arrays(tmp_path / "a.npz")
-    assert np.array_equal(loaded["x"].view(np.uint32), bits)
-    assert np.signbit(loaded["y"])
-    assert loaded["y"].shape == ()
-
-
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("shape", [(), (2, 3)])
 def test_typed_keys_round_trip(tmp_path, impl, shape):
@@ -160,13 +151,6 @@ def test_a_checkpoint_is_read_into_abstract_shapes(path):
     assert same_trees(loaded, state)
 
 
-def test_a_single_array_is_a_state(path):
-    files.save_checkpoint(path, jnp.arange(3), step=0)
-    state, step = files.load_checkpoint(path, np.zeros(3, np.int32))
-    assert same_bits(state, np.arange(3, dtype=np.int32))
-    assert step == 0
-
-
 @pytest.mark.parametrize(
     ("like", "words"),
     [
@@ -193,16 +177,6 @@ def test_another_key_type_is_an_error(path):
         files.load_checkpoint(path, jax.random.key(0, impl="rbg"))
 
 
-def test_every_truncation_is_found(path):
-    state = {"x": np.arange(4.0), "b": jnp.ones(2, jnp.bfloat16)}
-    files.save_checkpoint(path, state, step=3)
-    content = path.read_bytes()
-    for size in range(0, len(content), 7):
-        path.write_bytes(content[:size])
-        with pytest.raises(files.RunFileError, match=r"checkpoint\.npz is damaged.*delete it"):
-            files.load_checkpoint(path, state)
-
-
 def test_a_flipped_bit_is_found_or_harmless(path):
     state = {"x": np.arange(4.0), "b": jnp.ones(2, jnp.bfloat16)}
     files.save_checkpoint(path, state, step=3)
@@ -221,15 +195,6 @@ def test_a_flipped_bit_is_found_or_harmless(path):
             assert step == 3
             assert same_trees(loaded, state)
     assert found > 150
-
-
-def test_a_header_that_promises_less_than_is_there_is_found(path):
-    files.save_arrays(path, x=np.arange(4.0))
-    content = path.read_bytes()
-    assert content.count(b"(4,)") == 1
-    path.write_bytes(content.replace(b"(4,)", b"(1,)"))
-    with pytest.raises(files.RunFileError, match="checksum"):
-        files.load_arrays(path)
 
 
 def test_other_archives_are_no_checkpoints(path):

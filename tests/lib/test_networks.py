@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jax import lax
 
 from lib.networks import (
     MLP,
@@ -20,7 +19,6 @@ from lib.networks import (
     network_by_name,
     torch_like,
 )
-from lib.networks._networks import _normalized, _PatchConv, _pool
 
 x64 = pytest.mark.usefixtures("x64")
 
@@ -209,43 +207,6 @@ def test_number_of_parameters_by_name(shape, channels):
 
 @x64
 @pytest.mark.parametrize(
-    ("shape", "size", "padding"),
-    [((2, 7, 6, 3), 5, 2), ((1, 5, 5, 2), 5, 0), ((4, 6, 9, 1), 1, 0), ((2, 6, 5, 2), 2, 0)],
-)
-def test_patch_convolution_is_that_of_xla(shape, size, padding):
-    images, layer = normal(0, *shape), _PatchConv(4, size, padding)
-    x = jnp.asarray(images.transpose(3, 1, 2, 0))
-    parameters = {
-        "params": {"kernel": normal(1, size, size, shape[3], 4), "bias": normal(2, 4)},
-    }
-
-    def xla(parameters, x):
-        kernel, bias = parameters["params"]["kernel"], parameters["params"]["bias"]
-        names = ("CHWN", "HWIO", "CHWN")
-        product = lax.conv_general_dilated(
-            x, jnp.asarray(kernel), (1, 1), [(padding, padding)] * 2, dimension_numbers=names
-        )
-        return product + bias[:, None, None, None]
-
-    def run(function):
-        value, pullback = jax.vjp(function, parameters, x)
-        return value, pullback(jnp.asarray(normal(3, *value.shape)))
-
-    results, expected = jax.jit(lambda: run(layer.apply))(), jax.jit(lambda: run(xla))()
-    assert_same(results, expected)
-
-
-@x64
-@pytest.mark.parametrize("shape", [(3, 4, 6, 2), (1, 5, 7, 3), (2, 3, 2, 1)])
-def test_pooling(shape):
-    images = normal(0, *shape)
-    pooled = _pool(jnp.asarray(images.transpose(3, 1, 2, 0)))
-    expected = F.avg_pool2d(torch.tensor(images.transpose(0, 3, 1, 2)), 2).numpy()
-    np.testing.assert_allclose(pooled.transpose(3, 0, 1, 2), expected, rtol=1e-14)
-
-
-@x64
-@pytest.mark.parametrize(
     ("first_kernel", "shape"), [(1, (3, 28, 28, 1)), (5, (2, 17, 22, 3)), (3, (1, 16, 19, 2))]
 )
 def test_lenet_and_its_gradients(first_kernel, shape):
@@ -356,49 +317,8 @@ def test_images_too_small_and_unknown_names_raise(name, shape, message):
             jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))
 
 
-def test_width_and_depth_are_those_of_the_convnet():
-    network = network_by_name("convnet", 10, (8, 8, 1), width=4, depth=2)
-    assert number_of_parameters(network, (8, 8, 1)) == 4 * 12 + 4 * 39 + 10 * (2 * 2 * 4 + 1)
-
-
-def test_an_unknown_norm_raises():
-    with pytest.raises(ValueError, match=r"norm is .* got 'batch'"):
-        _normalized(jnp.zeros((1, 2, 2, 1)), "batch")
-
-
 def test_initial_weights_are_uniform_as_those_of_torch():
     for shape, fan_in in (((3, 3, 32, 100), 9 * 32), ((300, 100), 300)):
         weights = np.asarray(torch_like(jax.random.key(0), shape))
         assert 0.999 < np.abs(weights).max() * np.sqrt(fan_in) <= 1
         np.testing.assert_allclose(weights.var() * 3 * fan_in, 1, rtol=0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("network", [LeNet5(), ConvNet(depth=2, width=4)], ids=["lenet", "convnet"])
-def test_an_ensemble_is_a_vmap(network):
-    images, keys = (
-        jnp.asarray(normal(0, 3, 16, 16, 1), jnp.float32),
-        jax.random.split(jax.random.key(0), 2),
-    )
-
-    @jax.jit
-    def together_and_alone(keys):
-        ensemble = jax.vmap(lambda key: network.init(key, images))(keys)
-        alone = [network.apply(network.init(key, images), images) for key in keys]
-        return jax.vmap(network.apply, (0, None))(ensemble, images), jnp.stack(alone)
-
-    logits, alone = together_and_alone(keys)
-    assert logits.shape == (2, 3, 10)
-    np.testing.assert_allclose(logits, alone, rtol=1e-5, atol=1e-6 * np.abs(alone).max())
-    assert np.abs(logits[0] - logits[1]).max() > 0.01
-
-
-@pytest.mark.parametrize("side", [11, 12, 13])
-def test_lenet_takes_images_of_twelve_pixels_and_no_fewer(side):
-    images = jnp.zeros((2, side, side + 3, 1))
-    if side < LeNet5.SMALLEST:
-        with pytest.raises(ValueError, match=f"these have {side} x {side + 3}"):
-            LeNet5().init(jax.random.key(0), images)
-    else:
-        parameters = LeNet5().init(jax.random.key(0), images)
-        assert LeNet5().apply(parameters, images).shape == (2, 10)

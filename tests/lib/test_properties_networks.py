@@ -200,60 +200,6 @@ def test_steps_per_epoch_are_the_batches_of_a_range(num_images, batch_size):
     assert classification.steps_per_epoch(num_images, batch_size) == len(batches)
 
 
-@few(8)
-@given(
-    DTYPES,
-    st.floats(1e-3, 1),
-    st.floats(0, 0.95),
-    st.floats(0, 0.1),
-    st.lists(st.integers(1, 9), unique=True, max_size=2).map(sorted).map(tuple),
-    SEEDS,
-)
-def test_optimisers_keep_the_dtype_and_follow_their_formulas(
-    dtype, rate, momentum, decay, milestones, seed
-):
-    """Ten steps in NumPy; an error of a step grows with neither, at most by 10 / (1 - momentum)."""
-    rng = np.random.default_rng(seed)
-    start, gradients = rng.normal(size=2), rng.normal(size=(10, 2))
-    optimizer = optimizers.sgd(
-        rate, momentum=momentum, weight_decay=decay, milestones=milestones, factor=0.5
-    )
-    assert optimizer is optimizers.sgd(
-        rate, momentum=momentum, weight_decay=decay, milestones=milestones, factor=0.5
-    )
-    others = optimizers.adam(rate), optimizers.adamw(rate, weight_decay=decay)
-
-    def run(optimizer, parameters, gradients):
-        def step(carry, gradient):
-            parameters, state = carry
-            updates, state = optimizer.update(gradient, state, parameters)
-            return (parameters + updates, state), None
-
-        carry = parameters, optimizer.init(parameters)
-        return jax.lax.scan(step, carry, gradients)[0][0]
-
-    with jax.enable_x64(True):
-        arguments = jnp.asarray(start, dtype), jnp.asarray(gradients, dtype)
-        found = jax.jit(lambda *a: [run(each, *a) for each in (optimizer, *others)])(*arguments)
-        found = [np.asarray(one) for one in found]
-    velocity, first, second = 0, 0, 0
-    by_sgd, by_adam, by_adamw = start, start, start
-    for t, gradient in enumerate(gradients):
-        lr = rate * 0.5 ** sum(t >= milestone for milestone in milestones)
-        velocity = gradient + decay * by_sgd + momentum * velocity
-        by_sgd = by_sgd - lr * velocity
-        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        root = np.sqrt(second / (1 - 0.999 ** (t + 1))) + 1e-8
-        move = rate * first / (1 - 0.9 ** (t + 1)) / root
-        by_adam, by_adamw = by_adam - move, by_adamw - move - rate * decay * by_adamw
-    # 1 - 0.999^t is known to eps / 0.001 of itself, and so are Adam's steps, of at most 10 rates.
-    size = np.abs(start).max() + 10 * rate * (np.abs(gradients).max() + 1) / (1 - momentum)
-    eps = np.finfo(dtype).eps
-    for value, expected, roundings in zip(found, (by_sgd, by_adam, by_adamw), (100, 2000, 2000)):
-        assert value.dtype == dtype
-        np.testing.assert_allclose(value, expected, rtol=0, atol=roundings * eps * size)
-
-
 @few(5)
 @given(EXPONENTS, SEEDS)
 def test_training_and_predictions(exponent, seed):

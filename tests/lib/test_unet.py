@@ -11,7 +11,6 @@ from lib.flow_matching.unet import (
     _Attention,
     _Norm,
     depth_to_space,
-    sinusoids,
     space_to_depth,
 )
 
@@ -25,32 +24,11 @@ def normal(seed, *shape, dtype=jnp.float32):
 # Parts
 
 
-@pytest.mark.parametrize("factor", [1, 2, 3])
-def test_space_to_depth_against_a_loop_and_back(factor):
-    images = normal(0, 2, 6, 12, 2)
-    blocks = space_to_depth(images, factor)
-    expected = np.zeros((2, 6 // factor, 12 // factor, factor * factor * 2), np.float32)
-    for i in range(6 // factor):
-        for j in range(12 // factor):
-            rows, columns = slice(i * factor, (i + 1) * factor), slice(j * factor, (j + 1) * factor)
-            expected[:, i, j] = np.asarray(images)[:, rows, columns].reshape(2, -1)
-    np.testing.assert_array_equal(blocks, expected)
-    np.testing.assert_array_equal(depth_to_space(blocks, factor), images)
-
-
 def test_blocks_that_do_not_fit_raise():
     with pytest.raises(ValueError, match="5 x 4 images do not split into blocks of 2"):
         space_to_depth(jnp.zeros((1, 5, 4, 1)), 2)
     with pytest.raises(ValueError, match="6 channels do not hold blocks of 2 x 2"):
         depth_to_space(jnp.zeros((1, 2, 2, 6)), 2)
-
-
-def test_sinusoids_against_numpy():
-    times = np.array([0.0, 0.3, 1.0], np.float32)
-    frequencies = 1000 / 10000 ** (np.arange(3) / 3)
-    angles = times[:, None].astype(float) * frequencies
-    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    np.testing.assert_allclose(sinusoids(jnp.asarray(times), 6), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [pytest.param(12, marks=pytest.mark.slow), 16])
@@ -122,15 +100,6 @@ def test_gradient_reaches_every_parameter():
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(leaf).all()
         assert np.abs(leaf).max() > 1e-5, jax.tree_util.keystr(path)
-
-
-@pytest.mark.slow
-def test_the_velocity_starts_at_0():
-    network, images, times = UNet(width=2, multipliers=(1,)), normal(0, 2, 3, 3, 1), jnp.ones(2)
-    out, parameters = network.init_with_output(jax.random.key(1), images, times)
-    np.testing.assert_array_equal(out, np.zeros(images.shape))
-    zero = [not np.any(leaf) for leaf in jax.tree.leaves(parameters["params"]["Convolution_1"])]
-    assert all(zero)
 
 
 def test_images_do_not_meet_times_count_and_convolutions_agree():

@@ -7,7 +7,6 @@ values that are as valid, or a refusal (ValueError or FileNotFoundError that nam
 other error, code that runs, or more than `MOST_BYTES` allocated is a failure.
 """
 
-import collections
 import io
 import json
 import os
@@ -626,40 +625,6 @@ def test_json_of_anything_is_refused(tmp_path, text):
 
 
 # ---- The table
-
-
-def main(count: int, chosen: list[str]) -> int:
-    """Prints the table; returns the number of failures."""
-    import tempfile
-
-    warnings.simplefilter("error")
-    failures = 0
-    print(f"{'format':<18} {'same':>6} {'other':>6} {'refused':>7} {'failed':>6} {'peak MB':>8}")
-    for name in chosen or FORMATS:
-        outcomes, peak = collections.Counter(), 0
-        with tempfile.TemporaryDirectory() as folder:
-            path, content, expected = valid(name, Path(folder))
-            for seed in range(count):
-                changed = mutation(name, content, seed)
-                tracemalloc.start()
-                try:
-                    outcomes[attempt(name, path, changed, expected)] += 1
-                except Exception as error:
-                    outcomes["failed"] += 1
-                    cause = error.__cause__ or error
-                    key = f"{type(cause).__name__}: {str(error)[:150]}"
-                    if outcomes["failed"] <= 8:
-                        print(f"  {name}, seed {seed}: {key}")
-                used = tracemalloc.get_traced_memory()[1]
-                tracemalloc.stop()
-                peak = max(peak, used)
-                if used > MOST_BYTES:
-                    outcomes["failed"] += 1
-                    print(f"  {name}, seed {seed}: {used / 2**20:.0f} MB")
-        failures += outcomes["failed"]
-        row = [outcomes[key] for key in ("same", "other", "refused", "failed")]
-        print(f"{name:<18} {row[0]:>6} {row[1]:>6} {row[2]:>7} {row[3]:>6} {peak / 2**20:>8.1f}")
-    return failures
 
 
 if __name__ == "__main__":

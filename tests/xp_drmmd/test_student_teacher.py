@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lib import runs
-from xp_drmmd import student_teacher
 from xp_drmmd.config import StudentConfig
 from xp_drmmd.student_teacher import (
     HIDDEN,
@@ -137,15 +135,6 @@ def test_a_student_learns_and_is_stored(tmp_path, flow):
     student, train, _ = lessons(config, 0)
     assert isinstance(train, Lesson)
     np.testing.assert_allclose(stored["train"][0], loss(student, train), rtol=1e-5)
-
-
-def test_the_command_trains_and_prints_the_validation_error(tmp_path, capsys):
-    small = {"students": 20, "num_inputs": 20, "batch_size": 10, "n_epochs": 4, "records": 2}
-    folder = student_teacher.main(student_teacher.Arguments(**small, results=tmp_path))
-    stored = runs.Run(folder).load_arrays()
-    lines = capsys.readouterr().out.splitlines()
-    shown = [line.split("validation ")[1] for line in lines if "validation" in line]
-    assert shown == [f"{value:.3e}" for value in stored["validation"]]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -111,21 +110,6 @@ def test_pruning_that_leaves_nothing_is_left_out(summary, monkeypatch, capsys):
     monkeypatch.setattr(flow, "LEAST_ACCEPTANCE", 1.1)
     assert set(flow.sampling_sources(config, source, train)) == {"own"}
     assert "no pruning: " in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_sources_start_as_they_are_named(summary):
-    """norm_aligned is as long as the images, dct has variance 1 and fewer frequencies."""
-    results = summary[1].results
-    train = flow.read(TINY, None).train
-    images = to_unit(train.images).reshape(300, -1)
-    aligned = flow.source_of(dataclasses.replace(TINY, source="norm_aligned"), train, results)
-    lengths = np.linalg.norm(aligned.sample(jax.random.key(0), 20_000), axis=1)
-    np.testing.assert_allclose(lengths.mean(), np.linalg.norm(images, axis=1).mean(), rtol=0.01)
-    shaped = flow.source_of(dataclasses.replace(TINY, source="dct"), train, results)
-    draws = np.asarray(shaped.sample(jax.random.key(0), 20_000))
-    np.testing.assert_allclose(draws.var(axis=0), 1, rtol=0.08)
-    assert np.linalg.matrix_rank(draws[:200] * np.asarray(shaped.std).ravel(), tol=1e-2) == 45
 
 
 def test_the_rate_warms_up_and_falls():

@@ -520,17 +520,3 @@ def test_singular_covariances_are_announced(monkeypatch):
     ):
         gmm_fit.fit_images(config, images, show_progress=False)
     assert gmm_fit.memory_needed(FitConfig(n_components=100), 3072) > 30 * 2**30
-
-
-@pytest.mark.slow
-def test_constant_and_repeated_images():
-    """A pixel that never changes, and images that are there many times."""
-    images = np.repeat(images_of(30, (2, 2, 1)), 10, axis=0)
-    images[:, 0, 0] = 7
-    for kind in ("full", "spherical"):
-        config = FitConfig(covariance_type=kind, max_iter=5)
-        found = gmm_fit.fit_images(config, images, show_progress=False)
-        assert np.isfinite(found.about["log_likelihoods"]).all()
-        mean, std = moments_of(found.mixture, found.projection)
-        np.testing.assert_allclose(mean[0], 7 / 127.5 - 1, rtol=1e-5)
-        assert kind == "spherical" or std[0] < 2e-3

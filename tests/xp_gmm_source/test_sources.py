@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import fft, stats
 from sklearn.decomposition import PCA
 
@@ -155,14 +153,6 @@ def test_norm_aligned_draws_have_the_mean_norm_of_the_data():
         sources.norm_aligned(0 * data)
 
 
-@given(st.floats(0.01, 100))
-@settings(max_examples=10, deadline=None)
-def test_norm_aligned_scales_with_the_data(factor):
-    scaled = sources.norm_aligned(np.float32(factor) * images())
-    expected = np.float32(factor) * sources.norm_aligned(images()).scale
-    np.testing.assert_allclose(scaled.scale, expected, rtol=1e-5)
-
-
 # Mixtures
 
 
@@ -203,20 +193,6 @@ def test_projection_maps_back_as_scikit_learn_does():
     np.testing.assert_allclose(
         source.coordinates(jnp.asarray(data, jnp.float32)), pca.transform(data), atol=1e-4
     )
-
-
-def test_pixels_that_do_not_vary_stay_at_zero():
-    data = images(200)
-    data[:, 0, 0] = -1  # as in the corner of most digits
-    flat = data.reshape(200, -1).astype(np.float64)
-    pca = PCA(4).fit(flat)
-    source = sources.mixture_source(
-        mixture("full", 4), pca=sources.Projection(pca.components_, pca.mean_)
-    )
-    draws = np.asarray(source.sample(KEY, 5000))
-    assert float(source.std[0]) == 1
-    assert np.abs(draws[:, 0]).max() < 1e-5
-    assert_standard(draws[:, 1:])
 
 
 def test_statistics_of_channels_repeat_over_pixels():
@@ -422,11 +398,6 @@ def test_data_sparse_axes_are_those_of_a_loop():
     np.testing.assert_array_equal(np.sort(cosines.argmax(axis=1)), np.arange(len(expected)))
 
 
-def test_fewer_images_than_dimensions_have_as_many_components_less_one():
-    components = shaped._principal_components(images(10, 5, 5), 25)
-    assert components.shape == (9, 25)
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_pruned_draws_keep_to_the_rule_and_have_the_law_of_rejection(scale):
     data = images(300, 5, 5) + 0.3
@@ -465,13 +436,6 @@ def test_what_cannot_be_accepted_is_nan():
     np.testing.assert_array_equal(
         source.couple(KEY, jnp.ones((4, 25))), source.gaussian.sample(KEY, 4)
     )
-
-
-def test_without_data_sparse_axes_every_draw_is_accepted():
-    source = shaped.pruned(images(), axis_threshold=-1.0, threshold=0.0)
-    assert source.axes.shape == (0, 30)
-    assert float(shaped.acceptance(KEY, source, 100)) == 1
-    assert np.isfinite(source.sample(KEY, 50)).all()
 
 
 def test_quantiles_of_cosines():

@@ -90,20 +90,6 @@ def test_a_folder_of_images_flows(tmp_path, image_folder):
     assert arrays["losses"].shape == (30,)
 
 
-@pytest.mark.slow
-def test_noise_flows_to_the_classes_of_the_target(tmp_path):
-    steps = ("--n_epochs", "200", "--lr", "8", "--decay", "True", "--record_every", "50")
-    done = run(tmp_path, "--src_dataset", "noise", "--tgt_dataset", "digits", *SHORT[:2], *steps)
-    assert done.returncode == 0, done.stderr
-    arrays = final(tmp_path)
-    start = arrays["particles"][0]
-    assert start.shape == arrays["x_tgt"].shape == (10, 10, 64)
-    assert abs(start.mean()) < 0.1
-    assert abs(start.std() - 1) < 0.1
-    assert arrays["losses"][-1] < 1e-3
-    assert list(tmp_path.rglob("noise-digits.gif"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -164,16 +150,6 @@ def test_tiles_keep_every_pixel_and_clip():
             np.testing.assert_array_equal(tile, np.clip(images[i, j], 0, 1))
     assert np.all(sheet[4] == 1)
     assert np.all(sheet[:, 5] == 1)
-
-
-def test_a_figure_that_fails_leaves_nothing(tmp_path):
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure()
-    with pytest.raises(ValueError, match="format"):
-        plotting.save_figure(figure, tmp_path / "figure.nonsense")
-    assert list(tmp_path.iterdir()) == []
-    assert not plt.get_fignums()
 
 
 def test_what_bounds_memory_can_be_given():

@@ -121,13 +121,6 @@ def test_without_flowed_images_the_same_epochs_and_the_same_gradient_steps(
     assert steps(alone, same_steps.num_epochs) <= wanted < steps(alone, same_steps.num_epochs + 1)
 
 
-def test_the_published_numbers_of_epochs():
-    """Of ten classes each, 200 flowed images a class."""
-    found = [transfer.trainings("target_only", k, transfer.Arguments(), (10, 10))[1].num_epochs
-             for k in (1, 5, 10, 100)]  # fmt: skip
-    assert found == [1600, 1650, 825, 146]
-
-
 def test_the_classes_that_count_are_those_of_the_data(tmp_path, monkeypatch):
     classes, asked = {"digits": range(10), "usps": range(3)}, []
 
