@@ -14,9 +14,9 @@ from lib.runs import _locks as locks
 from lib.runs._locks import FolderBusyError, lock_folder
 
 HOLDER = """
-import importlib.util, sys, time
-spec = importlib.util.spec_from_file_location("run_locks", sys.argv[1])
-run_locks = importlib.util.module_from_spec(spec)
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("locks", sys.argv[1])
+locks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(locks)
 lock = locks.lock_folder(sys.argv[2])
 print("held", flush=True)
@@ -69,6 +69,13 @@ def other_process_gets_it(folder):
     return subprocess.run(command, input=b"\n", capture_output=True, timeout=60).returncode == 0
 
 
+def failing(number):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fails
+
+
 def test_a_process_may_lock_twice_and_lets_go_with_the_last(tmp_path):
     first = lock_folder(tmp_path)
     second = lock_folder(tmp_path / ".." / tmp_path.name)
@@ -85,10 +92,7 @@ def test_a_process_may_lock_twice_and_lets_go_with_the_last(tmp_path):
 def test_file_systems_without_locks_are_named_and_do_not_stop_a_run(
     tmp_path, monkeypatch, capsys, number
 ):
-    def fails(descriptor, operation):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(locks.fcntl, "flock", fails)
+    monkeypatch.setattr(locks.fcntl, "flock", failing(number))
     assert lock_folder(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path) in line
@@ -96,8 +100,5 @@ def test_file_systems_without_locks_are_named_and_do_not_stop_a_run(
 
 
 def test_a_full_disk_does_not_stop_a_lock(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
     assert lock_folder(tmp_path)

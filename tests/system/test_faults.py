@@ -1,9 +1,9 @@
 """What dies, fills up or is damaged: nothing is lost, and one line says what happened."""
 
-import ast
 import dataclasses
 import errno
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -363,17 +363,20 @@ def test_a_command_tries_to_write_before_it_works(tmp_path, capsys, option, base
     assert str(tmp_path / "file") in line
 
 
+REPOSITORY = Path(__file__).parents[2]
 INPUTS = {"data_root", "train_paths", "val_paths", "read", "folder"}
 
 
-def test_every_command_and_benchmark_writes_where_it_tries_to():
-    """Options that are paths: those of outputs are among the ones `run_command` looks at."""
-    root = Path(__file__).parents[2]
-    for path in [*root.glob("xp_*/*.py"), *root.glob("benchmarks/*.py")]:
+def test_every_path_and_seed_of_a_command_is_checked():
+    """Options that are paths, or seeds, are among the ones that `run_command` looks at."""
+    written = {*commands.OUTPUT_FOLDERS, *commands.OUTPUT_FILES}
+    for path in [*REPOSITORY.glob("xp_*/*.py"), *REPOSITORY.glob("benchmarks/*.py")]:
         text = path.read_text()
+        seeds = re.findall(r"^    (\w*(?:seed|random_state)\w*): .* = ", text, re.M)
+        assert {*seeds} <= {*commands.SEEDS}
         if "run_command(" in text:
-            names = re.findall(r"^    (\w+): (?:tuple\[|Annotated\[)?Path\b", text, re.MULTILINE)
-            assert {*names} <= {*INPUTS, *commands.OUTPUT_FOLDERS, *commands.OUTPUT_FILES}, path
+            names = re.findall(r"^    (\w+): (?:tuple\[|Annotated\[)?Path\b", text, re.M)
+            assert {*names} <= INPUTS | written, path
             assert {*names} - INPUTS, path
         else:
             assert "tyro.cli(" not in text or path.name == "convert.py"  # which checks by itself
@@ -412,16 +415,6 @@ def test_seeds_that_are_one_or_run_out_are_refused(capsys, options, words):
     with pytest.raises(SystemExit):
         commands.run_command(pytest.fail, lambda: types.SimpleNamespace(**options))
     assert re.search(words, capsys.readouterr().err)
-
-
-def test_every_seed_of_a_command_is_checked():
-    root = Path(__file__).parents[2]
-    found = set()
-    for path in [*root.glob("xp_*/*.py"), *root.glob("benchmarks/*.py")]:
-        found |= set(
-            re.findall(r"^    (\w*(?:seed|random_state)\w*): .* = ", path.read_text(), re.M)
-        )
-    assert found <= {*commands.SEEDS}
 
 
 def test_settings_and_runs_refuse_what_is_no_seed(tmp_path):
@@ -482,55 +475,31 @@ def test_a_flow_resumes_from_the_checkpoint_before_in_the_same_bits(
     assert files.load_arrays(run.checkpoint)["step"] == 12
 
 
-def test_a_flow_without_its_trajectory_is_refused(run):
+def test_a_flow_without_its_trajectory_is_refused(tmp_path, run):
     flow(run)
     path = run.folder / "trajectory.npz"
     content = path.read_bytes()
-    files.save_arrays(path, losses=np.zeros((12, 2)))
-    with pytest.raises(files.RunFileError, match=rf"{path} holds no trajectory; delete"):
-        flow(run)
-    path.write_bytes(content[:-40])
-    with pytest.raises(
-        files.RunFileError, match=rf"{path} is gone or damaged.*delete {run.folder}"
-    ):
-        flow(run)
-    path.unlink()
-    with pytest.raises(files.RunFileError, match=rf"{path} is gone or damaged"):
-        flow(run)
-
-
-def test_a_trajectory_shorter_than_the_checkpoint_is_refused(tmp_path, run):
     shorter = runs.open_run(tmp_path, "xp", "shorter", {}, seed=0)
     flow(shorter, n_epochs=5)
-    flow(run)
-    (shorter.folder / "trajectory.npz").replace(run.folder / "trajectory.npz")
-    with pytest.raises(files.RunFileError, match="ends before the checkpoint's step 12"):
-        flow(run)
+    for change, words in (
+        (lambda: files.save_arrays(path, losses=np.zeros((12, 2))), "holds no trajectory; delete"),
+        (lambda: path.write_bytes(content[:-40]), f"is gone or damaged.*delete {run.folder}"),
+        (path.unlink, "is gone or damaged"),
+        (lambda: shorter.trajectory.replace(path), "ends before the checkpoint's step 12"),
+    ):
+        change()
+        with pytest.raises(files.RunFileError, match=words):
+            flow(run)
 
 
 # Clocks
 
 
-class Backwards:
-    """A wall clock that jumps back an hour at every look, and one that counts but stands still."""
-
-    def __init__(self):
-        self.now = 1e9
-
-    def time(self):
-        self.now -= 3600
-        return self.now
-
-    def monotonic(self):
-        return 1.0
-
-
 def test_clocks_that_go_back_or_stand_still_change_nothing(run, monkeypatch, whole):
-    clock = Backwards()
-    monkeypatch.setattr(time, "time", clock.time)
-    monkeypatch.setattr(tqdm.std, "time", clock.time)
-    fake = types.SimpleNamespace(monotonic=clock.monotonic)
-    monkeypatch.setattr("lib.runs.loop.time", fake)
+    now = itertools.count(1e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    monkeypatch.setattr(tqdm.std, "time", time.time)
+    monkeypatch.setattr("lib.runs.loop.time", types.SimpleNamespace(monotonic=lambda: 1.0))
     assert_same_bits(flow(run), whole)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -543,15 +512,9 @@ def test_clocks_that_go_back_or_stand_still_change_nothing(run, monkeypatch, who
 # Memory
 
 
-def really_out_of_memory():
-    np.zeros(2**55)
-
-
-def really_out_of_device_memory():
-    jax.block_until_ready(jnp.zeros(2**50, jnp.int8))
-
-
-@pytest.mark.parametrize("work", [really_out_of_memory, really_out_of_device_memory])
+@pytest.mark.parametrize(
+    "work", [lambda: np.zeros(2**55), lambda: jnp.zeros(2**50, jnp.int8).block_until_ready()]
+)
 def test_running_out_of_memory_is_one_line_that_says_what_to_lower(work, capsys):
     with pytest.raises(SystemExit) as stopped, console.one_line_errors(lower="--block_size"):
         work()
@@ -560,7 +523,6 @@ def test_running_out_of_memory_is_one_line_that_says_what_to_lower(work, capsys)
     assert line.startswith("Out of memory: lower --block_size, or use a machine with more (")
 
 
-REPOSITORY = Path(__file__).parents[2]
 COMMANDS = sorted(
     path
     for path in REPOSITORY.glob("xp_*/*.py")
@@ -568,30 +530,13 @@ COMMANDS = sorted(
 )
 
 
-@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_what_commands_say_to_lower_are_options_of_theirs(path):
-    """Fields of the settings of the same experiment, found without importing it."""
-    (call,) = re.findall(r"(?:lower=|lower = )\(?\s*((?:\"[^\"]*\"\s*)+)", path.read_text())
-    named = set(re.findall(r"--(\w+)|(\w+_\w+) ", call))
-    names = {option or field for option, field in named}
-    trees = [ast.parse(other.read_text()) for other in path.parent.glob("*.py")]
-    fields = {
-        node.target.id
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
-    assert names
-    assert names <= fields
-
-
-# Threads that read ahead: there are no worker processes
-
-
-# Archives that promise more than they hold
-
-
-def test_a_compressed_archive_is_not_one_of_ours(tmp_path):
-    np.savez_compressed(tmp_path / "a.npz", x=np.zeros(10))
-    with pytest.raises(files.DamagedFileError, match="compressed"):
-        files.load_arrays(tmp_path / "a.npz")
+def test_what_commands_say_to_lower_are_options_of_theirs():
+    """Fields of the settings of the same experiment, read without importing it."""
+    assert {path.parent.name for path in COMMANDS} == {p.name for p in REPOSITORY.glob("xp_*")}
+    for path in COMMANDS:
+        (call,) = re.findall(r"(?:lower=|lower = )\(?\s*((?:\"[^\"]*\"\s*)+)", path.read_text())
+        names = {option or field for option, field in re.findall(r"--(\w+)|(\w+_\w+) ", call)}
+        texts = [other.read_text() for other in path.parent.glob("*.py")]
+        fields = {name for text in texts for name in re.findall(r"(?m)^    (\w+): ", text)}
+        assert names
+        assert names <= fields, path

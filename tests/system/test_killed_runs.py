@@ -38,7 +38,8 @@ def counted(system):
     return call
 
 if kill_at:
-    from lib import gmm_em, visits
+    from lib.gmm import em
+    from lib.runs import loop
 
     class Clock:  # a hundred seconds go by between two looks: a step a visit, a save a visit
         now = 0.0
@@ -46,7 +47,7 @@ if kill_at:
             Clock.now += 100.0
             return Clock.now
 
-    for module in (gmm_em, visits):
+    for module in (em, loop):
         module.time = Clock()
     for name in ("fsync", "replace", "link", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
@@ -156,31 +157,6 @@ for sweep in rings.sweeps(config):
 """,
         150,
     ),
-    "image flow": (
-        """
-from xp_transfer_learning import image_flow
-from xp_transfer_learning.config import ROTATED, ImageFlowConfig
-
-config = ImageFlowConfig(
-    "digits", ROTATED, num_per_class=5, num_directions=16, num_steps=40, step_size=8.0, decay=True,
-    record_every=10,
-)
-image_flow.run_flow(config, seed=0, results=results, data_root=None)
-""",
-        70,
-    ),
-    "transfer": (
-        """
-from xp_transfer_learning import transfer
-from xp_transfer_learning.config import INVERTED, FlowSettings, TrainingConfig, TransferConfig
-
-settings = FlowSettings(num_steps=30, num_directions=16)
-config = TransferConfig("digits", INVERTED, 1, num_per_class=6, size=16, flow=settings)
-training = TrainingConfig(num_epochs=2, num_trainings=2)
-transfer.run_try(config, training, seed=0, results=results, data_root=None)
-""",
-        50,
-    ),
     "drmmd": (
         """
 from xp_drmmd.config import FlowConfig
@@ -190,16 +166,6 @@ config = FlowConfig(
     source_particle_num=20, target_particle_num=21, step_num=40, records=5, adaptive="paper"
 )
 run_flow(config, seed=0, results=results)
-""",
-        70,
-    ),
-    "student": (
-        """
-from xp_drmmd.config import StudentConfig
-from xp_drmmd.student_teacher import run_student
-
-config = StudentConfig(n_epochs=4, students=20, num_inputs=100, batch_size=10, records=5)
-run_student(config, seed=0, results=results)
 """,
         70,
     ),

@@ -48,7 +48,8 @@ def run_notebooks(*names):
     for name in names:
         notebook = nbformat.read(REPOSITORY / f"notebooks/{name}.ipynb", as_version=4)
         assert not any(cell.get("outputs") for cell in notebook.cells), "commit without outputs"
-        cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
+        sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+        cells += map(nbformat.v4.new_code_cell, ("%reset -f", *sources))
         ends.append(len(cells))
     joined = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(joined, timeout=300, kernel_name="python3").execute()
