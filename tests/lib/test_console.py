@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -59,23 +60,18 @@ def test_a_second_interrupt_raises_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_an_unanswered_request_is_delivered_after_the_block():
+def test_an_unanswered_request_is_passed_outwards_and_delivered_after_the_block():
     passed = []
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        with console.interruptible():
-            os.kill(os.getpid(), signal.SIGINT)
+        with console.interruptible() as outer:
+            with console.interruptible() as inner:
+                os.kill(os.getpid(), signal.SIGINT)
+                assert inner()
+                assert not outer()
+            assert outer()
             passed.append("inside")
         passed.append("after")
     assert passed == ["inside"]
-
-
-def test_nested_blocks_pass_the_request_outwards():
-    with pytest.raises(KeyboardInterrupt), console.interruptible() as outer:  # noqa: PT012
-        with console.interruptible() as inner:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert inner()
-            assert not outer()
-        assert outer()
 
 
 def test_handlers_are_restored_after_an_error_and_ignored_signals_stay_ignored():
@@ -165,8 +161,14 @@ def test_one_line_errors_name_the_kind_and_leave_the_status(capsys):
         assert stopped.value.code == status
         (line,) = capsys.readouterr().err.splitlines()
         assert line == f"{type(error).__name__}: {error}"
-    with pytest.raises(KeyError), console.one_line_errors():
-        raise KeyError("a fault of our own keeps its traceback")
+    for error in (
+        KeyError("a fault of our own keeps its traceback"),
+        RuntimeError("beside devices that are there"),
+        AssertionError(),
+        jax.errors.JaxRuntimeError("INTERNAL: a fault"),
+    ):
+        with pytest.raises(type(error)), console.one_line_errors(lower="--block_size"):
+            raise error
 
 
 def test_a_command_stopped_before_its_first_step_ends_in_one_line(capsys):
@@ -198,12 +200,6 @@ def test_platforms_that_are_not_there_are_one_line(platforms):
     assert line.startswith(f"JAX_PLATFORMS={platforms}: JAX finds no such device here, only ")
     assert "Unset it, set JAX_PLATFORMS=" in line
     assert "Traceback" not in done.stderr
-
-
-def test_errors_beside_devices_that_are_there_keep_their_traceback():
-    for error in (RuntimeError("of our own"), AssertionError()):
-        with pytest.raises(type(error)), console.one_line_errors():
-            raise error
 
 
 def test_scripts_start_in_a_clone_that_changes_line_ends(tmp_path):

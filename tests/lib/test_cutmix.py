@@ -94,15 +94,12 @@ def test_gradients_go_to_the_images_that_are_seen():
     assert boxes(mixed) is not None
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_options_out_of_range():
+    for options, message in (
         ({"probability": 1.5}, "probability must lie in .* got 1.5"),
         ({"probability": -0.1}, "got -0.1"),
         ({"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),
         ({"alpha": float("inf")}, "got inf"),
-    ],
-)
-def test_options_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
-        cutmix(jax.random.key(7), jnp.asarray(IMAGES), jnp.asarray(TARGETS), **options)
+    ):
+        with pytest.raises(ValueError, match=message):
+            cutmix(jax.random.key(7), jnp.asarray(IMAGES), jnp.asarray(TARGETS), **options)

@@ -124,14 +124,8 @@ def test_summaries_bring_their_tables(results, capsys):
     parsed = Parsed(results_page.write_page(results))
     assert parsed.table("flow") == [["flow", "loss"], ["a b", ".5"]]
     assert "Losses of all." in parsed.text
-    path = results / "xp_one" / "told.json"
-    ragged = Table(["name", "n"], [["a", "b", "1"], ["2"]])
-    figures = []
-    capsys.readouterr()
-    write_summary(path, {"n": 7}, [ragged], figures=lambda at: figures.append(at) or [at])
-    assert figures == [path]
-    assert capsys.readouterr().out.splitlines()[-2:] == [f"numbers: {path}", f"figure:  {path}"]
-    assert json.loads(path.read_text())["n"] == 7
+    text = "| name | n |\n|---|---|\n| a | b | 1 |\n| 2 |\n"  # cells too many, or too few
+    (results / "xp_one" / "told.md").write_text(text)
     table = Parsed(results_page.write_page(results)).table("name")
     assert table == [["name", "n"], ["a", "b", "1"], ["2"]]
 
@@ -213,12 +207,6 @@ def test_damaged_files_are_named_and_the_rest_is_shown(results):
     assert len(parsed.all("img", "src")) == 2
 
 
-def test_a_folder_of_nothing_but_damage_is_named_too(tmp_path):
-    (tmp_path / "xp_one").mkdir()
-    (tmp_path / "xp_one" / "cut.png").write_bytes(b"")
-    assert "xp_one/cut.png: " in Parsed(results_page.write_page(tmp_path)).text
-
-
 def test_names_and_values_are_escaped(results):
     evil = "<script>alert(1)</script>&\"'"
     folder = results / ("xp_<img src=x onerror=alert(1)>")
@@ -250,13 +238,14 @@ def test_names_and_values_are_escaped(results):
         assert Path(os.fsdecode(os.fsencode(results) + b"/" + unquote_to_bytes(link))).is_file()
 
 
-@pytest.mark.parametrize("made", [False, True])
-def test_an_empty_folder_says_so(tmp_path, made):
-    if made:
-        (tmp_path / "results" / "xp_one").mkdir(parents=True)
-    parsed = Parsed(results_page.write_page(tmp_path / "results"))
-    assert "No results yet: bash run.sh" in parsed.text
-    assert parsed.tables == []
+def test_an_empty_folder_says_so_and_one_of_damage_alone_names_it(tmp_path):
+    for _ in range(2):
+        parsed = Parsed(results_page.write_page(tmp_path / "results"))
+        assert "No results yet: bash run.sh" in parsed.text
+        assert parsed.tables == []
+        (tmp_path / "results" / "xp_one").mkdir(exist_ok=True)
+    (tmp_path / "results" / "xp_one" / "cut.png").write_bytes(b"")
+    assert "xp_one/cut.png: " in Parsed(results_page.write_page(tmp_path / "results")).text
 
 
 def test_large_figures_are_scaled_down_and_large_animations_linked(results, monkeypatch):
@@ -303,12 +292,60 @@ def test_time_is_counted_once_where_runs_overlap():
     assert results_page.covered([]) == 0
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599.0, "59 min 59 s"), (4830.0, "1 h 20 min")],
-)
-def test_durations_in_words(seconds, words):
-    assert pages.duration(seconds) == words
+def test_durations_in_words():
+    for seconds, words in (
+        (0.4, "0 s"), (59.6, "1 min 0 s"), (3599.0, "59 min 59 s"), (4830.0, "1 h 20 min")
+    ):  # fmt: skip
+        assert pages.duration(seconds) == words
+
+
+def content(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def adaptation(path: Path) -> str:
+    steps, accuracies = (np.asarray(content(path)[name]) for name in ("steps", "accuracies"))
+    return transfer_tables.adaptation_page("a → b", steps, accuracies)
+
+
+def of_content(page, **more):
+    """A page that is made of a summary's content."""
+    return lambda path: page(more | content(path))
+
+
+MEASURED = {"frechet": 3.5, "sliced_wasserstein": 0.1, "mmd2_features": -1e-4, "class_distance": 0}
+PAGES = [
+    (path, page)
+    for experiment, pattern, page in (
+        ("xp_data_mixing", "*_paper", mixing_tables.page),
+        ("xp_drmmd", "*", drmmd_tables.page),
+        ("xp_gmm_source", "*", of_content(gmm_tables.page, mixtures={"1_full": MEASURED})),
+        ("xp_dataset_distillation", "*", of_content(distillation_tables.page)),
+        ("xp_transfer_learning", "transfer_*", transfer_tables.transfer_page),
+        ("xp_transfer_learning", "along_*", transfer_tables.transfer_page),
+        ("xp_transfer_learning", "ablation_*", transfer_tables.ablation_page),
+        ("xp_transfer_learning", "step_sizes_*", transfer_tables.ablation_page),
+        (
+            "xp_transfer_learning",
+            "rings_*",
+            of_content(lambda c: transfer_tables.rings_page(c["rows"], 5)),
+        ),
+        ("xp_transfer_learning", "adaptation_*", adaptation),
+    )
+    for path in sorted((REPOSITORY / experiment / "published").glob(f"{pattern}.json"))
+]
+
+
+@pytest.mark.parametrize(("path", "page"), PAGES, ids=[f"{p.parts[-3]}-{p.stem}" for p, _ in PAGES])
+def test_every_experiment_tells_what_its_tables_are(path, page):
+    blocks = pages.markdown_blocks(page(path))
+    assert isinstance(blocks[0], str)
+    assert blocks[0].endswith(".")
+    tables = [block for block in blocks if isinstance(block, pages.Table)]
+    assert tables
+    for table in tables:
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.heads)}
 
 
 @pytest.mark.parametrize("status", [0, 130])
@@ -342,7 +379,7 @@ def test_run_sh_ends_with_the_page_also_after_a_failure(tmp_path, status):
 
 
 def test_the_command_prints_where_the_page_is(results, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["results_page", str(results)])
+    monkeypatch.setattr(sys, "argv", ["page", str(results)])
     results_page.main()
     assert capsys.readouterr().out == f"page:    {results / 'index.html'}\n"
     assert html.escape(results.as_posix()) in (results / "index.html").read_text()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 from lib import networks
 from lib.flow_matching import unet
@@ -102,6 +103,19 @@ def test_convolutions(case, dtype, exponent, conv, seed):
     assert np.all(
         np.abs(gradients["params"]["bias"] - sums) <= weights.size * np.finfo(dtype).eps * size
     )
+
+
+def test_second_derivatives_of_the_convolution(x64):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(1, 3, 3, 2)), rng.normal(size=(3, 3, 2, 2))
+    module = convolution.Convolution(2)
+
+    def value(x, kernel):
+        return jnp.sum(
+            jnp.sin(module.apply({"params": {"kernel": kernel, "bias": jnp.zeros(2)}}, x))
+        )
+
+    check_grads(jax.jit(value), (x, kernel), order=2, modes=("rev",), rtol=1e-5)
 
 
 # Networks

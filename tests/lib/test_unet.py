@@ -70,20 +70,17 @@ def drawn_parameters(network, images, times):
     return jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype("f"), shapes)
 
 
-@pytest.mark.parametrize(
-    ("shape", "settings"),
-    [
+def test_velocities_have_the_images_shape():
+    for shape, settings in (
         ((8, 8, 1), {}),
         ((28, 28, 1), {"patch": 2}),
         ((32, 32, 3), {"patch": 2, "multipliers": (1, 2, 2), "attention": (2,)}),
         ((7, 5, 2), {"patch": 2, "multipliers": (1, 2, 3), "blocks": 2}),
         ((1, 2, 1), {"attention": (0, 1)}),
-    ],
-)
-def test_velocities_have_the_images_shape(shape, settings):
-    network, images, times = UNet(**SMALL | settings), jnp.zeros((3, *shape)), jnp.zeros(3)
-    out, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), images, times)
-    assert out.shape == images.shape
+    ):
+        network, images, times = UNet(**SMALL | settings), jnp.zeros((3, *shape)), jnp.zeros(3)
+        out, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), images, times)
+        assert out.shape == images.shape
 
 
 @pytest.mark.slow
@@ -117,17 +114,14 @@ def test_images_do_not_meet_times_count_and_convolutions_agree():
     assert np.abs(same[0] - same[1]).max() > 1e-2 * scale
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_bad_settings_raise():
+    for settings, message in (
         ({"multipliers": ()}, "multipliers must be"),
         ({"width": 7}, "width must be even"),
         ({"blocks": 0}, "blocks and patch"),
         ({"patch": 0}, "blocks and patch"),
         ({"attention": (2,)}, r"attention \(2,\) names levels other than 0 to 1"),
-    ],
-)
-def test_bad_settings_raise(settings, message):
-    network = UNet(**SMALL | settings)
-    with pytest.raises(ValueError, match=message):
-        network.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1))
+    ):
+        network = UNet(**SMALL | settings)
+        with pytest.raises(ValueError, match=message):
+            network.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1))

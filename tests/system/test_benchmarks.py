@@ -90,14 +90,19 @@ def test_published_step_is_ours_at_its_levels(published, name):
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-3, atol=1e-4 * scale)
 
 
-@pytest.mark.slow
-def test_benchmark_runs(tmp_path):
-    out = tmp_path / "deep" / "flows.json"
-    command = [sys.executable, ROOT / "benchmarks" / "flows.py", "--shapes", "2", "10", "3"]
-    command += ["--repeats", "2", "--projections", "20", "--kernel", "laplace", "--out", out]
+def results_of(script, tmp_path, arguments):
+    """What the benchmark writes."""
+    out = tmp_path / "deep" / f"{script}.json"
+    command = [sys.executable, ROOT / f"benchmarks/{script}.py", *arguments.split(), "--out", out]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([str(part) for part in command], check=True, env=environment, timeout=600)
-    (result,) = json.loads(out.read_text())["results"]
+    subprocess.run([*map(str, command)], check=True, env=environment, timeout=600)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_flow_benchmark_runs(tmp_path):
+    arguments = "--shapes 2 10 3 --repeats 2 --projections 20 --kernel laplace"
+    (result,) = results_of("flows", tmp_path, arguments)["results"]
     assert result["shape"] == [2, 10, 3]
     assert {"ours", "published", "flow, 1 step"} < result["contenders"].keys()
     pairs = [value for name, value in result["values"].items() if name.startswith("pair")]
@@ -106,52 +111,56 @@ def test_benchmark_runs(tmp_path):
 
 @pytest.mark.slow
 def test_transfer_benchmark_runs(tmp_path):
-    out = tmp_path / "transfer.json"
-    command = [sys.executable, ROOT / "benchmarks" / "transfer.py", "--src_dataset", "digits"]
-    command += ["--tgt_dataset", "digits:rotated", "--size", "12", "--num_per_class", "6"]
-    command += ["--k_shot", "2", "--rounds", "2", "--n_epochs_wgd", "10", "--out", out]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([str(part) for part in command], check=True, env=environment, timeout=600)
-    found = json.loads(out.read_text())
-    ours, published = found["ours"], found["published"]
-    assert 0 < ours["flow"] < ours["whole"]
-    assert published["flow"] > 5_000 * found["per_step"]["published"]["step"]
+    arguments = "--src_dataset digits --tgt_dataset digits:rotated --size 12 --num_per_class 6"
+    arguments += " --k_shot 2 --rounds 2 --n_epochs_wgd 10"
+    found = results_of("transfer", tmp_path, arguments)
+    assert 0 < found["ours"]["flow"] < found["ours"]["whole"]
+    assert found["published"]["flow"] > 5_000 * found["per_step"]["published"]["step"]
 
 
 @pytest.mark.slow
 def test_solver_benchmark_runs(tmp_path):
-    out = tmp_path / "mixing.json"
-    command = [sys.executable, ROOT / "benchmarks" / "mixing.py", "--sizes", "3", "12"]
-    command += ["--kinds", "mixture", "domain", "--repeats", "2", "--replicates", "3"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command += ["--out", out]
-    subprocess.run([str(part) for part in command], check=True, env=environment, timeout=600)
-    found = json.loads(out.read_text())
-    assert [(one["size"], one["features"], one["kind"]) for one in found["results"]] == [
+    arguments = "--sizes 3 12 --kinds mixture domain --repeats 2 --replicates 3"
+    found = results_of("mixing", tmp_path, arguments)
+    assert [(r["size"], r["features"], r["kind"]) for r in found["results"]] == [
         (3, 100, "mixture"), (3, 100, "domain"), (12, 100, "mixture"), (12, 100, "domain"),
         (12, 1000, "mixture"),
     ]  # fmt: skip
     for result in found["results"]:
-        for name, one in result["contenders"].items():
-            timed = [one[what] for what in ("solve", "means") if what in one]
+        for name, contender in result["contenders"].items():
+            timed = [contender[what] for what in ("solve", "means") if what in contender]
             assert timed
             assert all(times["wall"] > 0 for times in timed)
             # OSQP's own tolerance is 1e-3, Clarabel's 1e-8.
             most = 1e-14 if name == "ours" else 1e-9 if "tight" in name else 1e-3
-            assert one["gap_to_scale"] < most, name
+            assert contender["gap_to_scale"] < most, name
     assert found["bootstrap"]["largest_gap_to_scale"] < 1e-14
 
 
 @pytest.mark.slow
 def test_mixing_stream_benchmark_runs(tmp_path):
-    out = tmp_path / "mixing_stream.json"
-    command = [sys.executable, ROOT / "benchmarks" / "mixing_stream.py", "--files", "2"]
-    command += ["--rows", "700", "--dimension", "32", "--num_features", "50", "--num_blocks", "3"]
-    command += ["--chunk_size", "256", "--folder", tmp_path, "--out", out]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([str(part) for part in command], check=True, env=environment, timeout=600)
-    found = json.loads(out.read_text())
+    arguments = "--files 2 --rows 700 --dimension 32 --num_features 50 --num_blocks 3"
+    arguments += f" --chunk_size 256 --folder {tmp_path}"
+    found = results_of("mixing_stream", tmp_path, arguments)
     assert [r["stream"]["rows"] for r in found["rounds"]] == [700, 700]
     assert found["binds"] in {"disk", "product"}
     assert 0 < found["resident_bytes"]["before"] <= found["resident_bytes"]["peak"]
-    assert [path.name for path in tmp_path.iterdir()] == ["mixing_stream.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_figures_of_the_house_are_those_of_a_small_one(tmp_path):
+    """By benchmarks/house.py, on a checkout written here."""
+    wide = ", ".join(f"a{i}" for i in range(11))
+    long = "\n".join(f"    x = {i}" for i in range(80))
+    for name, text in {
+        "lib/one.py": f"def used(): ...\n\ndef idle({wide}): run_steps()\n\ndef _long():\n{long}\n",
+        "lib/two/__init__.py": "from lib.one import idle  # noqa: F401\n",
+        "tests/test_one.py": "from lib.one import idle\n\nidle()\n",
+        "xp_one/run.py": "from lib import one\n\none.used()\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, ROOT / "benchmarks/house.py", tmp_path]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    table, *_ = done.stdout.split("\n\n")
+    assert [int(line.split()[-1]) for line in table.splitlines()] == [2, 1, 1, 1, 1, 1, 86, 3]

@@ -17,12 +17,11 @@ from xp_dataset_distillation.config import BaselineConfig, Evaluator, Judged
 from xp_drmmd import run as drmmd
 from xp_drmmd import student_teacher
 from xp_drmmd.config import FlowConfig, StudentConfig
-from xp_transfer_learning import domain_adaptation, image_flow, rings, transfer
+from xp_transfer_learning import domain_adaptation, rings, transfer
 from xp_transfer_learning.config import (
     ROTATED,
     AdaptationConfig,
     FlowSettings,
-    ImageFlowConfig,
     RingsConfig,
     TrainingConfig,
     TransferConfig,
@@ -160,15 +159,12 @@ def run_drmmd(results):
         drmmd.run_flow(config, seed=seed, results=results)
 
 
-def run_coverage(results, estimator="mmd"):
+def run_coverage(results):
     samples = Samples("digits", num_per_class=8, num_target=12, target_from="rest", labels="drawn")
-    config = CoverageConfig(samples, estimator, resamples=2, replicates=3, num_features=4)
-    for seed in SEEDS:
-        coverage.cover(config, seed)
-
-
-def run_calibrated_coverage(results):
-    run_coverage(results, "calibrated")
+    for estimator in ("mmd", "calibrated"):
+        config = CoverageConfig(samples, estimator, resamples=2, replicates=3, num_features=4)
+        for seed in SEEDS:
+            coverage.cover(config, seed)
 
 
 SMALL = {"width": 4, "depth": 2}
@@ -189,17 +185,11 @@ def run_rings(results):
             rings.run_sweep(sweep, config, seed=seed, results=results)
 
 
-def run_images(results):
-    config = ImageFlowConfig("digits", ROTATED, num_per_class=3, num_steps=2, num_directions=3)
-    for seed in SEEDS:
-        image_flow.run_flow(config, seed=seed, results=results, data_root=None)
-
-
-SLOW = pytest.mark.slow
-RUNS = [run_students, pytest.param(run_adaptation, marks=SLOW)]
-RUNS += [pytest.param(one, marks=SLOW) for one in (run_transfer, run_drmmd, run_coverage)]
-RUNS += [pytest.param(one, marks=SLOW) for one in (run_rings, run_images)]
-RUNS += [pytest.param(one, marks=SLOW) for one in (run_calibrated_coverage, run_baseline)]
+RUNS = [run_students]
+RUNS += [
+    pytest.param(run, marks=pytest.mark.slow)
+    for run in (run_adaptation, run_transfer, run_drmmd, run_coverage, run_rings, run_baseline)
+]
 
 
 @pytest.mark.parametrize("run", RUNS)

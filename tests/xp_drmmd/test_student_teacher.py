@@ -137,10 +137,9 @@ def test_a_student_learns_and_is_stored(tmp_path, flow):
     np.testing.assert_allclose(stored["train"][0], loss(student, train), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("lmbda", 0.0), ("lr", float("nan")), ("noise", -1.0), ("students", 0), ("batch_size", 300)],
-)
-def test_bad_settings_are_named(field, value):
-    with pytest.raises(ValueError, match=f"(?i){field}|batches of {value}"):
-        StudentConfig(**{field: value})
+def test_bad_settings_are_named():
+    for field, value in (
+        ("lmbda", 0.0), ("lr", float("nan")), ("noise", -1.0), ("students", 0), ("batch_size", 300)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"(?i){field}|batches of {value}"):
+            StudentConfig(**{field: value})

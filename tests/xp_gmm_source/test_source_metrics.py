@@ -107,18 +107,27 @@ def test_feature_network_classifies_digits(digits, network):
         np.testing.assert_array_equal(a, b)
 
 
-def test_bad_training_data_are_refused(digits):
+def test_bad_data_are_refused(digits, reference):
     x, y, test, labels = digits
-    for options, message in (
-        ((x, y[:-1]), "labels must be"),
-        ((x, y - 1), "integers >= 0"),
-        ((x, y.astype(float)), "float64"),
-        ((x * np.nan, y), "image 0 is not finite"),
+    for options, more, message in (
+        ((x, y[:-1]), {}, "labels must be"),
+        ((x, y - 1), {}, "integers >= 0"),
+        ((x, y.astype(float)), {}, "float64"),
+        ((x * np.nan, y), {}, "image 0 is not finite"),
+        ((x, y), {"test": (test[:, :7], labels)}, "test labels"),
     ):
         with pytest.raises(ValueError, match=message):
-            metrics.train_feature_network(KEY, *options, num_epochs=1)
-    with pytest.raises(ValueError, match="test labels"):
-        metrics.train_feature_network(KEY, x, y, test=(test[:, :7], labels), num_epochs=1)
+            metrics.train_feature_network(KEY, *options, num_epochs=1, **more)
+    samples = x[:20].copy()
+    samples[5, 0] = np.nan
+    for bad, message in (
+        (x[:20].reshape(20, -1)[:, :63], r"\(20, 63\) is no sample of images \(8, 8, 1\)"),
+        (x[:20, ..., 0], r"\(20, 8, 8\) is no sample"),
+        (x[:1], "two samples"),
+        (samples, "points is not finite in row 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.judge(bad, reference)
 
 
 # Judgement
@@ -179,16 +188,3 @@ def test_a_dropped_mode_and_noise_are_seen_above_the_floor(digits, network, refe
     assert even["class_distance"] == pytest.approx(0.5, abs=0.06)
     assert even["class_entropy_gap"] == pytest.approx(np.log(2), abs=0.1)
     assert list(floor) == list(real)
-
-
-def test_bad_samples_are_refused(digits, network, reference):
-    samples = digits[0][:20].copy()
-    with pytest.raises(ValueError, match=r"\(20, 63\) is no sample of images \(8, 8, 1\)"):
-        metrics.evaluate(samples.reshape(20, -1)[:, :63], reference)
-    with pytest.raises(ValueError, match=r"\(20, 8, 8\) is no sample"):
-        metrics.evaluate(samples[..., 0], reference)
-    with pytest.raises(ValueError, match="two samples"):
-        metrics.evaluate(samples[:1], reference)
-    samples[5, 0] = np.nan
-    with pytest.raises(ValueError, match="points is not finite in row 5"):
-        metrics.evaluate(samples, reference)

@@ -34,7 +34,7 @@ def assigned_shares(x, y):
 # Classes
 
 
-@pytest.mark.parametrize(("n", "k"), [(5, 5), (2, 4), (6, 4), (3, 7)])
+@pytest.mark.parametrize(("n", "k"), [(5, 5), (2, 4), (6, 4), (3, 7), (1, 1), (4, 1), (1, 4)])
 def test_class_costs_are_those_of_an_assignment(n, k):
     x, y = normal(0, 3, n, 2), 1 + normal(1, 2, k, 2)
     expected = [
@@ -118,15 +118,11 @@ def test_labels_by_particles_are_the_largest_shares_of_an_assignment(classes, n,
     assert len(np.unique(labels)) > 1
 
 
-def test_labels_by_axis():
-    labels = label_particles(normal(0, 3, 2, 4), normal(1, 3, 5, 4), "axis")
-    np.testing.assert_array_equal(labels, [[0, 0], [1, 1], [2, 2]])
-
-
-def test_impossible_labellings_raise():
-    x, y = normal(0, 3, 2, 4), normal(1, 2, 2, 4)
+def test_labels_by_axis_and_impossible_labellings():
+    x, y = normal(0, 3, 2, 4), normal(1, 3, 5, 4)
+    np.testing.assert_array_equal(label_particles(x, y, "axis"), [[0, 0], [1, 1], [2, 2]])
     with pytest.raises(ValueError, match="as many classes in both: 3 and 2"):
-        label_particles(x, y, "axis")
+        label_particles(x, y[:2], "axis")
     with pytest.raises(ValueError, match="transport, axis or particles, not 'nearest'"):
         label_particles(x, y, "nearest")
 

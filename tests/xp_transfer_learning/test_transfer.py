@@ -55,7 +55,7 @@ def test_every_method_gets_the_same_draw_and_every_seed_its_own():
 
 
 @pytest.mark.parametrize("method", ["mmdsw", "otdd", "mmd_product"])
-def test_flows_go_down_and_keep_the_images_shape(tmp_path, method):
+def test_flows_go_down_keep_the_images_shape_and_are_stored_once(tmp_path, monkeypatch, method):
     with jax.numpy_rank_promotion("allow"):  # ott relies on it
         stored = transfer.flow(config(method), seed=0, results=tmp_path, data_root=None)
     assert stored["particles"].shape[1:] == (10, 8, 256)
@@ -66,13 +66,9 @@ def test_flows_go_down_and_keep_the_images_shape(tmp_path, method):
     assert stored["losses"][-1] < stored["losses"][0]
     problem = methods.problem(SHORT[method], x0, x_tgt)
     np.testing.assert_array_equal(problem.points(problem.start), x0)
-
-
-def test_a_flow_is_stored_once(tmp_path, monkeypatch):
-    first = transfer.flow(config(), seed=0, results=tmp_path, data_root=None)
     monkeypatch.setattr(methods, "wasserstein_gradient_descent", None)
-    again = transfer.flow(config(), seed=0, results=tmp_path, data_root=None)
-    np.testing.assert_array_equal(first["particles"], again["particles"])
+    again = transfer.flow(config(method), seed=0, results=tmp_path, data_root=None)
+    np.testing.assert_array_equal(stored["particles"], again["particles"])
     assert not list(tmp_path.rglob("checkpoint.npz"))
 
 
@@ -95,6 +91,10 @@ def test_training_set_clips_and_labels():
     images, labels, right = transfer.training_set(empty, x_tgt, (2, 2, 1), "transport")
     assert len(images) == len(labels) == 6
     assert np.isnan(right)
+    # A whole class on one class of the target, none on that of its own number.
+    for labelling, share in (("transport", 1), ("particles", 1), ("axis", 0)):
+        *_, right = transfer.training_set(x_tgt[[1, 2, 0]], x_tgt, (2, 2, 1), labelling)
+        assert right == share
 
 
 @given(
@@ -143,14 +143,6 @@ def test_the_classes_that_count_are_those_of_the_data(tmp_path, monkeypatch):
     assert asked == [7, 28]
 
 
-@pytest.mark.parametrize(("labelling", "share"), [("transport", 1), ("particles", 1), ("axis", 0)])
-def test_labels_of_an_arrived_flow_agree_with_the_nearest_target_images(labelling, share):
-    """A whole class on one class of the target, none on that of its own number."""
-    x_tgt = np.random.default_rng(0).uniform(size=(3, 2, 4)).astype(np.float32)
-    *_, right = transfer.training_set(x_tgt[[1, 2, 0]], x_tgt, (2, 2, 1), labelling)
-    assert right == share
-
-
 @pytest.mark.slow
 def test_accuracies_along_the_flow_end_with_that_of_its_end(tmp_path):
     training = TrainingConfig(num_epochs=1, num_trainings=2)
@@ -165,19 +157,10 @@ def test_accuracies_along_the_flow_end_with_that_of_its_end(tmp_path):
 
 @pytest.mark.slow
 def test_flags_are_the_published_ones(tmp_path):
-    command = [sys.executable, "xp_transfer_learning/transfer.py", "--src_dataset", "digits"]
-    command += ["--tgt_dataset", INVERTED, "--k_shot", "2", "--method", "mmdsw"]
-    command += ["--n_epochs_wgd", "3", "--ntry", "2", "--n_epochs_nn", "1", "--lr", "0.5"]
-    command += [
-        "--num_per_class",
-        "5",
-        "--size",
-        "16",
-        "--results",
-        str(tmp_path),
-        "--num_trainings",
-        "2",
-    ]
+    command = [sys.executable, "xp_transfer_learning/transfer.py", "--results", str(tmp_path)]
+    flags = f"--src_dataset digits --tgt_dataset {INVERTED} --k_shot 2 --method mmdsw --ntry 2 "
+    flags += "--n_epochs_wgd 3 --n_epochs_nn 1 --lr 0.5 --num_per_class 5 --size 16"
+    command += f"{flags} --num_trainings 2".split()
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (summary,) = tmp_path.glob("xp_transfer_learning/*.json")
@@ -194,14 +177,9 @@ def test_flags_are_the_published_ones(tmp_path):
 @pytest.mark.slow
 def test_adaptation_reaches_the_classifiers_classes(tmp_path):
     settings = AdaptationConfig(
-        ROTATED,
-        "digits",
-        num_per_class=30,
-        size=28,
-        flow=FlowSettings(num_steps=300),
-        records=4,
-        num_epochs=30,
-    )
+        ROTATED, "digits", num_per_class=30, size=28, flow=FlowSettings(n_epochs=300), records=4,
+        n_epochs_nn=30,
+    )  # fmt: skip
     run = domain_adaptation.run_try(settings, seed=0, results=tmp_path, data_root=None)
     stored = run.load_arrays()
     assert sorted(stored["matched"]) == list(range(10))
@@ -250,35 +228,23 @@ def test_steps_to_an_objective_and_an_accuracy():
     ("option", "lr"),
     [("ours", 5.0), ("orthogonal directions", 5.0), ("Adam", 0.05), ("L-BFGS", 0.5)],
 )
-def test_every_kind_of_optimiser_goes_down(option, lr):
-    settings = dataclasses.replace(ABLATION[option], num_steps=30, num_directions=100, step_size=lr)
+def test_every_kind_of_optimizer_goes_down(option, lr):
+    settings = dataclasses.replace(ABLATION[option], n_epochs=30, num_directions=100, lr=lr)
     x0, x_tgt, _ = transfer.data(0, config(), None)
     problem = methods.problem(settings, x0, x_tgt)
     losses, _ = wasserstein_gradient_descent(
-        problem.start,
-        problem.target,
-        problem.value_and_grad,
-        jax.random.key(0),
-        n_epochs=30,
-        optimizer=methods.optimizer(settings),
-        show_progress=False,
-    )
+        problem.start, problem.target, problem.value_and_grad, jax.random.key(0), n_epochs=30,
+        optimizer=methods.optimizer(settings), show_progress=False,
+    )  # fmt: skip
     assert losses[-1] < 0.7 * losses[0]
 
 
 @pytest.mark.slow
 def test_the_ablation_runs_every_option_with_every_step_size(tmp_path):
     arguments = ablation.Arguments(
-        ROTATED,
-        "digits",
-        num_per_class=6,
-        size=16,
-        n_epochs_wgd=4,
-        ntry=2,
-        options=("Adam",),
-        lr=(0.5, 1.0),
-        results=tmp_path,
-    )
+        ROTATED, "digits", num_per_class=6, size=16, n_epochs_wgd=4, ntry=2, options=("Adam",),
+        lr=(0.5, 1.0), results=tmp_path,
+    )  # fmt: skip
     summary = ablation.main(arguments)
     assert summary.stem.startswith("step_sizes")
     rows = json.loads(summary.read_text())["rows"]
