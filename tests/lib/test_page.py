@@ -1,7 +1,6 @@
 """The page of a results folder: complete, self-contained, escaped, and never stopped by damage."""
 
 import base64
-import errno
 import html
 import io
 import json
@@ -264,22 +263,6 @@ def test_large_figures_are_scaled_down_and_large_animations_linked(results, monk
     np.testing.assert_allclose(small[:22], means, atol=1.01)  # rounded twice
     assert "plain.gif (0 kB, not in the page)" in " ".join(parsed.text.split())
     assert "xp_one/figures/plain.gif" in parsed.all("a", "href")
-
-
-def test_a_full_disk_leaves_the_page_of_before(results, monkeypatch):
-    before = results_page.write_page(results).read_bytes()
-    (results / "xp_one/told.json").unlink()
-
-    def full(source, target):
-        raise OSError(errno.ENOSPC, "No space left on device", str(source))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(files.os, "replace", full)
-        with pytest.raises(OSError, match="No space left"):
-            results_page.write_page(results)
-    assert {path.name for path in results.iterdir()} == {"index.html", "xp_one"}
-    assert (results / "index.html").read_bytes() == before
-    assert results_page.write_page(results).read_bytes() != before
 
 
 def test_time_is_counted_once_where_runs_overlap():

@@ -5,11 +5,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import augment
 from lib.augment import _warps as warps
 from lib.augment import cutmix
 from lib.flow_matching import unet
@@ -88,101 +86,6 @@ def test_warps(case, exponent, angle, seed):
         slack = 2 * (n + channels + 9) * np.abs(weights).sum() * bound
         assert abs(inner[0] - inner[1]) <= slack
         assert np.isfinite(gradient).all()
-
-
-# Augmentation
-
-
-@few(40)
-@given(
-    st.lists(st.sampled_from(augment.OPERATIONS), unique=True),
-    st.sampled_from(["dsa", "idc"]),
-    st.booleans(),
-)
-def test_strategies_are_their_names(names, dialect, flips):
-    parsed = augment.parse("_".join(names), dialect=dialect, flips=flips)
-    assert isinstance(parsed, augment.Augmentation)
-    assert parsed.operations == tuple(name for name in names if flips or name != "flip")
-    assert hash(parsed) == hash(augment.parse("_".join(names), dialect=dialect, flips=flips))
-    if names:
-        with pytest.raises(ValueError, match=f"{names[0]} is named more than once"):
-            augment.parse("_".join([*names, names[0]]), dialect=dialect)
-
-
-STRATEGIES = (
-    (augment.parse("color_crop_cutout_flip_scale_rotate", dialect="idc"), np.float32),
-    (augment.parse("brightness_contrast_crop", dialect="dsa"), np.float64),
-)
-
-
-@partial(jax.jit, static_argnames=("augmentation",))
-def changed(key, x, y, share, order, augmentation):
-    """One change for all of two batches and of their mixture; own changes, also of a permutation;
-    a gradient."""
-    shared = augment.draw(key, augmentation)
-    each = augment.draw(key, augmentation, len(x))
-    mixed = share * x + (1 - share) * y
-    gradient = jax.grad(lambda x: jnp.sum(jnp.square(augment.apply(shared, x))))(x)
-    values = {
-        "shared": [augment.apply(shared, images) for images in (x, y, mixed)],
-        "each": augment.apply(each, x),
-        "permuted": augment.apply(jax.tree.map(lambda leaf: leaf[order], each), x[order]),
-        "fresh": augment.augment(key, x, augmentation, siamese=False),
-        "siamese": augment.augment(key, x, augmentation, siamese=True),
-        "gradient": gradient,
-    }
-    return values, each
-
-
-@pytest.mark.slow
-@few(12)
-@given(st.sampled_from(STRATEGIES), EXPONENTS, SEEDS)
-def test_changes_of_images(augmentation_and_dtype, exponent, seed):
-    """A change is affine in the images: that of a mixture is the mixture of those of its parts. It
-    is of each image by itself, so that a permutation permutes. A value is a sum of at most H W c
-    products in each of three means, of factors up to 2 and 3/2, and of four pixels."""
-    augmentation, dtype = augmentation_and_dtype
-    shape, rng = (3, 6, 5, 2), np.random.default_rng(seed)
-    x, y = (10.0**exponent * rng.uniform(size=shape) for _ in range(2))
-    x[1] = x[0]
-    order, share, eps = rng.permutation(3), rng.uniform(), np.finfo(dtype).eps
-    with jax.enable_x64(True):
-        arrays = (jnp.asarray(a, dtype) for a in (x, y, share))
-        found = changed(jax.random.key(seed), *arrays, jnp.asarray(order), augmentation)
-        found, drawn = jax.tree.map(np.asarray, found)
-    assert isinstance(drawn, augment.Parameters)
-    check_ranges(drawn, augmentation, 3)
-    for value in jax.tree.leaves(found):
-        assert (value.dtype, value.shape) == (dtype, shape)
-        assert np.isfinite(value).all()
-    of_x, of_y, of_both = found["shared"]
-    bound = 10 * (6 * 5 * 2 + 20) * eps * (10.0**exponent + 1)
-    assert np.all(np.abs(of_both - (share * of_x + (1 - share) * of_y)) <= bound)
-    np.testing.assert_array_equal(of_x[0], of_x[1])
-    assert np.all(np.abs(found["permuted"] - found["each"][order]) <= bound)
-    assert np.all(np.abs(found["fresh"] - found["each"]) <= bound)
-    assert np.all(np.abs(found["siamese"] - of_x) <= bound)
-
-
-def check_ranges(drawn, augmentation, num):
-    """Fields are there for what is named, [num], and within the published strengths."""
-    named = augmentation._expanded()
-    for name, fields, low, high in (
-        ("flip", ("flip",), 0, 1),
-        ("crop", ("crop_share", "crop_row", "crop_column"), 0, 1),
-        ("scale", ("scale_rows", "scale_columns"), 1 / 1.2 - 1e-6, 1.2 + 1e-6),
-        ("rotate", ("angle",), -np.pi / 12 - 1e-6, np.pi / 12 + 1e-6),
-        ("cutout", ("cutout_share", "cutout_row", "cutout_column"), 0, 1),
-        ("brightness", ("brightness",), -0.5, 0.5),
-        ("saturation", ("saturation",), 0, 2),
-        ("contrast", ("contrast",), 0.5, 1.5),
-    ):
-        for field in fields:
-            values = getattr(drawn, field)
-            assert (values is not None) == (name in named)
-            if values is not None:
-                assert values.shape == (num,)
-                assert np.all((values >= low) & (values <= high))
 
 
 # CutMix

@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 from lib import networks
 from lib.flow_matching import unet
-from lib.networks import classification, convolution, optimizers
+from lib.networks import classification, convolution
 
 DTYPES = st.sampled_from([np.float32, np.float64])
 EXPONENTS = st.integers(-6, 6)
@@ -212,42 +212,3 @@ def test_sinusoids(shape, dtype, seed):
 def test_steps_per_epoch_are_the_batches_of_a_range(num_images, batch_size):
     batches = range(0, num_images, min(batch_size, num_images))
     assert classification.steps_per_epoch(num_images, batch_size) == len(batches)
-
-
-@few(5)
-@given(EXPONENTS, SEEDS)
-def test_training_and_predictions(exponent, seed):
-    """Nothing is infinite, of equal images and zeros in any unit. Visits change no bit. Predictions
-    are NumPy's of the logits, whatever the blocks and the order."""
-    rng, network, dtype = np.random.default_rng(seed), networks.MLP(3, hidden=(4,)), np.float32
-    images = 10.0**exponent * rng.normal(size=(7, 2, 2, 1))
-    images[0], images[2] = 0, images[1]
-    labels, order = rng.integers(0, 3, 7), rng.permutation(7)
-    options = {"optimizer": optimizers.adam(0.01), "num_epochs": 2, "batch_size": 3}
-    with jax.enable_x64(True):
-        keys = jax.random.split(jax.random.key(seed), 2)
-        data = jnp.asarray(images, dtype), jnp.asarray(labels)
-        parameters, losses = classification.train_seeds(keys, network, *data, **options)
-        fitted = classification.fit_seeds(keys, network, *data, show_progress=False, **options)
-        alone = jax.eval_shape(
-            partial(classification.train, network=network, **options),
-            KEY,
-            images=data[0],
-            labels=data[1],
-        )
-        second = jax.tree.map(lambda leaf: leaf[1], parameters)
-        logits = np.asarray(network.apply(second, data[0]))
-        found = [classification.predict(network, second, data[0], block_size=b) for b in (2, 9)]
-        moved = classification.predict(network, second, data[0][order], block_size=9)
-        share = classification.accuracy(network, second, *data)
-        jax.tree.map(np.testing.assert_array_equal, fitted, (parameters, losses))
-        parameters, losses = jax.tree.map(np.asarray, (parameters, losses))
-    assert losses.dtype == alone[1].dtype == logits.dtype == dtype
-    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {np.dtype(np.float32)}
-    for leaf in jax.tree.leaves((parameters, losses)):
-        assert np.isfinite(leaf).all()
-    predicted = logits.argmax(axis=1)
-    for one in found:
-        np.testing.assert_array_equal(one, predicted)
-    np.testing.assert_array_equal(moved, predicted[order])
-    assert abs(float(share) - np.mean(predicted == labels)) < 1e-6

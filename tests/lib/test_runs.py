@@ -5,11 +5,8 @@ import dataclasses
 import json
 import math
 import os
-import random
 import re
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -183,63 +180,6 @@ def test_finish_discards_what_was_saved_wherever_it_is_killed(
     assert remaining == ({"arrays.npz"} if reopened.finished else set(SAVED))
     assert reopened.finished == (operations > 0)
     assert not list(run.folder.glob("*.tmp"))
-
-
-# Killed writers
-
-
-WRITER = """
-import os, signal, sys
-import numpy as np
-from lib.runs import files
-
-path, mode = sys.argv[1:]
-big = np.ones(500_000)
-if mode == "half":
-    files.save_checkpoint(path, {"x": 7 * big}, step=7)
-    def die(file, array, **settings):
-        file.write(array.tobytes()[:1000])
-        os.kill(os.getpid(), signal.SIGKILL)
-    np.lib.format.write_array = die
-    files.save_checkpoint(path, {"x": 8 * big}, step=8)
-step = 0
-while True:
-    step += 1
-    files.save_checkpoint(path, {"x": step * big}, step=step)
-    if step == 2:
-        print("ready", flush=True)
-"""
-
-
-def start_writer(path, mode):
-    command = [sys.executable, "-c", WRITER, str(path), mode]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
-
-
-def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path):
-    run = runs.open_run(tmp_path, "xp", "flow", Config(), seed=0)
-    looping = start_writer(tmp_path / "checkpoint.npz", "loop")
-    half = start_writer(run.checkpoint, "half")
-    assert looping.stdout.readline() == b"ready\n"
-    time.sleep(random.Random(0).uniform(0.1, 0.3))
-    looping.kill()
-    for process in (looping, half):
-        assert process.wait(timeout=60) == -signal.SIGKILL
-        process.stdout.close()
-
-    like = {"x": np.ones(500_000)}
-    state, step = files.load_checkpoint(tmp_path / "checkpoint.npz", like)
-    assert step >= 2
-    assert np.all(state["x"] == step)
-
-    # The other died with half an array written: the old file is whole, the rest is cleaned.
-    state, step = run.load_checkpoint(like)
-    assert step == 7
-    assert np.all(state["x"] == 7)
-    assert len(list(run.folder.glob(".*.tmp"))) == 1
-    runs.open_run(tmp_path, "xp", "flow", Config(), seed=0)
-    assert sorted(os.listdir(run.folder)) == [".lock", "checkpoint.npz", "config.json", "env.json"]
 
 
 # Metrics

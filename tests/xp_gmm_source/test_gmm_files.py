@@ -35,21 +35,22 @@ def images_of(num, shape=SHAPE, seed=0):
 
 
 def fitted(kind="full", *, pca=None, num=2, engine="jax", shape=SHAPE):
-    config = FitConfig(
-        n_components=num,
-        covariance_type=kind,
-        n_pca=pca,
-        engine=engine,
-        max_iter=3,
-        reg_covar=1e-3,
-        rank=2,
-        dtype="float64",
-    )
+    settings = {"max_iter": 3, "reg_covar": 1e-3, "rank": 2, "dtype": "float64"}
+    config = FitConfig(n_components=num, covariance_type=kind, n_pca=pca, engine=engine, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = gmm_fit.fit_images(config, images_of(200, shape), show_progress=False)
     mean, std = moments_of(found.mixture, found.projection)
     return gmm_files.ImageMixture(found.mixture, found.projection, mean, std, shape, {"a": 1})
+
+
+def torch_stats(image_mixture):
+    """Mean and deviation as GMM_TORCH takes them."""
+    order = gmm_files.channels_first(SHAPE)
+    return {
+        name: torch.tensor(getattr(image_mixture, name)[order].reshape(1, 3, 3, 2))
+        for name in ("mean", "std")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -174,24 +175,15 @@ def test_convert(stored, tmp_path, capsys):
         convert.main(convert.Arguments(path, trust_pickle=True, image_shape=(5, 4, 1)))
 
 
-def test_damaged_and_foreign_npz(stored, tmp_path):
+def test_mixtures_that_do_not_fit_their_statistics(stored, tmp_path):
     path = tmp_path / "mixture.npz"
-    with pytest.raises(FileNotFoundError):
-        gmm_files.load(path)
-    gmm_files.save(path, stored["full"])
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"mixture\.npz is damaged"):
-        gmm_files.load(path)
-    np.savez(path, weights=np.ones(2))
-    with pytest.raises(ValueError, match=r"mixture\.npz holds no mixture of images"):
-        gmm_files.load(path)
-    gmm_files.save(path, stored["full"]._replace(mean=np.zeros(17)))
-    with pytest.raises(ValueError, match=r"mean is \(17,\), not \(18,\)"):
-        gmm_files.load(path)
-    gmm_files.save(path, stored["full"]._replace(std=np.full(18, np.nan)))
-    with pytest.raises(ValueError, match="std is not all finite"):
-        gmm_files.load(path)
+    for changes, message in (
+        ({"mean": np.zeros(17)}, r"mean is \(17,\), not \(18,\)"),
+        ({"std": np.full(18, np.nan)}, "std is not all finite"),
+    ):
+        gmm_files.save(path, stored["full"]._replace(**changes))
+        with pytest.raises(ValueError, match=message):
+            gmm_files.load(path)
 
 
 # ---- The PyTorch sampler
@@ -225,20 +217,15 @@ def test_draws_in_torch_have_the_moments_of_the_mixture(stored, name, tmp_path):
 
 
 def test_torch_seeds_and_the_published_normalisation(stored):
-    one = stored["full"]
-    content = gmm_files.published(one)["gmm"]
-    order = gmm_files.channels_first(SHAPE)
-    stats = {
-        name: torch.tensor(getattr(one, name)[order].reshape(1, 3, 3, 2))
-        for name in ("mean", "std")
-    }
-    torch.manual_seed(3)
-    first = GMM_TORCH(gmm=content, gmm_stats=stats, device="cpu").sample(4)
-    torch.manual_seed(3)
-    assert torch.equal(first, GMM_TORCH(gmm=content, gmm_stats=stats, device="cpu").sample(4))
-    seeded = [GMM_TORCH(content, stats, seed=7) for _ in range(2)]
-    assert torch.equal(seeded[0].sample(4), seeded[1].sample(4))
-    assert not torch.equal(seeded[0].sample(4), first)
+    content, stats = gmm_files.published(stored["full"])["gmm"], torch_stats(stored["full"])
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        draws.append(GMM_TORCH(gmm=content, gmm_stats=stats, device="cpu").sample(4))
+    assert torch.equal(*draws)
+    seeded = [GMM_TORCH(content, stats, seed=7).sample(4) for _ in range(2)]
+    assert torch.equal(*seeded)
+    assert not torch.equal(seeded[0], draws[0])
     pixels = GMM_TORCH(content, stats, seed=7).sample(5) * stats["std"] + stats["mean"]
     published = GMM_TORCH(content, stats, seed=7, per_channel=True).sample(5)
     means, stds = (stats[name].mean(dim=(2, 3), keepdim=True) for name in ("mean", "std"))
@@ -251,10 +238,7 @@ def test_draws_in_torch_tell_their_components(stored, name):
     asked for; `sample_from_cluster` gives pixels."""
     one, num = stored[name], 20_000
     content, order = gmm_files.published(one), gmm_files.channels_first(SHAPE)
-    stats = {
-        field: torch.tensor(getattr(one, field)[order].reshape(1, 3, 3, 2))
-        for field in ("mean", "std")
-    }
+    stats = torch_stats(one)
     options = {"dtype": torch.float64, "device": "cpu", "pca": content["pca"]}
     sampler = GMM_TORCH(gmm=content["gmm"], gmm_stats=stats, seed=2, **options)
     draws, owners = sampler.sample(num_samples=num, return_cluster=True)
@@ -361,46 +345,43 @@ def test_a_batch_in_torch_needs_no_factor_for_each_draw():
 
 
 def test_statistics_that_do_not_fit(stored, tmp_path):
-    content = gmm_files.published(stored["full"])["gmm"]
-    behind = gmm_files.published(stored["pca"])
+    content, behind = (gmm_files.published(stored[name]) for name in ("full", "pca"))
     good = {"mean": torch.zeros(1, 3, 3, 2), "std": torch.ones(1, 3, 3, 2)}
     larger = {name: torch.ones(1, 3, 4, 4) for name in good}
-    with pytest.raises(ValueError, match=r"18 dimensions, the statistics 48 pixels \(3, 4, 4\)"):
-        GMM_TORCH(content, larger)
-    with pytest.raises(ValueError, match="pass the PCA it was fitted behind"):
-        GMM_TORCH(behind["gmm"], good)
-    with pytest.raises(ValueError, match=r"the PCA maps 18 pixels to 5.*48 pixels"):
-        GMM_TORCH(behind["gmm"], larger, pca=behind["pca"])
-    for bad, said in (
-        ({"mean": good["mean"]}, "'mean' and 'std'"),
-        (good | {"std": torch.ones(3, 3, 2)}, r"'std' must be \(1, channels, H, W\)"),
-        (good | {"std": torch.full((1, 3, 3, 2), float("nan"))}, "'std' holds NaN"),
-        (good | {"std": -good["std"]}, "'std' is negative"),
-        (good | {"std": torch.ones(1, 3, 2, 2)}, r"'std' \(1, 3, 2, 2\)"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            GMM_TORCH(content, bad)
+    refused = [
+        ((content["gmm"], bad), {}, message)
+        for bad, message in (
+            ({"mean": good["mean"]}, "'mean' and 'std'"),
+            (good | {"std": torch.ones(3, 3, 2)}, r"'std' must be \(1, channels, H, W\)"),
+            (good | {"std": torch.full((1, 3, 3, 2), float("nan"))}, "'std' holds NaN"),
+            (good | {"std": -good["std"]}, "'std' is negative"),
+            (good | {"std": torch.ones(1, 3, 2, 2)}, r"'std' \(1, 3, 2, 2\)"),
+        )
+    ]
+    for (_, bad), _, _ in refused:
         torch.save(bad, tmp_path / "bad_stats.pt")
         with pytest.raises(ValueError, match=r"bad_stats\.pt"):
             gmm_files.load_stats(tmp_path / "bad_stats.pt")
-    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(ValueError, match=r"broken\.pt cannot be read"):
-        gmm_files.load_stats(tmp_path / "broken.pt")
+    refused += [
+        ((content["gmm"], larger), {}, r"18 dimensions, the statistics 48 pixels \(3, 4, 4\)"),
+        ((behind["gmm"], good), {}, "pass the PCA it was fitted behind"),
+        ((behind["gmm"], larger), {"pca": behind["pca"]}, "the PCA maps 18 pixels to 5.*48 pixels"),
+        ((content["gmm"], good), {"stats_type": "cpu"}, "one of pixel_wise, channel_wise, got"),
+        ((content["gmm"], good), {"dtype": torch.int32}, "floating-point one of torch"),
+        ((content["gmm"],), {}, "18 pixels, not of square images"),
+        ((GaussianMixture(2), good), {}, "has not been fitted"),
+    ]
+    for arguments, options, message in refused:
+        with pytest.raises(ValueError, match=message):
+            GMM_TORCH(*arguments, **options)
+    sampler = GMM_TORCH(content["gmm"], good)
     with pytest.raises(ValueError, match="num_samples must be at least 1"):
-        GMM_TORCH(content, good).sample(0)
-    with pytest.raises(ValueError, match="one of pixel_wise, channel_wise, got 'cpu'"):
-        GMM_TORCH(content, good, stats_type="cpu")
-    with pytest.raises(ValueError, match="floating-point one of torch"):
-        GMM_TORCH(content, good, dtype=torch.int32)
-    with pytest.raises(ValueError, match="18 pixels, not of square images"):
-        GMM_TORCH(content)
+        sampler.sample(0)
     for bad in (2, -1, torch.tensor([0, 2, 1])):
         with pytest.raises(ValueError, match="cluster_idx is from 0 to 1"):
-            GMM_TORCH(content, good).sample_from_cluster(3, bad)
+            sampler.sample_from_cluster(3, bad)
     with pytest.raises(ValueError, match="one component or 3 of them"):
-        GMM_TORCH(content, good).sample_from_cluster(3, torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="has not been fitted"):
-        GMM_TORCH(GaussianMixture(2), good)
+        sampler.sample_from_cluster(3, torch.zeros(4, dtype=torch.int64))
 
 
 # ---- The command
@@ -408,38 +389,29 @@ def test_statistics_that_do_not_fit(stored, tmp_path):
 
 def test_command_writes_three_files_and_finds_them_again(tmp_path, capsys):
     arguments = gmm_fit.Arguments(
-        dataset="digits",
-        n_components=2,
-        n_pca=8,
-        max_iter=2,
-        n_stat_samples=20_000,
-        batch_size=1000,
-        output_dir=tmp_path / "data",
-        results=tmp_path / "results",
-    )
+        dataset="digits", n_components=2, n_pca=8, max_iter=2, n_stat_samples=20_000,
+        batch_size=1000, output_dir=tmp_path / "data", results=tmp_path / "results",
+    )  # fmt: skip
     path = gmm_fit.main(arguments)
+    stats_path = path.with_name("digits_gmm2_pca8_full_stats.pt")
     said = capsys.readouterr().out
-    assert path.name == "digits_gmm2_pca8_full.npz"
-    assert {one.name for one in path.parent.iterdir()} == {
-        "digits_gmm2_pca8_full.npz",
-        "digits_gmm2_pca8_full.pkl",
-        "digits_gmm2_pca8_full_stats.pt",
-    }
+    assert {p.name for p in path.parent.iterdir()} == {
+        "digits_gmm2_pca8_full.npz", "digits_gmm2_pca8_full.pkl", stats_path.name
+    }  # fmt: skip
     (config,) = arguments.results.rglob("config.json")
     assert runs.Run(config.parent).finished
     assert "not converged: raise --max_iter" in said
     assert "test images:" in said
-    found = gmm_files.load(path)
-    stats = gmm_files.load_stats(path.with_name("digits_gmm2_pca8_full_stats.pt"))
+    found, stats = gmm_files.load(path), gmm_files.load_stats(stats_path)
     error = 5 * found.std / np.sqrt(20_000)
-    assert (np.abs(stats["mean"].numpy().ravel() - found.mean) <= error + 1e-7).all()
-    assert (np.abs(stats["std"].numpy().ravel() - found.std) <= error + 1e-7).all()
+    for name in ("mean", "std"):
+        assert (np.abs(stats[name].numpy().ravel() - getattr(found, name)) <= error + 1e-7).all()
     before = path.stat().st_mtime_ns
     gmm_fit.main(arguments)
     assert "there already" in capsys.readouterr().out
     assert path.stat().st_mtime_ns == before
     gmm_fit.main(dataclasses.replace(arguments, n_stat_samples=0))
-    exact = gmm_files.load_stats(path.with_name("digits_gmm2_pca8_full_stats.pt"))
+    exact = gmm_files.load_stats(stats_path)
     np.testing.assert_allclose(exact["std"].numpy().ravel(), found.std, rtol=1e-6)
 
 
@@ -477,32 +449,25 @@ def test_the_uses_of_a_seed_share_no_key(seed):
 def test_flips_each_image_or_not():
     images = images_of(50)
     found = gmm_fit.flipped(images, 0)
-    mirrored = images[:, :, ::-1]
-    same, turned = ((found == one).all(axis=(1, 2, 3)) for one in (images, mirrored))
+    same, turned = ((found == x).all(axis=(1, 2, 3)) for x in (images, images[:, :, ::-1]))
     assert (same | turned).all()
     assert 10 < (turned & ~same).sum() < 40
     assert np.array_equal(found, gmm_fit.flipped(images, 0))
 
 
-def test_sizes_that_cannot_be(monkeypatch):
-    images = images_of(20)
-
-    def fit_with(**options):
-        return gmm_fit.fit_images(FitConfig(**options), images, show_progress=False)
-
-    with pytest.raises(ValueError, match="n_components is 21, but there are 20 images"):
-        fit_with(n_components=21)
-    with pytest.raises(
-        ValueError, match=r"n_pca is 19, but 20 images of 18 pixels have at most 18"
+def test_sizes_that_cannot_be():
+    for options, message in (
+        ({"n_components": 21}, "n_components is 21, but there are 20 images"),
+        ({"n_pca": 19}, r"n_pca is 19, but 20 images of 18 pixels have at most 18"),
+        ({"covariance_type": "low_rank", "rank": 18}, "rank is 18, but must be below the dim"),
+        ({"n_components": 0}, "n_components"),
+        ({"tol": -1.0}, "tol"),
+        ({"n_stat_samples": 1}, "n_stat_samples"),
+        ({"reg_covar": np.inf}, "reg_covar"),
+        ({"engine": "sklearn", "covariance_type": "low_rank"}, "no low_rank covariances"),
     ):
-        fit_with(n_pca=19)
-    with pytest.raises(ValueError, match="rank is 18, but must be below the dimension 18"):
-        fit_with(covariance_type="low_rank", rank=18)
-    for bad in ({"n_components": 0}, {"tol": -1.0}, {"n_stat_samples": 1}, {"reg_covar": np.inf}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            FitConfig(**bad)
-    with pytest.raises(ValueError, match="no low_rank covariances"):
-        FitConfig(engine="sklearn", covariance_type="low_rank")
+        with pytest.raises(ValueError, match=message):
+            gmm_fit.fit_images(FitConfig(**options), images_of(20), show_progress=False)
 
 
 @pytest.mark.slow
