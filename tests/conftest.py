@@ -3,13 +3,17 @@
 import gc
 import os
 import signal
+import sys
 from pathlib import Path
 
 import jax
+import lines
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["lib"], "beartype.beartype")
+if "COUNT_LINES" in os.environ:
+    lines.count_lines(sys.meta_path[0])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile one program again, because they close over their own constants or clear caches.
 # One folder for each parallel worker: entries are not written atomically.
@@ -20,6 +24,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 # A job started in the background may ignore SIGINT, which the tests of interruption send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionfinish():
+    if "COUNT_LINES" in os.environ:
+        lines.write_lines()
 
 
 @pytest.fixture(autouse=True)

@@ -208,7 +208,7 @@ def test_scripts_start_in_a_clone_that_changes_line_ends(tmp_path):
     git = ["git", "-c", "core.autocrlf=true"]
     subprocess.run([*git, "clone", "--quiet", "--no-checkout", ROOT, tmp_path], check=True)
     listed = subprocess.run(
-        ["git", "ls-files", "*.sh", ".ci"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "*.sh", ".ci/run"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     scripts = listed.stdout.split()
     subprocess.run(

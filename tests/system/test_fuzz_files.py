@@ -46,7 +46,7 @@ class Format(NamedTuple):
 
 
 class Payload:
-    """Unpickled, it makes the file `MARKER`."""
+    """Unpickled, it makes the folder that FUZZ_MARKER names."""
 
     def __reduce__(self):
         return os.mkdir, (str(Path(os.environ["FUZZ_MARKER"])),)
@@ -81,6 +81,10 @@ def made_by(write, name, *arguments, **options):
         return folder / name
 
     return make
+
+
+def save_pickle(path):
+    path.write_bytes(pickle.dumps([Payload(), ROWS]))
 
 
 def save_torch(path, more):
@@ -226,9 +230,7 @@ FORMATS = {
     "safetensors": Format(make_safetensors, read_rows),
     "pt": Format(made_by(save_torch, "a.pt", 3), read_rows),
     "pt with code": Format(made_by(save_torch, "a.pt", Payload()), read_rows),
-    "pickle named pt": Format(
-        made_by(Path.write_bytes, "a.pt", pickle.dumps([Payload(), ROWS])), read_rows
-    ),
+    "pickle named pt": Format(made_by(save_pickle, "a.pt"), read_rows),
     "npy with code": Format(made_by(np.save, "a.npy", CODE), read_rows),
     "npz with code": Format(made_by(np.savez, "a.npz", x=CODE, step=1, names="[]"), read_arrays),
     "idx, images": Format(make_idx, read_idx, lambda path: path.parent),
