@@ -346,7 +346,7 @@ def gray(value: int, size=(4, 3)) -> np.ndarray:
     return np.full(size, value, np.uint8)
 
 
-def colour(value: int, size=(4, 3)) -> np.ndarray:
+def color(value: int, size=(4, 3)) -> np.ndarray:
     return np.full((*size, 3), value, np.uint8)
 
 
@@ -389,7 +389,7 @@ def test_train_and_test_folders(folder, form):
 @pytest.mark.parametrize("inside", ["", "wrapped"])
 def test_classes_without_a_split_are_all_train(tmp_path, inside):
     # A class may be called "train": there are no classes below it.
-    files = {"train/0.png": colour(1), "plane/0.png": colour(2), "plane/1.png": colour(3)}
+    files = {"train/0.png": color(1), "plane/0.png": color(2), "plane/1.png": color(3)}
     path = zipped(write_images(tmp_path / "things", files), inside=inside)
     dataset = datasets.load(path)
     assert dataset.class_names == ("plane", "train")
@@ -399,7 +399,7 @@ def test_classes_without_a_split_are_all_train(tmp_path, inside):
 
 
 def test_other_pixel_formats(tmp_path):
-    root, rgb = tmp_path / "x" / "a", Image.fromarray(colour(200))
+    root, rgb = tmp_path / "x" / "a", Image.fromarray(color(200))
     root.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 3), dtype=np.uint8)
     for i, picture in enumerate((rgb, rgb.convert("RGBA"), rgb.quantize(4))):
@@ -450,7 +450,7 @@ DAMAGE = {
         r"differ .*train/dog/2\.png is \(5, 3, 1\) .*train/cat/9\.PNG is \(4, 3, 1\)",
     ),
     "color": (
-        lambda root: write_images(root, {"train/dog/2.png": colour(1)}),
+        lambda root: write_images(root, {"train/dog/2.png": color(1)}),
         r"differ .*train/dog/2\.png is \(4, 3, 3\) .*train/cat/9\.PNG is \(4, 3, 1\)",
     ),
     "empty class": (
@@ -494,9 +494,9 @@ def test_damaged_folders(folder, kind):
     ["jfif", "mpo", "JPE", "JPG", "apng", "avif", "pbm", "TIF", "webp", "j2k", "tga", "qoi"],
 )
 def test_every_picture_that_pillow_knows_is_read(tmp_path, suffix):
-    root = write_images(tmp_path / "x", {"a/0.png": colour(90), "a/2.png": colour(90)})
+    root = write_images(tmp_path / "x", {"a/0.png": color(90), "a/2.png": color(90)})
     form = Image.registered_extensions()[f".{suffix.lower()}"]
-    Image.fromarray(colour(90)).save(root / "a" / f"1.{suffix}", form)
+    Image.fromarray(color(90)).save(root / "a" / f"1.{suffix}", form)
     for path in forms(root):
         np.testing.assert_allclose(datasets.load(path).images, np.full((3, 4, 3, 3), 90), atol=2)
 
@@ -620,8 +620,8 @@ def test_what_is_ignored_is_counted_once(folder, capsys):
 @pytest.mark.parametrize("suffix", ["gif", "tiff", "png", "jpg"])
 def test_of_several_frames_the_first_is_read_and_they_are_counted(tmp_path, capsys, suffix):
     """A phone's picture with a second one (mpo) is a picture."""
-    root = write_images(tmp_path / "x", {"a/0.png": colour(1)})
-    frames = [Image.fromarray(colour(value)) for value in (10, 20, 30)]
+    root = write_images(tmp_path / "x", {"a/0.png": color(1)})
+    frames = [Image.fromarray(color(value)) for value in (10, 20, 30)]
     form = "mpo" if suffix == "jpg" else None
     frames[0].save(root / "a" / f"1.{suffix}", form, save_all=True, append_images=frames[1:])
     said = "{}: took the first frame of 1 animated or many-paged image: a/1.{}\n"
@@ -780,15 +780,15 @@ def test_resize_is_antialiased_bilinear(size, channels):
 
 def test_gray_and_rgb():
     dataset = toy(shape=(3, 2, 3))
-    grey = transforms.to_gray(dataset)
+    in_gray = datasets.to_gray(dataset)
     luma = dataset.images @ np.array([0.299, 0.587, 0.114])
-    np.testing.assert_allclose(grey.images, luma[..., None], atol=0.51)
-    rgb = datasets.to_rgb(grey)
-    np.testing.assert_array_equal(rgb.images, np.concatenate([grey.images] * 3, axis=-1))
-    np.testing.assert_array_equal(datasets.to_gray(rgb).images, grey.images)
-    assert datasets.to_gray(grey) is grey
+    np.testing.assert_allclose(in_gray.images, luma[..., None], atol=0.51)
+    rgb = datasets.to_rgb(in_gray)
+    np.testing.assert_array_equal(rgb.images, np.concatenate([in_gray.images] * 3, axis=-1))
+    np.testing.assert_array_equal(datasets.to_gray(rgb).images, in_gray.images)
+    assert datasets.to_gray(in_gray) is in_gray
     assert datasets.to_rgb(dataset) is dataset
-    assert (grey.name, rgb.name) == ("toy-gray", "toy-gray-rgb")
+    assert (in_gray.name, rgb.name) == ("toy-gray", "toy-gray-rgb")
 
 
 def test_rotate_and_invert():

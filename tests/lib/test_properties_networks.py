@@ -141,7 +141,7 @@ def inputs(network, images):
 @few(12)
 @given(st.sampled_from(NETWORKS[:RUN]), EXPONENTS, st.booleans(), SEEDS)
 def test_networks_of_float32(case, exponent, constant, seed):
-    """Under float64 float32 stays, and all is finite, also of images that are one colour. Images do
+    """Under float64 float32 stays, and all is finite, also of images that are one color. Images do
     not see each other: equal ones have equal outputs, to rounding."""
     (network, shape), rng = case, np.random.default_rng(seed)
     images = 10.0**exponent * rng.normal(size=(3, *shape))

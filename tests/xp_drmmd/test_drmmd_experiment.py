@@ -134,7 +134,7 @@ def test_images_are_their_principal_components():
     posed = problem(config, 0)
     images = posed.basis.centre + np.asarray(posed.target) @ posed.basis.components
     assert posed.basis.image_shape == (8, 8, 1)
-    # All components: the images themselves, 256 levels of grey.
+    # All components: the images themselves, 256 levels of gray.
     np.testing.assert_allclose(255 * images, np.round(255 * images), atol=1e-4)
     assert images.min() > -1e-6
     assert posed.start.shape == (12, 64)
@@ -146,8 +146,8 @@ def test_images_are_their_principal_components():
 def moved(config, seed=0):
     """What one step adds to the particles, by the engine's own objective."""
     posed = problem(config, seed)
-    prepared = flows.prepare(config, posed.target, posed.weights)
-    value_and_grad = flows.objective(config, posed.log_density)
+    aimed = flows.aim(config, posed.target, posed.weights)
+    value_and_grad = jax.jit(flows.objective(config, posed.log_density))
     key = jax.random.PRNGKey(3)
     values, velocity, _ = value_and_grad(
         posed.start[None], prepared, key, flows.first_memory(prepared)

@@ -163,7 +163,7 @@ def test_pickles_are_opened_on_request_alone(stored, tmp_path):
 
 
 def test_convert(stored, tmp_path, capsys):
-    one, path = fitted("diag", shape=(4, 4, 1), engine="sklearn"), tmp_path / "grey.pkl"
+    one, path = fitted("diag", shape=(4, 4, 1), engine="sklearn"), tmp_path / "gray.pkl"
     gmm_files.save_published(path, one)
     with pytest.raises(ValueError, match="trust_pickle"):
         convert.main(convert.Arguments(path))
@@ -257,7 +257,7 @@ def test_draws_in_torch_tell_their_components(stored, name):
 
 
 def test_no_statistics_leave_the_draws_as_they_are():
-    """Of square images, grey or in colour; channel_wise is the published normalisation."""
+    """Of square images, gray or in color; channel_wise is the published normalisation."""
     for shape in ((4, 4, 1), (2, 2, 3)):
         content = gmm_files.published(fitted("diag", shape=shape, engine="sklearn"))["gmm"]
         plain = GMM_TORCH(gmm=content, dtype=torch.float32, seed=1)

@@ -70,15 +70,15 @@ def assert_standard(draws, deviations=5.0):
 
 @cache
 def every_source():
-    colour = images(60, 8, 8, 3)
+    color = images(60, 8, 8, 3)
     return {
         "gaussian": sources.gaussian(192),
-        "norm aligned": sources.norm_aligned(colour),
+        "norm aligned": sources.norm_aligned(color),
         "mixture": sources.mixture_source(mixture("spherical", 192)),
         "projected": sources.mixture_source(mixture("diag", 6), pca=projection(6, 192)),
         "mode coupled": sources.mode_coupled_source(mixture("tied", 6), pca=projection(6, 192)),
-        "frequency": shaped.frequency_source(colour, masked_share=0.5),
-        "pruned": shaped.pruned(colour, axis_threshold=0.2, threshold=0.15),
+        "frequency": shaped.frequency_source(color, masked_share=0.5),
+        "pruned": shaped.pruned(color, axis_threshold=0.2, threshold=0.15),
     }
 
 
@@ -237,12 +237,12 @@ def test_mode_coupled_draws_follow_the_responsibilities(pca):
 
 def dct_statistics(data, block):
     """By scipy, block by block."""
-    colour = shaped.YCRCB if data.shape[3] == 3 else np.eye(1)
+    color = shaped.YCRCB if data.shape[3] == 3 else np.eye(1)
     height, width = data.shape[1:3]
     down, across = (height, width) if block is None else (block, block)
     padded = np.pad(data, ((0, 0), (0, -height % down), (0, -width % across), (0, 0)), mode="edge")
     found = [
-        np.stack([fft.dctn(part, norm="ortho") for part in np.moveaxis(piece @ colour.T, 2, 0)], 2)
+        np.stack([fft.dctn(part, norm="ortho") for part in np.moveaxis(piece @ color.T, 2, 0)], 2)
         for image in padded.astype(np.float64)
         for rows in range(0, padded.shape[1], down)
         for piece in [
