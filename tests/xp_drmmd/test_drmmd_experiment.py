@@ -146,7 +146,7 @@ def test_images_are_their_principal_components():
 def moved(config, seed=0):
     """What one step adds to the particles, by the engine's own objective."""
     posed = problem(config, seed)
-    aimed = flows.aim(config, posed.target, posed.weights)
+    prepared = flows.prepare(config, posed.target, posed.weights)
     value_and_grad = jax.jit(flows.objective(config, posed.log_density))
     key = jax.random.PRNGKey(3)
     values, velocity, _ = value_and_grad(
@@ -238,8 +238,8 @@ def test_landmarks_among_the_particles_follow_them(flow):
     target, key = problem(config, 0).target, jax.random.PRNGKey(0)
 
     def velocity(y, chosen):
-        aimed = flows.aim(chosen, target)
-        return flows.objective(chosen)(y[None], aimed, key, flows.first_memory(aimed))[1]
+        prepared = flows.prepare(chosen, target)
+        return flows.objective(chosen)(y[None], prepared, key, flows.first_memory(prepared))[1]
 
     for shift, rank, error in ((1.5, 80, 1e-5), (0.0, 60, 0.02), (5.0, 60, 0.02), (-20, 60, 0.02)):
         y = shift + 0.1 * jax.random.normal(jax.random.key(1), (40, 2))

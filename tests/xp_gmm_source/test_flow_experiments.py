@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from lib import runs
-from lib.datasets import to_unit
 from xp_gmm_source import experiments, flow, tables
 from xp_gmm_source.config import FlowConfig, comparison, presets
 

@@ -127,7 +127,7 @@ def test_bad_data_are_refused(digits, reference):
         (samples, "points is not finite in row 5"),
     ):
         with pytest.raises(ValueError, match=message):
-            metrics.judge(bad, reference)
+            metrics.evaluate(bad, reference)
 
 
 # Judgement

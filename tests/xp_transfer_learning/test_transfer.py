@@ -177,8 +177,8 @@ def test_flags_are_the_published_ones(tmp_path):
 @pytest.mark.slow
 def test_adaptation_reaches_the_classifiers_classes(tmp_path):
     settings = AdaptationConfig(
-        ROTATED, "digits", num_per_class=30, size=28, flow=FlowSettings(n_epochs=300), records=4,
-        n_epochs_nn=30,
+        ROTATED, "digits", num_per_class=30, size=28, flow=FlowSettings(num_steps=300), records=4,
+        num_epochs=30,
     )  # fmt: skip
     run = domain_adaptation.run_try(settings, seed=0, results=tmp_path, data_root=None)
     stored = run.load_arrays()
@@ -229,7 +229,7 @@ def test_steps_to_an_objective_and_an_accuracy():
     [("ours", 5.0), ("orthogonal directions", 5.0), ("Adam", 0.05), ("L-BFGS", 0.5)],
 )
 def test_every_kind_of_optimizer_goes_down(option, lr):
-    settings = dataclasses.replace(ABLATION[option], n_epochs=30, num_directions=100, lr=lr)
+    settings = dataclasses.replace(ABLATION[option], num_steps=30, num_directions=100, step_size=lr)
     x0, x_tgt, _ = transfer.data(0, config(), None)
     problem = methods.problem(settings, x0, x_tgt)
     losses, _ = wasserstein_gradient_descent(
