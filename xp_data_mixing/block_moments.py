@@ -63,12 +63,12 @@ class Pooled:
     def take(self, indices: np.ndarray) -> np.ndarray:
         indices = np.asarray(indices, int)
         owners = np.searchsorted(self.ends, indices, side="right")
-        taken = np.empty((len(indices), self.shape[1]), self.dtype)
+        rows_taken = np.empty((len(indices), self.shape[1]), self.dtype)
         for owner in np.unique(owners):
             rows = self.samples[owner]
             first = self.ends[owner] - rows.shape[0]
-            taken[owners == owner] = rows.take(indices[owners == owner] - first)
-        return taken
+            rows_taken[owners == owner] = rows.take(indices[owners == owner] - first)
+        return rows_taken
 
 
 class Selected:
@@ -122,11 +122,11 @@ def feature_moments(
     rounding does.
     """
     first_rows = next(iter(groups[-1].chunks(ROW_MULTIPLE)))
-    # What is not finite there is not reported here, and must not spread to other samples.
+    # What is not finite there is reported later, and must not spread to other samples.
     offset = np.where(np.isfinite(first_rows), first_rows, 0).mean(axis=0, dtype=np.float64)
     if max(rows.shape[0] for rows in groups) <= 16 * chunk_size:
         chunk_size = min(chunk_size, ROW_MULTIPLE)  # one shape: compiling takes longer than these
-    found = []
+    sizes_and_sums = []
     for rows in (groups[i] for i in processes.own_share(len(groups))):
         chunks = getattr(rows, "stored_chunks", rows.chunks)(chunk_size)
         streamed = stream_mean_embeddings(
@@ -139,8 +139,8 @@ def feature_moments(
             devices=devices,
             name=rows.name,
         )
-        found.append((streamed.block_sizes, streamed.block_sums[:, 0]))
-    sizes, sums = (processes.gathered(part, len(groups)) for part in zip(*found))
+        sizes_and_sums.append((streamed.block_sizes, streamed.block_sums[:, 0]))
+    sizes, sums = (processes.gathered(part, len(groups)) for part in zip(*sizes_and_sums))
     return BlockMoments(sizes, sums * np.sqrt(len(frequencies)), None)
 
 

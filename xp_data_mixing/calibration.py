@@ -1,6 +1,6 @@
-"""Settings of an estimator chosen from the sets alone, and the best default made of it.
+"""Settings of an estimator chosen from the sources only, and the best default made of it.
 
-Self-calibration: each set is halved at random. A target of known weights is made of the second
+Self-calibration: each source is halved at random. A target of known weights is made of the second
 halves, and the first halves have to recover them; then with the halves exchanged. The settings that
 do so best, in total variation on average over Dirichlet weights, are taken. Neither the target nor
 any truth about it is used.
@@ -34,22 +34,22 @@ def total_variation(weights: ArrayLike, truth: ArrayLike) -> np.ndarray:
 
 
 def host_rng(key: Key[Array, ""]) -> np.random.Generator:
-    """For draws on the host: jax.random compiles anew for every size of a set."""
+    """For draws on the host: jax.random compiles anew for every size of a source."""
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
 def pseudo_weights(
-    key: Key[Array, ""], num_sets: int, *, num_targets: int = NUM_TARGETS
+    key: Key[Array, ""], num_sources: int, *, num_targets: int = NUM_TARGETS
 ) -> Float[np.ndarray, "T N"]:
     """Weights of pseudo-targets, Dirichlet(`CONCENTRATION`), float64."""
-    return host_rng(key).dirichlet(np.full(num_sets, CONCENTRATION), num_targets)
+    return host_rng(key).dirichlet(np.full(num_sources, CONCENTRATION), num_targets)
 
 
 def halves(
     key: Key[Array, ""], sizes: Sequence[int]
 ) -> list[tuple[Int[np.ndarray, " first"], Int[np.ndarray, " second"]]]:
-    """Rows 0, ..., n - 1 of sets of sizes n, each in two parts at random; the first is the larger
-    by one if n is odd."""
+    """Rows 0, ..., n - 1 of sources of sizes n, each in two parts at random; the first is the
+    larger by one if n is odd."""
     rng = host_rng(key)
     orders = [rng.permutation(size) for size in sizes]
     return [(order[: -(-len(order) // 2)], order[-(-len(order) // 2) :]) for order in orders]
@@ -71,19 +71,20 @@ def calibrated_bandwidth(
     first ones, then the N second ones in the same order; `sizes` [K] are their rows. `unbiased`
     takes the diagonal's bias off the side that recovers, for a kernel with k(x, x) = 1.
     """
-    num_sets = len(sizes) // 2
-    first, second = slice(0, num_sets), slice(num_sets, None)
+    num_sources = len(sizes) // 2
+    first, second = slice(0, num_sources), slice(num_sources, None)
     sizes, errors = np.asarray(sizes), []
-    for one in gram:
-        found = []
+    for of_bandwidth in gram:
+        tv = []
         for fit, held in ((first, second), (second, first)):
-            a = one[fit, fit]
+            a = of_bandwidth[fit, fit]
             if unbiased:
                 a = a - np.diag(noise_of_means(a, sizes[fit]))
+            b, q = of_bandwidth[fit, held], of_bandwidth[held, held]
             for w in weights:
-                recovered = simplex_weights(a, one[fit, held] @ w, w @ one[held, held] @ w)
-                found.append(total_variation(recovered, w))
-        errors.append(np.mean(found))
+                recovered = simplex_weights(a, b @ w, w @ q @ w)
+                tv.append(total_variation(recovered, w))
+        errors.append(np.mean(tv))
     return int(np.argmin(errors)), np.array(errors)
 
 
@@ -108,7 +109,7 @@ class CalibratedResult(NamedTuple):
 
 def estimate_calibrated(
     key: Key[Array, ""],
-    sets: Sequence[Any],
+    sources: Sequence[Any],
     target: Any,
     *,
     bandwidth: float | None = None,
@@ -117,49 +118,49 @@ def estimate_calibrated(
     bootstrap: int = 0,
     confidence: float = 0.9,
 ) -> CalibratedResult:
-    """Weights of the sets in the target, by whitened Fourier features of calibrated settings.
+    """Weights of the sources in the target, by whitened Fourier features of calibrated settings.
 
     Sets and target are arrays [n, d], the features of all of them in memory: 2 num_features each
     row, and matrices of (2 num_features)^2. With `bandwidth` and `damping` both given nothing is
-    calibrated. Intervals are percentiles over `bootstrap` draws of the rows of sets and target.
+    calibrated. Intervals are percentiles over `bootstrap` draws of the rows of sources and target.
 
-    Raises ValueError where only one of bandwidth and damping is given, and where a set has fewer
+    Raises ValueError where only one of bandwidth and damping is given, and where a source has fewer
     than four rows (two without calibration).
     """
     if (bandwidth is None) != (damping is None):
         raise ValueError(f"give both bandwidth and damping or neither: {bandwidth}, {damping}")
-    sets, target = [np.asarray(rows) for rows in sets], np.asarray(target)
-    sizes, errors = [len(rows) for rows in sets], None
+    sources, target = [np.asarray(rows) for rows in sources], np.asarray(target)
+    sizes, errors = [len(rows) for rows in sources], None
     if min(sizes) < (4 if bandwidth is None else 2) or not len(target):
-        raise ValueError(f"too few rows: {sizes} in the sets, {len(target)} in the target")
+        raise ValueError(f"too few rows: {sizes} in the sources, {len(target)} in the target")
     frequency_key, median_key, calibration_key, bootstrap_key = jax.random.split(key, 4)
     dimension = target.shape[1]
     frequencies = gaussian_frequencies(frequency_key, num_features, dimension)
-    # All bandwidths share the projections, and one program serves sets of any sizes.
-    projections = _project(np.concatenate([*sets, target]), frequencies)
+    # All bandwidths share the projections, and one program serves sources of any sizes.
+    projections = _project(np.concatenate([*sources, target]), frequencies)
     ends = np.cumsum(sizes)
 
     def features(bandwidth):
         return np.split(np.asarray(_features(projections, bandwidth)), ends)
 
     if bandwidth is None or damping is None:
-        median = streamed_median_bandwidth(median_key, sets)
+        median = streamed_median_bandwidth(median_key, sources)
         bandwidths = [factor * median for factor in FACTORS]
-        all_features = (features(one)[:-1] for one in bandwidths)
+        all_features = (features(sigma)[:-1] for sigma in bandwidths)
         errors = _whitened_errors(calibration_key, all_features, sizes)
         i, j = np.unravel_index(errors.argmin(), errors.shape)
         bandwidth, damping = bandwidths[i], DAMPINGS[j]
     rows = features(bandwidth)
-    found = spectrum(rows[:-1])
-    target_mean = rows[-1].mean(axis=0, dtype=np.float64) @ found.basis
-    weights = whitened_weights(found, target_mean, damping)
-    replicates, intervals = np.zeros((0, len(sets))), None
+    whitened = spectrum(rows[:-1])
+    target_mean = rows[-1].mean(axis=0, dtype=np.float64) @ whitened.basis
+    weights = whitened_weights(whitened, target_mean, damping)
+    replicates, intervals = np.zeros((0, len(sources))), None
     if bootstrap:
         rng = host_rng(bootstrap_key)
-        drawn = [_resampled_means(rng, one, bootstrap) @ found.basis for one in rows]
+        drawn = [_resampled_means(rng, sample, bootstrap) @ whitened.basis for sample in rows]
         replicates = np.stack(
             [
-                whitened_weights(found, means[-1], damping, replicate=means[:-1])
+                whitened_weights(whitened, means[-1], damping, replicate=means[:-1])
                 for means in np.stack(drawn, axis=1)
             ]
         )
@@ -182,18 +183,20 @@ def _resampled_means(rng, rows, replicates):
 
 def _whitened_errors(key, all_features, sizes):
     """Mean total variation of the pseudo-targets, [bandwidths, DAMPINGS]; `all_features` has the
-    sets' features for each bandwidth."""
+    sources' features for each bandwidth."""
     halves_key, weights_key = jax.random.split(key)
     parts = halves(halves_key, sizes)
     weights, errors = pseudo_weights(weights_key, len(sizes)), []
-    for sets in all_features:
-        first, second = ([rows[chosen] for rows, chosen in zip(sets, side)] for side in zip(*parts))
-        found = np.zeros(len(DAMPINGS))
+    for sources in all_features:
+        first, second = (
+            [rows[chosen] for rows, chosen in zip(sources, side)] for side in zip(*parts)
+        )
+        tv = np.zeros(len(DAMPINGS))
         for fit, held in ((first, second), (second, first)):
             known = spectrum(fit)
             means = np.stack([rows.mean(axis=0, dtype=np.float64) for rows in held]) @ known.basis
             for j, damping in enumerate(DAMPINGS):
                 recovered = np.stack([whitened_weights(known, w @ means, damping) for w in weights])
-                found[j] += total_variation(recovered, weights).mean() / 2
-        errors.append(found)
+                tv[j] += total_variation(recovered, weights).mean() / 2
+        errors.append(tv)
     return np.stack(errors)

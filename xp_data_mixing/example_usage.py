@@ -72,7 +72,7 @@ def parameter_tuning(train_paths: list[str], val_paths: list[str]) -> None:
 
 
 def real_world_usage(train_paths: list[str], val_paths: list[str]) -> None:
-    """Bandwidth from the data, error bars, no set seen more than twice, what each one is worth."""
+    """Bandwidth from the data, error bars, no file seen more than twice, what each is worth."""
     mixer = MMDDataMixer(
         rff_dimension=400,
         sigma_bandwidth="auto",
@@ -83,7 +83,7 @@ def real_world_usage(train_paths: list[str], val_paths: list[str]) -> None:
     result = mixer.mix(train_paths, val_paths)
     print(f"sigma {result.bandwidth:.3f}; at most {result.gap:.0e} above the minimum")
     assert result.intervals is not None  # by the bootstrap
-    rows = zip(train_paths, result.weights, result.intervals, result.marginal_values)
+    rows = zip(train_paths, result.weights, result.intervals, result.leave_one_out_costs)
     for path, weight, (low, high), worth in rows:
         print(
             f"{Path(path).stem:12}  {weight:.3f} in [{low:.3f}, {high:.3f}], "

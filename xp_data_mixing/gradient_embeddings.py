@@ -16,7 +16,7 @@ entries +-1/sqrt(D). So E <P'g, P'h> = <g, h>, and E |P'g|^2 = |g|^2, with the v
 their variance is the smaller one, normal entries lack the last term, and an entry costs one random
 bit instead of 32 and an inverse error function.
 
-P is never stored. Row j of the part that meets the i-th leaf is drawn from the key, i and j alone,
+P is never stored. Row j of the part that meets the i-th leaf is drawn from the key, i and j only,
 whenever a block of rows is needed. So it is the same for every batch, block size and file made with
 one key, one D and one shape of the gradients; only such files may be mixed.
 
@@ -28,7 +28,7 @@ product.
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ def project_gradients(
     batch: PyTree,
     *,
     dimension: int,
-    normalise: bool = True,
+    normalize: bool = True,
     block_size: int = 512,
     transform: Transform | None = None,
 ) -> Float32[Array, "B dimension"]:
@@ -77,7 +77,7 @@ def project_gradients(
     `loss`. `transform` maps a gradient, a pytree like `parameters`, to any pytree: it may
     precondition (`adam_direction`) or pick some layers.
 
-    With `normalise` rows have Euclidean norm 1, and a gradient of 0 stays a row of 0.
+    With `normalize` rows have Euclidean norm 1, and a gradient of 0 stays a row of 0.
 
     Beside its arguments and the result this holds the B gradients, B p numbers (and what `loss` and
     `transform` need), and one block of P, `block_size` D numbers. For less, pass smaller batches.
@@ -94,8 +94,8 @@ def project_gradients(
         raise ValueError(f"dimension and block_size must be >= 1: {dimension}, {block_size}")
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or sizes <= {(), (0,)}:
-        found = sorted(np.shape(leaf) for leaf in jax.tree.leaves(batch))
-        raise ValueError(f"the leaves of a batch are [B, ...] with one B >= 1, got shapes {found}")
+        shapes = sorted(np.shape(leaf) for leaf in jax.tree.leaves(batch))
+        raise ValueError(f"the leaves of a batch are [B, ...] with one B >= 1, got shapes {shapes}")
     rows = _project_gradients(
         key,
         Partial(loss),
@@ -103,7 +103,7 @@ def project_gradients(
         parameters,
         batch,
         dimension=dimension,
-        normalise=normalise,
+        normalize=normalize,
         block_size=block_size,
     )
     if not isinstance(rows, jax.core.Tracer):
@@ -121,9 +121,9 @@ def _unchanged(gradient):
     return gradient
 
 
-@partial(jax.jit, static_argnames=("dimension", "normalise", "block_size"))
+@partial(jax.jit, static_argnames=("dimension", "normalize", "block_size"))
 def _project_gradients(
-    key, loss, transform, parameters, batch, *, dimension, normalise, block_size
+    key, loss, transform, parameters, batch, *, dimension, normalize, block_size
 ):
     gradients = jax.vmap(lambda example: transform(jax.grad(loss)(parameters, example)))(batch)
     leaves = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(gradients)]
@@ -134,7 +134,7 @@ def _project_gradients(
         for i, leaf in enumerate(leaves)
         if leaf.size
     )
-    return _unit_rows(rows) if normalise else rows / math.sqrt(dimension)
+    return _unit_rows(rows) if normalize else rows / math.sqrt(dimension)
 
 
 def _leaf_key(key, leaf):
@@ -192,7 +192,7 @@ def adam_direction(
     b2: ScalarLike = 0.999,
     eps: ScalarLike = 1e-8,
 ) -> Transform:
-    """A transform: the direction in which Adam would move for this example's gradient alone.
+    """A transform: the direction in which Adam would move for this example's gradient only.
 
     With m, v and t the moments and count of `state`, as optax.scale_by_adam keeps them (optax.adam
     has them in the first part of its state), and g the gradient,
@@ -203,7 +203,7 @@ def adam_direction(
 
     (Kingma and Ba, Adam, ICLR 2015, algorithm 1). Up to the sign and the learning rate it is the
     step that training on the example would take: LESS's embedding of training examples. `state`
-    comes from the checkpoint; b1, b2 and eps are those of its optimiser.
+    comes from the checkpoint; b1, b2 and eps are those of its optimizer.
 
     LESS leaves validation gradients as they are. For a kernel mean embedding this matters: m moves
     every training row the same way, so with one side preconditioned the two distributions differ,
@@ -238,13 +238,13 @@ class Arguments(DeviceOptions):
     data_root: Path | None = None
     dimension: int = 512
     num_per_class: int = 500
-    """Training images embedded in every class's file. The network trains on the others."""
+    """Training images embedded in the file of each class. The network trains on the others."""
     num_target: int = 1000
     """Test images embedded in the target's file."""
     mixture: tuple[float, ...] | None = None
     """The shares of the classes in the target. None: a draw from Dirichlet(1/2, ..., 1/2)."""
     hidden: int = 128
-    epochs: int = 3
+    num_epochs: int = 3
     learning_rate: float = 1e-3
     seed: int = 0
     format: Literal["npy", "pt"] = "npy"
@@ -289,54 +289,64 @@ def cross_entropy(network: nn.Module) -> Loss:
     return loss
 
 
+def images_and_labels(dataset: datasets.Dataset, indices: np.ndarray) -> tuple[Array, Array]:
+    """[n, H, W, channels] in [0, 1] and labels [n]."""
+    images = datasets.as_images(datasets.flat(dataset, indices), dataset.image_shape)
+    return images, jnp.asarray(dataset.labels[indices])
+
+
+def projected_batches(
+    project: Callable[[PyTree], Array], dataset: datasets.Dataset, indices: np.ndarray
+) -> Iterator[Array]:
+    """Rows of the images at `indices`, `BATCH_SIZE` at a time, by a `project_gradients` with
+    everything except the batch."""
+    for i in range(0, len(indices), BATCH_SIZE):
+        yield project(images_and_labels(dataset, indices[i : i + BATCH_SIZE]))
+
+
 def main(arguments: Arguments) -> Path:
     """Trains the network, writes the files, prints their paths and shapes, and returns the path of
     embeddings.json, which holds them with the target's true mixture."""
-    for option in ("dimension", "num_target", "hidden", "epochs"):
+    for option in ("dimension", "num_target", "hidden", "num_epochs"):
         if getattr(arguments, option) < 1:
             raise ValueError(f"{option} must be >= 1, got {getattr(arguments, option)}")
     check_seed(arguments.seed)
     load = partial(datasets.load, arguments.dataset, data_root=arguments.data_root)
     train, test = load(split="train"), load(split="test")
     keys = jax.random.split(jax.random.key(arguments.seed), 6)
-    key_domains, key_network, key_projection, key_mixture, key_target, key_order = keys
-    mixture = _checked_mixture(key_mixture, arguments, train.class_names)
+    source_key, network_key, projection_key, mixture_key, target_key, order_key = keys
+    mixture = _checked_mixture(mixture_key, arguments, train.class_names)
     counts = class_counts(mixture, arguments.num_target)
-    domains = datasets.draw_indices(key_domains, train, arguments.num_per_class)
+    embedded = datasets.draw_indices(source_key, train, arguments.num_per_class)
     target = np.concatenate(
         [
-            datasets.draw_indices(key_target, test, int(count), classes=[label])[0]
+            datasets.draw_indices(target_key, test, int(count), classes=[label])[0]
             for label, count in enumerate(counts)
             if count
         ]
     )
     # Shuffled, so that the first rows of the file are a sample of it.
-    target = target[np.asarray(jax.random.permutation(key_order, len(target)))]
-    rest = np.setdiff1d(np.arange(len(train.labels)), domains)
+    target = target[np.asarray(jax.random.permutation(order_key, len(target)))]
+    rest = np.setdiff1d(np.arange(len(train.labels)), embedded)
     if not len(rest):
-        raise ValueError(f"{arguments.num_per_class} a class leave no image to train on")
-
-    def examples(dataset, indices):
-        images = datasets.flat(dataset, indices)
-        images = datasets.as_images(images, dataset.image_shape)
-        return images, jnp.asarray(dataset.labels[indices])
+        raise ValueError(f"{arguments.num_per_class} per class leave no image to train on")
 
     network = MLP(num_classes=len(train.class_names), hidden=(arguments.hidden,))
-    print(f"training on {len(rest)} images, {arguments.epochs} epochs", flush=True)
+    print(f"training on {len(rest)} images, {arguments.num_epochs} epochs", flush=True)
     parameters, losses = classification.train(
-        key_network,
+        network_key,
         network,
-        *examples(train, rest),
+        *images_and_labels(train, rest),
         optimizer=optimizers.adam(arguments.learning_rate),
-        num_epochs=arguments.epochs,
+        num_epochs=arguments.num_epochs,
     )
-    everything = examples(test, np.arange(len(test.labels)))
+    everything = images_and_labels(test, np.arange(len(test.labels)))
     accuracy = float(classification.accuracy(network, parameters, *everything))
     print(f"last loss {losses[-1]:.4f}, test accuracy {100 * accuracy:.1f}%", flush=True)
 
     project = partial(
         project_gradients,
-        key_projection,
+        projection_key,
         cross_entropy(network),
         parameters,
         dimension=arguments.dimension,
@@ -344,12 +354,11 @@ def main(arguments: Arguments) -> Path:
     files = {}
     sources = [
         (_file_stem(label, name), train, indices)
-        for label, (name, indices) in enumerate(zip(train.class_names, domains))
+        for label, (name, indices) in enumerate(zip(train.class_names, embedded))
     ]
     for stem, dataset, indices in [*sources, ("target", test, target)]:
         path = arguments.out_dir / f"{stem}.{arguments.format}"
-        starts = range(0, len(indices), BATCH_SIZE)
-        batches = (project(examples(dataset, indices[i : i + BATCH_SIZE])) for i in starts)
+        batches = projected_batches(project, dataset, indices)
         files[path.name] = write_embeddings(path, batches, dtype=arguments.dtype)
         print(path, files[path.name], flush=True)
     summary = arguments.out_dir / "embeddings.json"

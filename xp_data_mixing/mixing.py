@@ -1,43 +1,48 @@
-"""Mixing weights of N sets for a target, with what a practitioner needs beside them.
+"""Mixing weights of N source datasets for a target, with what a practitioner needs beside them.
 
-    result = estimate(jax.random.key(0), sets, target, bootstrap=200)
+    result = estimate(jax.random.key(0), sources, target, bootstrap=Bootstrap(replicates=200))
     result.weights, result.intervals, result.warnings
 
-The weights minimise MMD^2 between the mixture and the target (`lib.simplex_qp`), with kernel
+The weights minimize MMD^2 between the mixture and the target (`lib.simplex_qp`), with kernel
 means from one pass over the rows or exact ones (`xp_data_mixing.block_moments`). No files, no
 printing: samples are arrays or `lib.rows.Rows`. Everything after the means is float64.
 
-Intervals come from weights of resampled data: each replicate draws blocks of rows of every set and
-of the target anew, and solves its own QP. A mean of drawn blocks carries the noise of the drawing
-on top of that of the data, which adds v_i / n_i once more to A_ii and would push all replicates
-towards equal weights; that known bias is taken off. At the boundary replicates keep what lies
-behind it: where the unconstrained optimum has a w_i far below 0 so have theirs, and w_i is 0 in all
-of them. But what noise gives to sets that should have none, and never takes, it takes from the
-others, in the weights and a second time in the replicates. So an interval reaches from the lower
-of the percentiles q and those reflected at the weight, 2 w_i - q, to the higher, within the bounds.
-Noise in the means of the sets also makes weights of them that are off to one side (errors in
-variables), the more so the less the sets' distances exceed it: one small set among large ones is
-enough. Below `WEAK` times the noise intervals therefore reach as well to the percentiles moved by
-twice the replicates' mean deviation from w, once for them and once for w, and there is a warning.
-On Gaussian toys of 4 and 8 sets it covers single weights in .89 to .92 of draws at a level of .9
-where all are positive, in .78 to 1 where some are 0 (percentiles alone .44 to 1); least often the
-largest weight, where one set is all of the target or sets overlap.
+Intervals come from weights of resampled data. Each replicate draws blocks of rows of every source
+and of the target anew, and solves its own QP. A mean of drawn blocks carries the noise of the
+drawing on top of that of the data. This adds v_i / n_i once more to A_ii and would push all
+replicates towards equal weights, so that known bias is subtracted. At the boundary an interval
+reaches further than the replicates do: where the unconstrained optimum has a w_i far below 0, w_i
+is 0 in all of them, and what noise gives to sources without weight it takes from the others, in the
+weights and again in the replicates. So an interval reaches from the lower of the percentiles q and
+their reflections at the weight, 2 w_i - q, to the higher, within the bounds.
+Noise in the means of the sources also biases the weights (errors in variables), the more so the
+less the sources' distances exceed it: one small source among large ones is enough. Below `WEAK`
+times the noise, intervals therefore reach as well to the percentiles moved by twice the replicates'
+mean deviation from w, once for them and once for w, and there is a warning.
+On Gaussian toys of 4 and 8 sources intervals cover single weights in .89 to .92 of draws at a level
+of .9 where all are positive, in .78 to 1 where some are 0 (percentiles only: .44 to 1). Coverage is
+least for the largest weight, where one source is all of the target or sources overlap.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 from scipy.linalg import eigh, null_space
 
 from lib.rff import gaussian_frequencies
-from lib.rows import as_rows, check_bandwidths, check_same_width
+from lib.rows import Rows, as_rows, check_bandwidths, check_same_width
 from lib.rows.kernel_means import noise_of_means, streamed_median_bandwidth
 from lib.simplex_qp import (
     Problem,
+    Quadratic,
+    Solution,
     from_gram,
     make_problem,
     solve,
@@ -61,6 +66,81 @@ FOLDS = 5
 """Of the held-out MMD^2."""
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """The Gaussian kernel, and how its means are computed. Raises ValueError on bad values."""
+
+    bandwidth: float | Literal["auto"] = "auto"
+    """sigma in the units of the rows. auto: the median distance of a subsample."""
+    bandwidth_rows: int = 1000
+    """Rows of that subsample, of all samples together."""
+    estimator: Literal["rff", "exact"] = "rff"
+    """rff: random Fourier features, one pass over the rows. exact: the kernel itself, quadratic in
+    the rows."""
+    num_features: int = 1000
+    """Frequencies of rff, each a cosine and a sine. They depend on the key and d only."""
+    check_features: int = 256
+    """Further frequencies, for the held-out MMD^2; 0 leaves it out."""
+    statistic: Literal["v", "u"] = "v"
+    """u: without the pairs of a row with itself, which in v add (1 - A_ii) / n_i to the distance of
+    a small source."""
+
+    def __post_init__(self):
+        if self.bandwidth != "auto":
+            check_bandwidths([self.bandwidth])
+        for name, known in (("estimator", ("rff", "exact")), ("statistic", ("v", "u"))):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if self.num_features < 1 or self.check_features < 0:
+            sizes = f"{self.num_features}, {self.check_features}"
+            raise ValueError(f"num_features >= 1 and check_features >= 0 are needed, got {sizes}")
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What is asked of the weights beside the least MMD^2; see `lib.simplex_qp.make_problem`."""
+
+    ridge: float = 1e-5
+    """In units of the kernel, whose values are at most 1."""
+    prior: ArrayLike | None = None
+    l2_penalty: float = 0.0
+    kl_penalty: float = 0.0
+    lower: ArrayLike | None = None
+    """Bounds of the weights: one number, or one per source."""
+    upper: ArrayLike | None = None
+
+    def problem(self, quadratic: Quadratic) -> Problem:
+        """Raises ValueError on bad values, and where no weights meet the bounds."""
+        return make_problem(
+            quadratic,
+            ridge=self.ridge,
+            prior=self.prior,
+            l2_pull=self.l2_penalty,
+            kl_pull=self.kl_penalty,
+            floors=self.lower,
+            caps=self.upper,
+        )
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Intervals from resampled blocks of rows. Raises ValueError on bad values."""
+
+    replicates: int = 0
+    """0: no intervals."""
+    confidence: float = 0.9
+    num_blocks: int = 50
+    """Blocks of rows per sample."""
+
+    def __post_init__(self):
+        if self.replicates < 0 or not 0 < self.confidence < 1 or self.num_blocks < 2:
+            raise ValueError(
+                "bootstrap replicates >= 0, 0 < confidence < 1 and num_blocks >= 2 are needed, got "
+                f"{self.replicates}, {self.confidence}, {self.num_blocks}"
+            )
+
+
 class Baselines(NamedTuple):
     """MMD^2 to the target of four mixtures."""
 
@@ -76,24 +156,24 @@ class MixingResult(NamedTuple):
     weights [N]          sum 1, never negative
     intervals [N, 2]     None without bootstrap
     replicates [R, N]    the weights of the bootstrap, R = 0 without
-    objective, gap, condition, lift   see `lib.simplex_qp.Solution`
-    mmd_squared          on the rows that the weights were found on; V- or U-statistic as asked
+    objective, gap, condition, diagonal_shift   see `lib.simplex_qp.Solution`
+    mmd_squared          on the rows that the weights were fitted to; V- or U-statistic as asked
     held_out             U-statistics (unbiased, of any sign), means over folds: weights, and the
-                         best single set, found without the fold's rows, evaluated on them alone and
-                         with other frequencies; None where a set has too few rows
+                         best single source, chosen without the fold's rows, evaluated on them only
+                         and with other frequencies; None where a sample has too few rows
     fold_weights [K, N]  the weights of these folds
-    best_single          the set that comes closest alone
-    marginal_values [N]  rise of the minimum when the set is left out; infinite where nothing
+    best_single          the source that comes closest by itself
+    leave_one_out_costs [N]   rise of the minimum without the source; infinite where nothing
                          feasible is left
-    noise [N + 1]        v / n: squared error of each set's mean embedding, last the target's
-    kernel_means [N + 1, N + 1]   the kernel's mean between rows of two sets, last the target, and
-                         on the diagonal between different rows of one; NaN for a single row
-    kernel_mean          of rows of one set, on average over the sets: near 1 or 0 the bandwidth is
-                         far too wide or narrow; NaN where every set has a single row
-    signal_to_noise      ascending, by directions in weight space between the sets of more than one
-                         row: how many times their sampling noise the sets' true distance makes of
-                         MMD^2
-    undetermined         how many of these directions noise explains
+    noise [N + 1]        v / n: squared error of each source's mean embedding, last the target's
+    kernel_means [N + 1, N + 1]   the kernel's mean between rows of two samples, last the target,
+                         and on the diagonal between different rows of one; NaN for a single row
+    kernel_mean          of rows of one source, on average over the sources: near 1 or 0 the
+                         bandwidth is far too wide or narrow; NaN where every source has one row
+    signal_to_noise      ascending, by directions in weight space between the sources of more than
+                         one row: how many times their sampling noise the sources' true distance
+                         makes of MMD^2
+    unidentifiable       how many of these directions noise explains
     bandwidth            sigma; `median_rule`: whether the median distance gave it
     """
 
@@ -103,17 +183,17 @@ class MixingResult(NamedTuple):
     objective: float
     gap: float
     condition: float
-    lift: float
+    diagonal_shift: float
     mmd_squared: Baselines
     held_out: Baselines | None
     fold_weights: Float[np.ndarray, "K N"]
     best_single: int
-    marginal_values: Float[np.ndarray, " N"]
+    leave_one_out_costs: Float[np.ndarray, " N"]
     noise: Float[np.ndarray, " M"]
     kernel_means: Float[np.ndarray, "M M"]
     kernel_mean: float
     signal_to_noise: Float[np.ndarray, " L"]
-    undetermined: int
+    unidentifiable: int
     bandwidth: float
     median_rule: bool
     sizes: Int[np.ndarray, " N"]
@@ -124,181 +204,134 @@ class MixingResult(NamedTuple):
 
 def estimate(
     key: Key[Array, ""],
-    sets: Sequence[Any],
+    sources: Sequence[Any],
     target: Any,
     *,
-    bandwidth: float | Literal["auto"] = "auto",
-    bandwidth_rows: int = 1000,
-    num_features: int = 1000,
-    estimator: Literal["rff", "exact"] = "rff",
-    statistic: Literal["v", "u"] = "v",
-    ridge: float = 1e-5,
-    prior: ArrayLike | None = None,
-    l2_pull: float = 0.0,
-    kl_pull: float = 0.0,
-    floors: ArrayLike | None = None,
-    caps: ArrayLike | None = None,
-    bootstrap: int = 0,
-    confidence: float = 0.9,
-    num_blocks: int = 50,
-    check_features: int = 256,
-    chunk_size: int = 1024,
+    kernel: Kernel = Kernel(),
+    constraints: Constraints = Constraints(),
+    bootstrap: Bootstrap = Bootstrap(),
     solver: str = "own",
+    chunk_size: int = 1024,
     devices: Sequence[jax.Device] | None = None,
     on_rows: OnRows | None = None,
 ) -> MixingResult:
-    """Weights w of the sets with sum_i w_i P_i nearest to the target, in MMD of a Gaussian kernel.
+    """Weights w of the sources with sum_i w_i P_i nearest to the target, in MMD of a Gaussian
+    kernel.
 
-    Sets and target are arrays [n, d] or `lib.rows.Rows` such as `lib.rows.files.open_rows` gives; a
-    list as target is pooled. `bandwidth` is sigma in the units of the rows, "auto" the median
-    distance of a subsample of `bandwidth_rows`. `num_features` frequencies, each a cosine and a
-    sine; they depend on `key` and d alone. `estimator` "exact" takes the kernel itself, quadratic
-    in the rows.
-
-    `statistic` "u" leaves out the pairs of a row with itself, which in "v" add (1 - A_ii) / n_i to
-    small sets' distances. `ridge`, `prior`, pulls, `floors` and `caps` are those of
-    `lib.simplex_qp.make_problem`, the ridge in units of the kernel. `bootstrap` replicates over
-    `num_blocks` blocks of rows give intervals of the level `confidence`. `check_features` more
-    frequencies go into the held-out MMD^2; 0 leaves it out. `solver` is "own" or a name of cvxpy's.
+    Sources and target are arrays [n, d] or `lib.rows.Rows` such as `lib.rows.files.open_rows`
+    gives; a list as target is pooled. `solver` is "own" or a name of cvxpy's; `chunk_size` rows
+    are read at a time, and `on_rows` is told of them.
 
     Raises ValueError on bad options before a row is read, on bad rows naming their sample, and
-    where no weights meet floors and caps.
+    where no weights meet the bounds.
     """
-    samples = [as_rows(rows, f"set {i}") for i, rows in enumerate(sets)]
-    targets = list(target) if isinstance(target, list | tuple) else [target]
-    targets = [as_rows(rows, f"target {i}") for i, rows in enumerate(targets)]
-    if not samples or not targets:
-        raise ValueError(f"{len(samples)} sets and {len(targets)} targets: one of each is needed")
-    check_same_width(samples + targets)
-    groups = [*samples, targets[0] if len(targets) == 1 else Pooled(targets)]
-    rows = np.array([group.shape[0] for group in groups])
-    _check_options(groups, bandwidth, num_features, estimator, statistic, bootstrap, confidence)
-    if num_blocks < 2 or check_features < 0:
-        raise ValueError(f"num_blocks >= 2, check_features >= 0: {num_blocks}, {check_features}")
-    constraints: dict[str, Any] = {"prior": prior, "floors": floors, "caps": caps}
-    constraints = {
-        name: None if value is None else np.asarray(value, np.float64)
-        for name, value in constraints.items()
-    }
-    constraints |= {"ridge": ridge, "l2_pull": l2_pull, "kl_pull": kl_pull}
+    groups = _samples(sources, target)
+    num_rows = np.array([group.shape[0] for group in groups])
+    for group in groups:
+        if kernel.statistic == "u" and group.shape[0] < 2:
+            raise ValueError(f"{group.name} has one row: a U-statistic needs two")
+    num_sources = len(groups) - 1
     # Only to raise before any row is read.
-    rehearsal = make_problem(
-        from_gram(np.eye(len(samples)), np.zeros(len(samples)), 0.0), **constraints
-    )
+    rehearsal = constraints.problem(from_gram(np.eye(num_sources), np.zeros(num_sources), 0.0))
     if solver != "own":
         solve_with_cvxpy(rehearsal, solver=solver)
 
     bandwidth_key, frequency_key, check_key, block_key, bootstrap_key = jax.random.split(key, 5)
-    median_rule = bandwidth == "auto"
+    bandwidth = kernel.bandwidth
     if bandwidth == "auto":
         with counting_bad_rows(groups):
-            bandwidth = streamed_median_bandwidth(bandwidth_key, groups, num_points=bandwidth_rows)
-    num_blocks = num_blocks if bootstrap else FOLDS
-    if estimator == "exact":
-        with counting_bad_rows(groups):
-            fit = check = exact_moments(
-                block_key, groups, bandwidth, num_blocks=num_blocks, on_rows=on_rows
+            bandwidth = streamed_median_bandwidth(
+                bandwidth_key, groups, num_points=kernel.bandwidth_rows
             )
+    reading: dict[str, Any] = {"on_rows": on_rows}
+    reading["num_blocks"] = bootstrap.num_blocks if bootstrap.replicates else FOLDS
+    if kernel.estimator == "exact":
+        with counting_bad_rows(groups):
+            fit = check = exact_moments(block_key, groups, bandwidth, **reading)
     else:
-        dimension = groups[0].shape[1]
-        frequencies = gaussian_frequencies(frequency_key, num_features, dimension)
-        if check_features:
-            others = gaussian_frequencies(check_key, check_features, dimension)
-            frequencies = jax.numpy.concatenate([frequencies, others])
-        both = feature_moments(
-            block_key,
-            groups,
-            frequencies,
-            bandwidth,
-            num_blocks=num_blocks,
-            chunk_size=chunk_size,
-            devices=devices,
-            on_rows=on_rows,
+        counts = kernel.num_features, kernel.check_features
+        frequencies = [
+            gaussian_frequencies(key, count, groups[0].shape[1])
+            for key, count in zip((frequency_key, check_key), counts)
+            if count
+        ]
+        reading |= {"chunk_size": chunk_size, "devices": devices}
+        moments = feature_moments(
+            block_key, groups, jnp.concatenate(frequencies), bandwidth, **reading
         )
-        fit, check = split_features(both, num_features)
+        fit, check = split_features(moments, kernel.num_features)
 
-    corrections = int(statistic == "u")
+    corrections = int(kernel.statistic == "u")
     (gram,) = grams(fit, fit.filled[None].astype(float))
-    noise = noise_of_means(gram, rows)
-    gram_taken = _less_noise(gram, noise, corrections)
-    problem, shift = _problem(gram_taken, constraints)
+    noise = noise_of_means(gram, num_rows)
+    corrected = _without_noise(gram, corrections * noise)
+    problem, shift = _problem(corrected, constraints)
     solution = solve(problem) if solver == "own" else solve_with_cvxpy(problem, solver=solver)
     weights = solution.weights + 0.0  # no -0.0
-    mixtures = _mixtures(gram_taken, rows, weights)
+    mixtures = _mixtures(corrected, num_rows, weights)
+    kernel_means = gram - np.diag(np.where(num_rows > 1, noise, np.nan))
+    within = np.diag(kernel_means)[:-1]
+    within = within[~np.isnan(within)]
+    signal_to_noise = _signal_to_noise(problem.quadratic.gram, noise, num_rows, corrections)
 
-    replicates = np.zeros((0, len(samples)))
-    if bootstrap:
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(bootstrap_key)))
-        drawn = grams(fit, bootstrap_counts(rng, fit, bootstrap))
-        centred = (_less_noise(one, noise, corrections + 1) for one in drawn)
-        problems = (_problem(one, constraints)[0] for one in centred)
-        replicates = np.stack([one.weights for one in solve_batch(problems)])
-    held_out, fold_weights = None, np.zeros((0, len(samples)))
-    if check_features:
+    intervals, replicates = None, np.zeros((0, num_sources))
+    if bootstrap.replicates:
+        replicates = _replicates(
+            bootstrap_key, fit, bootstrap.replicates, (corrections + 1) * noise, constraints
+        )
+        biased = len(signal_to_noise) > 0 and signal_to_noise[0] < WEAK
+        intervals = _intervals(
+            replicates, weights, bootstrap.confidence, problem.bounds, biased=biased
+        )
+    held_out, fold_weights = None, np.zeros((0, num_sources))
+    if kernel.check_features:
         held_out, fold_weights = _held_out(fit, check, corrections, constraints)
-    kernel_means = gram - np.diag(np.where(rows > 1, noise, np.nan))
-    several = rows[:-1] > 1  # sets whose noise is known
-    within = np.diag(kernel_means)[:-1][several]
-    signal_to_noise = _signal_to_noise(
-        problem.quadratic.gram[np.ix_(several, several)], noise[:-1][several], corrections
-    )
-    weak = len(signal_to_noise) > 0 and signal_to_noise[0] < WEAK
-    intervals = None
-    if bootstrap:
-        intervals = _intervals(replicates, weights, confidence, problem.bounds, biased=weak)
     result = MixingResult(
-        weights,
-        intervals,
-        replicates,
-        solution.objective - shift,
-        solution.gap,
-        solution.condition,
-        solution.lift,
-        Baselines(*(_mmd_squared(gram_taken, mixture) for mixture in mixtures)),
-        held_out,
-        fold_weights,
-        int(np.argmax(mixtures[2])),
-        _marginal_values(problem.quadratic, constraints, solution),
-        noise,
-        kernel_means,
-        float(np.mean(within)) if len(within) else float("nan"),
-        signal_to_noise,
-        int(np.sum(signal_to_noise < 1)),
-        float(bandwidth),
-        median_rule,
-        rows[:-1],
-        int(rows[-1]),
-        tuple(sample.name for sample in samples),
-        (),
+        weights=weights,
+        intervals=intervals,
+        replicates=replicates,
+        objective=solution.objective - shift,
+        gap=solution.gap,
+        condition=solution.condition,
+        diagonal_shift=solution.lift,
+        mmd_squared=Baselines(*(_mmd_squared(corrected, mixture) for mixture in mixtures)),
+        held_out=held_out,
+        fold_weights=fold_weights,
+        best_single=int(np.argmax(mixtures[2])),
+        leave_one_out_costs=_leave_one_out_costs(problem.quadratic, constraints, solution),
+        noise=noise,
+        kernel_means=kernel_means,
+        kernel_mean=float(np.mean(within)) if len(within) else math.nan,
+        signal_to_noise=signal_to_noise,
+        unidentifiable=int(np.sum(signal_to_noise < 1)),
+        bandwidth=float(bandwidth),
+        median_rule=kernel.bandwidth == "auto",
+        sizes=num_rows[:-1],
+        target_size=int(num_rows[-1]),
+        names=tuple(group.name for group in groups[:-1]),
+        warnings=(),
     )
     return result._replace(warnings=find_warnings(result))
 
 
-def _check_options(groups, bandwidth, num_features, estimator, statistic, bootstrap, confidence):
-    if bandwidth != "auto":
-        check_bandwidths([bandwidth])
-    for name, value, known in (
-        ("estimator", estimator, ("rff", "exact")),
-        ("statistic", statistic, ("v", "u")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    if num_features < 1 or bootstrap < 0 or not 0 < confidence < 1:
-        raise ValueError(
-            "num_features >= 1, bootstrap >= 0 and 0 < confidence < 1 are needed, got "
-            f"{num_features}, {bootstrap}, {confidence}"
-        )
-    for group in groups:
-        if statistic == "u" and group.shape[0] < 2:
-            raise ValueError(f"{group.name} has one row: a U-statistic needs two")
+def _samples(sources: Sequence[Any], target: Any) -> list[Rows]:
+    """All sources and last the target."""
+    samples = [as_rows(rows, f"source {i}") for i, rows in enumerate(sources)]
+    targets = list(target) if isinstance(target, list | tuple) else [target]
+    targets = [as_rows(rows, f"target {i}") for i, rows in enumerate(targets)]
+    if not samples or not targets:
+        counts = f"{len(samples)} sources and {len(targets)} targets"
+        raise ValueError(f"{counts}: at least one of both is needed")
+    check_same_width(samples + targets)
+    return [*samples, targets[0] if len(targets) == 1 else Pooled(targets)]
 
 
-def _less_noise(gram, noise, times):
-    """A Gram matrix of means, of the sets and last the target, without their own noise."""
-    return gram - times * np.diag(noise)
+def _without_noise(gram, noise):
+    """A Gram matrix of means, of the sources and last the target, without their own noise."""
+    return gram - np.diag(noise)
 
 
-def _problem(gram, constraints) -> tuple[Problem, float]:
+def _problem(gram, constraints: Constraints) -> tuple[Problem, float]:
     """And what was added to the objective: a constant on the simplex, so that a matrix which is
     convex between weights of one sum is so altogether, although MMD^2 itself may be negative.
     """
@@ -307,7 +340,7 @@ def _problem(gram, constraints) -> tuple[Problem, float]:
     if quadratic.smallest_eigenvalue < 0:
         shift = float(np.abs(quadratic.gram).max())
         quadratic = from_gram(gram[:-1, :-1], gram[:-1, -1], gram[-1, -1] + shift)
-    return make_problem(quadratic, **constraints), shift
+    return constraints.problem(quadratic), shift
 
 
 def _mmd_squared(gram, mixture):
@@ -315,12 +348,20 @@ def _mmd_squared(gram, mixture):
     return float(difference @ gram @ difference)
 
 
-def _mixtures(gram, rows, weights):
+def _mixtures(gram, num_rows, weights):
     """As in `Baselines`."""
     n = len(weights)
     single = np.zeros(n)
-    single[np.argmin([_mmd_squared(gram, one) for one in np.eye(n)])] = 1.0
-    return np.full(n, 1 / n), rows[:-1] / rows[:-1].sum(), single, weights
+    single[np.argmin([_mmd_squared(gram, vertex) for vertex in np.eye(n)])] = 1.0
+    return np.full(n, 1 / n), num_rows[:-1] / num_rows[:-1].sum(), single, weights
+
+
+def _replicates(key, moments: BlockMoments, count: int, noise, constraints: Constraints):
+    """Weights of resampled blocks, [count, N]."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    resampled = grams(moments, bootstrap_counts(rng, moments, count))
+    problems = (_problem(_without_noise(gram, noise), constraints)[0] for gram in resampled)
+    return np.stack([solution.weights for solution in solve_batch(problems)])
 
 
 def _intervals(replicates, weights, confidence, bounds, *, biased):
@@ -336,56 +377,59 @@ def _intervals(replicates, weights, confidence, bounds, *, biased):
     return np.stack([low, high], axis=1)
 
 
-def _held_out(fit: BlockMoments, check: BlockMoments, corrections, constraints):
-    """(Baselines, weights of the folds), or none where some fold leaves or holds < 2 rows of a set.
-
-    Blocks go to folds in turn.
+def _held_out(fit: BlockMoments, check: BlockMoments, corrections, constraints: Constraints):
+    """(Baselines, weights of the folds); none of either where a fold leaves or holds fewer than two
+    rows of a sample. Blocks go to folds in turn.
     """
     in_fold = np.arange(fit.sizes.shape[1])[None, :] % FOLDS == np.arange(FOLDS)[:, None]
-    held = in_fold[:, None, :] & fit.filled[None]
-    kept = ~in_fold[:, None, :] & fit.filled[None]
-    held_rows, kept_rows = ((part * fit.sizes).sum(axis=2) for part in (held, kept))
-    if min(held_rows.min(), kept_rows.min()) < 2:
+    held, fitted = (part[:, None, :] & fit.filled[None] for part in (in_fold, ~in_fold))
+    held_rows, fitted_rows = ((part * fit.sizes).sum(axis=2) for part in (held, fitted))
+    if min(held_rows.min(), fitted_rows.min()) < 2:
         return None, np.zeros((0, len(fit.sizes) - 1))
     values, fold_weights = [], []
-    folds = zip(grams(fit, kept.astype(float)), grams(check, held.astype(float)))
-    for (kept_gram, held_gram), n_kept, n_held in zip(folds, kept_rows, held_rows):
-        kept_gram = _less_noise(kept_gram, noise_of_means(kept_gram, n_kept), corrections)
-        held_gram = _less_noise(held_gram, noise_of_means(held_gram, n_held), 1)
-        fold_weights.append(solve(_problem(kept_gram, constraints)[0]).weights)
-        mixtures = _mixtures(kept_gram, n_kept, fold_weights[-1])
+    folds = zip(grams(fit, fitted.astype(float)), grams(check, held.astype(float)))
+    for (gram, held_gram), num_fitted, num_held in zip(folds, fitted_rows, held_rows):
+        gram = _without_noise(gram, corrections * noise_of_means(gram, num_fitted))
+        held_gram = _without_noise(held_gram, noise_of_means(held_gram, num_held))
+        fold_weights.append(solve(_problem(gram, constraints)[0]).weights)
+        mixtures = _mixtures(gram, num_fitted, fold_weights[-1])
         values.append([_mmd_squared(held_gram, mixture) for mixture in mixtures])
     return Baselines(*np.mean(values, axis=0).tolist()), np.stack(fold_weights)
 
 
-def _marginal_values(quadratic, constraints, solution):
-    """Without a set that has no weight and no floor nothing changes: only the others are solved."""
+def _leave_one_out_costs(quadratic: Quadratic, constraints: Constraints, solution: Solution):
+    """Without a source that has no weight and no lower bound nothing changes: only the others are
+    solved."""
     n = len(quadratic.gram)
-    floors, caps = (
+    lower, upper = (
         np.broadcast_to(np.asarray(default if given is None else given, float), n)
-        for given, default in ((constraints["floors"], 0.0), (constraints["caps"], 1.0))
+        for given, default in ((constraints.lower, 0.0), (constraints.upper, 1.0))
     )
-    values = np.zeros(n)
-    for i in np.flatnonzero((solution.weights > 0) | (floors > 0)):
-        without = np.arange(n) != i
-        bounds = {"floors": np.where(without, floors, 0.0), "caps": np.where(without, caps, 0.0)}
+    costs = np.zeros(n)
+    for i in np.flatnonzero((solution.weights > 0) | (lower > 0)):
+        others = np.arange(n) != i
+        without = replace(
+            constraints, lower=np.where(others, lower, 0.0), upper=np.where(others, upper, 0.0)
+        )
         try:
-            problem = make_problem(quadratic, **(constraints | bounds))
+            problem = without.problem(quadratic)
         except ValueError:  # what is left cannot sum to 1
-            values[i] = np.inf
+            costs[i] = np.inf
             continue
-        start = np.where(without, solution.weights, 0.0)
-        values[i] = solve(problem, start=start).objective - solution.objective
-    return values
+        start = np.where(others, solution.weights, 0.0)
+        costs[i] = solve(problem, start=start).objective - solution.objective
+    return costs
 
 
-def _signal_to_noise(gram, noise, corrections):
+def _signal_to_noise(gram, noise, num_rows, corrections):
     """Ascending eigenvalues of v'Gv / v' diag(noise) v over the v of sum 0, without the noise that
-    is in G itself."""
+    is in G itself; of the sources of several rows, whose noise is known."""
+    several = num_rows[:-1] > 1
+    gram, noise = gram[np.ix_(several, several)], noise[:-1][several]
     if len(gram) < 2:
         return np.zeros(0)
     between = null_space(np.ones((1, len(gram))))
-    # Of a set whose rows are all the same no noise is seen.
+    # Where all rows of a source are the same no noise is seen.
     noise = np.maximum(noise, np.finfo(float).eps)
     scale = between.T @ (noise[:, None] * between)
     return eigh(between.T @ gram @ between, scale, eigvals_only=True) - (1 - corrections)

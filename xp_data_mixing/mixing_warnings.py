@@ -22,21 +22,21 @@ def find_warnings(result: Any) -> tuple[str, ...]:
     """Warnings about a `xp_data_mixing.mixing.MixingResult`, most severe first."""
     return tuple(
         warning
-        for found in (_kernel, _spread, _conditioning, _biased, _vertex, _held_out, _misfit, _rows)
-        for warning in found(result)
+        for check in (_kernel, _spread, _conditioning, _biased, _vertex, _held_out, _misfit, _rows)
+        for warning in check(result)
     )
 
 
 def _kernel(result):
-    """By sets whose rows differ; where there is none, by rows of two sets, unless they are sets of
+    """By sources whose rows differ; where there is none, by rows of two sources, unless these are
     equal rows that stand apart."""
     within, between = np.diag(result.kernel_means)[:-1], _between(result)
-    whose, known = "one set", within[~np.isnan(within)]
+    whose, known = "one source", within[~np.isnan(within)]
     values = known[known < NO_SPREAD]
     if not len(values):
         if len(known) and np.mean(between) <= WIDE:
             return
-        whose, values = "two sets", between
+        whose, values = "two sources", between
     mean = float(np.mean(values))
     saturated = (
         f"kernel saturated: rows of {whose} have a kernel value of {mean:.3g} on average, so "
@@ -48,19 +48,19 @@ def _kernel(result):
         )
     if mean < NARROW:
         yield (
-            f"{saturated}hardly any two rows are neighbours; sigma {result.bandwidth:.4g} is "
+            f"{saturated}hardly any two rows are neighbors; sigma {result.bandwidth:.4g} is "
             f"narrow for these data, {_instead(result, 'larger')}"
         )
 
 
 def _instead(result, size):
     if result.median_rule:
-        return f"although it is the median distance between rows of all sets: give a {size} one"
+        return f"although it is the median distance between rows of all sources: give a {size} one"
     return 'bandwidth "auto" takes the median distance'
 
 
 def _between(result):
-    """Of every two sets, and of each with the target."""
+    """Of every two sources, and of each with the target."""
     return result.kernel_means[np.triu_indices(len(result.kernel_means), 1)]
 
 
@@ -86,29 +86,29 @@ def _listed(names):
 
 def _conditioning(result):
     n = len(result.weights)
-    if result.undetermined:
+    if result.unidentifiable:
         yield (
-            f"ill-conditioned: along {result.undetermined} of {n - 1} directions the weights are "
+            f"ill-conditioned: along {result.unidentifiable} of {n - 1} directions the weights are "
             "not determined by these rows (MMD^2 changes by less than sampling noise); sums over "
-            f"similar sets are, their parts are not (condition number {result.condition:.1e})"
+            f"similar sources are, their parts are not (condition number {result.condition:.1e})"
         )
     elif result.condition > WORST_CONDITION:
         yield f"ill-conditioned: the condition number is {result.condition:.1e}"
-    if result.lift > 0:
+    if result.diagonal_shift > 0:
         yield (
             "the U-statistic's matrix is not positive semidefinite with so few rows: "
-            f"{result.lift:.2g} |w|^2 was added, which pulls towards equal weights"
+            f"{result.diagonal_shift:.2g} |w|^2 was added, which favors equal weights"
         )
 
 
 def _biased(result):
     signal = result.signal_to_noise
-    if not result.undetermined and len(signal) and signal[0] < WEAK:
+    if not result.unidentifiable and len(signal) and signal[0] < WEAK:
         noisiest = int(np.argmax(result.noise[:-1]))
         yield (
-            f"biased by noise: along one direction the sets' distance is {signal[0]:.1f} times its "
-            f"sampling noise; below {WEAK:g} times weights are off to one side, and intervals may "
-            f"miss more often than they say; most noise has {result.names[noisiest]} "
+            f"biased by noise: along one direction the sources' distance is {signal[0]:.1f} times "
+            f"its sampling noise; below {WEAK:g} times weights are off to one side, and intervals "
+            f"may miss more often than they say; most noise has {result.names[noisiest]} "
             f"({result.sizes[noisiest]} rows)"
         )
 
@@ -121,7 +121,7 @@ def _vertex(result):
     if len(others) and np.quantile(others, 0.1) < 0.9:
         yield (
             f"at a vertex by noise: all weight is on {result.names[top]}, but with other rows of "
-            f"the same sets it falls to {others.min():.2f}"
+            f"the same sources it falls to {others.min():.2f}"
         )
 
 
@@ -143,7 +143,7 @@ def _misfit(result):
     explained = float(np.square(shares) @ result.noise)
     if result.mmd_squared.optimal > max(MISFIT * explained, ROUNDING):
         yield (
-            f"the target is no mixture of these sets: MMD^2 at the weights is "
+            f"the target is no mixture of these sources: MMD^2 at the weights is "
             f"{result.mmd_squared.optimal:.3g}, sampling explains {explained:.3g}; the weights are "
             "those of the nearest mixture"
         )

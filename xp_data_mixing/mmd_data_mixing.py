@@ -5,7 +5,7 @@
         --output_file results.json --report report.html
 
 Files are .pt, .npy, .npz or .safetensors of rows [n, d], read once, a few rows at a time; of
-several matrices in a file PATH:KEY names one, as rows.npz:train. Weights minimise MMD^2 to the
+several matrices in a file PATH:KEY names one, as rows.npz:train. Weights minimize MMD^2 to the
 pooled validation files; see `xp_data_mixing.mixing` for what comes beside them. Logging at the
 level DEBUG says what was read.
 """
@@ -31,7 +31,7 @@ from lib.runs.files import write_json
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import check_sizes
 from xp_data_mixing import report as reports
-from xp_data_mixing.mixing import MixingResult, estimate
+from xp_data_mixing.mixing import Bootstrap, Constraints, Kernel, MixingResult, estimate
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +62,21 @@ class MMDDataMixer:
     """Of frequencies, blocks, bootstrap; None: drawn by the operating system, and from then on kept
     here, printed and written with the results, so that they can be had again."""
     statistic: Literal["v", "u"] = "v"
-    """u: unbiased, without the pairs of a row with itself, which in v count against small sets."""
+    """u: unbiased, without the pairs of a row with itself, which in v count against small files."""
     prior: Literal["uniform", "size"] | tuple[float, ...] = "uniform"
-    """Weights to pull to: equal, proportional to the rows, or numbers of sum 1."""
+    """What `prior_strength` favors: equal weights, proportional to rows, or numbers of sum 1."""
     prior_strength: float = 0.0
-    """Of the pull, in units of MMD^2; 0: none."""
+    """Of the penalty towards the prior, in units of MMD^2; 0: none."""
     pull: Literal["l2", "kl"] = "l2"
     """l2: |w - p|^2; kl: sum_i w_i log(w_i / p_i)."""
     floors: tuple[float, ...] = ()
-    """Least weights: one number for all sets, or one for each."""
+    """Least weights: one number for all files, or one for each."""
     caps: tuple[float, ...] = ()
     """Largest weights, likewise."""
     max_epochs: float | None = None
-    """Cap by repetition: no set is seen more than so often, w_i T <= e n_i."""
+    """Cap by repetition: no file is seen more than so often, w_i T <= e n_i."""
     total_rows: int | None = None
-    """T, the rows that will be trained on; None: as many as all the sets have together."""
+    """T, the rows that will be trained on; None: as many as all training files have together."""
     bootstrap: int = 0
     """Replicates for intervals; 0: none."""
     confidence: float = 0.9
@@ -84,7 +84,7 @@ class MMDDataMixer:
     solver: str = "own"
     """own, or the name of any solver that cvxpy has, such as OSQP or CLARABEL."""
     num_blocks: int = 50
-    """Blocks of rows of each set that the bootstrap draws."""
+    """Blocks of rows of each file that the bootstrap draws."""
     check_features: int = 256
     """Further frequencies for the held-out MMD^2; 0: leave it out."""
     chunk_size: int = 1024
@@ -92,7 +92,7 @@ class MMDDataMixer:
     auto_sigma: bool = False
     """As published: the same as a `sigma_bandwidth` of auto, whatever number that has."""
     sigma_sample_size: int = 1000
-    """Rows of the subsample of auto, of all sets together (the published class: of each)."""
+    """Rows of the subsample of auto, of all files together (the published class: of each)."""
 
     def __post_init__(self):
         if self.random_seed is None:
@@ -143,8 +143,22 @@ class MMDDataMixer:
         sizes = np.array([file.shape[0] for file in train])
         total = int(sizes.sum()) + sum(file.shape[0] for file in val)
         assert self.random_seed is not None  # drawn in __post_init__
-        prior = self._prior(sizes)
-        strength: dict[str, Any] = {f"{self.pull}_pull": self.prior_strength}
+        penalty: dict[str, Any] = {f"{self.pull}_penalty": self.prior_strength}
+        constraints = Constraints(
+            ridge=self.ridge_penalty,
+            prior=self._prior(sizes),
+            lower=_one_or_each("floors", self.floors, sizes),
+            upper=self._caps(sizes),
+            **penalty,
+        )
+        kernel = Kernel(
+            bandwidth="auto" if self.auto_sigma else self.sigma_bandwidth,
+            bandwidth_rows=self.sigma_sample_size,
+            estimator=self.estimator,
+            num_features=self.rff_dimension,
+            check_features=self.check_features,
+            statistic=self.statistic,
+        )
         # The exact kernel reads the rows once for each block of them, from that block on.
         passes = (-(-total // 1024) + 1) / 2 if self.estimator == "exact" else 1
         steps = round(total * passes)
@@ -154,24 +168,13 @@ class MMDDataMixer:
                 jax.random.key(self.random_seed),
                 train,
                 val,
-                bandwidth="auto" if self.auto_sigma else self.sigma_bandwidth,
-                bandwidth_rows=self.sigma_sample_size,
-                num_features=self.rff_dimension,
-                estimator=self.estimator,
-                statistic=self.statistic,
-                ridge=self.ridge_penalty,
-                prior=prior,
-                floors=_one_or_each("floors", self.floors, sizes),
-                caps=self._caps(sizes),
-                bootstrap=self.bootstrap,
-                confidence=self.confidence,
-                num_blocks=self.num_blocks,
-                check_features=self.check_features,
-                chunk_size=self.chunk_size,
+                kernel=kernel,
+                constraints=constraints,
+                bootstrap=Bootstrap(self.bootstrap, self.confidence, self.num_blocks),
                 solver=self.solver,
+                chunk_size=self.chunk_size,
                 devices=processes.own_devices(),
                 on_rows=advance,
-                **strength,
             )
         logger.debug(
             "sigma %.6g, condition number %.3g, objective %.6g, gap %.3g",
@@ -214,7 +217,7 @@ class MMDDataMixerRBF(MMDDataMixer):
 def open_files(
     train_paths: Sequence[str | Path], val_paths: Sequence[str | Path]
 ) -> tuple[list[RowFile], list[RowFile]]:
-    """Opens all files, reading headers alone. Raises as `MMDDataMixer.mix` does."""
+    """Opens all files, reading headers only. Raises as `MMDDataMixer.mix` does."""
     for name, paths in (("training", train_paths), ("validation", val_paths)):
         if isinstance(paths, str | Path) or not len(paths):
             raise ValueError(f"a list of {name} paths is needed, got {paths!r}")
@@ -227,7 +230,7 @@ def open_files(
 
 
 def _one_or_each(name, values, sizes):
-    """None for none, a number for all, or one for each set."""
+    """None for none, a number for all, or one for each file."""
     if len(values) not in (0, 1, len(sizes)):
         raise ValueError(f"{name}: one number or {len(sizes)} are needed, got {len(values)}")
     return None if not values else values[0] if len(values) == 1 else np.array(values)
@@ -238,7 +241,7 @@ class Arguments(DeviceOptions, MMDDataMixer):
     """Mixing weights of training files for validation files, by MMD."""
 
     train_paths: tuple[Path, ...]
-    """Files of rows, one for each set; PATH:KEY for one of several matrices in a file."""
+    """Files of rows, one per source; PATH:KEY for one of several matrices in a file."""
     val_paths: tuple[Path, ...]
     """Files of the target; several are pooled."""
     exact: bool = False
@@ -246,7 +249,7 @@ class Arguments(DeviceOptions, MMDDataMixer):
     output_file: Path | None = None
     """JSON of everything."""
     report: Path | None = None
-    """A page (.html) or its figure alone (.png, .pdf, .svg)."""
+    """A page (.html) or only its figure (.png, .pdf, .svg)."""
     experiment_name: str = "mmd_data_mixing"
 
 

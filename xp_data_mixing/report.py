@@ -20,7 +20,7 @@ from xp_data_mixing.mixing import MixingResult
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 LARGEST_FIGURE = 40
-"""Sets that the figure shows, those of largest weight."""
+"""Sources that the figure shows, those of largest weight."""
 MIXTURES = {
     "uniform": "equal",
     "size_proportional": "by size",
@@ -62,7 +62,7 @@ def document(
             "percentage": 100 * weight,
             "file_path": file.name,
             "interval": None if intervals is None else intervals[i].tolist(),
-            "marginal_value": _finite(result.marginal_values[i]),
+            "leave_one_out_cost": _finite(result.leave_one_out_costs[i]),
             "rows": file.shape[0],
         }
         for i, (name, file, weight) in enumerate(zip(names, train, result.weights.tolist()))
@@ -92,8 +92,8 @@ def document(
             "objective": result.objective,
             "frank_wolfe_gap": result.gap,
             "condition_number": _finite(result.condition),
-            "lift": result.lift,
-            "undetermined_directions": result.undetermined,
+            "diagonal_shift": result.diagonal_shift,
+            "unidentifiable_directions": result.unidentifiable,
             "signal_to_noise": result.signal_to_noise.tolist(),
         },
         "warnings": list(result.warnings),
@@ -146,7 +146,7 @@ def text(document: dict[str, Any]) -> str:
 
 
 def figure(document: dict[str, Any]) -> Figure:
-    """Weights with intervals, what each set is worth, and MMD^2 of the mixtures."""
+    """Weights with intervals, what each source is worth, and MMD^2 of the mixtures."""
     rows = sorted(document["mixing_ratios"].items(), key=lambda item: -item[1]["weight"])
     rows = rows[:LARGEST_FIGURE]
     total = sum(row["rows"] for row in document["mixing_ratios"].values())
@@ -172,14 +172,14 @@ def figure(document: dict[str, Any]) -> Figure:
         left.set_title("weights" if confidence is None else f"weights, intervals at {confidence:g}")
         left.legend(fontsize=7)
 
-        values = [row["marginal_value"] for _, row in rows]
+        values = [row["leave_one_out_cost"] for _, row in rows]
         middle.barh(places, [value or 0.0 for value in values], height=0.6, color="C2")
         for place, value in zip(places, values):
             if value is None:
                 middle.text(0, place, " no weights without it", va="center", fontsize=7)
         middle.set_yticks(places, [])
         middle.set_ylim(left.get_ylim())
-        middle.set_title("objective's rise without the set")
+        middle.set_title("objective's rise without the source")
         middle.ticklabel_format(axis="x", scilimits=(-2, 2))
 
         bars = np.arange(len(MIXTURES))[::-1]

@@ -7,4 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ "$(command -v python)" != "$PWD/.venv/bin/python" ]]; then
   exec bash run.sh xp_data_mixing "$preset"
 fi
-python xp_data_mixing/experiments.py --preset "$preset" --results "${RESULTS:-results}"
+python xp_data_mixing/study/experiments.py --preset "$preset" --results "${RESULTS:-results}"

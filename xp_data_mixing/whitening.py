@@ -1,18 +1,19 @@
-"""Mixing weights by generalised least squares on mean embeddings.
+"""Mixing weights by generalized least squares on mean embeddings.
 
-With features z(x), set means mu_i and the target's mean mu_Q, the true weights meet
+With features z(x), source means mu_i and the target's mean mu_Q, the true weights meet
 mu_Q = sum_i w_i mu_i up to sampling noise. MMD counts that noise alike in all directions.
-Generalised least squares (Aitken, On least squares and linear combinations of observations, 1935)
+Generalized least squares (Aitken, On least squares and linear combinations of observations, 1935)
 divides by its covariance:
 
     min_w  (M'w - mu_Q)' (S + damping s I)^-1 (M'w - mu_Q)   over the simplex,
 
-S the pooled covariance of z within the sets, s its largest eigenvalue. A large damping gives MMD
+S the pooled covariance of z within the sources, s its largest eigenvalue. A large damping gives MMD
 back. It is MMD of another kernel, z(x)' (S + damping s I)^-1 z(y), as in `lib.drmmd`, but with the
-covariance within sets: directions in which rows of one set differ a lot tell little about weights.
+covariance within sources: directions in which rows of one source differ a lot tell little about
+weights.
 
 The noise of mu_i adds tr(S_i (S + damping s I)^-1) / n_i to the i-th diagonal entry of the
-quadratic form, S_i the covariance within set i. It is subtracted, as a U-statistic does for MMD.
+quadratic form, S_i the covariance within source i. It is subtracted, as a U-statistic does for MMD.
 """
 
 from collections.abc import Sequence
@@ -25,11 +26,10 @@ from lib.simplex_qp import from_gram, make_problem, solve
 
 
 class Spectrum(NamedTuple):
-    """N sets of features in the eigenvectors of S; float64.
+    """N sources of features in the eigenvectors of S; float64.
 
-    means [N, F], variances [N, F] within each set, its sizes [N], the eigenvalues [F] of S and its
-    eigenvectors as the columns of basis [F, F].
-    """
+    means [N, F], variances [N, F] within each source, its sizes [N], the eigenvalues [F] of S and
+    its eigenvectors as the columns of basis [F, F]."""
 
     means: Float[np.ndarray, "N F"]
     variances: Float[np.ndarray, "N F"]
@@ -38,47 +38,47 @@ class Spectrum(NamedTuple):
     basis: Float[np.ndarray, "F F"]
 
 
-def spectrum(sets: Sequence[Float[np.ndarray, "n F"]]) -> Spectrum:
-    """Of feature rows, a set each, in memory: O(n F^2 + F^3). Row products are in their dtype.
+def spectrum(sources: Sequence[Float[np.ndarray, "n F"]]) -> Spectrum:
+    """Of feature rows of each source, in memory: O(n F^2 + F^3). Row products are in their dtype.
 
-    Raises ValueError where a set has fewer than two rows.
+    Raises ValueError where a source has fewer than two rows.
     """
-    sizes = np.array([len(rows) for rows in sets])
+    sizes = np.array([len(rows) for rows in sources])
     if min(sizes) < 2:
-        raise ValueError(f"two rows of each set are needed, got {sizes.tolist()}")
-    means = [rows.mean(axis=0, dtype=np.float64) for rows in sets]
-    centred = [rows - mean.astype(rows.dtype) for rows, mean in zip(sets, means)]
-    scatter = sum((rows.T @ rows).astype(np.float64) for rows in centred)
+        raise ValueError(f"two rows of each source are needed, got {sizes.tolist()}")
+    means = [rows.mean(axis=0, dtype=np.float64) for rows in sources]
+    centered = [rows - mean.astype(rows.dtype) for rows, mean in zip(sources, means)]
+    scatter = sum((rows.T @ rows).astype(np.float64) for rows in centered)
     eigenvalues, basis = np.linalg.eigh(scatter / (sizes.sum() - len(sizes)))
-    rotation = basis.astype(centred[0].dtype)
+    rotation = basis.astype(centered[0].dtype)
     variances = [
         np.square(rows @ rotation).sum(axis=0, dtype=np.float64) / (len(rows) - 1)
-        for rows in centred
+        for rows in centered
     ]
     means = np.stack(means) @ basis
     return Spectrum(means, np.stack(variances), sizes, np.maximum(eigenvalues, 0), basis)
 
 
 def whitened_weights(
-    found: Spectrum,
+    sources: Spectrum,
     target_mean: Float[np.ndarray, " F"],
     damping: float,
     *,
     replicate: Float[np.ndarray, "N F"] | None = None,
 ) -> Float[np.ndarray, " N"]:
-    """The weights of the sets in a target, given its mean in the eigenvectors of S.
+    """The weights of the sources in a target, given its mean in the eigenvectors of S.
 
-    `replicate` are means of resampled rows in place of `found.means`. They carry the noise of the
-    drawing on top of that of the sets, so that twice the noise is subtracted: over draws the
+    `replicate` are means of resampled rows in place of `sources.means`. They carry the noise of the
+    drawing on top of that of the sources, so that twice the noise is subtracted: over draws the
     quadratic is then, on average, that of the weights themselves.
 
     Raises ValueError unless damping > 0.
     """
     if not 0 < damping < np.inf:
         raise ValueError(f"the damping must be positive and finite, got {damping}")
-    scales = found.eigenvalues + damping * found.eigenvalues.max()
-    noise = (found.variances / scales).sum(axis=1) / found.sizes
-    means = found.means if replicate is None else replicate
+    scales = sources.eigenvalues + damping * sources.eigenvalues.max()
+    noise = (sources.variances / scales).sum(axis=1) / sources.sizes
+    means = sources.means if replicate is None else replicate
     means, target = means / np.sqrt(scales), target_mean / np.sqrt(scales)
     gram = means @ means.T - (1 if replicate is None else 2) * np.diag(noise)
     return simplex_weights(gram, means @ target, float(target @ target))
@@ -90,7 +90,7 @@ def simplex_weights(
     """The least w'Aw - 2b'w + square over the simplex, A = `gram` with its noise taken off.
 
     Near a perfect mixture that leaves w'Aw - 2b'w + square below 0 every other time, and the
-    centred matrix indefinite: the solver would add a multiple of |w|^2, pulling towards equal
+    centered matrix indefinite: the solver would add a multiple of |w|^2, pulling towards equal
     weights. But only between weights of one sum need it be convex, and a constant added to the
     square is the same for all of those.
     """

@@ -20,6 +20,11 @@ from lib.report import _html as pages
 from lib.report import page as results_page
 from lib.report.tables import Table, write_summary
 from lib.runs import files
+from xp_data_mixing.study import tables as mixing_tables
+from xp_dataset_distillation import tables as distillation_tables
+from xp_drmmd import tables as drmmd_tables
+from xp_gmm_source import tables as gmm_tables
+from xp_transfer_learning import tables as transfer_tables
 
 REPOSITORY = Path(__file__).parents[2]
 

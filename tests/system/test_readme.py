@@ -87,7 +87,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
 def test_scripts_that_are_named_exist(page):
-    scripts = re.findall(r"(?:python|--) ((?:xp_\w+/|benchmarks/)?\w+\.py)", page)
+    scripts = re.findall(r"(?:python|--) ((?:\w+/)*\w+\.py)", page)
     missing = {script for script in scripts if not (REPOSITORY / script).exists()}
     assert not missing
 

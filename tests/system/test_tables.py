@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xp_data_mixing import tables as data_mixing
+from xp_data_mixing.study import tables as data_mixing
 from xp_dataset_distillation import tables as distillation
 from xp_drmmd import tables as drmmd
 from xp_gmm_source import tables as gmm_source

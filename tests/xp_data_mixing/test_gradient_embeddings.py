@@ -2,11 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 import weakref
 from functools import partial
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -16,7 +13,7 @@ import optax
 import pytest
 import torch
 import tyro
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from scipy.optimize import nnls
@@ -34,7 +31,6 @@ from xp_data_mixing.gradient_embeddings import (
     random_signs,
 )
 
-REPOSITORY = Path(__file__).parents[2]
 EPS = np.finfo(np.float32).eps
 
 
@@ -106,58 +102,24 @@ def flax_model():
 
 
 @pytest.mark.parametrize(
-    ("model", "dimension", "block_size", "normalise"),
+    ("model", "dimension", "block_size", "normalize"),
     [(plain_model, 70, 5, False), (plain_model, 33, 24, True), (flax_model, 33, 7, True)],
 )
 def test_one_gradient_at_a_time_and_a_whole_projection(
-    x64, model, dimension, block_size, normalise
+    x64, model, dimension, block_size, normalize
 ):
     loss, parameters, batch = model()
     parameters, batch = jax.tree.map(jnp.asarray, (parameters, batch))
-    key, options = jax.random.key(3), {"block_size": block_size, "normalise": normalise}
+    key, options = jax.random.key(3), {"block_size": block_size, "normalize": normalize}
     gradients, expected = one_at_a_time(key, loss, parameters, batch, dimension)
     rows = project_gradients(key, loss, parameters, batch, dimension=dimension, **options)
-    if normalise:
+    if normalize:
         norms = np.linalg.norm(expected, axis=1, keepdims=True)
         gradients, expected = gradients / norms, expected / norms
     assert_rows(rows, gradients, expected)
 
 
-def test_least_squares_gradients_are_residuals_times_inputs():
-    """loss = (x . w + b - y)^2 / 2 has the gradient r x in w and r in b, r the residual."""
-    x, y, w, key = normal(0, 6, 9), normal(1, 6), normal(2, 9), jax.random.key(0)
-
-    def loss(parameters, example):
-        return (example[0] @ parameters["w"] + parameters["b"] - example[1]) ** 2 / 2
-
-    parameters = {"w": jnp.asarray(w, "f"), "b": jnp.float32(0.5)}
-    batch = (jnp.asarray(x, "f"), jnp.asarray(y, "f"))
-    rows = project_gradients(key, loss, parameters, batch, dimension=20, normalise=False)
-    residuals = x @ w + 0.5 - y
-    gradients = residuals[:, None] * np.concatenate([np.ones((6, 1)), x], axis=1)
-    expected = gradients @ projection(key, [0.0, w], 20)  # leaves by name: b, then w
-    np.testing.assert_allclose(rows, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-
-
-@settings(deadline=None, max_examples=4)
-@given(st.integers(1, 40), st.integers(1, 8))
-def test_blocks_and_batches_change_nothing_but_rounding(block_size, batch_size):
-    batch, parameters = jnp.asarray(normal(0, 8, 37), "f"), jnp.zeros(37)
-    project = partial(
-        project_gradients,
-        jax.random.key(1),
-        given_gradient,
-        parameters,
-        dimension=40,
-        normalise=False,
-    )
-    parts = [
-        project(batch[i : i + batch_size], block_size=block_size) for i in range(0, 8, batch_size)
-    ]
-    assert_rows(project(batch), np.asarray(batch), np.concatenate(parts).astype(float))
-
-
-def test_signs_depend_on_key_leaf_and_row_alone():
+def test_signs_depend_on_key_leaf_and_row_only():
     key, rows = jax.random.key(0), jnp.arange(2000)
     signs = np.asarray(random_signs(key, 0, rows, 70))
     assert signs.shape == (2000, 70)
@@ -181,7 +143,7 @@ def test_one_key_makes_one_projection(impl):
     """Also for rbg keys, whose random bits are not the same under vmap."""
     batch, parameters = jnp.asarray(normal(0, 3, 50), "f"), jnp.zeros(50)
     key = jax.random.key(5, impl=impl)
-    project = partial(project_gradients, loss=given_gradient, dimension=32, normalise=False)
+    project = partial(project_gradients, loss=given_gradient, dimension=32, normalize=False)
     rows = project(key, parameters=parameters, batch=batch)
     again = project(jax.random.key(5, impl=impl), parameters=parameters, batch=batch)
     np.testing.assert_array_equal(rows, again)
@@ -200,7 +162,7 @@ def test_inner_products_are_kept_on_average():
     @jax.vmap
     def products(key):
         rows = project_gradients(
-            key, given_gradient, jnp.zeros(4), batch, dimension=dimension, normalise=False
+            key, given_gradient, jnp.zeros(4), batch, dimension=dimension, normalize=False
         )
         return rows[0] @ rows[1], rows[0] @ rows[0]
 
@@ -224,14 +186,12 @@ def test_rows_have_norm_one_and_zero_stays_zero():
     np.testing.assert_allclose(norms, [1, 0, 1, 1, 1], rtol=4 * EPS)
     for row in (2, 3, 4):
         np.testing.assert_allclose(rows[row], rows[0], atol=1e-5)
-
-
-def test_half_precision_parameters():
-    batch = jnp.asarray(normal(0, 3, 30), jnp.bfloat16)
-    project = partial(project_gradients, jax.random.key(0), given_gradient, dimension=16)
-    rows = project(jnp.zeros(30, jnp.bfloat16), batch)
-    assert rows.dtype == jnp.float32
-    np.testing.assert_array_equal(rows, project(jnp.zeros(30), batch.astype(jnp.float32)))
+    low = project_gradients(
+        jax.random.key(0), given_gradient, jnp.zeros(30, jnp.bfloat16),
+        batch[4:].astype("bfloat16"), dimension=64,
+    )  # fmt: skip
+    assert low.dtype == jnp.float32
+    np.testing.assert_allclose(low[0], rows[0], atol=5e-3)
 
 
 # Transforms
@@ -242,10 +202,10 @@ def test_adam_direction_is_the_step_that_adam_would_take(x64):
     loss, parameters, batch = plain_model()
     parameters, batch = jax.tree.map(jnp.asarray, (parameters, batch))
     gradient = jax.jit(jax.grad(loss))
-    optimiser = optax.adam(0.1, b1=0.8, b2=0.97, eps=1e-3)
-    state = optimiser.init(parameters)
+    optimizer = optax.adam(0.1, b1=0.8, b2=0.97, eps=1e-3)
+    state = optimizer.init(parameters)
     for i in range(3):
-        updates, state = optimiser.update(gradient(parameters, take(batch, i)), state)
+        updates, state = optimizer.update(gradient(parameters, take(batch, i)), state)
         parameters = optax.apply_updates(parameters, updates)
 
     moments = state[0]
@@ -259,12 +219,12 @@ def test_adam_direction_is_the_step_that_adam_would_take(x64):
     for i, expected in enumerate(directions):
         g = gradient(parameters, take(batch, i))
         np.testing.assert_allclose(ravel_pytree(transform(g))[0], expected, rtol=1e-9)
-        updates, _ = optimiser.update(g, state)
+        updates, _ = optimizer.update(g, state)
         np.testing.assert_allclose(ravel_pytree(updates)[0] / -0.1, expected, rtol=1e-9)
 
     key = jax.random.key(1)
     rows = project_gradients(
-        key, loss, parameters, batch, dimension=24, normalise=False, transform=transform
+        key, loss, parameters, batch, dimension=24, normalize=False, transform=transform
     )
     expected = directions @ projection(key, jax.tree.leaves(parameters), 24)
     assert_rows(rows, directions, expected)
@@ -273,7 +233,7 @@ def test_adam_direction_is_the_step_that_adam_would_take(x64):
 def test_a_transform_may_pick_layers_or_make_them_one():
     loss, parameters, batch = plain_model()
     key, tree = jax.random.key(0), jax.tree.map(lambda x: jnp.asarray(x, "f"), (parameters, batch))
-    project = partial(project_gradients, key, loss, *tree, dimension=12, normalise=False)
+    project = partial(project_gradients, key, loss, *tree, dimension=12, normalize=False)
     gradients, _ = one_at_a_time(key, loss, *tree, 1)
     some = project(transform=lambda gradient: gradient["c"])
     picked = gradients[:, 4:]  # a and b come before
@@ -319,23 +279,15 @@ def test_bad_batches_raise(batch, options, words):
         project_gradients(jax.random.key(0), given_gradient, jnp.zeros(2), batch, **options)
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_gradient_that_is_not_finite_names_its_example(normalise, value):
+@pytest.mark.parametrize(("normalize", "value"), [(False, np.nan), (True, np.inf)])
+def test_a_gradient_that_is_not_finite_names_its_example(normalize, value):
     batch = np.ones((6, 5), np.float32)
     batch[[2, 5], 3] = value
     words = r"gradient of example 2 of the batch is not finite \(2 of 6"
+    project = partial(project_gradients, jax.random.key(0), given_gradient, jnp.zeros(5))
     for block_size in (2, 512):  # two blocks of 2, and a third moved back by one
         with pytest.raises(ValueError, match=words):
-            project_gradients(
-                jax.random.key(0),
-                given_gradient,
-                jnp.zeros(5),
-                jnp.asarray(batch),
-                dimension=4,
-                normalise=normalise,
-                block_size=block_size,
-            )
+            project(jnp.asarray(batch), dimension=4, normalize=normalize, block_size=block_size)
 
 
 def test_adam_wants_its_moments():
@@ -353,15 +305,14 @@ def read(path):
     return torch.load(path, mmap=True, weights_only=True).numpy()
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".pt"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("suffix", "dtype"), [(".npy", "float16"), (".pt", "float32")])
 def test_files_are_read_back(tmp_path, suffix, dtype):
     path, rows = tmp_path / f"rows{suffix}", normal(0, 11, 3).astype("f")
     batches = (rows[:4], jnp.asarray(rows[4:5]), rows[:0], np.asfortranarray(rows[5:]))
     assert write_embeddings(path, batches, dtype=dtype) == (11, 3)
-    found = read(path)
-    assert found.dtype == dtype
-    np.testing.assert_array_equal(found, rows.astype(dtype))
+    stored = read(path)
+    assert stored.dtype == dtype
+    np.testing.assert_array_equal(stored, rows.astype(dtype))
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -382,21 +333,6 @@ def test_batches_are_not_kept(tmp_path, suffix):
     np.testing.assert_array_equal(read(tmp_path / f"rows{suffix}")[:, 0], np.repeat(range(9), 5))
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".pt"])
-def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, suffix):
-    path = tmp_path / f"rows{suffix}"
-    write_embeddings(path, [np.ones((2, 3))])
-
-    def batches():
-        yield np.zeros((4, 3))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_embeddings(path, batches())
-    np.testing.assert_array_equal(read(path), np.ones((2, 3)))
-    assert os.listdir(tmp_path) == [path.name]
-
-
 @pytest.mark.parametrize(
     ("name", "batches", "dtype", "words"),
     [
@@ -406,24 +342,9 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, suffix):
         ("rows.pt", [np.ones((0, 2))], "float32", r"rows\.pt: no rows"),
         ("rows.npy", [np.ones(2)], "float32", r"rows\.npy: a batch of shape \(2,\)"),
         ("rows.npy", [np.ones((1, 0))], "float32", r"a batch of shape \(1, 0\)"),
-        (
-            "rows.pt",
-            [np.ones((3, 2)), np.ones((1, 4))],
-            "float32",
-            r"rows\.pt: a batch of shape \(1, 4\) after 3 rows of 2 numbers",
-        ),
-        (
-            "rows.npy",
-            [np.ones((3, 2)), np.array([[1, 2], [3, np.nan]])],
-            "float32",
-            r"rows\.npy: row 4 is not finite in float32",
-        ),
-        (
-            "rows.npy",
-            [np.array([[1.0], [-70_000.0]])],
-            "float16",
-            r"row 1 is not finite in float16 \(its largest is 70000\.0\)",
-        ),
+        ("rows.pt", [np.ones((3, 2)), np.ones((1, 4))], "float32", r"\(1, 4\) after 3 rows of 2"),
+        ("rows.npy", [np.eye(2), np.array([[1, np.nan]])], "float32", "row 2 is not finite in"),
+        ("rows.npy", [np.array([[1.0], [-7e4]])], "float16", r"row 1 .* float16 .* is 70000\.0\)"),
     ],
 )
 def test_what_cannot_be_written_is_named(tmp_path, name, batches, dtype, words):
@@ -447,8 +368,7 @@ def test_class_counts_sum_to_the_total_and_are_nearest(shares, total):
 MIXTURE = (0.5, 0, 0.3, 0.2, 0, 0, 0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("kind", ["npy", "pt"])
-def test_digits_from_the_command(tmp_path, monkeypatch, capsys, kind):
+def test_digits_from_the_command(tmp_path, monkeypatch, capsys):
     """Files of the right shapes, and a target whose mixture they tell: total variation from the
     truth far below that of the uniform guess, by least squares on the mean rows."""
     seen = []
@@ -468,18 +388,15 @@ def test_digits_from_the_command(tmp_path, monkeypatch, capsys, kind):
             num_target=60,
             mixture=MIXTURE,
             hidden=16,
-            epochs=10,
-            format=kind,
+            num_epochs=10,
         )
     )
     assert seen == [len(datasets.load("digits").labels) - 600]
     about = json.loads(summary.read_text())
     assert list(about["target_mixture"].values()) == list(MIXTURE)
-    names = [f"train_{label}.{kind}" for label in range(10)]
-    assert sorted(os.listdir(summary.parent)) == sorted(
-        [*names, f"target.{kind}", "embeddings.json"]
-    )
-    expected = {name: [60, 200] for name in names} | {f"target.{kind}": [60, 200]}
+    names = [f"train_{label}.npy" for label in range(10)]
+    assert sorted(os.listdir(summary.parent)) == sorted([*names, "target.npy", "embeddings.json"])
+    expected = {name: [60, 200] for name in names} | {"target.npy": [60, 200]}
     assert about["files"] == expected
     printed = capsys.readouterr().out
     arrays = {name: read(summary.parent / name) for name in expected}
@@ -488,7 +405,7 @@ def test_digits_from_the_command(tmp_path, monkeypatch, capsys, kind):
         np.testing.assert_allclose(np.linalg.norm(array, axis=1), 1, rtol=1e-5)
         assert f"{summary.parent / name} {array.shape}" in printed
     means = np.stack([arrays[name].mean(axis=0) for name in names])
-    weights, _ = nnls(means.T, arrays[f"target.{kind}"].mean(axis=0))
+    weights, _ = nnls(means.T, arrays["target.npy"].mean(axis=0))
     weights /= weights.sum()
     distance = np.abs(weights - MIXTURE).sum() / 2
     assert distance < 0.5 * np.abs(0.1 - np.asarray(MIXTURE)).sum() / 2
@@ -510,13 +427,3 @@ def test_bad_arguments_raise(tmp_path, arguments, words):
     with pytest.raises(ValueError, match=words):
         main(parsed)
     assert os.listdir(tmp_path) == []
-
-
-def test_bad_arguments_end_in_one_line(tmp_path):
-    script = "xp_data_mixing/gradient_embeddings.py"
-    command = [sys.executable, script, "--dataset", "absent", "--out_dir", str(tmp_path)]
-    environment = {**os.environ, "DATA_ROOT": str(tmp_path)}
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1
-    assert done.stderr.startswith("FileNotFoundError: unknown data set 'absent'")
-    assert done.stderr.count("\n") == 1

@@ -1,7 +1,7 @@
 """Every experiment on mixing weights, in groups: each a table, figures and a summary.
 
-    python xp_data_mixing/experiments.py --preset quick
-    python xp_data_mixing/experiments.py --preset paper --only recovery coverage
+    python xp_data_mixing/study/experiments.py --preset quick
+    python xp_data_mixing/study/experiments.py --preset paper --only recovery coverage
 
 The groups and their settings are in `config.py`. What is finished is skipped.
 """
@@ -21,8 +21,8 @@ from lib.runs import settings
 from lib.runs.commands import run_command
 from lib.runs.files import rounded, write_bytes, write_json
 from lib.runs.processes import DeviceOptions
-from xp_data_mixing import coverage, downstream, plot, recovery, solvers, tables
-from xp_data_mixing.config import EXPERIMENT, Config, Group, Preset, presets
+from xp_data_mixing.study import coverage, downstream, plot, recovery, solvers, tables
+from xp_data_mixing.study.config import EXPERIMENT, Config, Group, Preset, presets
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "recovery": recovery.recover,
@@ -47,21 +47,21 @@ class Arguments(DeviceOptions):
 
 
 def run_one(group: str, config: Config, seed: int, arguments: Arguments) -> runs.Run:
-    """Measures, or finds it done; the folder holds what the group's function returns, and the
+    """Measures unless it is done; the folder holds what the group's function returns, and the
     seconds of CPU time it took."""
-    known_by = identity(config.samples.dataset, data_root=arguments.data_root)
-    known = replace(config, samples=replace(config.samples, dataset=known_by))
+    content = identity(config.samples.dataset, data_root=arguments.data_root)
+    known = replace(config, samples=replace(config.samples, dataset=content))
     run = runs.open_run(arguments.results, EXPERIMENT, group, known, seed=seed)
     if not run.finished:
         began = time.process_time()
-        found = MEASURES[group](config, seed, arguments.data_root)
-        run.finish(**found, seconds=np.array(time.process_time() - began))
+        measured = MEASURES[group](config, seed, arguments.data_root)
+        run.finish(**measured, seconds=np.array(time.process_time() - began))
     return run
 
 
 def run_group(name: str, group: Group, arguments: Arguments) -> Path:
     """Runs a group and returns its summary: for each label its settings and, of every array of its
-    runs but the weights, the list over seeds."""
+    runs except the weights, the list over seeds."""
     seeds, rows = arguments.seeds or tuple(range(group.seeds)), []
     for label, config in group.settings.items():
         stored = []
@@ -69,7 +69,7 @@ def run_group(name: str, group: Group, arguments: Arguments) -> Path:
             stored.append(run_one(name, config, seed, arguments).load_arrays())
         row = {"label": label, "settings": config}
         for array in sorted(stored[0].keys() - {"weights"}):
-            row[array] = rounded([one[array].tolist() for one in stored], 5)
+            row[array] = rounded([arrays[array].tolist() for arrays in stored], 5)
         rows.append(row)
         print("\n".join(f"  {line}" for line in tables.lines(name, row)), flush=True)
     summary = arguments.results / EXPERIMENT / f"{name}_{arguments.preset}.json"

@@ -1,4 +1,4 @@
-"""Tables of this experiment, from stored summaries alone."""
+"""Tables of this experiment, from stored summaries only."""
 
 import json
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.report.spreads import mean_and_spread
-from xp_data_mixing.config import SIGMAS
+from xp_data_mixing.study.config import SIGMAS
 
 KERNEL_COLUMNS = ("exact V", "exact U")
 
@@ -40,7 +40,7 @@ def variations(row: dict) -> dict[str, np.ndarray]:
 
 
 def kernel_columns(row: dict) -> list[str]:
-    """Names of the columns that have one estimator a bandwidth."""
+    """Names of the columns that have one estimator per bandwidth."""
     suffix = f", σ = {SIGMAS[0]:g}"
     return [name.removesuffix(suffix) for name in variations(row) if name.endswith(suffix)]
 
@@ -53,11 +53,11 @@ def others(row: dict) -> list[str]:
 def bandwidth_table(summary: Path, label: str, *, sigmas: tuple[float, ...] = SIGMAS) -> str:
     """Total variation by bandwidth and estimator; spread over all seeds and targets."""
     row = _row(summary, label)
-    found, columns = variations(row), kernel_columns(row)
+    tv, columns = variations(row), kernel_columns(row)
     return _markdown(
         ["σ / √(median d² / 2)", *columns],
         [
-            [f"{sigma:g}", *(_spread(found[f"{name}, σ = {sigma:g}"]) for name in columns)]
+            [f"{sigma:g}", *(_spread(tv[f"{name}, σ = {sigma:g}"]) for name in columns)]
             for sigma in sigmas
         ],
     )
@@ -68,7 +68,7 @@ def recovery_table(summary: Path) -> str:
     rows = rows_of(summary)
     names = others(rows[0])
     return _markdown(
-        ["sets and targets", *names],
+        ["sources and targets", *names],
         [[row["label"], *(_spread(variations(row)[name]) for name in names)] for row in rows],
     )
 
@@ -86,22 +86,22 @@ def coverage_of(row: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def coverage_table(summary: Path) -> str:
-    """A line a class: its true weight; for each label coverage in percent and mean width."""
+    """A line per class: its true weight; for each label coverage in percent and mean width."""
     rows = rows_of(summary)
-    found = [coverage_of(row) for row in rows]
+    covered = [coverage_of(row) for row in rows]
     truth = np.asarray(rows[0]["truth"]).mean(axis=0)
     lines = [
-        [str(i), f"{weight:.3f}", *(f"{100 * c[i]:.0f}%, {w[i]:.3f}" for c, w in found)]
+        [str(i), f"{weight:.3f}", *(f"{100 * c[i]:.0f}%, {w[i]:.3f}" for c, w in covered)]
         for i, weight in enumerate(truth)
     ]
-    lines.append(["all", "", *(f"{100 * c.mean():.1f}%, {w.mean():.3f}" for c, w in found)])
+    lines.append(["all", "", *(f"{100 * c.mean():.1f}%, {w.mean():.3f}" for c, w in covered)])
     return _markdown(["class", "weight", *(row["label"] for row in rows)], lines)
 
 
 def unequal_table(summary: Path) -> str:
-    """A line a label: of the small set, and of all others together, the coverage in percent with
-    its binomial standard error over draws; the small set's true weight, the bias of its estimate
-    and its mean width; the median over draws of the least signal over noise."""
+    """A line per label: of the small source, and of all others together, the coverage in percent
+    with its binomial standard error over draws; the small source's true weight, the bias of its
+    estimate and its mean width; the median over draws of the least signal over noise."""
     lines = []
     for row in rows_of(summary):
         label, _ = row["settings"]["small_set"]
@@ -122,12 +122,12 @@ def unequal_table(summary: Path) -> str:
                 f"{100 * others.mean():.0f} ({100 * others.min():.0f} to {100 * others.max():.0f})",
             ]
         )
-    heads = ["small set", "least signal / noise", "its weight", "bias", "width", "coverage, %"]
+    heads = ["small source", "least signal / noise", "its weight", "bias", "width", "coverage, %"]
     return _markdown([*heads, "of the others, %"], lines)
 
 
 def downstream_table(summary: Path) -> str:
-    """A line a mixture: loss, its difference to uniform of the same seed, accuracy, and total
+    """A line per mixture: loss, its difference to uniform of the same seed, accuracy, and total
     variation; spread over seeds."""
     row = rows_of(summary)[0]
     loss, accuracy = np.asarray(row["loss"]), 100 * np.asarray(row["accuracy"])
@@ -148,8 +148,8 @@ def downstream_table(summary: Path) -> str:
 
 
 def ablation_table(summary: Path) -> str:
-    """A line a size of the sets: for each number of features the best mean total variation over
-    bandwidths, spread over all seeds and targets, and its bandwidth."""
+    """A line per size of the sources: for each number of features the best mean total variation
+    over bandwidths, spread over all seeds and targets, and its bandwidth."""
     row = rows_of(summary)[0]
     tv, settings = np.asarray(row["tv"]), row["settings"]
     heads = [f"D = {count}" for count in settings["num_features"]] + ["exact"]
@@ -160,11 +160,11 @@ def ablation_table(summary: Path) -> str:
             f"{_spread(tv[:, n, d, s])} (σ {SIGMAS[s]:g})" for d, s in zip(range(len(best)), best)
         ]
         lines.append([str(size), *cells])
-    return _markdown(["rows a set", *heads], lines)
+    return _markdown(["rows per source", *heads], lines)
 
 
 def solver_table(summary: Path) -> str:
-    """A line a number of sets and solver, of the first seed."""
+    """A line per number of sources and solver, of the first seed."""
     row = rows_of(summary)[0]
     condition = row["condition"][0]
     numbers = {name: row[name][0] for name in ("objective", "gap", "distance", "tv")}
@@ -179,7 +179,7 @@ def solver_table(summary: Path) -> str:
             lines.append([str(count), f"{condition[p]:.1e}", solver, *cells])
     return _markdown(
         [
-            "sets",
+            "sources",
             "condition",
             "solver",
             "objective",
@@ -215,10 +215,12 @@ def page(summary: Path) -> str:
         parts = [f"{words}, over the draws of {seeds}.", coverage_table(summary)]
     elif about["group"] == "unequal":
         confidence = about["rows"][0]["settings"]["confidence"]
-        words = f"One small set: coverage of {confidence:.0%} intervals over the draws of {seeds}"
+        words = (
+            f"One small source: coverage of {confidence:.0%} intervals over the draws of {seeds}"
+        )
         parts = [f"{words}.", unequal_table(summary)]
     elif about["group"] == "downstream":
-        words = "A classifier trained on each mixture and judged on the target"
+        words = "A classifier trained on each mixture and evaluated on the target"
         parts = [f"{words}, {over}.", downstream_table(summary)]
     elif about["group"] == "ablation":
         words = "Total variation to the truth at the best bandwidth, by the number of features"
@@ -234,8 +236,8 @@ def page(summary: Path) -> str:
 def lines(group: str, row: dict) -> list[str]:
     """A run in words."""
     if group == "recovery":
-        found = variations(row)
-        shown = [f"{name} {np.mean(found[name]):.3f}" for name in others(row)]
+        tv = variations(row)
+        shown = [f"{name} {np.mean(tv[name]):.3f}" for name in others(row)]
     elif group in ("coverage", "unequal"):
         covered, width = coverage_of(row)
         shown = [f"coverage {100 * covered.mean():.1f}%, mean width {width.mean():.3f}"]
@@ -248,7 +250,7 @@ def lines(group: str, row: dict) -> list[str]:
         shown = [f"{size} rows: {value:.3f}" for size, value in zip(sizes, best)]
     else:
         shown = [
-            f"{count} sets: gap {gap[0]:.1e}"
+            f"{count} sources: gap {gap[0]:.1e}"
             for count, gap in zip(row["num_sets"][0], row["gap"][0])
         ]
     return [f"{row['label']}: " + ", ".join(shown)]

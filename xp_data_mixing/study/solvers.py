@@ -14,10 +14,10 @@ from lib.simplex_qp import (
     solve,
     solve_with_cvxpy,
 )
-from xp_data_mixing import problems
 from xp_data_mixing.calibration import total_variation
-from xp_data_mixing.config import SolversConfig
-from xp_data_mixing.recovery import exact_grams, merged
+from xp_data_mixing.study import problems
+from xp_data_mixing.study.config import SolversConfig
+from xp_data_mixing.study.recovery import exact_grams, merged
 
 OWN = "own"
 
@@ -25,18 +25,19 @@ OWN = "own"
 def compare_solvers(
     config: SolversConfig, seed: int, data_root: Path | None = None
 ) -> dict[str, Any]:
-    """For sets N [P] and solvers [Q]: objective, gap (a bound on how far it is above the minimum,
-    over the problem's scale), distance (largest difference of a weight from our solver's) and tv
-    of the classes' weights to the truth, each [P, Q], NaN where a solver failed; condition [P].
+    """For sources N [P] and solvers [Q]: objective, gap (a bound on how far it is above the
+    minimum, over the problem's scale), distance (largest difference of a weight from our solver's)
+    and tv of the classes' weights to the truth, each [P, Q], NaN where a solver failed; condition
+    [P].
 
     Exact V-statistic, median distance, as `mixing.estimate` has it.
     """
-    source = problems.load(config.samples, data_root)
+    splits = problems.load(config.samples, data_root)
     draw_key, median_key = jax.random.split(jax.random.key(seed))
-    drawn = problems.draw(draw_key, source, 1)
-    most, num_classes = config.parts[-1], len(drawn.sets)
-    bandwidth = streamed_median_bandwidth(median_key, drawn.sets)
-    pieces = [piece for rows in drawn.sets for piece in np.split(rows, most)]
+    drawn = problems.draw(draw_key, splits, 1)
+    most, num_classes = config.parts[-1], len(drawn.sources)
+    bandwidth = streamed_median_bandwidth(median_key, drawn.sources)
+    pieces = [piece for rows in drawn.sources for piece in np.split(rows, most)]
     sizes = [*(len(piece) for piece in pieces), len(drawn.targets[0])]
     grams = exact_grams([*pieces, drawn.targets[0]], [bandwidth])
     names = (OWN, *config.solvers)
@@ -55,14 +56,14 @@ def compare_solvers(
         best = solve(problem)
         for q, name in enumerate(names):
             try:
-                found = best if name == OWN else solve_with_cvxpy(problem, solver=name)
+                solution = best if name == OWN else solve_with_cvxpy(problem, solver=name)
             except SolverError as error:
-                print(f"  {len(members)} sets: {error}")
+                print(f"  {len(members)} sources: {error}")
                 continue
-            classes = found.weights.reshape(num_classes, parts).sum(axis=1)
-            numbers["objective"][p, q] = found.objective
-            numbers["gap"][p, q] = found.gap / problem.scale
-            numbers["distance"][p, q] = np.abs(found.weights - best.weights).max()
+            classes = solution.weights.reshape(num_classes, parts).sum(axis=1)
+            numbers["objective"][p, q] = solution.objective
+            numbers["gap"][p, q] = solution.gap / problem.scale
+            numbers["distance"][p, q] = np.abs(solution.weights - best.weights).max()
             numbers["tv"][p, q] = total_variation(classes, drawn.truth[0])
     return {
         "names": np.array(names),

@@ -1,4 +1,4 @@
-"""Settings of the data mixing experiments."""
+"""Settings of the study: known mixtures, intervals, training, ablation, solvers."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -14,17 +14,17 @@ SIGMAS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0)
 
 @dataclass(frozen=True)
 class Samples:
-    """Classes of images as the sets; targets with shares of the classes from Dirichlet(1/2)."""
+    """Classes of images as the sources; targets with shares of the classes from Dirichlet(1/2)."""
 
     dataset: str = "fashion_mnist"
     """A name, or a folder or zip of images, as lib.datasets.load takes it."""
     space: Literal["pixels", "gradients"] = "pixels"
-    """gradients: projected gradients of an MLP that was trained on images in neither sets nor
+    """gradients: projected gradients of an MLP that was trained on images in neither sources nor
     targets. They depend on labels, the target's too."""
     num_per_class: int = 500
     num_target: int = 1000
     target_from: Literal["test", "rest"] = "test"
-    """The test split, or images of the training split that are in no set."""
+    """The test split, or images of the training split that are in no source."""
     labels: Literal["fixed", "drawn"] = "fixed"
     """fixed: each class has its share of the target's images. drawn: the images' classes are
     independent draws, which adds their noise."""
@@ -38,7 +38,7 @@ DIGITS = Samples(dataset="digits", num_per_class=50, num_target=80, target_from=
 
 @dataclass(frozen=True)
 class RecoveryConfig:
-    """Every estimator on the same sets and targets."""
+    """Every estimator on the same sources and targets."""
 
     samples: Samples = Samples()
     num_targets: int = 4
@@ -50,7 +50,7 @@ class RecoveryConfig:
 
 @dataclass(frozen=True)
 class CoverageConfig:
-    """Intervals on sets and targets that are drawn again and again from one mixture."""
+    """Intervals on sources and targets that are drawn again and again from one mixture."""
 
     samples: Samples = Samples(labels="drawn")
     estimator: Literal["calibrated", "mmd"] = "calibrated"
@@ -61,7 +61,7 @@ class CoverageConfig:
     confidence: float = 0.9
     num_features: int = 300
     small_set: tuple[int, int] | None = None
-    """(class, rows): one set has so many rows, the others num_per_class."""
+    """(class, rows): one source has so many rows, the others num_per_class."""
 
     def __post_init__(self):
         check_sizes(self, "resamples", "replicates", "num_features")
@@ -69,15 +69,15 @@ class CoverageConfig:
 
 @dataclass(frozen=True)
 class DownstreamConfig:
-    """A classifier trained on a mixture of sets of unequal sizes, judged on the target's."""
+    """A classifier trained on a mixture of sources of unequal sizes, evaluated on the target's."""
 
     samples: Samples = Samples()
     """num_per_class does not count here."""
     largest: int = 2000
-    """Sizes of the sets fall from here geometrically, in random order."""
+    """Rows of the sources, geometric from here to `smallest`, in random order."""
     smallest: int = 200
     num_images: int = 2000
-    """Drawn from the mixture, sets being repeated where they are too small."""
+    """Drawn from the mixture, sources being repeated where they are too small."""
     num_epochs: int = 20
     hidden: int = 128
     learning_rate: float = 1e-3
@@ -90,12 +90,12 @@ class DownstreamConfig:
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """MMD (U-statistic) over bandwidths, features and sizes of the sets."""
+    """MMD (U-statistic) over bandwidths, features and sizes of the sources."""
 
     samples: Samples = Samples()
     num_targets: int = 4
     sizes: tuple[int, ...] = (50, 100, 200, 500)
-    """Rows a set; the last is samples.num_per_class."""
+    """Rows per source; the last is samples.num_per_class."""
     num_features: tuple[int, ...] = (30, 100, 300, 1000)
 
     def __post_init__(self):
@@ -110,11 +110,11 @@ class AblationConfig:
 
 @dataclass(frozen=True)
 class SolversConfig:
-    """The same problems by several solvers; classes are split into parts for more sets."""
+    """The same problems by several solvers; classes are split into parts for more sources."""
 
     samples: Samples = Samples()
     parts: tuple[int, ...] = (1, 5, 20)
-    """Sets a class; each divides the last, the last num_per_class."""
+    """Sources per class; each divides the last, the last num_per_class."""
     solvers: tuple[str, ...] = ("OSQP", "CLARABEL", "SCS")
     ridge: float = 1e-5
 

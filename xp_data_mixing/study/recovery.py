@@ -17,7 +17,6 @@ from lib.rows.kernel_means import (
     streamed_median_bandwidth,
 )
 from lib.simplex_qp import from_means, make_problem, solve
-from xp_data_mixing import problems
 from xp_data_mixing.calibration import (
     CalibratedResult,
     calibrated_bandwidth,
@@ -26,8 +25,9 @@ from xp_data_mixing.calibration import (
     pseudo_weights,
     total_variation,
 )
-from xp_data_mixing.config import SIGMAS, AblationConfig, RecoveryConfig
-from xp_data_mixing.mixing import estimate
+from xp_data_mixing.mixing import Kernel, estimate
+from xp_data_mixing.study import problems
+from xp_data_mixing.study.config import SIGMAS, AblationConfig, RecoveryConfig
 from xp_data_mixing.whitening import simplex_weights
 
 UNIFORM, LINEAR = "uniform", "linear mean matching"
@@ -37,10 +37,9 @@ PACKAGE = "estimate(), its defaults"
 
 def exact_grams(groups: Sequence[ArrayLike], bandwidths: Sequence[float]) -> np.ndarray:
     """Means of the Gaussian kernel between every two groups of rows, [S, G, G] float64."""
-    found = exact_gram_of_means(groups[:-1], groups[-1], bandwidths)
-    cross = found.b[:, :, None]
-    low = np.concatenate([np.swapaxes(cross, 1, 2), found.q[:, None, None]], axis=2)
-    return np.concatenate([np.concatenate([found.a, cross], axis=2), low], axis=1)
+    means = exact_gram_of_means(groups[:-1], groups[-1], bandwidths)
+    cross, square = means.b[:, :, None], means.q[:, None, None]
+    return np.block([[means.a, cross], [np.swapaxes(cross, 1, 2), square]])
 
 
 def merged(
@@ -56,8 +55,8 @@ def merged(
 def mmd_weights(
     gram: Float[np.ndarray, "G G"], sizes: Sequence[int] | None = None
 ) -> Float[np.ndarray, " N"]:
-    """Weights of N = G - 1 sets from the means of the kernel between them and, last, the target; a
-    U-statistic where `sizes` [N] of the sets are given, for k(x, x) = 1."""
+    """Weights of N = G - 1 sources from the means of the kernel between them and, last, the target;
+    a U-statistic where `sizes` [N] of the sources are given, for k(x, x) = 1."""
     a = gram[:-1, :-1]
     if sizes is not None:
         a = a - np.diag(noise_of_means(a, sizes))
@@ -69,44 +68,46 @@ def feature_means(key, groups, num_features, bandwidths, *, phases: bool) -> np.
     frequency_key, phase_key = jax.random.split(key)
     frequencies = gaussian_frequencies(frequency_key, num_features, groups[0].shape[1])
     shift = uniform_phases(phase_key, num_features) if phases else None
-    found = [
+    embeddings = [
         stream_mean_embeddings([rows], frequencies, bandwidths, phases=shift) for rows in groups
     ]
-    return np.stack([one.means for one in found], axis=1)
+    return np.stack([embedding.means for embedding in embeddings], axis=1)
 
 
 def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) -> dict[str, Any]:
-    """Weights [E, T, N] by every estimator (names [E]) of the same sets in T targets, their truth
-    [T, N], total variation tv [E, T], and what calibration chose: sigma (as `SIGMAS`) for MMD,
-    factor (over the median distance) and damping [T] for the whitened features."""
-    source = problems.load(config.samples, data_root)
+    """Weights [E, T, N] by every estimator (names [E]) of the same sources in T targets, their
+    truth [T, N], total variation tv [E, T], and what calibration chose: sigma (as `SIGMAS`) for
+    MMD, factor (over the median distance) and damping [T] for the whitened features."""
+    splits = problems.load(config.samples, data_root)
     keys = jax.random.split(jax.random.key(seed), 6)
     draw_key, median_key, halves_key, pseudo_key, feature_key, estimate_key = keys
-    drawn = problems.draw(draw_key, source, config.num_targets)
-    sets, targets, num_sets = drawn.sets, drawn.targets, len(drawn.sets)
-    sizes = [len(rows) for rows in sets]
-    median = streamed_median_bandwidth(median_key, sets)
+    drawn = problems.draw(draw_key, splits, config.num_targets)
+    sources, targets, num_sources = drawn.sources, drawn.targets, len(drawn.sources)
+    sizes = [len(rows) for rows in sources]
+    median = streamed_median_bandwidth(median_key, sources)
     bandwidths = [sigma * median / np.sqrt(2) for sigma in SIGMAS]
     weights: dict[str, list[np.ndarray]] = {}
 
-    def add(name, found):
-        weights.setdefault(name, []).append(found)
+    def add(name, of_target):
+        weights.setdefault(name, []).append(of_target)
 
     # One pass over the kernel serves all bandwidths and targets, and calibration by halves.
     sides = zip(*halves(halves_key, sizes))
-    groups = [*(rows[chosen] for side in sides for rows, chosen in zip(sets, side)), *targets]
+    groups = [*(rows[chosen] for side in sides for rows, chosen in zip(sources, side)), *targets]
     group_sizes = [len(rows) for rows in groups]
     grams = exact_grams(groups, bandwidths)
-    pseudo = pseudo_weights(pseudo_key, num_sets)
-    half_grams = grams[:, : 2 * num_sets, : 2 * num_sets]
-    chosen, _ = calibrated_bandwidth(half_grams, group_sizes[: 2 * num_sets], pseudo)
-    linear = np.stack([rows.mean(axis=0, dtype=np.float64) for rows in groups[: 2 * num_sets]])
-    linear = (linear * np.array(group_sizes[: 2 * num_sets])[:, None]).reshape(2, num_sets, -1)
+    pseudo = pseudo_weights(pseudo_key, num_sources)
+    half_grams = grams[:, : 2 * num_sources, : 2 * num_sources]
+    chosen, _ = calibrated_bandwidth(half_grams, group_sizes[: 2 * num_sources], pseudo)
+    linear = np.stack([rows.mean(axis=0, dtype=np.float64) for rows in groups[: 2 * num_sources]])
+    linear = (linear * np.array(group_sizes[: 2 * num_sources])[:, None]).reshape(
+        2, num_sources, -1
+    )
     linear = linear.sum(axis=0) / np.array(sizes)[:, None]
     features = {
         count: feature_means(
             jax.random.fold_in(feature_key, count),
-            [*sets, *targets],
+            [*sources, *targets],
             count,
             bandwidths,
             phases=True,
@@ -116,32 +117,35 @@ def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) ->
     factors, dampings = [], []
     best: CalibratedResult | None = None
     for t, target in enumerate(targets):
-        members = [*((i, num_sets + i) for i in range(num_sets)), (2 * num_sets + t,)]
+        members = [*((i, num_sources + i) for i in range(num_sources)), (2 * num_sources + t,)]
         both = merged(grams, group_sizes, members)
         for s, sigma in enumerate(SIGMAS):
             add(f"exact V, σ = {sigma:g}", mmd_weights(both[s]))
             add(f"exact U, σ = {sigma:g}", mmd_weights(both[s], sizes))
             for count, means in features.items():
-                problem = from_means(means[s, :num_sets], means[s, num_sets + t])
+                problem = from_means(means[s, :num_sources], means[s, num_sources + t])
                 add(f"RFF D = {count}, σ = {sigma:g}", solve(make_problem(problem)).weights)
         mean = from_means(linear, target.mean(axis=0, dtype=np.float64))
-        add(UNIFORM, np.full(num_sets, 1 / num_sets))
+        add(UNIFORM, np.full(num_sources, 1 / num_sources))
         add(LINEAR, solve(make_problem(mean)).weights)
-        add(PACKAGE, estimate(estimate_key, sets, target, check_features=0).weights)
+        add(
+            PACKAGE,
+            estimate(estimate_key, sources, target, kernel=Kernel(check_features=0)).weights,
+        )
         add(CALIBRATED_MMD, mmd_weights(both[chosen], sizes))
         settings: dict[str, Any] = {}
-        if best is not None:  # the sets are the same: so is what they choose
+        if best is not None:  # the sources are the same: so is what they choose
             settings = {"bandwidth": best.bandwidth, "damping": best.damping}
-        best = estimate_calibrated(estimate_key, sets, target, **settings)
+        best = estimate_calibrated(estimate_key, sources, target, **settings)
         add(CALIBRATED, best.weights)
         factors.append(best.bandwidth / median)
         dampings.append(best.damping)
-    found = np.stack([np.stack(one) for one in weights.values()])
+    all_weights = np.stack([np.stack(of_targets) for of_targets in weights.values()])
     return {
         "names": np.array(list(weights)),
-        "weights": found,
+        "weights": all_weights,
         "truth": drawn.truth,
-        "tv": total_variation(found, drawn.truth[None]),
+        "tv": total_variation(all_weights, drawn.truth[None]),
         "sigma": np.array(SIGMAS[chosen]),
         "factor": np.array(factors),
         "damping": np.array(dampings),
@@ -149,16 +153,16 @@ def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) ->
 
 
 def ablate(config: AblationConfig, seed: int, data_root: Path | None = None) -> dict[str, Any]:
-    """Total variation tv [n, D, S, T] of MMD (U-statistic) for sets of n rows, D random Fourier
+    """Total variation tv [n, D, S, T] of MMD (U-statistic) for sources of n rows, D random Fourier
     features (pairs; the last is the kernel itself), bandwidths `SIGMAS`, and T targets."""
-    source = problems.load(config.samples, data_root)
+    splits = problems.load(config.samples, data_root)
     draw_key, median_key, feature_key = jax.random.split(jax.random.key(seed), 3)
-    drawn = problems.draw(draw_key, source, config.num_targets)
-    num_sets, edges = len(drawn.sets), (0, *config.sizes)
-    median = streamed_median_bandwidth(median_key, drawn.sets)
+    drawn = problems.draw(draw_key, splits, config.num_targets)
+    num_sources, edges = len(drawn.sources), (0, *config.sizes)
+    median = streamed_median_bandwidth(median_key, drawn.sources)
     bandwidths = [sigma * median / np.sqrt(2) for sigma in SIGMAS]
-    # Parts between the sizes: the smaller sets are the beginnings of the larger ones.
-    parts = [rows[a:b] for a, b in pairwise(edges) for rows in drawn.sets]
+    # Parts between the sizes: the smaller sources are the beginnings of the larger ones.
+    parts = [rows[a:b] for a, b in pairwise(edges) for rows in drawn.sources]
     groups = [*parts, *drawn.targets]
     group_sizes = [len(rows) for rows in groups]
     all_grams = []
@@ -169,11 +173,11 @@ def ablate(config: AblationConfig, seed: int, data_root: Path | None = None) -> 
     all_grams.append(exact_grams(groups, bandwidths))
     tv = np.zeros((len(config.sizes), len(all_grams), len(SIGMAS), config.num_targets))
     for n, size in enumerate(config.sizes):
-        sets = [[k * num_sets + i for k in range(n + 1)] for i in range(num_sets)]
+        sources = [[k * num_sources + i for k in range(n + 1)] for i in range(num_sources)]
         for d, grams in enumerate(all_grams):
             for t in range(config.num_targets):
-                both = merged(grams, group_sizes, [*sets, [len(parts) + t]])
+                both = merged(grams, group_sizes, [*sources, [len(parts) + t]])
                 for s in range(len(SIGMAS)):
-                    found = mmd_weights(both[s], [size] * num_sets)
-                    tv[n, d, s, t] = total_variation(found, drawn.truth[t])
+                    weights = mmd_weights(both[s], [size] * num_sources)
+                    tv[n, d, s, t] = total_variation(weights, drawn.truth[t])
     return {"tv": tv, "truth": drawn.truth}

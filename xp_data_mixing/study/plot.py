@@ -1,4 +1,4 @@
-"""Figures of this experiment, drawn from stored results alone."""
+"""Figures of this experiment, drawn from stored results only."""
 
 import json
 from pathlib import Path
@@ -9,29 +9,29 @@ from matplotlib.figure import Figure
 
 from lib.report import plotting
 from lib.report.spreads import spread, standard_error
-from xp_data_mixing import tables
-from xp_data_mixing.config import SIGMAS
+from xp_data_mixing.study import tables
+from xp_data_mixing.study.config import SIGMAS
 
 LINES = (("0.5", ":"), ("0.5", "-."), ("0.0", "--"), ("0.0", "-"))
 BANDWIDTH = "σ / √(median d² / 2)"
 
 
 def recovery(rows: list[dict]) -> Figure:
-    """Total variation against the bandwidth, a panel each label; mean over seeds and targets, the
+    """Total variation against the bandwidth, a panel per label; mean over seeds and targets, the
     standard error shaded. Estimators without a bandwidth are horizontal lines."""
     figure, axes = plt.subplots(
         1, len(rows), figsize=(max(5.5, 2.6 * len(rows)), 3.6), squeeze=False, sharey=False
     )
     for axis, row in zip(axes[0], rows):
-        found = tables.variations(row)
-        for column, colour in zip(tables.kernel_columns(row), plotting.CLASS_COLORS):
-            values = np.stack([found[f"{column}, σ = {sigma:g}"].ravel() for sigma in SIGMAS])
+        tv = tables.variations(row)
+        for column, color in zip(tables.kernel_columns(row), plotting.CLASS_COLOURS):
+            values = np.stack([tv[f"{column}, σ = {sigma:g}"].ravel() for sigma in SIGMAS])
             mean, error = values.mean(1), standard_error(values, 1)
-            axis.semilogx(SIGMAS, mean, color=colour, label=column)
-            axis.fill_between(SIGMAS, mean - error, mean + error, color=colour, alpha=0.2, lw=0)
-        for name, (colour, style) in zip(tables.others(row)[1:], LINES):
-            axis.axhline(found[name].mean(), color=colour, ls=style, lw=1.2, label=name)
-        axis.set_ylim(0, min(0.25, 1.1 * max(found[name].mean() for name in found)))
+            axis.semilogx(SIGMAS, mean, color=color, label=column)
+            axis.fill_between(SIGMAS, mean - error, mean + error, color=color, alpha=0.2, lw=0)
+        for name, (color, style) in zip(tables.others(row)[1:], LINES):
+            axis.axhline(tv[name].mean(), color=color, ls=style, lw=1.2, label=name)
+        axis.set_ylim(0, min(0.25, 1.1 * max(tv[name].mean() for name in tv)))
         axis.set_xticks(SIGMAS[::2], [f"{sigma:g}" for sigma in SIGMAS[::2]])
         axis.minorticks_off()
         axis.set_title(row["label"])
@@ -56,8 +56,8 @@ def coverage(rows: list[dict], *, shown: int = 40) -> Figure:
             x = i + np.linspace(-0.38, 0.38, len(intervals))
             low, high = intervals[:, i].T
             missed = (weight < low) | (weight > high)
-            colours = np.where(missed, plotting.CLASS_COLORS[1], plotting.CLASS_COLORS[5])
-            axis.vlines(x, low, high, colors=colours, lw=0.8)
+            colors = np.where(missed, plotting.CLASS_COLOURS[1], plotting.CLASS_COLOURS[5])
+            axis.vlines(x, low, high, colors=colors, lw=0.8)
             axis.hlines(weight, i - 0.42, i + 0.42, color="black", lw=1.0)
             axis.annotate(
                 f"{100 * covered[i]:.0f}",
@@ -94,7 +94,7 @@ def downstream(rows: list[dict]) -> Figure:
 
 
 def ablation(rows: list[dict]) -> Figure:
-    """Total variation against the bandwidth, a panel each size of the sets, a line each number of
+    """Total variation against the bandwidth, a panel per size of the sources, a line per number of
     features; mean over seeds and targets, the standard deviation shaded."""
     row = rows[0]
     tv, settings = np.asarray(row["tv"]), row["settings"]
@@ -104,12 +104,12 @@ def ablation(rows: list[dict]) -> Figure:
         1, len(sizes), figsize=(max(5.0, 2.5 * len(sizes)), 3.4), sharey=True, squeeze=False
     )
     for n, (axis, size) in enumerate(zip(axes[0], sizes)):
-        for d, (label, colour) in enumerate(zip(labels, plotting.CLASS_COLORS)):
+        for d, (label, color) in enumerate(zip(labels, plotting.CLASS_COLOURS)):
             values = tv[:, n, d].swapaxes(0, 1).reshape(len(SIGMAS), -1)
             mean, std = values.mean(1), spread(values, 1)
-            axis.loglog(SIGMAS, mean, color=colour, label=label)
-            axis.fill_between(SIGMAS, mean - std, mean + std, color=colour, alpha=0.12, lw=0)
-        axis.set_title(f"{size} rows a set")
+            axis.loglog(SIGMAS, mean, color=color, label=label)
+            axis.fill_between(SIGMAS, mean - std, mean + std, color=color, alpha=0.12, lw=0)
+        axis.set_title(f"{size} rows per source")
         axis.set_xticks(SIGMAS[::2], [f"{sigma:g}" for sigma in SIGMAS[::2]])
         axis.minorticks_off()
         axis.set_xlabel(BANDWIDTH)
