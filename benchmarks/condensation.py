@@ -30,13 +30,8 @@ from lib.runs.commands import run_command
 from lib.runs.files import write_json
 from xp_dataset_distillation import condense
 from xp_dataset_distillation.config import CondenseConfig
-from xp_dataset_distillation.objectives import (
-    Setting,
-    Target,
-    objective,
-    optimizer,
-    step_of,
-)
+from xp_dataset_distillation.objectives import Target, objective, optimizer, step_of
+from xp_dataset_distillation.real_data import Setting
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ def torch_loop(config: CondenseConfig, problem: condense.Problem, x0):
     stored = x0.reshape(len(x0), -1, height, width, channels).transpose(0, 1, 4, 2, 3)
     x = torch.tensor(np.ascontiguousarray(stored), requires_grad=True)
     heavy_ball = torch.optim.SGD(
-        [x], lr=config.step_size(problem.setting.image_shape), momentum=config.momentum
+        [x], lr=config.resolved_step_size(problem.setting.image_shape), momentum=config.momentum
     )
     mean = torch.tensor(problem.setting.mean).reshape(1, -1, 1, 1)
     std = torch.tensor(problem.setting.std).reshape(1, -1, 1, 1)
@@ -185,7 +180,7 @@ def torch_loop(config: CondenseConfig, problem: condense.Problem, x0):
 
     def one():
         nonlocal step, net
-        if step % config.iterations_per_network == 0:
+        if step % config.steps_per_network == 0:
             net = network()
         with torch.no_grad():
             x.clamp_(0, 1)

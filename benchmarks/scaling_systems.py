@@ -25,7 +25,7 @@ from lib.rows import fourier_means
 from lib.simplex_qp import from_means, make_problem, solve
 from xp_dataset_distillation import objectives
 from xp_dataset_distillation.config import CondenseConfig
-from xp_dataset_distillation.real_data import RealData
+from xp_dataset_distillation.real_data import RealData, Setting
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
 
@@ -154,8 +154,8 @@ def _condensation_arguments(C, n, ipc=5, side=28, channels=1, **_):
 def _condensation_function(
     mesh, C, n, width, networks=1, class_chunk=None, ipc=5, side=28, channels=1, **options
 ):
-    colors = (0.5,) * channels
-    setting = objectives.Setting(C, (side, side, channels), colors, colors, False)
+    colours = (0.5,) * channels
+    setting = Setting(C, (side, side, channels), colours, colours, False)
     config = CondenseConfig(
         "benchmark",
         images_per_class=ipc,

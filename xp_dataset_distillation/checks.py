@@ -3,7 +3,7 @@
     python xp_dataset_distillation/checks.py mmd
     python xp_dataset_distillation/checks.py moments --dataset fashion_mnist --iterations 1000
 
-`mmd`: samples whose distributions differ in their first, second or third moment alone: how many
+`mmd`: samples whose distributions differ in only their first, second or third moment: how many
 standard errors of equal distributions each loss is above 0. `moments`: condenses a data set with
 each kernel and prints how far the first four moments of its features are from the real ones'.
 """
@@ -34,12 +34,12 @@ KERNELS = ("linear", "polynomial", "gaussian", "energy", "rff")
 
 
 def written(
-    name: str, found: dict, arguments: "Mmd | Moments", *, says: str, heads: list[str], form: str
+    name: str, measured: dict, arguments: "Mmd | Moments", *, says: str, heads: list[str], form: str
 ) -> Path:
-    """Prints what a check found as a table under `heads`, writes both, and returns the file.
+    """Prints what a check measured as a table under `heads`, writes both, and returns the file.
 
     `says` is what stands in the table; its numbers are means, in the format `form`."""
-    (rows,) = found.values()
+    (rows,) = measured.values()
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for label, row in rows.items():
         cells = [format(np.mean(row[head]), form) for head in heads[1:]]
@@ -48,7 +48,7 @@ def written(
     print(table)
     path = arguments.results / EXPERIMENT / f"{name}.json"
     about = {"arguments": arguments, "environment": runs.environment()}
-    write_json(path, {**about, **found})
+    write_json(path, {**about, **measured})
     write_bytes(path.with_suffix(".md"), f"{says}\n\n{table}\n".encode())
     print(f"numbers: {path}")
     return path
@@ -96,22 +96,22 @@ def mmd_table(
 
         @jax.jit
         def values(keys, pairs, loss=loss):
-            return jax.lax.map(lambda one: loss(one[0], *one[1]), (keys, pairs))
+            return jax.lax.map(lambda drawn: loss(drawn[0], *drawn[1]), (keys, pairs))
 
         loss_keys = jax.random.split(jax.random.key(1), len(y))
-        found = np.asarray(values(loss_keys, pairs)).reshape(len(DIFFERENCES), repeats)
-        null = found[DIFFERENCES.index("equal")]
-        sizes = (found.mean(axis=1) - null.mean()) / spread(null)
+        losses_of = np.asarray(values(loss_keys, pairs)).reshape(len(DIFFERENCES), repeats)
+        null = losses_of[DIFFERENCES.index("equal")]
+        sizes = (losses_of.mean(axis=1) - null.mean()) / spread(null)
         table[kernel] = dict(zip(DIFFERENCES, sizes.tolist()))
     return table
 
 
 @dataclass(frozen=True)
 class Mmd(DeviceOptions):
-    """Distributions that differ in one moment alone."""
+    """Distributions that differ in only one moment."""
 
     num: int = 200
-    """Points a sample."""
+    """Points per sample."""
     dimension: int = 5
     repeats: int = 50
     results: Path = Path("results")
@@ -138,8 +138,8 @@ class Moments(DeviceOptions):
     kernels: tuple[KernelName, ...] = ("linear", "polynomial", "gaussian")
     images_per_class: int = 10
     factor: int = 1
-    iterations: int = 1000
-    lr: float | None = None
+    num_steps: Annotated[int, tyro.conf.arg(aliases=("--iterations",))] = 1000
+    step_size: Annotated[float | None, tyro.conf.arg(aliases=("--lr",))] = None
     width: int = CPU.width
     depth: int = CPU.depth
     real_batch: int = CPU.real_batch
@@ -148,7 +148,7 @@ class Moments(DeviceOptions):
     """Random networks, others than those that condensed, over which the differences are averaged.
     """
     num_real: int = 1000
-    """Real images a class, at most."""
+    """Real images per class, at most."""
     seed: int = 0
     results: Path = Path("results")
     data_root: Path | None = None
@@ -158,15 +158,15 @@ def moment_differences(
     config: CondenseConfig, images: np.ndarray, problem: condense.Problem, *,
     num_networks: int, num_real: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """`moments.moment_differences` of every class and network, [networks, classes] a measure."""
+    """`moments.moment_differences` of every class and network, [networks, classes] per measure."""
     network = feature_network(config, problem.setting)
     decoded = np.asarray(decode(jnp.asarray(images), config.factor))
 
     @jax.jit
     def features(parameters, images):
-        return network.apply(parameters, problem.setting.normalised(images))
+        return network.apply(parameters, problem.setting.normalized(images))
 
-    found: dict[str, list] = {name: [] for name in MOMENTS}
+    differences: dict[str, list] = {name: [] for name in MOMENTS}
     for key in jax.random.split(jax.random.key(12345), num_networks):
         parameters = network.init(key, jnp.zeros((1, *problem.real.image_shape)))
         for c, first in enumerate(problem.real.starts):
@@ -175,8 +175,8 @@ def moment_differences(
             pair = [features(parameters, jnp.asarray(images)) for images in (real, decoded[c])]
             orders, covariance = moments.moment_differences(*pair)
             for name, value in zip(MOMENTS, (*orders, covariance)):
-                found[name].append(float(value))
-    return {name: np.reshape(values, (num_networks, -1)) for name, values in found.items()}
+                differences[name].append(float(value))
+    return {name: np.reshape(values, (num_networks, -1)) for name, values in differences.items()}
 
 
 def run_moments(arguments: Moments) -> Path:

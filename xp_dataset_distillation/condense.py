@@ -1,43 +1,44 @@
-"""Condenses a labelled set of images into a few images a class.
+"""Condenses a labelled set of images into a few images per class.
 
     python xp_dataset_distillation/condense.py echo --dataset fashion_mnist --images_per_class 10
     python xp_dataset_distillation/condense.py echo --dataset path/to/images.zip --factor 1 --lr 5
-    python xp_dataset_distillation/condense.py dm --dataset mnist --evaluate idc
+    python xp_dataset_distillation/condense.py dm --dataset mnist
 
 Only training images are read. The condensed set lands in the run's folder as `condensed/`
-(`export.py`: .npz, PNG folder, metadata; `condensed_numpy.py` reads it with numpy alone). An
-interrupted run resumes to the same bits. `--evaluate` then trains classifiers on it and prints
-their accuracy on the test split.
+(`export.py`: .npz, PNG folder, metadata; `condensed_numpy.py` reads it with numpy only), which
+`evaluate.py` takes. An interrupted run resumes to the same bits.
 """
 
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lib import datasets, runs
+from lib import runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
-from lib.numerics import key_of_seed, named_key
+from lib.numerics import key_of_seed
 from lib.runs import processes
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
-from lib.runs.settings import chosen, settings_of
-from xp_dataset_distillation import config as settings
-from xp_dataset_distillation import export, plot, real_data
-from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, Entry
+from lib.runs.settings import settings_of
+from xp_dataset_distillation import export, plot
+from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, dm, mmdsw
 from xp_dataset_distillation.factor import check_factor, encode
-from xp_dataset_distillation.objectives import Setting, Target, objective, optimizer, step_of
-
-WITHOUT_FLIPS = ("digits", "mnist", "svhn", "usps", "kmnist")
-"""A mirrored digit or letter is another one or none: data sets of these, in whatever size."""
-
-
-AnyEntry = TypeVar("AnyEntry", bound=Entry)
+from xp_dataset_distillation.objectives import Target, objective, optimizer, step_of
+from xp_dataset_distillation.real_data import (
+    RealData,
+    Setting,
+    check_images_per_class,
+    draw_batch,
+    known_by_content,
+    setting_of,
+    training_images,
+)
 
 
 class Keys(NamedTuple):
@@ -55,67 +56,33 @@ def keys_of(seed: int) -> Keys:
 class Problem(NamedTuple):
     """Training images by class, and what the objective must know of them."""
 
-    real: real_data.RealData
+    real: RealData
     setting: Setting
-
-
-def training_images(
-    entry: Entry, data_root: Path | None
-) -> tuple[real_data.RealData, tuple[np.ndarray | jax.Array, np.ndarray] | None]:
-    """The training images that an entry may use, and, with their labels, those it holds out. Both
-    draws are the same for all seeds."""
-    real, kept = real_data.load(entry.dataset, data_root=data_root, size=entry.size), None
-    if entry.held_out:
-        key = named_key(jax.random.key(0), "held out")
-        real, images, labels = real_data.held_out(key, real, num_per_class=entry.held_out)
-        kept = images, labels
-    if entry.num_per_class is not None:
-        real = real_data.subset(named_key(jax.random.key(0), "subset"), real, entry.num_per_class)
-    return real, kept
-
-
-def _names_characters(class_names: tuple[str, ...]) -> bool:
-    """Whether each class is called by one digit or letter, as in a folder of images of these."""
-    return all(len(name) == 1 and name.isalnum() for name in class_names)
-
-
-def setting_of(entry: Entry, real: real_data.RealData) -> Setting:
-    """What objective and classifiers must know of the data."""
-    flips = getattr(entry, "flips", None)
-    if flips is None:
-        flips = not (real.origin in WITHOUT_FLIPS or _names_characters(real.class_names))
-    return Setting(real.num_classes, real.image_shape, real.mean, real.std, flips)
 
 
 def problem(config: CondenseConfig, data_root: Path | None) -> Problem:
     """Reads the training images. Raises ValueError on what does not fit together."""
     real, _ = training_images(config, data_root)
-    real_data.check_images_per_class(real, config.images_per_class)
+    check_images_per_class(real, config.images_per_class)
     check_factor(config.factor, *real.image_shape[:2])
     return Problem(real, setting_of(config, real))
 
 
-def start(key: jax.Array, config: CondenseConfig, real: real_data.RealData) -> np.ndarray:
+def start(key: jax.Array, config: CondenseConfig, real: RealData) -> np.ndarray:
     """The stored images before the first step, [classes, n, H, W, c] in [0, 1]."""
     classes, n, shape = real.num_classes, config.images_per_class, real.image_shape
     if config.start == "noise":
         noise = jax.random.normal(key, (classes, n, *shape))
         return np.asarray(jnp.clip(noise / 4 + 0.5, 0, 1))
     per_image = config.factor**2 if config.start == "mixed" else 1
-    # Of a class too small for distinct cells each cell is drawn on its own.
+    # Of a class too small for distinct cells each cell is drawn by itself.
     if n * per_image <= min(real.counts):
-        images = real_data.draw_batch(key, real, n * per_image)
+        images = draw_batch(key, real, n * per_image)
     else:
         keys = jax.random.split(key, per_image)
-        images = jnp.concatenate([real_data.draw_batch(key, real, n) for key in keys], axis=1)
+        images = jnp.concatenate([draw_batch(key, real, n) for key in keys], axis=1)
     images = jnp.asarray(images, jnp.float32) / 255
     return np.asarray(encode(images, config.factor) if config.start == "mixed" else images)
-
-
-def known_by_content(entry: AnyEntry, data_root: Path | None) -> AnyEntry:
-    """The settings by which results are known: `lib.datasets.identity` in place of a path."""
-    known_by = datasets.identity(entry.dataset, data_root=data_root)
-    return dataclasses.replace(entry, dataset=known_by)
 
 
 def condense(
@@ -126,8 +93,8 @@ def condense(
     data_root: Path | None = None,
     show_progress: bool = True,
 ) -> runs.Run:
-    """Condenses, or finds it done. The folder holds arrays images [classes, n, H, W, c] in [0, 1],
-    records [.., classes, n, H, W, c] uint8 at `steps`, losses [iterations], seconds; and the
+    """Condenses unless it is done. The folder holds arrays images [classes, n, H, W, c] in [0, 1],
+    snapshots [.., classes, n, H, W, c] uint8 at `steps`, losses [num_steps], seconds; and the
     exported set in `condensed/`."""
     name = f"{Path(config.dataset).stem}-{config.method}-ipc{config.images_per_class}"
     known = known_by_content(config, data_root)
@@ -137,32 +104,30 @@ def condense(
     real, setting = problem(config, data_root)
     keys = keys_of(seed)
     x0 = start(keys.start, config, real)
-    classes, n, *shape = x0.shape
     batch = min(config.real_batch, min(real.counts))
-    target = Target(real, jax.random.key_data(keys.networks))
-    record_every = -(-config.iterations // config.records)
+    save_every = -(-config.num_steps // config.num_snapshots)
     began = time.perf_counter()
     losses, particles = wasserstein_gradient_descent(
-        jnp.asarray(x0).reshape(classes, n, -1),
-        target,
+        jnp.asarray(x0).reshape(*x0.shape[:2], -1),
+        Target(real, jax.random.key_data(keys.networks)),
         objective(dataclasses.replace(config, real_batch=batch), setting, processes.current()),
         keys.steps,
-        n_epochs=config.iterations,
+        n_epochs=config.num_steps,
         optimizer=optimizer(*step_of(config, setting)),
         carry=jnp.zeros((), jnp.int32),
-        record_every=record_every,
+        record_every=save_every,
         run=run,
         show_progress=show_progress,
         description=name,
         mesh=processes.current(),
     )
     seconds = time.perf_counter() - began
-    records = particles.reshape(-1, classes, n, *shape)
-    export.save(run.folder / "condensed", condensed_set(records[-1], known, real, seed))
+    snapshots = particles.reshape(-1, *x0.shape)
+    export.save(run.folder / "condensed", condensed_set(snapshots[-1], known, real, seed))
     run.finish(
-        images=records[-1],
-        records=np.rint(records * 255).astype(np.uint8),
-        steps=recorded_steps(config.iterations, record_every),
+        images=snapshots[-1],
+        snapshots=np.rint(snapshots * 255).astype(np.uint8),
+        steps=recorded_steps(config.num_steps, save_every),
         losses=losses,
         seconds=np.asarray(seconds),
     )
@@ -170,7 +135,7 @@ def condense(
 
 
 def condensed_set(
-    images: np.ndarray, config: CondenseConfig, real: real_data.RealData, seed: int
+    images: np.ndarray, config: CondenseConfig, real: RealData, seed: int
 ) -> export.Condensed:
     """The images with all that a user of them must know."""
     return export.Condensed(
@@ -190,8 +155,6 @@ def condensed_set(
 @dataclasses.dataclass(frozen=True)
 class Arguments(DeviceOptions, CondenseConfig):
     seed: int = 0
-    evaluate: tuple[str, ...] = ()
-    """Evaluators to judge by, of dm, idc and wow, in full: hours without a GPU."""
     results: Path = Path("results")
     data_root: Path | None = None
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
@@ -199,28 +162,22 @@ class Arguments(DeviceOptions, CondenseConfig):
 
 def main(arguments: Arguments) -> Path:
     """Condenses, exports, draws; returns the folder of the exported set."""
-    from xp_dataset_distillation import evaluation  # it reads this module
-
     config = settings_of(CondenseConfig, arguments)
-    judges = chosen(arguments.evaluate, settings.EVALUATORS, kind="evaluator")
-    where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
-    run = condense(config, seed=arguments.seed, **where)
+    run = condense(
+        config, seed=arguments.seed, results=arguments.results, data_root=arguments.data_root
+    )
     folder, seconds = run.folder / "condensed", float(run.load_arrays()["seconds"])
     for figure in plot.run_figures(run, run.folder / "condensed.png", run.folder / "along.png"):
         print(f"figure:  {figure}")
-    print(f"images:  {folder} ({config.images_per_class} a class, {seconds:.0f} s)")
-    for name in judges if arguments.evaluate else ():
-        judged = settings.Judged(settings.EVALUATORS[name])
-        found = evaluation.evaluate(config, judged, seed=arguments.seed, **where)["accuracies"]
-        print(f"{name}: {100 * np.mean(found):.1f}% of the test split, {len(found)} classifiers")
+    print(f"images:  {folder} ({config.images_per_class} per class, {seconds:.0f} s)")
     return folder
 
 
 if __name__ == "__main__":
     bases = {
         "echo": ("MMD with a Gaussian kernel, factor 2", Arguments()),
-        "dm": ("distribution matching: means", settings.dm(Arguments())),
-        "mmdsw": ("sliced-Wasserstein kernel between classes", settings.mmdsw(Arguments())),
+        "dm": ("distribution matching: means", dm(Arguments())),
+        "mmdsw": ("sliced-Wasserstein kernel between classes", mmdsw(Arguments())),
     }
     run_command(
         main,

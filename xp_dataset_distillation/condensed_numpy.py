@@ -1,4 +1,4 @@
-"""Condensed images, read with numpy alone: a file to copy beside code of your own.
+"""Condensed images, read with only numpy: a file to copy beside code of your own.
 
     from condensed_numpy import load
 
@@ -21,7 +21,7 @@ import numpy as np
 FORMAT = "condensed images, version 1"
 DECODE = (
     "Cut each stored image into factor x factor cells (as numpy.array_split does, rows first) and "
-    "enlarge each cell to the full size, bilinearly, with pixel centres at half integers "
+    "enlarge each cell to the full size, bilinearly, with pixel centers at half integers "
     "(align_corners=False) and the edge repeated. Training image k factor^2 + i factor + j is the "
     "cell in row i and column j of stored image k, and has its label. Networks see (image - mean) "
     "/ std, by channel."
@@ -97,7 +97,7 @@ def check(images, labels, metadata, *, name="condensed images"):
         )
     num, height, width, channels = images.shape
     if channels not in (1, 3):
-        raise ValueError(f"{name}: images are grey or colour, of 1 or 3 channels, not {channels}")
+        raise ValueError(f"{name}: images are gray or color, of 1 or 3 channels, not {channels}")
     _check_classes(name, num, labels, metadata["class_names"])
     if not 1 <= metadata["factor"] <= min(height, width):
         raise ValueError(

@@ -1,18 +1,24 @@
-"""Settings of data set condensation: how images are condensed, and how they are judged."""
+"""Settings of data set condensation: how images are condensed, and how they are evaluated.
+
+Fields whose published names differ keep these as further names of their options.
+"""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from lib.runs.settings import check_not_negative, check_positive, check_sizes
 
 EXPERIMENT = "xp_dataset_distillation"
 """The folder of results."""
 
-Method = Literal["echo", "dm", "mmdsw"]
+MethodName = Literal["echo", "dm", "mmdsw"]
 KernelName = Literal["gaussian", "gaussian_fixed", "linear", "polynomial", "energy", "rff"]
 BaselineName = Literal["random", "herding", "kmeans", "whole"]
 Start = Literal["real", "mixed", "noise"]
-Dialect = Literal["idc", "dsa"]
+Strategy = Literal["idc", "dsa"]
+"""Of augmentation: as IDC and M3D or as DSA and DM apply it."""
 NetworkName = Literal["convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18"]
 Preset = Literal["quick", "paper", "gpu"]
 
@@ -24,7 +30,7 @@ class CondenseConfig:
     dataset: str = "fashion_mnist"
     """A data set's name, or the path of a folder or zip of images."""
     images_per_class: int = 10
-    method: Method = "echo"
+    method: MethodName = "echo"
     """echo: MMD between the features of a class and of its condensed images. dm: the same with the
     linear kernel. mmdsw: MMD between all classes at once, by a sliced-Wasserstein kernel."""
     kernel: KernelName = "gaussian"
@@ -39,27 +45,27 @@ class CondenseConfig:
     factor: int = 2
     """A stored image holds factor x factor images of the size of the data."""
     start: Start = "mixed"
-    """real: images of the class. mixed: a smaller real image in every cell. noise: grey noise."""
-    iterations: int = 10_000
-    iterations_per_network: int = 5
+    """real: images of the class. mixed: a smaller real image in every cell. noise: gray noise."""
+    num_steps: Annotated[int, tyro.conf.arg(aliases=("--iterations",))] = 10_000
+    steps_per_network: Annotated[int, tyro.conf.arg(aliases=("--iterations-per-network",))] = 5
     num_networks: int = 1
-    """Random networks a step, whose losses are averaged."""
+    """Random networks per step, whose losses are averaged."""
     networks_at_once: bool | None = None
     """Several networks by one vmapped program, or one after the other. None: at once but on CPU,
     where that is slower."""
     real_batch: int = 256
-    """Real images of a class a step."""
+    """Real images per class and step."""
     most_decoded: int = 200
-    """Decoded condensed images of a class a step, at most: more are subsampled at random."""
-    lr: float | None = None
+    """Decoded condensed images per class and step, at most: more are subsampled at random."""
+    step_size: Annotated[float | None, tyro.conf.arg(aliases=("--lr",))] = None
     """None: images_per_class, the published rule for images of 32 x 32 pixels, times the share of
     their pixels that these have."""
     momentum: float = 0.5
     sequential: bool = True
     """The published loop: a step for each class in turn, momentum carrying over; joined into one
-    (see `condense.step_of`). False: one step of heavy ball for all classes."""
+    (see `objectives.step_of`). False: one step of heavy ball for all classes."""
     augmentation: str = "color_crop_cutout"
-    dialect: Dialect = "idc"
+    strategy: Annotated[Strategy, tyro.conf.arg(aliases=("--dialect",))] = "idc"
     flips: bool | None = None
     """None: never for digits and letters (the data sets digits, mnist, svhn, usps and kmnist in any
     size; a folder or zip whose classes are all called by one digit or letter, 0 to 9 say)."""
@@ -73,22 +79,22 @@ class CondenseConfig:
     size: int | None = None
     """Side of the images, to which they are resized; None: as they are."""
     num_per_class: int | None = None
-    """Training images a class, drawn at random; None: all."""
+    """Training images per class, drawn at random; None: all."""
     held_out: int = 0
-    """Training images a class that are kept away, to choose settings by."""
-    records: int = 5
-    """How many times the images are kept on the way."""
+    """Training images per class that are held out, to choose settings by."""
+    num_snapshots: int = 5
+    """How many times the images are stored on the way."""
 
     def __post_init__(self):
         check_sizes(
-            self, "images_per_class", "factor", "iterations", "iterations_per_network",
+            self, "images_per_class", "factor", "num_steps", "steps_per_network",
             "num_networks", "real_batch", "most_decoded", "width", "depth", "num_directions",
-            "num_features", "records",
+            "num_features", "num_snapshots",
         )  # fmt: skip
         check_positive(self, "bandwidth_scale")
         check_not_negative(self, "held_out")
-        if self.lr is not None:
-            check_positive(self, "lr")
+        if self.step_size is not None:
+            check_positive(self, "step_size")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         for name in ("class_chunk", "size", "num_per_class"):
@@ -101,10 +107,12 @@ class CondenseConfig:
         if self.method == "mmdsw" and self.class_chunk is not None:
             raise ValueError("mmdsw compares all classes at once: class_chunk is not for it")
 
-    def step_size(self, image_shape: tuple[int, int, int]) -> float:
-        """`lr`, or its rule for these images."""
+    def resolved_step_size(self, image_shape: tuple[int, int, int]) -> float:
+        """`step_size`, or its rule for these images."""
+        if self.step_size is not None:
+            return self.step_size
         height, width, _ = image_shape
-        return self.images_per_class * height * width / 1024 if self.lr is None else self.lr
+        return self.images_per_class * height * width / 1024
 
 
 def dm(base: CondenseConfig) -> CondenseConfig:
@@ -116,11 +124,11 @@ def dm(base: CondenseConfig) -> CondenseConfig:
         kernel="linear",
         factor=1,
         start="real",
-        iterations_per_network=1,
+        steps_per_network=1,
         sequential=False,
-        lr=1.0,
+        step_size=1.0,
         augmentation="color_crop_cutout_flip_scale_rotate",
-        dialect="dsa",
+        strategy="dsa",
     )
 
 
@@ -138,12 +146,12 @@ class Evaluator:
     batch_size: int = 64
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd: with momentum .9 and weight decay 5e-4."""
-    lr: float = 0.01
+    learning_rate: float = 0.01
     milestones: tuple[float, ...] = ()
     """Shares of the training after which the rate is multiplied by `decay`."""
     decay: float = 0.2
     augmentation: str = ""
-    dialect: Dialect = "dsa"
+    strategy: Strategy = "dsa"
     cutmix: float = 0.0
     """Probability that a batch is mixed."""
     network: NetworkName = "convnet"
@@ -152,7 +160,7 @@ class Evaluator:
 
     def __post_init__(self):
         check_sizes(self, "num_epochs", "batch_size", "width", "depth")
-        check_positive(self, "lr", "decay")
+        check_positive(self, "learning_rate", "decay")
         if not 0 <= self.cutmix <= 1:
             raise ValueError(f"cutmix must be a probability, got {self.cutmix}")
         if not all(0 < milestone < 1 for milestone in self.milestones):
@@ -171,9 +179,9 @@ EVALUATORS = {
         augmentation="color_crop_flip_scale_rotate",
         cutmix=0.5,
     ),
-    "wow": Evaluator(optimizer="adamw", lr=3e-4),
+    "wow": Evaluator(optimizer="adamw", learning_rate=3e-4),
 }
-"""The three published protocols, but that each of them reports the last epoch."""
+"""The three published protocols, except that each reports the last epoch."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,7 @@ class BaselineConfig:
     dataset: str = "fashion_mnist"
     kind: BaselineName = "random"
     """random: drawn. herding: whose mean of features follows the class's (Welling, 2009). kmeans:
-    centres of clusters of pixels. whole: all training images."""
+    centers of clusters of pixels. whole: all training images."""
     images_per_class: int = 10
     """Not of whole."""
     feature_epochs: int = 5
@@ -203,8 +211,8 @@ class BaselineConfig:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Who judges: an evaluator, and how many classifiers it trains on each set."""
+class Evaluation:
+    """An evaluator, and how many classifiers it trains on each set."""
 
     evaluator: Evaluator
     num_networks: int = 3
@@ -215,12 +223,12 @@ class Judged:
         check_sizes(self, "num_networks", "whole_epochs")
 
 
-Entry = CondenseConfig | BaselineConfig
+Method = CondenseConfig | BaselineConfig
 
 
-def is_whole(entry: Entry) -> bool:
-    """Whether it is the whole set, which has no number of images a class."""
-    return isinstance(entry, BaselineConfig) and entry.kind == "whole"
+def is_whole(method: Method) -> bool:
+    """Whether it is the whole set, which has no number of images per class."""
+    return isinstance(method, BaselineConfig) and method.kind == "whole"
 
 
 # ---- Comparisons
@@ -228,18 +236,18 @@ def is_whole(entry: Entry) -> bool:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries, at several numbers of images a class, under judges."""
+    """Methods by label, at several numbers of images per class, under several evaluators."""
 
-    entries: dict[str, Entry]
+    methods: dict[str, Method]
     images_per_class: tuple[int, ...]
-    judges: dict[str, Judged]
-    """By the name that the table gives them; architectures are judges too."""
+    evaluations: dict[str, Evaluation]
+    """By the name that the table gives them; another architecture is another one."""
 
-    def at(self, images_per_class: int) -> dict[str, Entry]:
-        """The entries with this number of images a class; the whole set stays what it is."""
+    def at(self, num: int) -> dict[str, Method]:
+        """The methods with `num` images per class; the whole set stays what it is."""
         return {
-            label: entry if is_whole(entry) else replace(entry, images_per_class=images_per_class)
-            for label, entry in self.entries.items()
+            label: method if is_whole(method) else replace(method, images_per_class=num)
+            for label, method in self.methods.items()
         }
 
 
@@ -255,7 +263,7 @@ def baselines(dataset: str, *kinds: BaselineName, **settings) -> dict[str, Basel
 
 def with_kernel(base: CondenseConfig, kernel: KernelName) -> CondenseConfig:
     """The linear kernel, whose gradient does not shrink with the bandwidth, takes DM's step."""
-    return replace(base, kernel=kernel, lr=1.0 if kernel == "linear" else base.lr)
+    return replace(base, kernel=kernel, step_size=1.0 if kernel == "linear" else base.step_size)
 
 
 def order(base: CondenseConfig) -> dict[str, CondenseConfig]:
@@ -273,7 +281,7 @@ def kernels(base: CondenseConfig) -> dict[str, CondenseConfig]:
     names: tuple[KernelName, ...] = (
         "gaussian", "gaussian_fixed", "linear", "polynomial", "energy", "rff",
     )  # fmt: skip
-    entries: dict[str, CondenseConfig] = {name: with_kernel(base, name) for name in names}
+    methods: dict[str, CondenseConfig] = {name: with_kernel(base, name) for name in names}
     for scale in (0.1, 0.3, 3.0, 10.0):
-        entries[f"gaussian, bandwidths x {scale:g}"] = replace(base, bandwidth_scale=scale)
-    return entries
+        methods[f"gaussian, bandwidths x {scale:g}"] = replace(base, bandwidth_scale=scale)
+    return methods

@@ -1,13 +1,12 @@
-"""One evaluator for condensed sets and baselines: classifiers trained from scratch.
+"""One evaluator for all training sets: classifiers trained from scratch.
 
-Several classifiers a set are trained at once, each from a key of its own. What counts is the
+Several classifiers per set are trained at once, each from a key of its own. What counts is the
 accuracy after the last epoch, on the test split, or, where training images were held out to choose
-settings by, on those alone: the test split is then not read.
+settings by, on those only: the test split is then not read.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,26 +18,9 @@ import optax
 from lib import augment, datasets, runs
 from lib.augment.cutmix import cutmix
 from lib.networks import classification, convolution, network_by_name, optimizers
-from lib.numerics import key_of_seed
 from lib.runs import processes
-from xp_dataset_distillation import baselines, real_data
-from xp_dataset_distillation.condense import (
-    condense,
-    known_by_content,
-    setting_of,
-    training_images,
-)
-from xp_dataset_distillation.config import (
-    EXPERIMENT,
-    BaselineConfig,
-    CondenseConfig,
-    Entry,
-    Evaluator,
-    Judged,
-    is_whole,
-)
-from xp_dataset_distillation.factor import decode
-from xp_dataset_distillation.objectives import Setting
+from xp_dataset_distillation.config import Evaluator
+from xp_dataset_distillation.real_data import Setting
 
 
 class TrainingSet(NamedTuple):
@@ -48,45 +30,51 @@ class TrainingSet(NamedTuple):
     labels: np.ndarray
 
 
-class Judge(NamedTuple):
-    """What they are judged on, images uint8, and what all of them must know."""
+def labelled(images: np.ndarray) -> TrainingSet:
+    """Of images [classes, n, H, W, c] in [0, 1]."""
+    labels = np.repeat(np.arange(len(images), dtype=np.int32), images.shape[1])
+    return TrainingSet(np.asarray(images.reshape(-1, *images.shape[2:]), np.float32), labels)
+
+
+class EvaluationSet(NamedTuple):
+    """What they are evaluated on: images uint8 [M, H, W, c], labels [M]."""
 
     images: np.ndarray | jax.Array
     labels: np.ndarray
-    setting: Setting
 
 
-def judge(
-    entry: Entry,
-    real: real_data.RealData,
-    held_out: tuple[np.ndarray | jax.Array, np.ndarray] | None,
+def test_split(
+    dataset: str,
+    name: str,
+    class_names: tuple[str, ...],
+    image_shape: tuple[int, ...],
+    *,
+    resized: bool,
     data_root: Path | None,
-) -> Judge:
-    """The test split, or the images that the entry's settings hold out."""
-    if held_out is not None:
-        return Judge(*held_out, setting_of(entry, real))
-    test = datasets.load(entry.dataset, split="test", data_root=data_root)
-    if entry.size is not None and test.image_shape[:2] != real.image_shape[:2]:
-        test = datasets.resize(test, entry.size)
-    if test.class_names != real.class_names or test.image_shape != real.image_shape:
+) -> datasets.Dataset:
+    """Of a data set whose training images, called `name`, have these classes and this shape, to
+    which the test images are brought where the others were `resized`. Raises ValueError where the
+    two splits do not fit."""
+    test = datasets.load(dataset, split="test", data_root=data_root)
+    if resized and test.image_shape[:2] != image_shape[:2]:
+        height, width = image_shape[:2]
+        test = datasets.resize(test, (height, width))
+    if test.class_names != class_names or test.image_shape != image_shape:
         raise ValueError(
-            f"the test split of {real.name} has images {test.image_shape} of classes "
-            f"{test.class_names}, its training split {real.image_shape} of {real.class_names}"
+            f"the test split of {name} has images {test.image_shape} of classes "
+            f"{test.class_names}, its training split {image_shape} of {class_names}"
         )
-    return Judge(test.images, test.labels, setting_of(entry, real))
-
-
-# ---- Training and judging
+    return test
 
 
 @cache
 def optimizer(evaluator: Evaluator, num_steps: int) -> optax.GradientTransformation:
-    """One object for each setting: jit tells optimisers apart by identity."""
+    """One object for each setting: jit tells optimizers apart by identity."""
     if evaluator.optimizer == "adamw":
-        return optimizers.adamw(evaluator.lr)
+        return optimizers.adamw(evaluator.learning_rate)
     milestones = tuple(int(share * num_steps) for share in evaluator.milestones)
     return optimizers.sgd(
-        evaluator.lr,
+        evaluator.learning_rate,
         momentum=0.9,
         weight_decay=5e-4,
         milestones=milestones,
@@ -98,13 +86,13 @@ def optimizer(evaluator: Evaluator, num_steps: int) -> optax.GradientTransformat
 def transform(
     augmentation: augment.Augmentation, setting: Setting, cutmix_probability: float
 ) -> Callable:
-    """What a batch goes through: augmentation, each image on its own, then normalisation, then
+    """What a batch goes through: augmentation, each image by itself, then normalization, then
     CutMix."""
 
     def apply(key, images, targets):
         change_key, mix_key = jax.random.split(key)
         changes = augment.draw(change_key, augmentation, len(images))
-        images = setting.normalised(augment.apply(changes, images))
+        images = setting.normalized(augment.apply(changes, images))
         if cutmix_probability:
             return cutmix(mix_key, images, targets, probability=cutmix_probability)
         return images, targets
@@ -115,7 +103,8 @@ def transform(
 def accuracies(
     key: jax.Array,
     training: TrainingSet,
-    judged_on: Judge,
+    test: EvaluationSet,
+    setting: Setting,
     evaluator: Evaluator,
     *,
     num_networks: int,
@@ -124,17 +113,16 @@ def accuracies(
     description: str = "training",
 ) -> np.ndarray:
     """Shares of right labels of `num_networks` classifiers, [num_networks]."""
-    about = judged_on.setting
     network = network_by_name(
         evaluator.network,
-        about.num_classes,
-        about.image_shape,
+        setting.num_classes,
+        setting.image_shape,
         width=evaluator.width,
         depth=evaluator.depth,
         convolution=convolution.fastest(),
     )
     augmentation = augment.parse(
-        evaluator.augmentation, dialect=evaluator.dialect, flips=about.flips
+        evaluator.augmentation, dialect=evaluator.strategy, flips=setting.flips
     )
     batches = classification.steps_per_epoch(len(training.images), evaluator.batch_size)
     parameters, _ = classification.fit_seeds(
@@ -145,118 +133,15 @@ def accuracies(
         optimizer=optimizer(evaluator, batches * evaluator.num_epochs),
         num_epochs=evaluator.num_epochs,
         batch_size=evaluator.batch_size,
-        transform=transform(augmentation, about, evaluator.cutmix),
+        transform=transform(augmentation, setting, evaluator.cutmix),
         at_once=convolution.networks_at_once(),
         run=run,
         show_progress=show_progress,
         description=description,
         mesh=processes.current(),
     )
-    images = about.normalised(jnp.asarray(judged_on.images, jnp.float32) / 255)
-    labels = jnp.asarray(judged_on.labels)
+    images = setting.normalized(jnp.asarray(test.images, jnp.float32) / 255)
+    labels = jnp.asarray(test.labels)
     return np.asarray(
         jax.lax.map(lambda p: classification.accuracy(network, p, images, labels), parameters)
     )
-
-
-def training_set(
-    entry: Entry, real: real_data.RealData, *, seed: int, results: Path, data_root: Path | None
-) -> TrainingSet:
-    """What the entry trains on: its condensed images, decoded, or its baseline's."""
-    if isinstance(entry, CondenseConfig):
-        run = condense(entry, seed=seed, results=results, data_root=data_root)
-        images = np.asarray(decode(jnp.asarray(run.load_arrays()["images"]), entry.factor))
-    else:
-        images = baseline(entry, real, seed=seed)
-    if isinstance(images, TrainingSet):
-        return images
-    labels = np.repeat(np.arange(len(images)), images.shape[1])
-    return TrainingSet(
-        np.asarray(images.reshape(-1, *images.shape[2:]), np.float32), labels.astype(np.int32)
-    )
-
-
-def baseline(entry: BaselineConfig, real: real_data.RealData, *, seed: int):
-    """Images [classes, n, H, W, c] in [0, 1], or of `whole` a TrainingSet."""
-    key = key_of_seed(seed)
-    real_data.check_images_per_class(real, entry.images_per_class if entry.kind != "whole" else 1)
-    match entry.kind:
-        case "whole":
-            return TrainingSet(np.asarray(real.images, np.float32) / 255, real.labels)
-        case "random":
-            return baselines.random_images(key, real, entry.images_per_class)
-        case "kmeans":
-            return baselines.kmeans_centres(key, real, entry.images_per_class)
-        case "herding":
-            features = trained_features(key, entry, real)
-            return baselines.herded_images(real, entry.images_per_class, features)
-
-
-def trained_features(
-    key: jax.Array, entry: BaselineConfig, real: real_data.RealData
-) -> baselines.Features:
-    """images [n, H, W, c] in [0, 1] -> features [n, f] of a ConvNet trained on all images."""
-    size = {"width": entry.feature_width, "depth": entry.feature_depth}
-    made = partial(
-        network_by_name,
-        "convnet",
-        image_shape=real.image_shape,
-        convolution=convolution.fastest(),
-        **size,
-    )
-    whole, headless = made(num_classes=real.num_classes), made(num_classes=None)
-    normalised = setting_of(entry, real).normalised
-    parameters, _ = classification.train(
-        key,
-        whole,
-        normalised(jnp.asarray(real.images, jnp.float32) / 255),
-        jnp.asarray(real.labels),
-        optimizer=optimizers.adam(1e-3),
-        num_epochs=entry.feature_epochs,
-        batch_size=256,
-    )
-    # The headless network has all layers but the last, under the same names.
-    wanted = jax.eval_shape(headless.init, key, jnp.zeros((1, *real.image_shape)))["params"]
-    shared = {"params": {name: parameters["params"][name] for name in wanted}}
-    return jax.jit(lambda images: headless.apply(shared, normalised(images)))
-
-
-def evaluate(
-    entry: Entry,
-    judged: Judged,
-    *,
-    seed: int,
-    results: Path,
-    data_root: Path | None = None,
-    show_progress: bool = True,
-) -> dict[str, np.ndarray]:
-    """Accuracies [num_networks] of the classifiers trained on one set, that of `seed`; stored, and
-    read back if done before; interrupted, it resumes."""
-    evaluator = judged.evaluator
-    if is_whole(entry):
-        evaluator = replace(evaluator, num_epochs=judged.whole_epochs)
-    kind = entry.kind if isinstance(entry, BaselineConfig) else entry.method
-    name = f"accuracy-{Path(entry.dataset).stem}-{kind}-ipc{entry.images_per_class}"
-    known = known_by_content(entry, data_root)
-    settings = {"entry": known, "evaluator": evaluator, "num_networks": judged.num_networks}
-    run = runs.open_run(results, EXPERIMENT, name, settings, seed=seed)
-    if not run.finished:
-        real, kept = training_images(entry, data_root)
-        judged_on = judge(entry, real, kept, data_root)
-        training = training_set(entry, real, seed=seed, results=results, data_root=data_root)
-        found = accuracies(
-            key_of_seed(seed, shift=1_000_000),
-            training,
-            judged_on,
-            evaluator,
-            num_networks=judged.num_networks,
-            run=run,
-            show_progress=show_progress,
-            description=name,
-        )
-        run.finish(
-            accuracies=found,
-            num_images=np.asarray(len(training.images)),
-            num_epochs=np.asarray(evaluator.num_epochs),
-        )
-    return run.load_arrays()

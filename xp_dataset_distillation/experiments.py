@@ -5,35 +5,52 @@
     python xp_dataset_distillation/experiments.py --preset paper --only order kernels
     python xp_dataset_distillation/experiments.py --preset gpu --only cifar10 --dataset cifar10.zip
 
-Groups are in `presets.py`. A set is condensed once and judged by all judges of its group; what is
-finished is skipped, what was interrupted resumes.
+Groups are in `presets.py`. A set is condensed once and goes through all evaluations of its group;
+what is finished is skipped, what was interrupted resumes.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from lib import datasets, runs
+from lib.numerics import key_of_seed
 from lib.runs import settings
 from lib.runs.commands import run_command
 from lib.runs.files import write_bytes, write_json
 from lib.runs.processes import DeviceOptions
-from xp_dataset_distillation import plot, tables
+from xp_dataset_distillation import baselines, plot, tables
 from xp_dataset_distillation.condense import condense
 from xp_dataset_distillation.config import (
     EXPERIMENT,
     BaselineConfig,
     Comparison,
     CondenseConfig,
-    Entry,
+    Evaluation,
+    Method,
     Preset,
     is_whole,
 )
-from xp_dataset_distillation.evaluation import evaluate
+from xp_dataset_distillation.evaluation import (
+    EvaluationSet,
+    TrainingSet,
+    accuracies,
+    labelled,
+    test_split,
+)
+from xp_dataset_distillation.factor import decode
 from xp_dataset_distillation.presets import presets
+from xp_dataset_distillation.real_data import (
+    RealData,
+    known_by_content,
+    setting_of,
+    training_images,
+)
 
 
 @dataclass(frozen=True)
@@ -42,70 +59,144 @@ class Arguments(DeviceOptions):
     only: tuple[str, ...] = ()
     """Groups to run; none: all."""
     labels: tuple[str, ...] = ()
-    """Entries to run, by their labels; none: all."""
+    """Methods to run, by their labels; none: all."""
     images_per_class: tuple[int, ...] = ()
     """In place of the groups' own."""
     dataset: str | None = None
     """In place of the groups' own: a name, or the path of a folder or zip of images."""
-    iterations: int | None = None
+    num_steps: Annotated[int | None, tyro.conf.arg(aliases=("--iterations",))] = None
     """In place of the preset's number of steps of condensation."""
     held_out: int = 0
-    """Training images a class that are kept away and judged on in place of the test split: to
+    """Training images per class that are held out and evaluated on in place of the test split: to
     choose settings by."""
     seeds: tuple[int, ...] = (0,)
-    """One condensed set, and its classifiers, a seed."""
+    """One condensed set, and its classifiers, per seed."""
     results: Path = Path("results")
     data_root: Path | None = None
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
 
 
 def chosen(arguments: Arguments) -> dict[str, Comparison]:
-    """The groups and entries that the arguments name. Raises ValueError on unknown ones."""
-    groups, found = presets(arguments.preset), {}
+    """The groups and methods that the arguments name. Raises ValueError on unknown ones."""
+    groups, selected = presets(arguments.preset), {}
     for name in settings.chosen(arguments.only, groups, kind="group"):
         group = groups[name]
-        labels = settings.chosen(arguments.labels, group.entries, kind="entry")
-        entries = {label: changed(group.entries[label], arguments) for label in labels}
+        labels = settings.chosen(arguments.labels, group.methods, kind="method")
+        methods = {label: changed(group.methods[label], arguments) for label in labels}
         numbers = arguments.images_per_class or group.images_per_class
-        found[name] = replace(group, entries=entries, images_per_class=numbers)
-    return found
+        selected[name] = replace(group, methods=methods, images_per_class=numbers)
+    return selected
 
 
-def changed(entry: Entry, arguments: Arguments) -> Entry:
+def changed(method: Method, arguments: Arguments) -> Method:
     changes: dict[str, Any] = {"held_out": arguments.held_out}
     if arguments.dataset is not None:
         changes["dataset"] = arguments.dataset
-    if arguments.iterations is not None and isinstance(entry, CondenseConfig):
-        changes["iterations"] = arguments.iterations
-    return replace(entry, **changes)
+    if arguments.num_steps is not None and isinstance(method, CondenseConfig):
+        changes["num_steps"] = arguments.num_steps
+    return replace(method, **changes)
+
+
+def training_set(
+    method: Method, real: RealData, *, seed: int, results: Path, data_root: Path | None
+) -> TrainingSet:
+    """What classifiers of the method are trained on: its condensed images, decoded, or its training
+    images."""
+    if isinstance(method, CondenseConfig):
+        run = condense(method, seed=seed, results=results, data_root=data_root)
+        return labelled(np.asarray(decode(jnp.asarray(run.load_arrays()["images"]), method.factor)))
+    if is_whole(method):
+        return TrainingSet(np.asarray(real.images, np.float32) / 255, real.labels)
+    return labelled(baselines.images_of(method, real, seed=seed))
+
+
+def evaluation_set(
+    method: Method,
+    real: RealData,
+    held_out: tuple[np.ndarray | jax.Array, np.ndarray] | None,
+    data_root: Path | None,
+) -> EvaluationSet:
+    """The test split, or the images that the method holds out."""
+    if held_out is not None:
+        return EvaluationSet(*held_out)
+    test = test_split(
+        method.dataset,
+        real.name,
+        real.class_names,
+        real.image_shape,
+        resized=method.size is not None,
+        data_root=data_root,
+    )
+    return EvaluationSet(test.images, test.labels)
+
+
+def evaluate(
+    method: Method,
+    evaluation: Evaluation,
+    *,
+    seed: int,
+    results: Path,
+    data_root: Path | None = None,
+    show_progress: bool = True,
+) -> dict[str, np.ndarray]:
+    """Accuracies [num_networks] of the classifiers trained on one set, that of `seed`; stored, and
+    read back if done before; interrupted, it resumes."""
+    evaluator = evaluation.evaluator
+    if is_whole(method):
+        evaluator = replace(evaluator, num_epochs=evaluation.whole_epochs)
+    kind = method.kind if isinstance(method, BaselineConfig) else method.method
+    name = f"accuracy-{Path(method.dataset).stem}-{kind}-ipc{method.images_per_class}"
+    known: dict[str, Any] = {"method": known_by_content(method, data_root)}
+    known |= {"evaluator": evaluator, "num_networks": evaluation.num_networks}
+    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed)
+    if not run.finished:
+        real, held_out = training_images(method, data_root)
+        test = evaluation_set(method, real, held_out, data_root)
+        training = training_set(method, real, seed=seed, results=results, data_root=data_root)
+        run.finish(
+            accuracies=accuracies(
+                key_of_seed(seed, shift=1_000_000),
+                training,
+                test,
+                setting_of(method, real),
+                evaluator,
+                num_networks=evaluation.num_networks,
+                run=run,
+                show_progress=show_progress,
+                description=name,
+            ),
+            num_images=np.asarray(len(training.images)),
+            num_epochs=np.asarray(evaluator.num_epochs),
+        )
+    return run.load_arrays()
 
 
 def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:
-    """Condenses and judges; returns the summary: a row for each entry, number of images and judge,
-    with accuracies [seeds, classifiers]."""
+    """Condenses and evaluates; returns the summary: a row for each method, number of images and
+    evaluation, with accuracies [seeds, classifiers]."""
     where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
     rows: dict[tuple, dict[str, Any]] = {}
-    # Seeds outermost: what is there after an interruption compares all entries.
+    # Seeds outermost: what is there after an interruption compares all methods.
     for seed in arguments.seeds:
         for number in group.images_per_class:
-            for label, entry in group.at(number).items():
-                for judge, judged in group.judges.items():
-                    found = evaluate(entry, judged, seed=seed, **where)
-                    row = row_of(label, entry, judge)
-                    key = (row["label"], row["images_per_class"], judge)
-                    row = rows.setdefault(key, row | {"settings": entry, "judged": judged})
-                    row.setdefault("accuracies", {})[seed] = found["accuracies"]
-                    row["num_images"] = found["num_images"]
-                    row["num_epochs"] = found["num_epochs"]
+            for label, method in group.at(number).items():
+                for evaluator, evaluation in group.evaluations.items():
+                    stored = evaluate(method, evaluation, seed=seed, **where)
+                    row = row_of(label, method, evaluator)
+                    key = (row["label"], row["images_per_class"], evaluator)
+                    row = rows.setdefault(key, row | {"settings": method, "evaluation": evaluation})
+                    row.setdefault("accuracies", {})[seed] = stored["accuracies"]
+                    row["num_images"] = stored["num_images"]
+                    row["num_epochs"] = stored["num_epochs"]
                 shown = 100 * np.mean(rows[key]["accuracies"][seed])
-                print(f"seed {seed}, {number} a class, {label}: {shown:.1f}%", flush=True)
+                print(f"seed {seed}, {number} per class, {label}: {shown:.1f}%", flush=True)
     listed = [row | {"accuracies": list(row["accuracies"].values())} for row in rows.values()]
     file_name = f"{name}_{arguments.preset}" + ("_held_out" if arguments.held_out else "")
     if arguments.dataset is not None:
         file_name += f"_{datasets.file_stem(arguments.dataset, data_root=arguments.data_root)}"
     summary = arguments.results / EXPERIMENT / f"{file_name}.json"
     about = {"group": name, "seeds": arguments.seeds, "environment": runs.environment()}
-    about["judged_on"] = "held-out training images" if arguments.held_out else "the test split"
+    about["evaluated_on"] = "held-out training images" if arguments.held_out else "the test split"
     write_json(summary, {**about, "rows": listed})
     page = tables.page({**about, "rows": listed})
     write_bytes(summary.with_suffix(".md"), page.encode())
@@ -117,19 +208,20 @@ def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:
     return summary
 
 
-def row_of(label: str, entry: Entry, judge: str) -> dict[str, Any]:
-    number = None if is_whole(entry) else entry.images_per_class
-    return {"label": label, "images_per_class": number, "judge": judge}
+def row_of(label: str, method: Method, evaluator: str) -> dict[str, Any]:
+    number = None if is_whole(method) else method.images_per_class
+    return {"label": label, "images_per_class": number, "evaluator": evaluator}
 
 
 def image_figures(group: Comparison, summary: Path, arguments: Arguments) -> list[Path]:
-    """The first seed's condensed images at the largest number a class, and how they came to be."""
+    """The first seed's condensed images at the largest number per class, and how they came to
+    be."""
     saved = []
     where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
-    for label, entry in group.at(max(group.images_per_class)).items():
-        if isinstance(entry, BaselineConfig):
+    for label, method in group.at(max(group.images_per_class)).items():
+        if isinstance(method, BaselineConfig):
             continue
-        run = condense(entry, seed=arguments.seeds[0], **where)
+        run = condense(method, seed=arguments.seeds[0], **where)
         stem = f"{summary.stem}_{label.replace(', ', '-').replace(' ', '_')}"
         files = (summary.with_name(f"{stem}{ending}.png") for ending in ("", "_along"))
         saved += plot.run_figures(run, *files, label=label)
@@ -140,7 +232,7 @@ def main(arguments: Arguments) -> list[Path]:
     """Runs the groups; returns their summaries."""
     summaries = []
     for name, group in chosen(arguments).items():
-        print(f"{name}: {len(group.entries)} entries x {len(arguments.seeds)} seeds", flush=True)
+        print(f"{name}: {len(group.methods)} methods x {len(arguments.seeds)} seeds", flush=True)
         summaries.append(run_group(name, group, arguments))
     return summaries
 

@@ -1,4 +1,4 @@
-"""Condensed sets on disk: for our own code, for numpy alone, and as a folder of images.
+"""Condensed sets on disk: for our own code, for numpy only, and as a folder of images.
 
     FOLDER/condensed.npz         images in [0, 1], labels, metadata; `condensed_numpy` reads it
     FOLDER/metadata.json         the same metadata, to be read by eye
@@ -50,7 +50,7 @@ def checked(condensed: Condensed, *, name: str = "condensed images") -> Condense
 
     Raises ValueError, which begins with `name`: images that are not [C, n, H, W, channels] of 1 or
     3 channels, hold NaN or leave [0, 1]; another number of class names, or one twice; a factor that
-    leaves no pixels; mean and std that are not one number a channel, or std not positive.
+    leaves no pixels; mean and std that are not one number per channel, or std not positive.
     """
     images = np.asarray(condensed.images, np.float32)
     if images.ndim != 5 or len(images) != len(condensed.class_names):
@@ -159,8 +159,8 @@ def _replace(folder: Path, condensed: Condensed) -> None:
 
 
 def _may_be_replaced(folder: Path) -> bool:
-    found = {path.name for path in folder.iterdir()}
-    return found <= {"condensed.npz", "metadata.json", "images"}
+    names = {path.name for path in folder.iterdir()}
+    return names <= {"condensed.npz", "metadata.json", "images"}
 
 
 def _write(folder: Path, condensed: Condensed) -> None:

@@ -7,7 +7,7 @@ ICML 2022). So one stored image gives factor^2 training images of less detail.
 Cells lie as `numpy.array_split` cuts: where factor does not divide the height, the first H mod
 factor rows of cells have one pixel more than the others. Published mixed starts are laid out so
 too; published decoders cut cells of ceil(H / factor) instead, and fill what is missing at the end
-with grey, which then shines into the last cells. Where factor divides H and W they are the same.
+with gray, which then shines into the last cells. Where factor divides H and W they are the same.
 
 Decoded image k factor^2 + i factor + j is the cell in row i and column j of stored image k.
 
@@ -33,7 +33,7 @@ def check_factor(factor: int, height: int, width: int) -> None:
 
 
 def _enlarge(length: int, size: int) -> np.ndarray:
-    """[size, length]: linear interpolation between pixel centres, beyond the last ones their
+    """[size, length]: linear interpolation between pixel centers, beyond the last ones their
     value."""
     position = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
     return np.maximum(1 - np.abs(position[:, None] - np.arange(length)), 0)
@@ -41,10 +41,10 @@ def _enlarge(length: int, size: int) -> np.ndarray:
 
 def _shrink(size: int, length: int) -> np.ndarray:
     """[length, size]: weights of a triangle of half width size / length around each new pixel's
-    centre, cut at the edge and scaled to sum 1."""
+    center, cut at the edge and scaled to sum 1."""
     scale = size / length
-    centre = (np.arange(length) + 0.5) * scale
-    weights = np.maximum(1 - np.abs(np.arange(size) + 0.5 - centre[:, None]) / scale, 0)
+    center = (np.arange(length) + 0.5) * scale
+    weights = np.maximum(1 - np.abs(np.arange(size) + 0.5 - center[:, None]) / scale, 0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
@@ -71,7 +71,7 @@ def decode(
 ) -> Float[Array, "... num_decoded height width channels"]:
     """Every cell enlarged to the full size, bilinearly: [..., n factor^2, H, W, channels].
 
-    Pixel centres are at half integers (align_corners=False) and the edge is repeated. Values stay
+    Pixel centers are at half integers (align_corners=False) and the edge is repeated. Values stay
     within those of their cell. With factor 1 the images are returned as they are.
 
     Raises ValueError for a factor that leaves no pixels, and for images that are not floats.

@@ -71,9 +71,9 @@ def random_features(num_features: int, scale: float = 1.0) -> ClassLoss:
 
     def loss(key, x, y):
         frequencies = rff.gaussian_frequencies(key, num_features, x.shape[1])
-        # The features' origin counts for their rounding alone.
-        centre = lax.stop_gradient(jnp.mean(y, axis=0, keepdims=True))
-        projected = [rff.project(points - centre, frequencies) for points in (x, y)]
+        # The features' origin counts only for their rounding.
+        center = lax.stop_gradient(jnp.mean(y, axis=0, keepdims=True))
+        projected = [rff.project(points - center, frequencies) for points in (x, y)]
         total = jnp.zeros((), x.dtype)
         for sigma in _sigmas(x, y, scale):
             means = [

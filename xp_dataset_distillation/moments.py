@@ -11,8 +11,8 @@ ORDERS = (1, 2, 3, 4)
 
 class MomentDifferences(NamedTuple):
     """`orders` [4]: Euclidean norms over the f features, of the moments of order 1 to 4.
-    `covariance`: Frobenius norm of the covariances' difference off the diagonal. Of a class each;
-    not divided by f."""
+    `covariance`: Frobenius norm of the covariances' difference off the diagonal. Of one class; not
+    divided by f."""
 
     orders: Float[Array, " 4"]
     covariance: Float[Array, ""]
@@ -23,11 +23,11 @@ def moment_differences(
 ) -> MomentDifferences:
     """How far the moments of condensed features of one class are from those of real ones.
 
-    Features are standardised by the real ones: z = (x - mean) / std, features that are constant
-    among the real ones by mean alone. Of order p: |E z_real^p - E z_condensed^p|_2, the p-th power
-    of every feature, not centred again; orders 1 and 3 of the real ones are 0 and the skewness,
-    order 2 is 1. Covariances are those of z, each about its own mean, biased (1/n), so that a
-    single condensed image has covariance 0.
+    Features are standardized by the real ones: z = (x - mean) / std, features that are constant
+    among the real ones only by the mean. Of order p: |E z_real^p - E z_condensed^p|_2, the p-th
+    power of every feature, not centered again; orders 1 and 3 of the real ones are 0 and the
+    skewness, order 2 is 1. Covariances are those of z, each about its own mean, biased (1/n), so
+    that a single condensed image has covariance 0.
 
     Memory O((m + n) f + f^2). Raises ValueError for features of different numbers, or no row.
     """

@@ -1,10 +1,10 @@
-"""What condensation descends: a loss between condensed and real images, as a step of `lib.gd`.
+"""What condensation minimizes: a loss between condensed and real images, as a step of `lib.gd`.
 
 Particles are the stored images as rows, [classes, images, H W channels], in [0, 1]. A step draws
-real images of every class, decodes the condensed ones (`factor`), changes both by the same
-parameters of augmentation, normalises them, and compares their features under random networks.
-All classes are one wide batch; `class_chunk` bounds how many are held at a time. The carry is the
-number of the step, from which the networks are drawn: they stay for `iterations_per_network` steps.
+real images of every class, decodes the condensed ones (`factor`), augments both with the same
+parameters, normalizes them, and compares their features under random networks. All classes are one
+wide batch; `class_chunk` bounds how many are held at a time. The carry is the number of the step,
+from which the networks are drawn: they stay for `steps_per_network` steps.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from lib.networks import convolution, network_by_name
 from xp_dataset_distillation import losses
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.factor import decode
-from xp_dataset_distillation.real_data import RealData, draw_batch
+from xp_dataset_distillation.real_data import RealData, Setting, draw_batch
 
 
 class Target(NamedTuple):
@@ -35,20 +35,25 @@ class Target(NamedTuple):
     network_key: Array
 
 
-class Setting(NamedTuple):
-    """What the data say to the objective; hashable."""
+class Batch(NamedTuple):
+    """What a step compares; the first axis counts classes, except where a loss takes all at once:
+    then `changes` and `keys` are one for all."""
 
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    flips: bool
+    stored: Array
+    """Condensed images [classes, n, H, W, c]."""
+    chosen: Array | None
+    """Indices [classes, k] of those that count; None: all."""
+    real: Array
+    """uint8 [classes, m, H, W, c]."""
+    changes: Any
+    """Parameters of the augmentation."""
+    keys: Array
+    """Of the loss."""
 
-    def normalised(self, images: Array) -> Array:
-        """(images - mean) / std by channel, the last axis."""
-        shape = (1,) * (images.ndim - 1) + (-1,)
-        mean, std = (jnp.asarray(v, images.dtype).reshape(shape) for v in (self.mean, self.std))
-        return (images - mean) / std
+
+Loss = Callable[[Array, Any, Batch], Array]
+"""(the stored images that count, parameters of a network, batch) -> loss of every class, or of all
+classes [1]."""
 
 
 def feature_network(config: CondenseConfig, setting: Setting) -> nn.Module:
@@ -74,109 +79,101 @@ def objective(
     classes' features and then the directions.
     """
     network = feature_network(config, setting) if config.space == "features" else None
-    augmentation = augment.parse(config.augmentation, dialect=config.dialect, flips=setting.flips)
+    augmentation = augment.parse(config.augmentation, dialect=config.strategy, flips=setting.flips)
+    num_classes, shape = setting.num_classes, setting.image_shape
     joint = config.method == "mmdsw"
-    at_once = config.networks_at_once
-    if at_once is None:
-        at_once = convolution.networks_at_once()
-    shape, num_classes = setting.image_shape, setting.num_classes
-    most_stored = config.most_decoded // config.factor**2
+    if joint:
+        loss = _dataset_loss(config, setting, network, mesh)
+        values_and_gradient = _mean_over_networks(loss, config)
+    else:
+        of_classes = _mean_over_networks(_class_losses(config, setting, network), config)
+        in_chunks = partial(_in_chunks, of_classes, config.class_chunk or num_classes)
+        values_and_gradient = _over_devices(in_chunks, mesh, config, num_classes)
+
+    def draw_change(key):
+        return augment.draw(key, augmentation, None)
+
+    def value_and_grad(x, target, key, step):
+        batch_key, change_key, loss_key, choice_key = jax.random.split(key, 4)
+        parameters = None
+        if network is not None:
+            parameters = _draw_networks(network, target.network_key, step, config, shape)
+        stored = x.reshape(num_classes, -1, *shape)
+        real = draw_batch(batch_key, target.real, config.real_batch)
+        if joint:
+            changes, keys = draw_change(change_key), loss_key
+        else:
+            changes = jax.vmap(draw_change)(jax.random.split(change_key, num_classes))
+            keys = jax.random.split(loss_key, num_classes)
+        chosen = _choose(choice_key, stored, config.most_decoded // config.factor**2)
+        batch = Batch(stored, chosen, real, changes, keys)
+        values, gradient = values_and_gradient(parameters, batch)
+        return jnp.sum(values), gradient.reshape(x.shape), step + 1
+
+    return value_and_grad
+
+
+def _class_losses(config: CondenseConfig, setting: Setting, network: nn.Module | None) -> Loss:
+    """Each class by itself, with an augmentation of its own."""
     class_loss = losses.class_loss(
         config.kernel, scale=config.bandwidth_scale, num_features=config.num_features
     )
 
-    def features(parameters, images, changes):
-        """[classes, k, f] of images [classes, k, H, W, c]."""
-        if joint:
-            flat = images.reshape(-1, *shape)
-            images = augment.apply(changes, flat).reshape(images.shape)
-        else:
-            images = jax.vmap(augment.apply)(changes, images)
-        classes, k = images.shape[:2]
-        if network is None:
-            return images.reshape(classes, k, -1)
-        normalised = setting.normalised(images).reshape(-1, *shape)
-        embedded: Any = network.apply(parameters, normalised)
-        return embedded.reshape(classes, k, -1)
+    def loss(stored, parameters, batch):
+        def features(images):
+            images = jax.vmap(augment.apply)(batch.changes, images)
+            return _features(network, setting, parameters, images)
 
-    def loss(images, parameters, real, changes, keys):
-        """Over some classes, under one network: images [classes, n, H, W, c] stored, real uint8
-        [classes, m, ...]."""
-        decoded = decode(images, config.factor)
-        real = real.astype(jnp.float32) / 255
-        if joint:
-            of_classes = devices.over_devices(
-                lambda parameters, changes, images: features(parameters, images, changes),
-                mesh,
-                whole=2,
-            )
-            x = of_classes(parameters, changes, decoded)
-            y = lax.stop_gradient(of_classes(parameters, changes, real))
-            found = losses.dataset_loss(keys, x, y, num_directions=config.num_directions, mesh=mesh)
-            return found[None]
-        x = features(parameters, decoded, changes)
-        y = lax.stop_gradient(features(parameters, real, changes))
-        return jax.vmap(class_loss)(keys, x, y)
+        decoded = decode(stored, config.factor)
+        real = batch.real.astype(jnp.float32) / 255
+        x, y = features(decoded), lax.stop_gradient(features(real))
+        return jax.vmap(class_loss)(batch.keys, x, y)
 
-    def value_and_grad(x, target, key, step):
-        batch_key, change_key, loss_key, choice_key = jax.random.split(key, 4)
-        parameters = networks(target.network_key, step)
-        images = x.reshape(num_classes, -1, *shape)
-        real = draw_batch(batch_key, target.real, config.real_batch)
-        if joint:
-            changes = augment.draw(change_key, augmentation, None)
-            keys = loss_key
-        else:
-            changes = jax.vmap(lambda key: augment.draw(key, augmentation, None))(
-                jax.random.split(change_key, num_classes)
-            )
-            keys = jax.random.split(loss_key, num_classes)
-        chosen = _choose(choice_key, images, most_stored)
+    return loss
 
-        def of_classes(parameters, chunk):
-            images, chosen, real, changes, keys = chunk
 
-            def value(images, parameters):
-                taken = images if chosen is None else jax.vmap(lambda i, c: i[c])(images, chosen)
-                values = loss(taken, parameters, real, changes, keys)
-                return jnp.sum(values), values
+def _dataset_loss(
+    config: CondenseConfig, setting: Setting, network: nn.Module | None, mesh: Mesh | None
+) -> Loss:
+    """All classes at once, with the same augmentation."""
 
-            def each(images, parameters):
-                (_, values), gradient = jax.value_and_grad(value, has_aux=True)(images, parameters)
-                return values, gradient
+    def features(parameters, changes, images):
+        flat = images.reshape(-1, *setting.image_shape)
+        images = augment.apply(changes, flat).reshape(images.shape)
+        return _features(network, setting, parameters, images)
 
-            return mean_over_networks(each, images, parameters)
+    of_classes = devices.over_devices(features, mesh, whole=2)
 
-        def in_chunks(parameters, chunk):
-            most = config.class_chunk or num_classes
-            return _in_chunks(partial(of_classes, parameters), chunk, most)
-
-        chunk = (images, chosen, real, changes, keys)
-        advance = of_classes if joint else _over_devices(in_chunks, mesh, config, num_classes)
-        values, gradient = advance(parameters, chunk)
-        return jnp.sum(values), gradient.reshape(x.shape), step + 1
-
-    def mean_over_networks(each, images, parameters):
-        if network is None:
-            return each(images, None)
-        if len(jax.tree.leaves(parameters)[0]) == 1:
-            return each(images, jax.tree.map(lambda leaf: leaf[0], parameters))
-        if at_once:
-            found = jax.vmap(each, in_axes=(None, 0))(images, parameters)
-        else:
-            found = lax.map(lambda one: each(images, one), parameters)
-        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), found)
-
-    def networks(network_key, step) -> Any:
-        if network is None:
-            return None
-        key = jax.random.fold_in(
-            jax.random.wrap_key_data(network_key), step // config.iterations_per_network
+    def loss(stored, parameters, batch):
+        decoded = decode(stored, config.factor)
+        real = batch.real.astype(jnp.float32) / 255
+        x = of_classes(parameters, batch.changes, decoded)
+        y = lax.stop_gradient(of_classes(parameters, batch.changes, real))
+        value = losses.dataset_loss(
+            batch.keys, x, y, num_directions=config.num_directions, mesh=mesh
         )
-        keys = jax.random.split(key, config.num_networks)
-        return jax.vmap(network.init, in_axes=(0, None))(keys, jnp.zeros((1, *shape)))
+        return value[None]
 
-    return value_and_grad
+    return loss
+
+
+def _features(network: nn.Module | None, setting: Setting, parameters: Any, images: Array) -> Array:
+    """[classes, k, f] of images [classes, k, H, W, c]; without a network, their pixels."""
+    classes, k = images.shape[:2]
+    if network is None:
+        return images.reshape(classes, k, -1)
+    normalized = setting.normalized(images).reshape(-1, *setting.image_shape)
+    features: Any = network.apply(parameters, normalized)
+    return features.reshape(classes, k, -1)
+
+
+def _draw_networks(network, network_key, step, config: CondenseConfig, shape) -> Any:
+    """Parameters of random networks, stacked along a first axis."""
+    key = jax.random.fold_in(
+        jax.random.wrap_key_data(network_key), step // config.steps_per_network
+    )
+    keys = jax.random.split(key, config.num_networks)
+    return jax.vmap(network.init, in_axes=(0, None))(keys, jnp.zeros((1, *shape)))
 
 
 def _choose(key, images, most: int):
@@ -188,30 +185,58 @@ def _choose(key, images, most: int):
     return jax.vmap(lambda key: jax.random.permutation(key, n)[:most])(keys)
 
 
+def _mean_over_networks(loss: Loss, config: CondenseConfig) -> Callable:
+    """(parameters of networks, batch) -> (losses, gradients like the stored images)."""
+    at_once = config.networks_at_once
+    if at_once is None:
+        at_once = convolution.networks_at_once()
+
+    def values_and_gradient(parameters, batch):
+        def total(stored, parameters):
+            if batch.chosen is not None:
+                stored = jax.vmap(lambda images, c: images[c])(stored, batch.chosen)
+            values = loss(stored, parameters, batch)
+            return jnp.sum(values), values
+
+        def under_network(parameters):
+            value_and_grad = jax.value_and_grad(total, has_aux=True)
+            (_, values), gradient = value_and_grad(batch.stored, parameters)
+            return values, gradient
+
+        if parameters is None:
+            return under_network(None)
+        if len(jax.tree.leaves(parameters)[0]) == 1:
+            return under_network(jax.tree.map(lambda leaf: leaf[0], parameters))
+        over = jax.vmap(under_network) if at_once else partial(lax.map, under_network)
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), over(parameters))
+
+    return values_and_gradient
+
+
 def _over_devices(of_classes: Callable, mesh, config: CondenseConfig, num_classes: int) -> Callable:
-    """`of_classes(parameters of networks, arrays of classes)` with both divided over devices."""
+    """`of_classes(parameters of networks, batch)` with both divided over devices."""
     if mesh is None or mesh.size == 1:  # one device has no axes to average over
         return of_classes
     networks = config.num_networks if config.space == "features" else 1
     rectangle = devices.grid(mesh, num_classes, networks, ("classes", "networks"))
 
-    def of_one(parameters, chunk):
-        return lax.pmean(of_classes(parameters, chunk), "networks")
+    def of_shard(parameters, batch):
+        return lax.pmean(of_classes(parameters, batch), "networks")
 
     return devices.over_devices(
-        of_one, rectangle, whole=1, axis="classes", specs=(PartitionSpec("networks"),)
+        of_shard, rectangle, whole=1, axis="classes", specs=(PartitionSpec("networks"),)
     )
 
 
-def _in_chunks(function: Callable, arrays: Any, most: int) -> tuple[Array, Array]:
-    """(values, gradients) of `function` over chunks of classes, the first axis, the largest
-    divisor of their number up to `most` at a time."""
-    classes = jax.tree.leaves(arrays)[0].shape[0]
+def _in_chunks(of_classes: Callable, most: int, parameters: Any, batch: Batch):
+    """(values, gradients) over chunks of classes, the first axis, the largest divisor of their
+    number up to `most` at a time."""
+    classes = batch.stored.shape[0]
     size = max(size for size in range(1, classes + 1) if classes % size == 0 and size <= most)
     if size == classes:
-        return function(arrays)
-    split = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), arrays)
-    values, gradients = lax.map(function, split)
+        return of_classes(parameters, batch)
+    chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batch)
+    values, gradients = lax.map(partial(of_classes, parameters), chunks)
     return values.reshape(-1), gradients.reshape(-1, *gradients.shape[2:])
 
 
@@ -222,11 +247,11 @@ def step_of(config: CondenseConfig, setting: Setting) -> tuple[float, float]:
     """(step size, momentum) of the joint heavy ball.
 
     The published loop takes a step of v <- g + m v, x <- x - lr v for each class in turn, where g
-    is the gradient of that class alone. With C classes, each class's images thus move by
+    is the gradient of that class only. With C classes, each class's images thus move by
     lr (1 + m + ... + m^(C-1)) v between two of their gradients, and v shrinks to m^C v: exactly
-    one joint step of size lr (1 - m^C) / (1 - m) with momentum m^C, but for the clipping.
+    one joint step of size lr (1 - m^C) / (1 - m) with momentum m^C, except for the clipping.
     """
-    m, step_size = config.momentum, config.step_size(setting.image_shape)
+    m, step_size = config.momentum, config.resolved_step_size(setting.image_shape)
     if not config.sequential:
         return step_size, m
     coasted = m**setting.num_classes
@@ -234,9 +259,9 @@ def step_of(config: CondenseConfig, setting: Setting) -> tuple[float, float]:
 
 
 @cache
-def optimizer(lr: float, momentum: float) -> optax.GradientTransformation:
+def optimizer(step_size: float, momentum: float) -> optax.GradientTransformation:
     """Heavy ball, then back into [0, 1] pixel by pixel; the momentum is not clipped."""
-    return optax.chain(optax.sgd(lr, momentum=momentum or None), _within_unit_interval())
+    return optax.chain(optax.sgd(step_size, momentum=momentum or None), _within_unit_interval())
 
 
 def _within_unit_interval() -> optax.GradientTransformation:

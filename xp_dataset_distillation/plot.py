@@ -1,4 +1,4 @@
-"""Figures of this experiment, drawn from stored results alone."""
+"""Figures of this experiment, drawn from stored results only."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ MOST_SHOWN = 10
 
 
 def condensed(images: np.ndarray, class_names: tuple[str, ...], title: str = "") -> Figure:
-    """Images [classes, n, H, W, c] in [0, 1], a class a line."""
+    """Images [classes, n, H, W, c] in [0, 1], a class per line."""
     images = images[:, :MOST_SHOWN]
     classes, n = images.shape[:2]
     figure, axis = plt.subplots(figsize=(0.62 * n + 1.4, 0.62 * classes + 0.3))
@@ -28,13 +28,13 @@ def condensed(images: np.ndarray, class_names: tuple[str, ...], title: str = "")
     return figure
 
 
-def along(records: np.ndarray, steps: np.ndarray, losses: np.ndarray) -> Figure:
-    """The first image of every class at each record, a record a line, above the loss."""
+def along(snapshots: np.ndarray, steps: np.ndarray, losses: np.ndarray) -> Figure:
+    """The first image of every class at each snapshot, one per line, above the loss."""
     figure, axes = plt.subplots(
-        2, 1, figsize=(6, 0.55 * len(records) + 2.6), height_ratios=(0.55 * len(records), 2.2)
+        2, 1, figsize=(6, 0.55 * len(snapshots) + 2.6), height_ratios=(0.55 * len(snapshots), 2.2)
     )
-    plotting.show_images(axes[0], records[:, :, 0] / 255)
-    height = records.shape[3] + 1
+    plotting.show_images(axes[0], snapshots[:, :, 0] / 255)
+    height = snapshots.shape[3] + 1
     for i, step in enumerate(steps):
         axes[0].text(-2, (i + 0.5) * height, str(step), ha="right", va="center", fontsize=7)
     axes[1].plot(losses, lw=0.4, color="0.7")
@@ -49,36 +49,36 @@ def along(records: np.ndarray, steps: np.ndarray, losses: np.ndarray) -> Figure:
 def run_figures(run: Run, images: Path, course: Path, *, label: str = "") -> list[Path]:
     """Draws what a run has condensed and how it came to be, into the files `images` and `course`;
     returns them."""
-    stored, made = run.load_arrays(), export.load(run.folder / "condensed")
-    title = made.dataset
+    stored, exported = run.load_arrays(), export.load(run.folder / "condensed")
+    title = exported.dataset
     if label:
-        title = f"{label}: {title}, {made.images.shape[1]} a class, factor {made.factor}"
+        title = f"{label}: {title}, {exported.images.shape[1]} per class, factor {exported.factor}"
     with plotting.style():
-        figure = condensed(made.images, made.class_names, title)
+        figure = condensed(exported.images, exported.class_names, title)
         saved = [plotting.save_figure(figure, images)]
-        figure = along(stored["records"], stored["steps"], stored["losses"])
+        figure = along(stored["snapshots"], stored["steps"], stored["losses"])
         return [*saved, plotting.save_figure(figure, course)]
 
 
 def accuracies(rows: list[dict]) -> Figure:
-    """A panel a judge: accuracy of every entry, a marker a number of images a class; bars are the
+    """A panel per evaluator: accuracy of every method, a marker per number of images; bars are the
     sample standard deviation over sets, or over the classifiers of one set."""
-    judges = list(dict.fromkeys(row["judge"] for row in rows))
+    evaluators = list(dict.fromkeys(row["evaluator"] for row in rows))
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    size = (3.4 * len(judges) + 1.2, 0.32 * len(labels) + 1.2)
-    figure, axes = plt.subplots(1, len(judges), figsize=size, squeeze=False, sharey=True)
+    size = (3.4 * len(evaluators) + 1.2, 0.32 * len(labels) + 1.2)
+    figure, axes = plt.subplots(1, len(evaluators), figsize=size, squeeze=False, sharey=True)
     numbers = sorted({row["images_per_class"] for row in rows if row["images_per_class"]})
-    for axis, judge in zip(axes[0], judges):
-        for row in (row for row in rows if row["judge"] == judge):
-            values = tables.each(row["accuracies"])
+    for axis, evaluator in zip(axes[0], evaluators):
+        for row in (row for row in rows if row["evaluator"] == evaluator):
+            values = tables.percent(row["accuracies"])
             n = row["images_per_class"]
             if n is None:
                 axis.axvline(values.mean(), color="0.6", ls=":")
                 continue
-            colour = plotting.CLASS_COLORS[numbers.index(n)]
+            color = plotting.CLASS_COLOURS[numbers.index(n)]
             place = labels.index(row["label"])
-            axis.errorbar(values.mean(), place, xerr=spread(values), fmt="o", ms=4, color=colour)
-        axis.set(title=judge, xlabel="accuracy, %")
+            axis.errorbar(values.mean(), place, xerr=spread(values), fmt="o", ms=4, color=color)
+        axis.set(title=evaluator, xlabel="accuracy, %")
         axis.grid(axis="x", lw=0.3)
     shown = [label for label in labels if label != "whole set"]
     axes[0, 0].set_yticks([labels.index(label) for label in shown], shown)
@@ -87,7 +87,7 @@ def accuracies(rows: list[dict]) -> Figure:
         plt.Line2D([], [], marker="o", ls="", ms=4, color=plotting.CLASS_COLORS[i])
         for i in range(len(numbers))
     ]
-    names = [f"{n} a class" for n in numbers]
+    names = [f"{n} per class" for n in numbers]
     if any(row["images_per_class"] is None for row in rows):
         handles.append(plt.Line2D([], [], color="0.6", ls=":"))
         names.append("whole set")

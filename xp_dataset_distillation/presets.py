@@ -1,4 +1,4 @@
-"""What is compared: entries, numbers of images a class, and judges, by preset and group."""
+"""What is compared: methods, numbers of images per class, and evaluations, by preset and group."""
 
 from dataclasses import replace
 
@@ -6,8 +6,8 @@ from xp_dataset_distillation.config import (
     EVALUATORS,
     Comparison,
     CondenseConfig,
-    Entry,
-    Judged,
+    Evaluation,
+    Method,
     NetworkName,
     Preset,
     baselines,
@@ -23,26 +23,26 @@ QUICK = CondenseConfig(
     dataset="digits",
     factor=1,
     start="real",
-    iterations=300,
+    num_steps=300,
     real_batch=64,
     augmentation="",
     width=32,
     depth=2,
 )
-QUICK_JUDGE = Judged(
+QUICK_EVALUATION = Evaluation(
     replace(EVALUATORS["idc"], num_epochs=100, width=32, depth=2, augmentation="", cutmix=0.0),
     num_networks=3,
     whole_epochs=10,
 )
 
 # For two CPU cores: a ConvNet of 32 channels, 500 steps, evaluations of 200 epochs.
-CPU = CondenseConfig(iterations=500, real_batch=64, width=32)
-CPU_JUDGE = Judged(
+CPU = CondenseConfig(num_steps=500, real_batch=64, width=32)
+CPU_EVALUATION = Evaluation(
     replace(EVALUATORS["idc"], num_epochs=200, width=32), num_networks=2, whole_epochs=5
 )
 
 
-def methods(base: CondenseConfig) -> dict[str, Entry]:
+def methods(base: CondenseConfig) -> dict[str, Method]:
     """ECHO and what it is compared with, on one data set."""
     size = {"feature_width": base.width, "feature_depth": base.depth}
     return {
@@ -53,9 +53,9 @@ def methods(base: CondenseConfig) -> dict[str, Entry]:
     }
 
 
-def cross_architecture(judged: Judged) -> dict[str, Judged]:
+def cross_architecture(evaluation: Evaluation) -> dict[str, Evaluation]:
     return {
-        name: replace(judged, evaluator=replace(judged.evaluator, network=name))
+        name: replace(evaluation, evaluator=replace(evaluation.evaluator, network=name))
         for name in ARCHITECTURES
     }
 
@@ -63,42 +63,43 @@ def cross_architecture(judged: Judged) -> dict[str, Judged]:
 def presets(preset: Preset) -> dict[str, Comparison]:
     """Groups by name."""
     if preset == "quick":
-        entries: dict[str, Entry] = {
+        compared: dict[str, Method] = {
             "ECHO": QUICK,
             "DM": replace(QUICK, method="dm", kernel="linear"),
         }
-        entries |= baselines("digits", "random", "whole")
-        return {"digits": Comparison(entries, (1, 10), {"idc, short": QUICK_JUDGE})}
+        compared |= baselines("digits", "random", "whole")
+        return {"digits": Comparison(compared, (1, 10), {"idc, short": QUICK_EVALUATION})}
     if preset == "paper":
         names = ("fashion_mnist", "mnist")
-        return _groups(names, CPU, (1, 10), {"idc, 200 epochs": CPU_JUDGE})
+        return _groups(names, CPU, (1, 10), {"idc, 200 epochs": CPU_EVALUATION})
     names = ("fashion_mnist", "mnist", "cifar10", "svhn")
-    judges = {"idc": Judged(EVALUATORS["idc"], num_networks=4, whole_epochs=200)}
-    return _groups(names, CondenseConfig(), (1, 10, 50), judges)
+    evaluations = {"idc": Evaluation(EVALUATORS["idc"], num_networks=4, whole_epochs=200)}
+    return _groups(names, CondenseConfig(), (1, 10, 50), evaluations)
 
 
 def _groups(
     names: tuple[str, ...],
     base: CondenseConfig,
     numbers: tuple[int, ...],
-    judges: dict[str, Judged],
+    evaluations: dict[str, Evaluation],
 ) -> dict[str, Comparison]:
-    """One group a data set, then what is varied on the first of them at 10 images a class."""
+    """One group per data set, then what is varied on the first of them at 10 images per class."""
     groups = {
-        name: Comparison(methods(replace(base, dataset=name)), numbers, judges) for name in names
+        name: Comparison(methods(replace(base, dataset=name)), numbers, evaluations)
+        for name in names
     }
     base = replace(base, dataset=names[0])
     random = baselines(base.dataset, "random")
-    (judge,) = judges.values()
-    varied: dict[str, dict[str, Entry]] = {
+    (evaluation,) = evaluations.values()
+    varied: dict[str, dict[str, Method]] = {
         "order": order(base) | random,
         "kernels": kernels(base) | random,
         "data_size": {
-            f"{size or 'all'} images a class": replace(base, num_per_class=size)
+            f"{size or 'all'} images per class": replace(base, num_per_class=size)
             for size in (100, 1000, None)
         },
     }
-    groups |= {name: Comparison(entries, (10,), judges) for name, entries in varied.items()}
-    few: dict[str, Entry] = {"ECHO": base, "DM": dm(base), **random}
-    groups["architectures"] = Comparison(few, (10,), cross_architecture(judge))
+    groups |= {name: Comparison(methods, (10,), evaluations) for name, methods in varied.items()}
+    few: dict[str, Method] = {"ECHO": base, "DM": dm(base), **random}
+    groups["architectures"] = Comparison(few, (10,), cross_architecture(evaluation))
     return groups

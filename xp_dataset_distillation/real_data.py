@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ from jax import lax
 from jaxtyping import Array, Int, Int32, PRNGKeyArray, UInt8
 
 from lib import datasets
-from lib.datasets import Dataset, Normalization
+from lib.datasets import Dataset, Normalisation
+from lib.numerics import named_key
+from xp_dataset_distillation.config import Method
 
-# What the literature of condensation normalises with, so that its numbers compare. CIFAR-10's
+# What the literature of condensation normalizes with, so that its numbers compare. CIFAR-10's
 # deviations are means of every image's own, and smaller than those over all pixels.
 PUBLISHED = {
     "mnist": Normalization((0.1307,), (0.3081,)),
@@ -21,6 +24,12 @@ PUBLISHED = {
     "cifar10": Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "svhn": Normalization((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
 }
+
+
+WITHOUT_FLIPS = ("digits", "mnist", "svhn", "usps", "kmnist")
+"""A mirrored digit or letter is another one or none: data sets of these, in whatever size."""
+
+AnyMethod = TypeVar("AnyMethod", bound=Method)
 
 
 @partial(
@@ -65,17 +74,63 @@ class RealData:
         return height, width, channels
 
 
+class Setting(NamedTuple):
+    """What objective and classifiers must know of the images; hashable."""
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flips: bool
+
+    def normalized(self, images: Array) -> Array:
+        """(images - mean) / std by channel, the last axis."""
+        shape = (1,) * (images.ndim - 1) + (-1,)
+        mean, std = (jnp.asarray(v, images.dtype).reshape(shape) for v in (self.mean, self.std))
+        return (images - mean) / std
+
+
+def setting_of(method: Method, real: RealData) -> Setting:
+    flips = getattr(method, "flips", None)
+    if flips is None:
+        flips = may_be_mirrored(real.origin, real.class_names)
+    return Setting(real.num_classes, real.image_shape, real.mean, real.std, flips)
+
+
+def may_be_mirrored(origin: str | None, class_names: tuple[str, ...]) -> bool:
+    """Not digits and letters: `WITHOUT_FLIPS`, or images whose classes are all called by one."""
+    characters = all(len(name) == 1 and name.isalnum() for name in class_names)
+    return not (origin in WITHOUT_FLIPS or characters)
+
+
+def known_by_content(method: AnyMethod, data_root: Path | None) -> AnyMethod:
+    """The settings by which results are known: `lib.datasets.identity` in place of a path."""
+    content = datasets.identity(method.dataset, data_root=data_root)
+    return dataclasses.replace(method, dataset=content)
+
+
+def training_images(
+    method: Method, data_root: Path | None
+) -> tuple[RealData, tuple[np.ndarray | Array, np.ndarray] | None]:
+    """The training images that a method may use, and, with their labels, those it holds out. Both
+    draws are the same for all seeds."""
+    real, out = load(method.dataset, data_root=data_root, size=method.size), None
+    if method.held_out:
+        key = named_key(jax.random.key(0), "held out")
+        real, images, labels = held_out(key, real, method.held_out)
+        out = images, labels
+    if method.num_per_class is not None:
+        real = subset(named_key(jax.random.key(0), "subset"), real, method.num_per_class)
+    return real, out
+
+
 def load(
-    name: str | Path,
-    *,
-    data_root: str | Path | None = None,
-    size: int | None = None,
-    normalisation: Normalization | None = None,
+    name: str | Path, *, data_root: str | Path | None = None, size: int | None = None
 ) -> RealData:
     """The training images of `lib.datasets.load`, resized to `size` x `size` if that is given.
 
-    Normalization is the published one for the data sets of `PUBLISHED` in their own size, else
-    that of the images (after `subset` and `held_out`, of those that are left); or the one given.
+    Images are normalized by the published constants for the data sets of `PUBLISHED` in their own
+    size, else by their own (after `subset` and `held_out`, of those that are left).
     Raises as `lib.datasets.load` and `from_dataset`.
     """
     if size is not None and size < 1:
@@ -83,10 +138,10 @@ def load(
     dataset = datasets.load(name, split="train", data_root=data_root)
     if size is not None and dataset.image_shape[:2] != (size, size):
         dataset = datasets.resize(dataset, size)
-    return from_dataset(dataset, normalisation=normalisation)
+    return from_dataset(dataset)
 
 
-def from_dataset(dataset: Dataset, *, normalisation: Normalization | None = None) -> RealData:
+def from_dataset(dataset: Dataset) -> RealData:
     """The data set sorted by class, in its own order within a class; see `load`.
 
     Raises ValueError for labels outside of 0..C-1, for a class without images, and for another
@@ -105,9 +160,8 @@ def from_dataset(dataset: Dataset, *, normalisation: Normalization | None = None
         raise ValueError(
             f"class {names[label]!r} of {dataset.name} has no image: no label is {label}"
         )
-    if normalisation is None and dataset.name == dataset.origin:
-        normalisation = PUBLISHED.get(dataset.name)
-    constants = normalisation or _constants(dataset)
+    published = PUBLISHED.get(dataset.name) if dataset.name == dataset.origin else None
+    constants = published or _constants(dataset)
     return RealData(
         images=dataset.images[np.argsort(labels, kind="stable")],
         counts=tuple(counts.tolist()),
@@ -116,17 +170,17 @@ def from_dataset(dataset: Dataset, *, normalisation: Normalization | None = None
         mean=tuple(constants.mean),
         std=tuple(constants.std),
         origin=dataset.origin,
-        own_constants=normalisation is None,
+        own_constants=published is None,
     )
 
 
-def _constants(dataset: Dataset) -> Normalization:
-    found = datasets.normalization_constants(dataset)
-    for channel in np.flatnonzero(np.array(found.std) == 0):
+def _constants(dataset: Dataset) -> Normalisation:
+    constants = datasets.normalisation_constants(dataset)
+    for channel in np.flatnonzero(np.array(constants.std) == 0):
         raise ValueError(
             f"channel {channel} of {dataset.name} is the same in every pixel of every image"
         )
-    return found
+    return constants
 
 
 def check_images_per_class(real: RealData, num: int) -> None:
@@ -176,33 +230,17 @@ def subset(key: PRNGKeyArray, real: RealData, num_per_class: int) -> RealData:
 
 
 def held_out(
-    key: PRNGKeyArray,
-    real: RealData,
-    *,
-    num_per_class: int | None = None,
-    share: float | None = None,
+    key: PRNGKeyArray, real: RealData, num: int
 ) -> tuple[RealData, UInt8[np.ndarray | Array, "m height width channels"], Int32[np.ndarray, " m"]]:
-    """(the rest, held-out images, their labels): to tune on training images alone.
-
-    Held out of every class are `num_per_class` images, or `share` of its images, rounded down but
-    at least one. Raises ValueError unless one of the two is given, and where nothing of a class
-    would be left, naming it.
-    """
-    if num_per_class is not None and share is None:
-        check_images_per_class(real, num_per_class)
-        nums = [num_per_class] * real.num_classes
-    elif share is not None and num_per_class is None:
-        if not 0 < share < 1:
-            raise ValueError(f"share must lie between 0 and 1, got {share}")
-        nums = [max(1, int(share * count)) for count in real.counts]
-    else:
-        raise ValueError("hold out either num_per_class images or a share, one of the two")
-    for name, count, num in zip(real.class_names, real.counts, nums):
+    """(the rest, `num` held-out images of every class, their labels): to tune on training images
+    only. Raises ValueError naming a class of which nothing would be left."""
+    check_images_per_class(real, num)
+    for name, count in zip(real.class_names, real.counts):
         if num >= count:
             raise ValueError(f"holding out {num} of the {count} images of {name!r} leaves none")
     shuffled = _shuffled_places(key, real)
-    out = np.concatenate([np.sort(places[:num]) for places, num in zip(shuffled, nums)])
-    rest = _chosen(real, [places[num:] for places, num in zip(shuffled, nums)])
+    out = np.concatenate([np.sort(places[:num]) for places in shuffled])
+    rest = _chosen(real, [places[num:] for places in shuffled])
     return rest, np.asarray(real.images)[out], real.labels[out]
 
 

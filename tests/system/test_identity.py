@@ -15,11 +15,12 @@ from PIL import Image
 from lib import datasets, runs
 from lib.rows.files import open_rows
 from lib.runs import sweeps
-from xp_data_mixing import experiments as mixing
-from xp_data_mixing.config import Samples, SolversConfig
-from xp_dataset_distillation import condense, evaluation
-from xp_dataset_distillation.config import BaselineConfig, CondenseConfig, Judged
-from xp_dataset_distillation.presets import QUICK_JUDGE
+from xp_data_mixing.study import experiments as mixing
+from xp_data_mixing.study.config import Samples, SolversConfig
+from xp_dataset_distillation import condense
+from xp_dataset_distillation import experiments as distillation
+from xp_dataset_distillation.config import BaselineConfig, CondenseConfig
+from xp_dataset_distillation.presets import QUICK_EVALUATION
 from xp_gmm_source import flow as source_flow
 from xp_gmm_source import gmm_files, gmm_fit
 from xp_gmm_source.config import FlowConfig
@@ -163,8 +164,8 @@ COMMANDS = {
     ),
     "gmm_fit": lambda path: gmm_fit.main(gmm_fit.Arguments(dataset=path, n_components=1)),
     "condense": lambda path: condense.condense(CondenseConfig(path), seed=0, **WHERE),
-    "evaluate": lambda path: evaluation.evaluate(
-        BaselineConfig(path), Judged(QUICK_JUDGE.evaluator), seed=0, **WHERE
+    "evaluate": lambda path: distillation.evaluate(
+        BaselineConfig(path), QUICK_EVALUATION, seed=0, **WHERE
     ),
     "mixing": lambda path: mixing.run_one(
         "solvers", SolversConfig(Samples(path)), 0, mixing.Arguments()

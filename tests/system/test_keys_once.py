@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax._src import prng
 
-from xp_data_mixing import coverage
-from xp_data_mixing.config import CoverageConfig, Samples
-from xp_dataset_distillation import evaluation
-from xp_dataset_distillation.config import BaselineConfig, Evaluator, Judged
+from xp_data_mixing.study import coverage
+from xp_data_mixing.study.config import CoverageConfig, Samples
+from xp_dataset_distillation import experiments as distillation
+from xp_dataset_distillation.config import BaselineConfig, Evaluation, Evaluator
 from xp_drmmd import run as drmmd
 from xp_drmmd import student_teacher
 from xp_drmmd.config import FlowConfig, StudentConfig
@@ -172,10 +172,10 @@ SMALL = {"width": 4, "depth": 2}
 
 def run_baseline(results):
     # Not beside condensed sets: both begin with the seed's own key.
-    entry = BaselineConfig("digits", held_out=5, num_per_class=20)
-    judged = Judged(Evaluator(num_epochs=2, cutmix=1.0, **SMALL), num_networks=2)
+    config = BaselineConfig("digits", held_out=5, num_per_class=20)
+    evaluation = Evaluation(Evaluator(num_epochs=2, cutmix=1.0, **SMALL), num_networks=2)
     for seed in SEEDS:
-        evaluation.evaluate(entry, judged, seed=seed, results=results, data_root=None)
+        distillation.evaluate(config, evaluation, seed=seed, results=results, data_root=None)
 
 
 def run_rings(results):

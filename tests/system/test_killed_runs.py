@@ -172,8 +172,8 @@ run_flow(config, seed=0, results=results)
     "data mixing": (
         """
 from dataclasses import replace
-from xp_data_mixing import experiments
-from xp_data_mixing.config import DIGITS, AblationConfig
+from xp_data_mixing.study import experiments
+from xp_data_mixing.study.config import DIGITS, AblationConfig
 
 config = AblationConfig(
     replace(DIGITS, num_per_class=12, num_target=40), num_targets=2, sizes=(6, 12),
@@ -199,15 +199,15 @@ flow.run_flow(config, seed=0, results=results, show_progress=False)
     ),
     "condensation": (
         """
-from xp_dataset_distillation import evaluation
-from xp_dataset_distillation.config import CondenseConfig, Evaluator, Judged
+from xp_dataset_distillation import experiments
+from xp_dataset_distillation.config import CondenseConfig, Evaluation, Evaluator
 
 config = CondenseConfig(
-    "digits", images_per_class=1, factor=1, start="real", iterations=16, real_batch=4, lr=0.1,
-    augmentation="", width=4, depth=1, records=2,
+    "digits", images_per_class=1, factor=1, start="real", num_steps=16, real_batch=4,
+    step_size=0.1, augmentation="", width=4, depth=1, num_snapshots=2,
 )
-judged = Judged(Evaluator(num_epochs=4, network="mlp", augmentation=""), num_networks=2)
-evaluation.evaluate(config, judged, seed=0, results=results, show_progress=False)
+evaluation = Evaluation(Evaluator(num_epochs=4, network="mlp", augmentation=""), num_networks=2)
+experiments.evaluate(config, evaluation, seed=0, results=results, show_progress=False)
 """,
         40,
     ),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from condensing import SMALL
+from PIL import Image
 
 from lib import augment, devices, gd
 from lib.gd import DivergedError
@@ -14,7 +15,7 @@ from lib.runs.console import Interrupted
 from xp_dataset_distillation import condense, config, losses, objectives
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.factor import decode
-from xp_dataset_distillation.real_data import draw_batch
+from xp_dataset_distillation.real_data import Setting, draw_batch
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +23,21 @@ def digits():
     return condense.problem(SMALL, None)
 
 
-def setting(settings: CondenseConfig, digits):
-    """(x [classes, n, d], target, objective's Setting)."""
+def arguments_of(settings: CondenseConfig, digits, *, step=0):
+    """x [classes, n, d], target, key and step."""
     x = condense.start(jax.random.key(1), settings, digits.real)
     target = objectives.Target(
         jax.tree.map(jnp.asarray, digits.real), jax.random.key_data(jax.random.key(2))
     )
-    return jnp.asarray(x.reshape(*x.shape[:2], -1)), target, digits.setting
+    return jnp.asarray(x.reshape(*x.shape[:2], -1)), target, jax.random.key(3), jnp.asarray(step)
+
+
+def evaluated(settings: CondenseConfig, digits, mesh=None, *, step=0):
+    """(loss, gradient)."""
+    function = jax.jit(objectives.objective(settings, digits.setting, mesh))
+    loss, gradient, following = function(*arguments_of(settings, digits, step=step))
+    assert int(following) == step + 1
+    return loss, np.asarray(gradient)
 
 
 # ---- The objective
@@ -44,26 +53,24 @@ def setting(settings: CondenseConfig, digits):
     ],
 )
 def test_the_objective_is_a_loop_over_classes_and_networks(settings, digits):
-    x, target, about = setting(settings, digits)
-    key, step = jax.random.key(3), jnp.asarray(7)
-    value, gradient, following = jax.jit(objectives.objective(settings, about))(
-        x, target, key, step
-    )
-    assert int(following) == 8
+    setting = digits.setting
+    x, target, key, _ = arguments_of(settings, digits)
+    value, gradient = evaluated(settings, digits, step=7)
 
     batch_key, change_key, loss_key, _ = jax.random.split(key, 4)
     real = np.asarray(draw_batch(batch_key, target.real, settings.real_batch)) / np.float32(255)
     changes = jax.random.split(change_key, 10)
     keys = jax.random.split(loss_key, 10)
-    network_key = jax.random.fold_in(jax.random.key(2), 7 // settings.iterations_per_network)
+    network_key = jax.random.fold_in(jax.random.key(2), 7 // settings.steps_per_network)
     augmentation = augment.parse(settings.augmentation, dialect="idc", flips=False)
     class_loss = losses.class_loss(settings.kernel)
-
-    network = None if settings.space == "pixels" else objectives.feature_network(settings, about)
+    network = None
+    if settings.space == "features":
+        network = objectives.feature_network(settings, setting)
 
     @jax.jit
     @jax.value_and_grad
-    def of_one(x, real, change_key, loss_key, network_key):
+    def of_class(x, real, change_key, loss_key, network_key):
         """The loss of one class under one network."""
         change = augment.draw(change_key, augmentation, None)
         pair = [
@@ -74,81 +81,59 @@ def test_the_objective_is_a_loop_over_classes_and_networks(settings, digits):
             return class_loss(loss_key, *(images.reshape(len(images), -1) for images in pair))
         parameters = network.init(network_key, jnp.zeros((1, 8, 8, 1)))
         features = [
-            network.apply(parameters, (images - about.mean[0]) / about.std[0]) for images in pair
+            network.apply(parameters, (images - setting.mean[0]) / setting.std[0])
+            for images in pair
         ]
         return class_loss(loss_key, *features)
 
-    seeds = jax.random.split(network_key, settings.num_networks)
-    found = [
-        [of_one(x[c], jnp.asarray(real[c]), changes[c], keys[c], seed) for seed in seeds]
-        for c in range(10)
+    pairs = [
+        [of_class(x[c], jnp.asarray(real[c]), changes[c], keys[c], seed) for c in range(10)]
+        for seed in jax.random.split(network_key, settings.num_networks)
     ]
-    expected = sum(np.mean([value for value, _ in row]) for row in found)
-    expected_gradient = np.stack([np.mean([g for _, g in row], axis=0) for row in found])
+    expected = np.mean([sum(value for value, _ in row) for row in pairs])
+    expected_gradient = np.mean([np.stack([g for _, g in row]) for row in pairs], axis=0)
     np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
     scale = np.abs(expected_gradient).max()
     np.testing.assert_allclose(gradient, expected_gradient, atol=2e-4 * scale)
 
 
-def test_a_mesh_of_one_device_changes_nothing(digits):
-    settings = replace(SMALL, space="pixels", kernel="linear", augmentation="")
-    x, target, about = setting(settings, digits)
-    arguments = x, target, jax.random.key(3), jnp.asarray(0)
-    found = [
-        jax.jit(objectives.objective(settings, about, mesh))(*arguments)
-        for mesh in (None, devices.device_mesh(1))
-    ]
-    jax.tree.map(np.testing.assert_array_equal, *found)
-
-
-def test_chunks_of_classes_change_rounding_alone(digits):
-    x, target, about = setting(SMALL, digits)
-    found = [
-        jax.jit(objectives.objective(replace(SMALL, class_chunk=chunk), about))(
-            x, target, jax.random.key(3), jnp.asarray(0)
-        )
-        for chunk in (None, 3)  # 2 at a time: the largest divisor of 10
-    ]
-    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
-    np.testing.assert_allclose(
-        found[0][1], found[1][1], atol=1e-5 * float(jnp.abs(found[0][1]).max())
+def test_neither_a_mesh_of_one_device_nor_chunks_of_classes_change_more_than_rounding(digits):
+    settings = replace(SMALL, space="pixels", kernel="linear")
+    whole = evaluated(settings, digits)
+    jax.tree.map(
+        np.testing.assert_array_equal, whole, evaluated(settings, digits, devices.device_mesh(1))
     )
+    # 2 at a time: the largest divisor of 10.
+    value, gradient = evaluated(replace(settings, class_chunk=3), digits)
+    np.testing.assert_allclose(value, whole[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, whole[1], atol=1e-5 * np.abs(gradient).max())
 
 
 def test_at_most_so_many_decoded_images_are_used(digits):
     settings = replace(SMALL, images_per_class=5, factor=2, most_decoded=8, start="noise")
-    x, target, about = setting(settings, digits)
-    _, gradient, _ = jax.jit(objectives.objective(settings, about))(
-        x, target, jax.random.key(3), jnp.asarray(0)
-    )
-    moved = (np.abs(np.asarray(gradient)) > 0).any(axis=2)
+    _, gradient = evaluated(settings, digits)
+    moved = (np.abs(gradient) > 0).any(axis=2)
     np.testing.assert_array_equal(moved.sum(axis=1), 2)
     assert len({tuple(row) for row in moved}) > 1  # each class its own
 
 
 def test_mmdsw_compares_all_classes_at_once(digits):
     settings = replace(config.mmdsw(SMALL), augmentation="", num_directions=9, space="pixels")
-    x, target, about = setting(settings, digits)
-    key = jax.random.key(3)
-    value, gradient, _ = jax.jit(objectives.objective(settings, about))(
-        x, target, key, jnp.asarray(0)
-    )
+    value, gradient = evaluated(settings, digits)
+    x, target, key, _ = arguments_of(settings, digits)
     batch_key, _, loss_key, _ = jax.random.split(key, 4)
     real = jnp.asarray(draw_batch(batch_key, target.real, 5), jnp.float32) / 255
     expected, expected_gradient = jax.value_and_grad(
         lambda x: losses.dataset_loss(loss_key, x, real.reshape(10, 5, -1), num_directions=9)
     )(x)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(
-        gradient, expected_gradient, atol=1e-5 * float(jnp.abs(expected_gradient).max())
-    )
+    scale = np.abs(gradient).max()
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5 * scale)
 
 
 def test_networks_stay_for_some_steps(digits):
-    x, target, about = setting(SMALL, digits)
-    value = jax.jit(objectives.objective(SMALL, about))
-    values = [float(value(x, target, jax.random.key(3), jnp.asarray(t))[0]) for t in (0, 4, 5)]
-    assert values[0] == values[1] != values[2]
+    first, fifth, sixth = (evaluated(SMALL, digits, step=step)[0] for step in (0, 4, 5))
+    assert first == fifth != sixth
 
 
 # ---- The step
@@ -156,29 +141,29 @@ def test_networks_stay_for_some_steps(digits):
 
 @pytest.mark.parametrize("classes", [1, 3, 10])
 def test_the_joint_step_is_the_published_loop_over_classes(classes):
-    """Independent quadratics, one a class; the momentum of a class coasts through the turns of the
-    others. Compared where a class is about to be differentiated again."""
+    """Independent quadratics, one per class; the momentum of a class coasts through the turns of
+    the others. Compared where a class is about to be differentiated again."""
     rng = np.random.default_rng(0)
-    centres, start = rng.normal(size=(2, classes, 4))
+    centers, start = rng.normal(size=(2, classes, 4))
     curvature = rng.uniform(0.5, 2, size=(classes, 1))
-    lr, m, iterations = 0.05, 0.5, 20
-    settings = replace(SMALL, lr=lr, momentum=m, sequential=True)
-    about = objectives.Setting(classes, (8, 8, 1), (0.5,), (0.5,), flips=False)
-    step, momentum = objectives.step_of(settings, about)
+    step_size, m, num_steps = 0.05, 0.5, 20
+    settings = replace(SMALL, step_size=step_size, momentum=m, sequential=True)
+    setting = Setting(classes, (8, 8, 1), (0.5,), (0.5,), flips=False)
+    joint_size, momentum = objectives.step_of(settings, setting)
     x, velocity = start, np.zeros_like(start)
-    for _ in range(iterations):
-        velocity = curvature * (x - centres) + momentum * velocity
-        x = x - step * velocity
+    for _ in range(num_steps):
+        velocity = curvature * (x - centers) + momentum * velocity
+        x = x - joint_size * velocity
 
     published, buffer = start, np.zeros_like(start)
-    for turn in range((iterations + 1) * classes):
+    for turn in range((num_steps + 1) * classes):
         c = turn % classes
-        if turn >= iterations * classes:
+        if turn >= num_steps * classes:
             np.testing.assert_allclose(x[c], published[c], rtol=1e-12)
         gradient = np.zeros_like(start)
-        gradient[c] = (curvature * (published - centres))[c]
+        gradient[c] = (curvature * (published - centers))[c]
         buffer = gradient + m * buffer
-        published = published - lr * buffer
+        published = published - step_size * buffer
 
 
 def test_images_stay_in_the_unit_interval():
@@ -192,7 +177,12 @@ def test_images_stay_in_the_unit_interval():
 
 
 def test_a_run_condenses_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, monkeypatch):
-    settings = replace(SMALL, iterations=6)
+    settings = replace(SMALL, num_steps=6)
+    folder = condense.main(condense.Arguments(**vars(settings), results=tmp_path / "a"))
+    assert len(list(folder.glob("images/*/001.png"))) == 10
+    for name in ("condensed.png", "along.png"):
+        with Image.open(folder.parent / name) as image:
+            assert min(image.size) > 100
     whole = condense.condense(settings, seed=0, results=tmp_path / "a", show_progress=False)
     stored = whole.load_arrays()
     assert stored["images"].shape == (10, 2, 8, 8, 1)
@@ -224,11 +214,8 @@ def test_a_run_condenses_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, 
 
 
 def test_a_loss_of_nan_stops_the_run(tmp_path, monkeypatch):
-    def broken(settings, about, mesh=None):
-        def value_and_grad(x, target, key, step):
-            return jnp.sum(x) * jnp.nan, x, step + 1
-
-        return value_and_grad
+    def broken(settings, setting, mesh=None):
+        return lambda x, target, key, step: (jnp.sum(x) * jnp.nan, x, step + 1)
 
     monkeypatch.setattr(condense, "objective", broken)
     with pytest.raises(DivergedError, match="step 0"):
@@ -245,12 +232,9 @@ def test_starts(start, digits):
     again = condense.start(jax.random.key(0), settings, digits.real)
     np.testing.assert_array_equal(images, again)
     if start == "real":
-        train = digits.real.images.reshape(len(digits.real.images), -1)
-        for c in range(10):
-            first = digits.real.starts[c]
-            own = {row.tobytes() for row in train[first : first + digits.real.counts[c]]}
-            for image in images[c]:
-                assert np.rint(image * 255).astype(np.uint8).tobytes() in own
+        for label, of_class in enumerate(np.rint(images * 255).astype(np.uint8)):
+            members = digits.real.images[digits.real.labels == label]
+            assert {image.tobytes() for image in of_class} <= {row.tobytes() for row in members}
 
 
 # ---- Bad input
@@ -261,7 +245,7 @@ def test_starts(start, digits):
     [
         ({"images_per_class": 0}, "images_per_class must be at least 1"),
         ({"momentum": 1.0}, "momentum"),
-        ({"lr": -1.0}, "lr must be positive"),
+        ({"step_size": -1.0}, "step_size must be positive"),
         ({"factor": 3, "most_decoded": 8}, "most_decoded 8"),
         ({"method": "mmdsw", "class_chunk": 2}, "class_chunk"),
         ({"held_out": -1}, "held_out"),

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lib import sliced_wasserstein
 from xp_dataset_distillation import losses
@@ -50,40 +48,33 @@ def kernel_of(name, x, y, scale=1.0):
     }[name]
 
 
-@pytest.mark.parametrize("name", ["gaussian", "gaussian_fixed", "linear", "polynomial", "energy"])
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("gaussian", 1.0), ("gaussian", 0.3), ("gaussian_fixed", 1.0), ("linear", 1.0),
+     ("polynomial", 1.0), ("energy", 1.0)],
+)  # fmt: skip
 @pytest.mark.parametrize("sizes", [(4, 6, 5), (1, 7, 12)])
-def test_class_losses_are_the_biased_mmd_of_their_kernels(name, sizes):
+def test_class_losses_are_the_biased_mmd_of_their_kernels(name, scale, sizes):
     x, y = samples(*sizes)
-    expected = loop_mmd(kernel_of(name, x, y), x, y)
+    expected = loop_mmd(kernel_of(name, x, y, scale), x, y)
     with jax.enable_x64(True):
-        found = losses.class_loss(name)(KEY, jnp.asarray(x), jnp.asarray(y))
-        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
+        loss = losses.class_loss(name, scale=scale)(KEY, jnp.asarray(x), jnp.asarray(y))
+        np.testing.assert_allclose(loss, expected, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["gaussian", "linear", "polynomial", "energy"])
-def test_gradients_are_those_of_finite_differences(name):
+def test_the_gradient_is_that_of_finite_differences_at_a_constant_bandwidth():
     x, y = samples(3, 4, 3)
-    bandwidth = loop_bandwidth(x, y)
-
-    def value(x):
-        kernel = kernel_of(name, x, y)
-        if name == "gaussian":  # the bandwidth is a constant of the step
-
-            def kernel(p, q):
-                squared = np.sum((p - q) ** 2)
-                return sum(np.exp(-squared / (bandwidth * 2.0**k)) for k in range(-2, 3))
-
-        return loop_mmd(kernel, x, y)
+    kernel = published(1.0, x, y)
 
     expected = np.zeros_like(x)
     for where in np.ndindex(x.shape):
         step = np.zeros_like(x)
         step[where] = 1e-6
-        expected[where] = (value(x + step) - value(x - step)) / 2e-6
+        expected[where] = (loop_mmd(kernel, x + step, y) - loop_mmd(kernel, x - step, y)) / 2e-6
     with jax.enable_x64(True):
-        loss = losses.class_loss(name)
-        found = jax.grad(lambda x: loss(KEY, x, jnp.asarray(y)))(jnp.asarray(x))
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
+        loss = losses.class_loss("gaussian")
+        gradient = jax.grad(lambda x: loss(KEY, x, jnp.asarray(y)))(jnp.asarray(x))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
@@ -99,46 +90,12 @@ def test_random_features_are_unbiased_for_the_gaussian_loss(scale):
     assert error < 0.05 * expected
 
 
-def test_bandwidths_scale():
-    x, y = samples()
-    expected = loop_mmd(published(3.0, x, y), x, y)
-    found = losses.gaussian(3.0)(KEY, jnp.float32(x), jnp.float32(y))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6))
-@settings(max_examples=15, deadline=None)
-def test_mean_squared_distance_is_that_of_all_pairs(n, m, f, seed):
-    x, y = samples(n, m, f, seed)
-    with jax.enable_x64(True):
-        found = losses.mean_squared_distance(jnp.asarray(x), jnp.asarray(y))
-        np.testing.assert_allclose(found, loop_bandwidth(x, y), rtol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["gaussian", "gaussian_fixed", "linear", "energy", "rff"])
-def test_a_sample_is_at_distance_0_from_itself(name):
-    x = jnp.float32(samples()[0])
-    loss = losses.class_loss(name)
-    assert abs(float(loss(KEY, x, x))) < 1e-6
-    assert float(loss(KEY, x, x + 1)) > 1e-2
-
-
 def test_identical_points_everywhere_give_no_nan():
     x = jnp.ones((3, 4))
     loss = losses.class_loss("gaussian")
     value, gradient = jax.value_and_grad(lambda x: loss(KEY, x, jnp.ones((5, 4))))(x)
     assert float(value) == 0
     np.testing.assert_array_equal(gradient, 0)
-
-
-def test_only_the_whole_distribution_tells_equal_means_apart():
-    """DM's blind spot: equal means, unequal spreads."""
-    x = np.asarray([[-1.0, 0.0], [1.0, 0.0]])
-    y = 2 * x
-    with jax.enable_x64(True):
-        x, y = jnp.asarray(x), jnp.asarray(y)
-        assert float(losses.linear(KEY, x, y)) == 0
-        assert float(losses.class_loss("gaussian")(KEY, x, y)) > 0.05
 
 
 def test_a_kernel_that_is_not_there():

@@ -1,4 +1,4 @@
-"""Condensed sets on disk: the round trip, the reader that needs numpy alone, and damaged files."""
+"""Condensed sets on disk: the round trip, the reader that needs only numpy, and damaged files."""
 
 import json
 import os
@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from lib import datasets, runs
 from xp_dataset_distillation import condensed_numpy, export, factor
 from xp_dataset_distillation.export import Condensed
 
+ABOUT = {"settings": {"steps": 3, "rates": [0.1, 1.0]}, "commit": "abc"}
 FASHION = ("T-shirt/top", "Trouser", "Bag")
 
 
@@ -29,23 +29,24 @@ def condensed(*, num=2, shape=(7, 6, 3), names=("ant", "bee", "cat"), cells=2, s
         mean=np.array([0.1307, 0.5, 0.25][:channels], np.float32),
         std=np.array([0.3081, 0.2, 0.1][:channels], np.float32),
         dataset="insects",
-        about={"settings": {"steps": 3, "rates": [0.1, 1.0]}, "commit": "abc"},
+        about=ABOUT,
     )
 
 
-def assert_same(one: Condensed, other: Condensed):
+def assert_same(loaded: Condensed, stored: Condensed):
     for name in ("images", "mean", "std"):
-        assert getattr(one, name).dtype == np.float32
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert getattr(loaded, name).dtype == np.float32
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(stored, name))
     for name in ("class_names", "factor", "dataset", "about"):
-        assert getattr(one, name) == getattr(other, name)
+        assert getattr(loaded, name) == getattr(stored, name)
 
 
 # ---- Round trips
 
 
-@pytest.mark.parametrize("names", [("ant", "bee", "cat"), FASHION, ("only",)])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("names", "channels"), [(("ant", "bee", "cat"), 1), (FASHION, 3), (("only",), 3)]
+)
 def test_what_is_saved_is_loaded_bit_for_bit_and_is_a_folder_of_images(tmp_path, names, channels):
     stored = condensed(names=names, shape=(7, 6, channels))
     export.save(tmp_path / "deep" / "set", stored)
@@ -64,27 +65,14 @@ def test_the_metadata_of_the_archive_are_those_of_the_file_and_say_it_all(tmp_pa
     export.save(tmp_path / "set", condensed())
     metadata = json.loads((tmp_path / "set" / "metadata.json").read_text())
     assert metadata == condensed_numpy.read(tmp_path / "set")[2]
-    assert metadata["mean"] == [0.1307, 0.5, 0.25]
-    assert metadata["std"] == [0.3081, 0.2, 0.1]
-    assert metadata["factor"] == 2
-    assert metadata["class_names"] == ["ant", "bee", "cat"]
-    assert metadata["dataset"] == "insects"
-    assert metadata["image_shape"] == [7, 6, 3]
-    assert metadata["about"]["settings"] == {"steps": 3, "rates": [0.1, 1.0]}
+    expected = {
+        "mean": [0.1307, 0.5, 0.25], "std": [0.3081, 0.2, 0.1], "factor": 2, "dataset": "insects",
+        "class_names": ["ant", "bee", "cat"], "image_shape": [7, 6, 3], "about": ABOUT,
+    }  # fmt: skip
+    assert expected.items() <= metadata.items()
     assert "align_corners=False" in metadata["decode"]
-
-
-def test_the_commit_is_noted_where_none_is_given(tmp_path):
     export.save(tmp_path / "set", condensed()._replace(about={}))
-    found = export.load(tmp_path / "set").about
-    assert found["commit"] == runs.environment()["commit"]
-
-
-def test_many_images_keep_their_order_as_files(tmp_path):
-    stored = condensed(num=1002, shape=(2, 2, 1), names=("a",), cells=1)
-    export.save(tmp_path / "set", stored)
-    wanted = np.rint(stored.images[0].astype(np.float64) * 255)
-    np.testing.assert_array_equal(datasets.load(tmp_path / "set").images, wanted)
+    assert export.load(tmp_path / "set").about["commit"] == runs.environment()["commit"]
 
 
 @settings(deadline=None, max_examples=50)
@@ -122,22 +110,6 @@ def test_another_export_is_replaced_whole_and_anything_else_is_kept(tmp_path):
         export.save(tmp_path / "file", condensed())
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch, there):
-    if there:
-        export.save(tmp_path / "set", condensed(num=3))
-
-    def fail(*arguments):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        export.save(tmp_path / "set", condensed(num=1))
-    assert os.listdir(tmp_path) == ["set"] * there
-    if there:
-        assert_same(export.load(tmp_path / "set"), condensed(num=3))
-
-
 def test_a_failed_swap_puts_the_old_export_back(tmp_path, monkeypatch):
     export.save(tmp_path / "set", condensed(num=3))
     rename, calls = os.replace, []
@@ -156,17 +128,10 @@ def test_a_failed_swap_puts_the_old_export_back(tmp_path, monkeypatch):
     assert_same(export.load(tmp_path / "set"), condensed(num=3))
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path):
-    (tmp_path / ".set.0123.tmp" / "images").mkdir(parents=True)
-    export.save(tmp_path / "set", condensed())
-    assert os.listdir(tmp_path) == ["set"]
+# ---- With only numpy
 
 
-# ---- With numpy alone
-
-
-@pytest.mark.parametrize("cells", [1, 2, 3])
-@pytest.mark.parametrize("shape", [(8, 8, 1), (7, 10, 3)])
+@pytest.mark.parametrize(("shape", "cells"), [((8, 8, 1), 1), ((8, 8, 1), 2), ((7, 10, 3), 3)])
 def test_decoding_with_numpy_is_that_of_the_runs(tmp_path, shape, cells):
     stored = condensed(shape=shape, cells=cells)
     export.save(tmp_path / "set", stored)
@@ -177,11 +142,9 @@ def test_decoding_with_numpy_is_that_of_the_runs(tmp_path, shape, cells):
     np.testing.assert_array_equal(labels, np.repeat(np.arange(3), 2 * cells**2))
 
 
-@pytest.mark.parametrize("path", [".", "condensed.npz"])
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("cells", [1, 2])
-def test_what_is_loaded_trains_a_network_of_torch_as_it_is(tmp_path, path, channels, cells):
-    """Images normalised as the docstring says, in either order of the axes."""
+@pytest.mark.parametrize(("path", "channels", "cells"), [(".", 1, 2), ("condensed.npz", 3, 1)])
+def test_what_is_loaded_is_normalized_for_torch_as_it_is(tmp_path, path, channels, cells):
+    """Images normalized as the docstring says, in either order of the axes."""
     torch = pytest.importorskip("torch")
     stored = condensed(shape=(8, 6, channels), cells=cells)
     export.save(tmp_path / "set", stored)
@@ -195,11 +158,7 @@ def test_what_is_loaded_trains_a_network_of_torch_as_it_is(tmp_path, path, chann
     mean, std = (torch.from_numpy(x)[:, None, None] for x in (mean, std))
     by_torch = (torch.from_numpy(images.transpose(0, 3, 1, 2).copy()) - mean) / std
     torch.testing.assert_close(by_torch, inputs)
-    layers = torch.nn.Conv2d(channels, 2, 3), torch.nn.Flatten(), torch.nn.LazyLinear(3)
-    network = torch.nn.Sequential(*layers)
-    loss = torch.nn.functional.cross_entropy(network(inputs), torch.from_numpy(labels))
-    loss.backward()
-    assert torch.isfinite(loss)
+    assert torch.from_numpy(labels).dtype == torch.int64
 
 
 def test_the_reader_needs_numpy_and_nothing_else(tmp_path):
@@ -241,20 +200,15 @@ except ImportError:
     ("changed", "message"),
     [
         ({"images": np.full((3, 1, 4, 4, 1), 1.5)}, r"in \[0, 1\], not in \[1.5, 1.5\]"),
-        ({"images": np.full((3, 1, 4, 4, 1), -0.1)}, r"in \[0, 1\], not in \[-0.1, -0.1\]"),
         ({"images": np.full((3, 1, 4, 4, 1), np.nan)}, "NaN"),
         ({"images": np.zeros((3, 1, 4, 4, 2))}, "1 or 3 channels, not 2"),
         ({"images": np.zeros((3, 0, 4, 4, 1))}, r"not float32\[0, 4, 4, 1\]"),
         ({"images": np.zeros((2, 1, 4, 4, 1))}, r"\[3 classes, n, H, W, channels\], not \[2, 1"),
-        ({"images": np.zeros((3, 4, 4, 1))}, r"not \[3, 4, 4, 1\]"),
         ({"class_names": ("a", "b", "a")}, "class names are different"),
-        ({"class_names": ("a", "b", "")}, "class names are different"),
         ({"factor": 5}, "factor 5 leaves no pixels of images of 4 x 4"),
-        ({"factor": 0}, "factor 0 leaves no pixels"),
         ({"factor": 1.5}, "factor is a int, not 1.5"),
         ({"mean": [0.1, 0.2]}, "mean has 1 numbers"),
         ({"std": [0.0]}, "std has 1 positive numbers"),
-        ({"std": [np.nan]}, "std has 1 positive numbers"),
     ],
 )
 def test_sets_that_cannot_be_are_refused_before_anything_is_written(tmp_path, changed, message):
@@ -265,18 +219,6 @@ def test_sets_that_cannot_be_are_refused_before_anything_is_written(tmp_path, ch
     assert not os.listdir(tmp_path)
 
 
-def test_every_flipped_byte_of_the_data_is_noticed(tmp_path):
-    export.save(tmp_path / "set", condensed())
-    path = tmp_path / "set" / "condensed.npz"
-    content = path.read_bytes()
-    for place in range(200, len(content) - 400, 97):
-        changed = bytearray(content)
-        changed[place] ^= 0x10
-        path.write_bytes(changed)
-        with pytest.raises(ValueError, match=r"condensed\.npz"):
-            condensed_numpy.load(path)
-
-
 def test_damaged_and_foreign_files_are_named(tmp_path):
     path = tmp_path / "condensed.npz"
     for reader in (condensed_numpy.load, export.load):
@@ -284,12 +226,9 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
             reader(path)
     export.save(tmp_path / "set", condensed())
     content = (tmp_path / "set" / "condensed.npz").read_bytes()
-    foreign = {
-        "truncated": content[: len(content) // 2],
-        "text": b"hello",
-        "empty": b"",
-    }
-    for written in foreign.values():
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 0x10
+    for written in (content[: len(content) // 2], flipped, b"hello", b""):
         path.write_bytes(written)
         for reader in (condensed_numpy.load, export.load):
             with pytest.raises(ValueError, match=r"condensed\.npz holds no condensed images"):
@@ -303,24 +242,20 @@ def test_archives_with_other_members_are_refused(tmp_path):
     with np.load(tmp_path / "set" / "condensed.npz") as members:
         members = dict(members)
     metadata = json.loads(str(members["metadata"]))
+
+    def changed(**values):
+        return {"metadata": np.asarray(json.dumps(metadata | values))}
+
     cases = [
         ({"images": members["images"]}, "holds no condensed images"),
         (members | {"metadata": np.array({"a": 1}, object)}, "allow_pickle"),
-        (members | {"metadata": np.asarray("no json")}, "holds no condensed images"),
         (members | {"metadata": np.asarray("[1]")}, "not of the format"),
         (members | {"metadata": np.asarray(json.dumps({"format": "x"}))}, "not of the format"),
         (members | {"labels": members["labels"][::-1]}, "labels are int32, 0 to 2 in order"),
-        (members | {"labels": members["labels"].astype(float)}, "labels are int32"),
         (members | {"images": members["images"].astype(float)}, "images are float32"),
         (members | {"images": members["images"][1:]}, "5 images are no equal number of 3"),
-        (
-            members | {"metadata": np.asarray(json.dumps(metadata | {"class_names": [1, 2, 3]}))},
-            "class names are different texts",
-        ),
-        (
-            members | {"metadata": np.asarray(json.dumps(metadata | {"mean": ["a", 1, 2]}))},
-            "mean has 3 numbers",
-        ),
+        (members | changed(class_names=[1, 2, 3]), "class names are different texts"),
+        (members | changed(mean=["a", 1, 2]), "mean has 3 numbers"),
     ]
     for content, message in cases:
         np.savez(path, **content)

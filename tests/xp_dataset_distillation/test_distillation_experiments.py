@@ -1,4 +1,4 @@
-"""The evaluator, comparisons, tables and checks of condensation."""
+"""The evaluator, comparisons, tables, checks and commands of condensation."""
 
 import json
 from dataclasses import replace
@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 import tyro
 from condensing import SMALL
-from PIL import Image
 
 from lib import augment
-from lib.networks import ConvNet, classification, optimizers
-from lib.runs.processes import DeviceOptions
-from lib.runs.settings import settings_of
+from lib.networks import classification, network_by_name, optimizers
 from xp_dataset_distillation import (
     checks,
     condense,
     condensed_numpy,
+    evaluate,
     evaluation,
     experiments,
     presets,
@@ -30,15 +28,15 @@ from xp_dataset_distillation.config import (
     BaselineConfig,
     Comparison,
     CondenseConfig,
+    Evaluation,
     Evaluator,
-    Judged,
     dm,
     mmdsw,
 )
-from xp_dataset_distillation.objectives import Setting
+from xp_dataset_distillation.real_data import Setting, training_images
 
-TINY = replace(SMALL, images_per_class=1, iterations=3, real_batch=4, records=1)
-JUDGE = Judged(
+TINY = replace(SMALL, images_per_class=1, num_steps=3, real_batch=4, num_snapshots=1)
+SHORT = Evaluation(
     Evaluator(num_epochs=2, network="mlp", augmentation=""), num_networks=2, whole_epochs=1
 )
 SETTING = Setting(10, (8, 8, 1), (0.3,), (0.4,), flips=False)
@@ -53,20 +51,21 @@ def test_accuracies_are_those_of_classifiers_trained_by_hand():
     labels = np.repeat(np.arange(10), 2).astype(np.int32)
     shown = rng.integers(0, 256, (30, 8, 8, 1)).astype(np.uint8)
     truth = rng.integers(0, 10, 30).astype(np.int32)
-    evaluator = Evaluator(num_epochs=3, batch_size=8, lr=0.1, network="mlp", milestones=(0.5,))
+    evaluator = Evaluator(
+        num_epochs=3, batch_size=8, learning_rate=0.1, network="mlp", milestones=(0.5,)
+    )
     key = jax.random.key(0)
-    found = evaluation.accuracies(
+    accuracies = evaluation.accuracies(
         key,
         evaluation.TrainingSet(images, labels),
-        evaluation.Judge(shown, truth, SETTING),
+        evaluation.EvaluationSet(shown, truth),
+        SETTING,
         evaluator,
         num_networks=2,
         show_progress=False,
     )
-    from lib.networks import network_by_name
-
     network = network_by_name("mlp", 10, (8, 8, 1))
-    for seed, accuracy in zip(jax.random.split(key, 2), found):
+    for seed, accuracy in zip(jax.random.split(key, 2), accuracies):
         parameters, _ = classification.train(
             seed,
             network,
@@ -83,7 +82,7 @@ def test_accuracies_are_those_of_classifiers_trained_by_hand():
         assert accuracy == pytest.approx(np.mean(np.argmax(logits, axis=1) == truth))
 
 
-def test_batches_are_augmented_image_by_image_then_normalised_then_mixed():
+def test_batches_are_augmented_image_by_image_then_normalized_then_mixed():
     augmentation = augment.parse("color", dialect="dsa")
     images = jnp.ones((6, 8, 8, 1)) * 0.5
     targets = jnp.eye(6)
@@ -91,7 +90,7 @@ def test_batches_are_augmented_image_by_image_then_normalised_then_mixed():
         jax.random.key(0), images, targets
     )
     np.testing.assert_array_equal(same, targets)
-    # Constant images: colour moves each by its own brightness alone.
+    # Constant images: color moves each only by its own brightness.
     levels = np.asarray(changed)[:, 0, 0, 0]
     assert len(set(levels.tolist())) == 6
     np.testing.assert_allclose(np.asarray(changed), levels[:, None, None, None] + 0 * images)
@@ -101,103 +100,49 @@ def test_batches_are_augmented_image_by_image_then_normalised_then_mixed():
     assert (np.max(mixed, axis=1) < 1).any()
 
 
-def test_published_protocols():
-    assert EVALUATORS["dm"].batch_size == 256
-    assert EVALUATORS["dm"].milestones == (0.5,)
-    assert EVALUATORS["idc"].cutmix == 0.5
-    assert EVALUATORS["wow"].optimizer == "adamw"
-    assert {one.num_epochs for one in EVALUATORS.values()} == {1000}
-    optimizer = evaluation.optimizer(EVALUATORS["idc"], 600)
-    assert optimizer is evaluation.optimizer(EVALUATORS["idc"], 600)
-    state, sizes = optimizer.init(jnp.zeros(())), []
-    for _ in range(600):
-        update, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))
-        sizes.append(-float(update))
-    # Momentum .9: 10 times the rate, soon after each milestone.
-    np.testing.assert_allclose([sizes[399], sizes[499], sizes[599]], [0.1, 0.02, 0.004], rtol=1e-3)
-
-
 def test_held_out_images_are_training_images_that_nothing_else_sees():
-    entry = replace(TINY, held_out=7)
-    real, kept = condense.training_images(entry, None)
-    whole, none = condense.training_images(TINY, None)
+    method = replace(TINY, held_out=7)
+    real, held_out = training_images(method, None)
+    whole, none = training_images(TINY, None)
     assert none is None
-    np.testing.assert_array_equal(np.bincount(kept[1]), 7)
+    np.testing.assert_array_equal(np.bincount(held_out[1]), 7)
     np.testing.assert_array_equal(np.asarray(real.counts) + 7, whole.counts)
-    assert len(real.images) + len(kept[0]) == len(whole.images)
-    judged_on = evaluation.judge(entry, real, kept, None)
-    np.testing.assert_array_equal(judged_on.images, kept[0])
-    assert len(evaluation.judge(TINY, whole, None, None).images) == 355
+    test = experiments.evaluation_set(method, real, held_out, None)
+    np.testing.assert_array_equal(test.images, held_out[0])
+    assert len(experiments.evaluation_set(TINY, whole, None, None).images) == 355
+    with pytest.raises(
+        ValueError, match=r"test split of digits .*, its training split \(5, 5, 1\)"
+    ):
+        evaluation.test_split(
+            "digits", "digits", whole.class_names, (5, 5, 1), resized=False, data_root=None
+        )
 
 
 @pytest.mark.parametrize("kind", ["random", "kmeans", "whole"])
 def test_baselines_are_training_sets(kind, tmp_path):
-    entry = BaselineConfig("digits", kind=kind, images_per_class=2)
-    real, _ = condense.training_images(entry, None)
-    found = evaluation.training_set(entry, real, seed=0, results=tmp_path, data_root=None)
-    assert found.images.dtype == np.float32
-    assert found.images.max() <= 1
+    method = BaselineConfig("digits", kind=kind, images_per_class=2)
+    real, _ = training_images(method, None)
+    training = experiments.training_set(method, real, seed=0, results=tmp_path, data_root=None)
+    assert training.images.dtype == np.float32
+    assert training.images.max() <= 1
     expected = np.asarray(real.counts) if kind == "whole" else 2
-    np.testing.assert_array_equal(np.bincount(found.labels), expected + np.zeros(10, int))
-
-
-def test_features_are_those_of_the_trained_network_before_its_last_layer():
-    entry = BaselineConfig(
-        "digits", kind="herding", feature_epochs=1, feature_width=2, feature_depth=1,
-        num_per_class=3,
-    )  # fmt: skip
-    real, _ = condense.training_images(entry, None)
-    images = jnp.asarray(real.images, jnp.float32) / 255
-    features = evaluation.trained_features(jax.random.key(0), entry, real)(images)
-    network = ConvNet(10, depth=1, width=2)
-    normalised = (images - real.mean[0]) / real.std[0]
-    parameters, _ = classification.train(
-        jax.random.key(0),
-        network,
-        normalised,
-        jnp.asarray(real.labels),
-        optimizer=optimizers.adam(1e-3),
-        num_epochs=1,
-        batch_size=256,
-    )
-    last = parameters["params"]["Dense_0"]
-    np.testing.assert_allclose(
-        features @ last["kernel"] + last["bias"][None],
-        network.apply(parameters, normalised),
-        atol=1e-4,
-    )
-
-
-def test_a_set_is_judged_once(tmp_path, monkeypatch):
-    entry = BaselineConfig("digits", images_per_class=1)
-    options = {"seed": 0, "results": tmp_path, "show_progress": False}
-    first = evaluation.evaluate(entry, JUDGE, **options)
-    assert first["accuracies"].shape == (2,)
-    monkeypatch.setattr(evaluation, "accuracies", None)  # would fail if it were called
-    again = evaluation.evaluate(entry, JUDGE, **options)
-    np.testing.assert_array_equal(first["accuracies"], again["accuracies"])
-    assert int(first["num_images"]) == 10
+    np.testing.assert_array_equal(np.bincount(training.labels), expected + np.zeros(10, int))
 
 
 # ---- Comparisons
 
 
 def test_a_group_runs_and_its_summary_tells_all(tmp_path, monkeypatch, capsys):
-    group = Comparison(
-        {"ECHO": TINY, "Random": BaselineConfig("digits"), "whole set": BaselineConfig(
-            "digits", kind="whole")},
-        (2,),
-        {"short": JUDGE},
-    )  # fmt: skip
+    whole = BaselineConfig("digits", kind="whole")
+    methods = {"ECHO": TINY, "Random": BaselineConfig("digits"), "whole set": whole}
+    group = Comparison(methods, (2,), {"short": SHORT})
     monkeypatch.setattr(experiments, "presets", lambda preset: {"digits": group})
     arguments = experiments.Arguments(seeds=(0, 1), results=tmp_path)
     (summary,) = experiments.main(arguments)
     told = json.loads(summary.read_text())
-    assert told["judged_on"] == "the test split"
+    assert told["evaluated_on"] == "the test split"
     rows = {(row["label"], row["images_per_class"]): row for row in told["rows"]}
-    assert set(rows) == {
-        ("ECHO", 2), ("Random", 2), ("whole set", None),
-    }  # fmt: skip
+    assert set(rows) == {("ECHO", 2), ("Random", 2), ("whole set", None)}
     for row in told["rows"]:
         assert np.shape(row["accuracies"]) == (2, 2)
     assert rows["ECHO", 2]["num_images"] == 20
@@ -207,7 +152,11 @@ def test_a_group_runs_and_its_summary_tells_all(tmp_path, monkeypatch, capsys):
     assert len(figures) == 3
     for line in figures:
         assert Path(line.removeprefix("figure:").strip()).stat().st_size > 2000
-    # What was condensed can be read with numpy alone.
+    # A method is evaluated once.
+    monkeypatch.setattr(experiments, "accuracies", None)
+    assert experiments.main(arguments) == [summary]
+    assert json.loads(summary.read_text())["rows"] == told["rows"]
+    # What was condensed can be read with only numpy.
     (folder,) = tmp_path.glob("xp_dataset_distillation/digits-echo-ipc2-*/seed1/condensed")
     images, labels, metadata = condensed_numpy.load(folder / "condensed.npz")
     assert images.shape == (20, 8, 8, 1)
@@ -218,47 +167,50 @@ def test_a_group_runs_and_its_summary_tells_all(tmp_path, monkeypatch, capsys):
 def test_what_arguments_choose():
     arguments = experiments.Arguments(
         preset="paper", only=("order",), labels=("linear, factor 1", "Random"),
-        images_per_class=(5,), dataset="kmnist", iterations=7, held_out=3,
+        images_per_class=(5,), dataset="kmnist", num_steps=7, held_out=3,
     )  # fmt: skip
-    found = experiments.chosen(arguments)
-    assert set(found) == {"order"}
-    entries = found["order"].at(5)
-    assert set(entries) == {"linear, factor 1", "Random"}
-    for entry in entries.values():
-        assert (entry.dataset, entry.images_per_class, entry.held_out) == ("kmnist", 5, 3)
-    assert entries["linear, factor 1"].iterations == 7
+    (group,) = experiments.chosen(arguments).values()
+    methods = group.at(5)
+    assert set(methods) == {"linear, factor 1", "Random"}
+    for method in methods.values():
+        assert (method.dataset, method.images_per_class, method.held_out) == ("kmnist", 5, 3)
+    assert methods["linear, factor 1"].num_steps == 7
     with pytest.raises(ValueError, match=r"no group fashion; there are fashion_mnist"):
         experiments.chosen(replace(arguments, only=("fashion",)))
-    with pytest.raises(ValueError, match="no entry nonsense"):
+    with pytest.raises(ValueError, match="no method nonsense"):
         experiments.chosen(replace(arguments, labels=("nonsense",)))
 
 
 @pytest.mark.parametrize("preset", ["quick", "paper", "gpu"])
 def test_presets_compare_like_with_like(preset):
     for group in presets.presets(preset).values():
-        assert group.judges
+        assert group.evaluations
         for number in group.images_per_class:
-            entries = group.at(number).values()
-            condensed = [entry for entry in entries if isinstance(entry, CondenseConfig)]
-            assert len({(c.iterations, c.real_batch, c.width, c.depth) for c in condensed}) == 1
+            methods = group.at(number).values()
+            condensed = [method for method in methods if isinstance(method, CondenseConfig)]
+            assert len({(c.num_steps, c.real_batch, c.width, c.depth) for c in condensed}) == 1
 
 
-def test_methods_are_the_published_ones():
+def test_methods_and_evaluators_are_the_published_ones():
+    assert (EVALUATORS["dm"].batch_size, EVALUATORS["dm"].milestones) == (256, (0.5,))
+    assert EVALUATORS["idc"].cutmix == 0.5
+    assert EVALUATORS["wow"].optimizer == "adamw"
+    assert {evaluator.num_epochs for evaluator in EVALUATORS.values()} == {1000}
     base = CondenseConfig()
-    assert (base.iterations, base.iterations_per_network, base.real_batch) == (10_000, 5, 256)
-    sizes = [replace(base, images_per_class=n).step_size((32, 32, 3)) for n in (1, 10, 20)]
+    assert (base.num_steps, base.steps_per_network, base.real_batch) == (10_000, 5, 256)
+    sizes = [replace(base, images_per_class=n).resolved_step_size((32, 32, 3)) for n in (1, 10, 20)]
     assert sizes == [1, 10, 20]
-    assert base.step_size((8, 8, 1)) == 10 / 16
-    assert replace(base, lr=3.0).step_size((8, 8, 1)) == 3
+    assert base.resolved_step_size((8, 8, 1)) == 10 / 16
+    assert replace(base, step_size=3.0).resolved_step_size((8, 8, 1)) == 3
     assert (dm(base).kernel, dm(base).factor, dm(base).sequential) == ("linear", 1, False)
-    assert (mmdsw(base).momentum, mmdsw(base).lr) == (0.9, 1.0)
+    assert (mmdsw(base).momentum, mmdsw(base).step_size) == (0.9, 1.0)
 
 
 # ---- Tables
 
 
-def row(label, number, values, judge="idc"):
-    return {"label": label, "images_per_class": number, "judge": judge, "accuracies": values}
+def row(label, number, values):
+    return {"label": label, "images_per_class": number, "evaluator": "idc", "accuracies": values}
 
 
 def test_tables_by_hand():
@@ -279,7 +231,7 @@ def test_tables_by_hand():
     assert tables.cell([[0.5, 0.7]]) == "60.0 ± 14.1"
     assert tables.cell([[0.5]]) == "50.0"
     lines = tables.markdown(rows).splitlines()
-    assert lines[0] == "| idc | 1 a class | 10 a class | over Random | of the whole set |"
+    assert lines[0] == "| idc | 1 per class | 10 per class | over Random | of the whole set |"
     assert lines[2] == "| ECHO | 65.0 ± 7.1 | 80.0 ± 0.0 | +25.0 /  | 81% / 100% |"
     assert lines[3] == "| Random | 40.0 ± 0.0 |  | +0.0 | 50% |"
     assert lines[4] == "| whole set | 80.0 ± 0.0 |  | | 100% |"
@@ -288,13 +240,13 @@ def test_tables_by_hand():
 # ---- Checks
 
 
-def test_the_linear_kernel_sees_means_alone(tmp_path, capsys):
+def test_the_linear_kernel_sees_only_means(tmp_path, capsys):
     arguments = checks.Mmd(num=150, dimension=4, repeats=20, results=tmp_path / "new")
     table = json.loads(checks.main(arguments).read_text())["table"]
     assert "| linear |" in capsys.readouterr().out
-    for kernel, found in table.items():
-        assert found["mean"] > 4, kernel
-        assert found["equal"] == 0
+    for kernel, row in table.items():
+        assert row["mean"] > 4, kernel
+        assert row["equal"] == 0
     assert abs(table["linear"]["variance"]) < 2
     for kernel in ("gaussian", "energy", "polynomial"):
         assert table[kernel]["variance"] > 3
@@ -302,23 +254,19 @@ def test_the_linear_kernel_sees_means_alone(tmp_path, capsys):
 
 
 def test_known_samples_have_the_moments_they_are_named_by():
-    draws = {
-        which: np.asarray(checks.known_samples(jax.random.key(0), which, 200_000, 1))
-        for which in checks.DIFFERENCES
-    }
     moments = {
         "equal": (0, 1, 0), "mean": (0.3, 1, 0), "variance": (0, 1.5, 0), "skewness": (0, 1, 2),
     }  # fmt: skip
     for which, (mean, variance, third) in moments.items():
-        x = draws[which]
-        found = x.mean(), x.var(), np.mean((x - x.mean()) ** 3)
-        np.testing.assert_allclose(found, (mean, variance, third), atol=0.06)
+        x = np.asarray(checks.known_samples(jax.random.key(0), which, 200_000, 1))
+        measured = x.mean(), x.var(), np.mean((x - x.mean()) ** 3)
+        np.testing.assert_allclose(measured, (mean, variance, third), atol=0.06)
 
 
 @pytest.mark.slow
 def test_the_check_of_moments(tmp_path):
     arguments = checks.Moments(
-        kernels=("gaussian",), images_per_class=2, iterations=40, lr=0.1, width=8, depth=2,
+        kernels=("gaussian",), images_per_class=2, num_steps=40, step_size=0.1, width=8, depth=2,
         real_batch=32, augmentation="", num_networks=2, results=tmp_path,
     )  # fmt: skip
     told = json.loads(checks.run_moments(arguments).read_text())
@@ -330,20 +278,34 @@ def test_the_check_of_moments(tmp_path):
 # ---- Commands
 
 
-@pytest.mark.parametrize("check", ["mmd", "moments"])
-def test_checks_take_devices_as_every_command(check):
-    """`lib.runs.commands.run_command` starts the devices that the arguments ask for."""
-    arguments = tyro.cli(checks.Check, args=[check, "--devices", "3"])
-    assert settings_of(DeviceOptions, arguments) == DeviceOptions(devices=3)
+@pytest.mark.parametrize("kind", ["as it is", "resized"])
+def test_an_exported_set_is_evaluated_as_its_method_is(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "EVALUATORS", {"short": SHORT.evaluator})
+    size = None if kind == "as it is" else 6
+    method = replace(TINY, size=size, factor=2, start="mixed")
+    stored = experiments.evaluate(
+        method, SHORT, seed=0, results=tmp_path / "a", show_progress=False
+    )
+    (folder,) = tmp_path.glob("a/xp_dataset_distillation/digits-*/seed0/condensed")
+    arguments = evaluate.Arguments(
+        folder, evaluators=("short",), num_networks=2, results=tmp_path,
+        dataset=None if kind == "as it is" else "digits",
+    )  # fmt: skip
+    accuracies = evaluate.main(arguments)["short"]
+    np.testing.assert_array_equal(accuracies, stored["accuracies"])
+    assert f"short: {100 * accuracies.mean():.1f}% of the test split" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "accuracies", None)  # it is stored
+    np.testing.assert_array_equal(evaluate.main(arguments)["short"], accuracies)
+    with pytest.raises(ValueError, match="no evaluator nonsense; there are short"):
+        evaluate.main(replace(arguments, evaluators=("nonsense",)))
 
 
-def test_the_command_condenses_and_draws(tmp_path, capsys):
-    folder = condense.main(condense.Arguments(**vars(TINY), results=tmp_path))
-    assert (folder / "condensed.npz").exists()
-    assert len(list(folder.glob("images/*/000.png"))) == 10
-    for name in ("condensed.png", "along.png"):
-        with Image.open(folder.parent / name) as image:
-            assert min(image.size) > 100
-    assert "images:" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no evaluator nonsense; there are dm, idc, wow"):
-        condense.main(condense.Arguments(**vars(TINY), results=tmp_path, evaluate=("nonsense",)))
+def test_published_options_are_further_names():
+    """As our README prints them."""
+    bases = {"echo": ("", condense.Arguments()), "dm": ("", dm(condense.Arguments()))}
+    line = "echo --iterations 3 --lr 0.5 --iterations_per_network 2 --dialect dsa"
+    parsed = tyro.extras.overridable_config_cli(bases, args=line.split())
+    assert (parsed.num_steps, parsed.step_size) == (3, 0.5)
+    assert (parsed.steps_per_network, parsed.strategy) == (2, "dsa")
+    assert tyro.cli(checks.Check, args=["moments", "--iterations", "7"]).num_steps == 7
+    assert tyro.cli(experiments.Arguments, args=["--iterations", "7"]).num_steps == 7

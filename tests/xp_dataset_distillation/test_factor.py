@@ -1,17 +1,14 @@
-"""Factor decoding against torch's interpolation, encoding against Pillow's and torch's."""
+"""Factor decoding and encoding against torch's interpolation."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
 from xp_dataset_distillation.factor import decode, encode
 
-SHAPES = [(28, 28, 1), (32, 32, 3), (8, 8, 1), (13, 7, 2)]
+SHAPES = [(8, 8, 1), (13, 7, 2)]
 
 
 def pixels(*shape, seed=0):
@@ -36,7 +33,7 @@ def torch_resized(image, size, *, antialias=False):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("factor", [1, 2, 3])
+@pytest.mark.parametrize("factor", [2, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decode_is_torchs_bilinear_interpolation_of_every_cell_in_order(shape, factor):
     images = pixels(2, 3, *shape)
@@ -49,7 +46,7 @@ def test_decode_is_torchs_bilinear_interpolation_of_every_cell_in_order(shape, f
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("factor", [1, 2, 3])
+@pytest.mark.parametrize("factor", [2, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encode_is_antialiased_interpolation_into_every_cell(shape, factor):
     images = pixels(2 * factor**2, *shape)
@@ -57,35 +54,17 @@ def test_encode_is_antialiased_interpolation_into_every_cell(shape, factor):
     assert stored.shape == (2, *shape)
     into = [cell for image in stored for cell in cells_of(image, factor)]
     for image, cell in zip(images, into):
-        size = cell.shape[:2]
-        np.testing.assert_allclose(cell, torch_resized(image, size, antialias=True), atol=1e-12)
-        for channel in range(shape[2]):
-            pillow = Image.fromarray(image[..., channel].astype(np.float32))
-            pillow = pillow.resize(size[::-1], Image.Resampling.BILINEAR)
-            np.testing.assert_allclose(cell[..., channel], np.asarray(pillow), atol=3e-7)
+        resized = torch_resized(image, cell.shape[:2], antialias=True)
+        np.testing.assert_allclose(cell, resized, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("function", "num"), [(decode, 2), (encode, 8)])
 def test_the_gradient_is_the_adjoint_map(function, num):
     x = jnp.asarray(pixels(num, 7, 8, 1))
-    value, pull = jax.vjp(lambda x: function(x, 2), x)
+    value, vjp = jax.vjp(lambda x: function(x, 2), x)
     y = jnp.asarray(pixels(*value.shape, seed=1))
-    np.testing.assert_allclose(jnp.vdot(value, y), jnp.vdot(x, pull(y)[0]), rtol=1e-13)
-
-
-@pytest.mark.usefixtures("x64")
-def test_the_gradient_is_that_of_finite_differences():
-    x, direction = jnp.asarray(pixels(1, 5, 4, 1)), jnp.asarray(pixels(1, 5, 4, 1, seed=1))
-
-    @jax.jit
-    def value_and_grad(x):
-        return jax.value_and_grad(lambda x: jnp.sum(decode(x, 2) ** 3))(x)
-
-    step = 1e-5
-    difference = value_and_grad(x + step * direction)[0] - value_and_grad(x - step * direction)[0]
-    slope = jnp.vdot(value_and_grad(x)[1], direction)
-    np.testing.assert_allclose(slope, difference / (2 * step), rtol=1e-8)
+    np.testing.assert_allclose(jnp.vdot(value, y), jnp.vdot(x, vjp(y)[0]), rtol=1e-13)
 
 
 def test_factor_1_is_the_identity_and_vmap_is_a_batch():
@@ -97,19 +76,13 @@ def test_factor_1_is_the_identity_and_vmap_is_a_batch():
     np.testing.assert_allclose(decoded, decode(images, 2), atol=1e-6)
 
 
-@settings(deadline=None, max_examples=10)
-@given(
-    shape=st.sampled_from([(5, 4), (3, 8)]),  # each compiles
-    factor=st.integers(1, 3),
-    level=st.floats(0, 1, width=32),
-    seed=st.integers(0, 99),
-)
-def test_constants_survive_both_ways_and_values_stay_in_their_range(shape, factor, level, seed):
-    flat = jnp.full((9, *shape, 1), level)[: factor**2]
+@pytest.mark.parametrize(("shape", "factor"), [((5, 4), 2), ((3, 8), 3)])
+def test_constants_survive_both_ways_and_values_stay_in_their_range(shape, factor):
+    flat = jnp.full((9, *shape, 1), 0.3)[: factor**2]
     stored = encode(flat, factor)
     np.testing.assert_allclose(stored, flat[:1], atol=1e-6)
     np.testing.assert_allclose(decode(stored, factor), flat, atol=1e-6)
-    image = jnp.asarray(pixels(1, *shape, 1, seed=seed), jnp.float32)
+    image = jnp.asarray(pixels(1, *shape, 1), jnp.float32)
     decoded = decode(image, factor)
     assert image.min() - 1e-6 <= decoded.min()
     assert decoded.max() <= image.max() + 1e-6

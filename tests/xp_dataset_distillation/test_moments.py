@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from xp_dataset_distillation.moments import moment_differences
@@ -33,34 +31,26 @@ def expected(real, condensed):
             total += (moments[0] - moments[1]) ** 2
         orders.append(np.sqrt(total))
     std = np.where(np.ptp(real, axis=0) > 0, np.std(real, axis=0), 1)
-    total = 0.0
-    for i in range(real.shape[1]):
-        for j in range(real.shape[1]):
-            if i != j:
-                covariances = [
-                    np.cov(x[:, i] / std[i], x[:, j] / std[j], bias=True)[0, 1]
-                    for x in (real, condensed)
-                ]
-                total += (covariances[0] - covariances[1]) ** 2
-    return orders, np.sqrt(total)
+    difference = np.subtract(*(np.cov((x / std).T, bias=True) for x in (real, condensed)))
+    return orders, np.linalg.norm(difference - np.diag(np.diag(difference)))
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("num", [1, 3, 40])
 def test_differences_are_those_of_scipys_moments(num):
     real, condensed = features(60, seed=0), features(num, seed=1)
-    found = compiled(jnp.asarray(real), jnp.asarray(condensed))
+    differences = compiled(jnp.asarray(real), jnp.asarray(condensed))
     orders, covariance = expected(real, condensed)
-    np.testing.assert_allclose(found.orders, orders, rtol=1e-11)
-    np.testing.assert_allclose(found.covariance, covariance, rtol=1e-11)
+    np.testing.assert_allclose(differences.orders, orders, rtol=1e-11)
+    np.testing.assert_allclose(differences.covariance, covariance, rtol=1e-11)
 
 
 @pytest.mark.usefixtures("x64")
 def test_one_known_case_by_hand():
     # Real z is -1, 1: moments 0, 1, 0, 1. Condensed x = 4 is z = 3: moments 3, 9, 27, 81.
-    found = moment_differences(jnp.array([[0.0], [2.0]]), jnp.array([[4.0]]))
-    np.testing.assert_allclose(found.orders, [3, 8, 27, 80], rtol=1e-14)
-    assert found.covariance == 0
+    differences = moment_differences(jnp.array([[0.0], [2.0]]), jnp.array([[4.0]]))
+    np.testing.assert_allclose(differences.orders, [3, 8, 27, 80], rtol=1e-14)
+    assert differences.covariance == 0
 
 
 def test_dead_features_are_compared_in_their_own_units_in_float32():
@@ -68,34 +58,22 @@ def test_dead_features_are_compared_in_their_own_units_in_float32():
     real[:, 1] = 0.1  # whose mean in float32 is not it
     condensed[:, 1] = 0.6
     real, condensed = (x.astype(np.float32) for x in (real, condensed))
-    found = compiled(jnp.asarray(real), jnp.asarray(condensed))
+    differences = compiled(jnp.asarray(real), jnp.asarray(condensed))
     orders, covariance = expected(real.astype(np.float64), condensed.astype(np.float64))
-    np.testing.assert_allclose(found.orders, orders, rtol=2e-5)
-    np.testing.assert_allclose(found.covariance, covariance, rtol=2e-5)
-    alone = moment_differences(jnp.full((7, 1), 0.1), jnp.full((2, 1), 0.6))
-    np.testing.assert_allclose(alone.orders, [0.5, 0.25, 0.125, 0.0625], rtol=1e-6)
-
-
-@pytest.mark.usefixtures("x64")
-@settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 2**32 - 1), scale=st.floats(0.01, 100), shift=st.floats(-10, 10))
-def test_neither_units_nor_the_order_of_rows_count(seed, scale, shift):
-    real, condensed = features(60, seed=0), features(40, seed=1)
-    found = compiled(jnp.asarray(real), jnp.asarray(condensed))
-    shuffled = np.random.default_rng(seed).permutation(condensed)
-    changed = compiled(jnp.asarray(scale * real + shift), jnp.asarray(scale * shuffled + shift))
-    np.testing.assert_allclose(changed.orders, found.orders, rtol=1e-8)
-    np.testing.assert_allclose(changed.covariance, found.covariance, rtol=1e-8)
+    np.testing.assert_allclose(differences.orders, orders, rtol=2e-5)
+    np.testing.assert_allclose(differences.covariance, covariance, rtol=2e-5)
+    only = moment_differences(jnp.full((7, 1), 0.1), jnp.full((2, 1), 0.6))
+    np.testing.assert_allclose(only.orders, [0.5, 0.25, 0.125, 0.0625], rtol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_same_set_differs_by_nothing_and_classes_are_a_vmap():
     real, condensed = (np.stack([features(12, seed=s + c) for c in (0, 1)]) for s in (0, 5))
-    found = jax.vmap(moment_differences)(jnp.asarray(real), jnp.asarray(condensed))
+    differences = jax.vmap(moment_differences)(jnp.asarray(real), jnp.asarray(condensed))
     for c in range(2):
-        one = moment_differences(jnp.asarray(real[c]), jnp.asarray(condensed[c]))
-        np.testing.assert_allclose(found.orders[c], one.orders, rtol=1e-12)
-        np.testing.assert_allclose(found.covariance[c], one.covariance, rtol=1e-12)
+        of_class = moment_differences(jnp.asarray(real[c]), jnp.asarray(condensed[c]))
+        np.testing.assert_allclose(differences.orders[c], of_class.orders, rtol=1e-12)
+        np.testing.assert_allclose(differences.covariance[c], of_class.covariance, rtol=1e-12)
     same = moment_differences(jnp.asarray(real[0]), jnp.asarray(np.repeat(real[0], 2, axis=0)))
     np.testing.assert_allclose(same.orders, np.zeros(4), atol=1e-12)
     np.testing.assert_allclose(same.covariance, 0, atol=1e-12)
