@@ -168,7 +168,6 @@ def exact_moments(
     bandwidth: float,
     *,
     num_blocks: int,
-    block_size: int = 1024,
     on_rows: OnRows | None = None,
 ) -> BlockMoments:
     """Sums of the Gaussian kernel itself between blocks; costs as in `lib.rows.kernel_means`.
@@ -183,7 +182,7 @@ def exact_moments(
         pieces += [Selected(rows, part, on_rows) for part in parts]
         places += [g * num_blocks + b for b in range(len(parts))]
     # The last block stands for the target there: here it is one of many.
-    means = exact_gram_of_means(pieces[:-1], pieces[-1], [bandwidth], block_size=block_size)
+    means = exact_gram_of_means(pieces[:-1], pieces[-1], [bandwidth])
     cross = means.b[0][:, None]
     counts = np.array([piece.shape[0] for piece in pieces], float)
     products = np.zeros((len(groups) * num_blocks,) * 2)

@@ -62,14 +62,12 @@ def calibrated_bandwidth(
     gram: Float[np.ndarray, "S K K"],
     sizes: Sequence[int],
     weights: Float[np.ndarray, "T N"],
-    *,
-    unbiased: bool = True,
 ) -> tuple[int, Float[np.ndarray, " S"]]:
     """(Which of S bandwidths recovers pseudo-targets best, mean total variation of each.)
 
     `gram` holds the means of the kernel between K = 2 N halves (`lib.rows.kernel_means`): the N
-    first ones, then the N second ones in the same order; `sizes` [K] are their rows. `unbiased`
-    takes the diagonal's bias off the side that recovers, for a kernel with k(x, x) = 1.
+    first ones, then the N second ones in the same order; `sizes` [K] are their rows. The
+    diagonal's bias is taken off the side that recovers, for a kernel with k(x, x) = 1.
     """
     num_sources = len(sizes) // 2
     first, second = slice(0, num_sources), slice(num_sources, None)
@@ -78,8 +76,7 @@ def calibrated_bandwidth(
         tv = []
         for fit, held in ((first, second), (second, first)):
             a = of_bandwidth[fit, fit]
-            if unbiased:
-                a = a - np.diag(noise_of_means(a, sizes[fit]))
+            a = a - np.diag(noise_of_means(a, sizes[fit]))
             b, q = of_bandwidth[fit, held], of_bandwidth[held, held]
             for w in weights:
                 recovered = simplex_weights(a, b @ w, w @ q @ w)

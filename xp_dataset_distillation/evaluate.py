@@ -16,12 +16,11 @@ import numpy as np
 import tyro
 
 from lib import datasets, runs
-from lib.numerics import key_of_seed
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import check_sizes, chosen
 from xp_dataset_distillation import evaluation, export
-from xp_dataset_distillation.config import EVALUATORS, EXPERIMENT
+from xp_dataset_distillation.config import EVALUATORS
 from xp_dataset_distillation.factor import decode
 from xp_dataset_distillation.real_data import Setting, may_be_mirrored
 
@@ -69,32 +68,23 @@ def main(arguments: Arguments) -> dict[str, np.ndarray]:
     training = evaluation.labelled(
         np.asarray(decode(jnp.asarray(condensed.images), condensed.factor))
     )
-    known = {
+    known_by = {
         "images": runs.CONTENT + hashlib.sha256(condensed.images.tobytes()).hexdigest(),
         "factor": condensed.factor,
         "setting": setting._asdict(),
         "dataset": datasets.identity(dataset, data_root=arguments.data_root),
-        "num_networks": arguments.num_networks,
     }
     accuracies = {}
     for name in names:
-        about = known | {"evaluator": EVALUATORS[name]}
-        run = runs.open_run(
-            arguments.results, EXPERIMENT, f"evaluated-{name}", about, seed=arguments.seed
-        )
-        if not run.finished:
-            of_networks = evaluation.accuracies(
-                key_of_seed(arguments.seed, shift=1_000_000),
-                training,
-                evaluation.EvaluationSet(test.images, test.labels),
-                setting,
-                EVALUATORS[name],
-                num_networks=arguments.num_networks,
-                run=run,
-                description=name,
-            )
-            run.finish(accuracies=of_networks)
-        accuracies[name] = run.load_arrays()["accuracies"]
+        accuracies[name] = evaluation.stored_accuracies(
+            lambda: (training, evaluation.EvaluationSet(test.images, test.labels), setting),
+            f"evaluated-{name}",
+            known_by,
+            EVALUATORS[name],
+            num_networks=arguments.num_networks,
+            seed=arguments.seed,
+            results=arguments.results,
+        )["accuracies"]
         percent = 100 * np.mean(accuracies[name])
         print(f"{name}: {percent:.1f}% of the test split, {arguments.num_networks} classifiers")
     return accuracies

@@ -8,7 +8,7 @@ settings by, on those only: the test split is then not read.
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ import optax
 from lib import augment, datasets, runs
 from lib.augment.cutmix import cutmix
 from lib.networks import classification, convolution, network_by_name, optimizers
+from lib.numerics import key_of_seed
 from lib.runs import processes
-from xp_dataset_distillation.config import Evaluator
+from xp_dataset_distillation.config import EXPERIMENT, Evaluator
 from xp_dataset_distillation.real_data import Setting
 
 
@@ -145,3 +146,38 @@ def accuracies(
     return np.asarray(
         jax.lax.map(lambda p: classification.accuracy(network, p, images, labels), parameters)
     )
+
+
+def stored_accuracies(
+    read: Callable[[], tuple[TrainingSet, EvaluationSet, Setting]],
+    name: str,
+    known_by: dict[str, Any],
+    evaluator: Evaluator,
+    *,
+    num_networks: int,
+    seed: int,
+    results: Path,
+    show_progress: bool = True,
+) -> dict[str, np.ndarray]:
+    """`accuracies` on what `read` returns, with num_images and num_epochs, in a run's folder; read
+    back if done before, and resumed where interrupted. `known_by` tells the sets from others."""
+    settings = known_by | {"evaluator": evaluator, "num_networks": num_networks}
+    run = runs.open_run(results, EXPERIMENT, name, settings, seed=seed)
+    if not run.finished:
+        training, test, setting = read()
+        run.finish(
+            accuracies=accuracies(
+                key_of_seed(seed, shift=1_000_000),
+                training,
+                test,
+                setting,
+                evaluator,
+                num_networks=num_networks,
+                run=run,
+                show_progress=show_progress,
+                description=name,
+            ),
+            num_images=np.asarray(len(training.images)),
+            num_epochs=np.asarray(evaluator.num_epochs),
+        )
+    return run.load_arrays()

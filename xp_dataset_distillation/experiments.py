@@ -19,7 +19,6 @@ import numpy as np
 import tyro
 
 from lib import datasets, runs
-from lib.numerics import key_of_seed
 from lib.runs import settings
 from lib.runs.commands import run_command
 from lib.runs.files import write_bytes, write_json
@@ -39,8 +38,8 @@ from xp_dataset_distillation.config import (
 from xp_dataset_distillation.evaluation import (
     EvaluationSet,
     TrainingSet,
-    accuracies,
     labelled,
+    stored_accuracies,
     test_split,
 )
 from xp_dataset_distillation.factor import decode
@@ -146,29 +145,23 @@ def evaluate(
         evaluator = replace(evaluator, num_epochs=evaluation.whole_epochs)
     kind = method.kind if isinstance(method, BaselineConfig) else method.method
     name = f"accuracy-{Path(method.dataset).stem}-{kind}-ipc{method.images_per_class}"
-    known: dict[str, Any] = {"method": known_by_content(method, data_root)}
-    known |= {"evaluator": evaluator, "num_networks": evaluation.num_networks}
-    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed)
-    if not run.finished:
+
+    def read():
         real, held_out = training_images(method, data_root)
         test = evaluation_set(method, real, held_out, data_root)
         training = training_set(method, real, seed=seed, results=results, data_root=data_root)
-        run.finish(
-            accuracies=accuracies(
-                key_of_seed(seed, shift=1_000_000),
-                training,
-                test,
-                setting_of(method, real),
-                evaluator,
-                num_networks=evaluation.num_networks,
-                run=run,
-                show_progress=show_progress,
-                description=name,
-            ),
-            num_images=np.asarray(len(training.images)),
-            num_epochs=np.asarray(evaluator.num_epochs),
-        )
-    return run.load_arrays()
+        return training, test, setting_of(method, real)
+
+    return stored_accuracies(
+        read,
+        name,
+        {"method": known_by_content(method, data_root)},
+        evaluator,
+        num_networks=evaluation.num_networks,
+        seed=seed,
+        results=results,
+        show_progress=show_progress,
+    )
 
 
 def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:

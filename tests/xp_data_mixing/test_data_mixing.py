@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from scipy.spatial.distance import cdist, pdist
+from mixture_oracles import cvxpy_weights, kernel
+from scipy.spatial.distance import pdist
 
 from lib.rff import gaussian_frequencies
 from lib.rows import as_rows
@@ -62,10 +63,6 @@ def run_estimate(
     )
 
 
-def kernel(x, y, bandwidth):
-    return np.exp(-cdist(x, y, "sqeuclidean") / (2 * bandwidth**2))
-
-
 def gram_by_hand(sources, target, bandwidth, *, unbiased=False):
     """Means of the kernel between sources and, last, the target; [N + 1, N + 1]."""
     groups = [*sources, target]
@@ -78,17 +75,6 @@ def gram_by_hand(sources, target, bandwidth, *, unbiased=False):
 
 def mmd_by_hand(gram, w):
     return w @ gram[:-1, :-1] @ w - 2 * gram[:-1, -1] @ w + gram[-1, -1]
-
-
-def cvxpy_weights(quadratic, linear, *, constraints=lambda w: (), extra=lambda w: 0):
-    """argmin w'Aw - 2 b'w + extra over the simplex, by Clarabel to 1e-12."""
-    w = cvxpy.Variable(len(linear))
-    value = cvxpy.quad_form(w, cvxpy.psd_wrap(quadratic)) - 2 * linear @ w + extra(w)
-    program = cvxpy.Problem(cvxpy.Minimize(value), [cvxpy.sum(w) == 1, w >= 0, *constraints(w)])
-    tight = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-12)
-    program.solve(solver=cvxpy.CLARABEL, **tight)
-    assert program.status == cvxpy.OPTIMAL
-    return w.value
 
 
 # Estimates

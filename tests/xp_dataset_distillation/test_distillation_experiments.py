@@ -153,7 +153,7 @@ def test_a_group_runs_and_its_summary_tells_all(tmp_path, monkeypatch, capsys):
     for line in figures:
         assert Path(line.removeprefix("figure:").strip()).stat().st_size > 2000
     # A method is evaluated once.
-    monkeypatch.setattr(experiments, "accuracies", None)
+    monkeypatch.setattr(evaluation, "accuracies", None)
     assert experiments.main(arguments) == [summary]
     assert json.loads(summary.read_text())["rows"] == told["rows"]
     # What was condensed can be read with only numpy.

@@ -50,7 +50,7 @@ def others(row: dict) -> list[str]:
     return [name for name in variations(row) if ", σ = " not in name]
 
 
-def bandwidth_table(summary: Path, label: str, *, sigmas: tuple[float, ...] = SIGMAS) -> str:
+def bandwidth_table(summary: Path, label: str) -> str:
     """Total variation by bandwidth and estimator; spread over all seeds and targets."""
     row = _row(summary, label)
     tv, columns = variations(row), kernel_columns(row)
@@ -58,7 +58,7 @@ def bandwidth_table(summary: Path, label: str, *, sigmas: tuple[float, ...] = SI
         ["σ / √(median d² / 2)", *columns],
         [
             [f"{sigma:g}", *(_spread(tv[f"{name}, σ = {sigma:g}"]) for name in columns)]
-            for sigma in sigmas
+            for sigma in SIGMAS
         ],
     )
 
