@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Int, Int32, PRNGKeyArray, UInt8
 
 from lib import datasets
-from lib.datasets import Dataset, Normalisation
+from lib.datasets import Dataset, Normalization
 from lib.numerics import named_key
 from xp_dataset_distillation.config import Method
 
@@ -174,8 +174,8 @@ def from_dataset(dataset: Dataset) -> RealData:
     )
 
 
-def _constants(dataset: Dataset) -> Normalisation:
-    constants = datasets.normalisation_constants(dataset)
+def _constants(dataset: Dataset) -> Normalization:
+    constants = datasets.normalization_constants(dataset)
     for channel in np.flatnonzero(np.array(constants.std) == 0):
         raise ValueError(
             f"channel {channel} of {dataset.name} is the same in every pixel of every image"

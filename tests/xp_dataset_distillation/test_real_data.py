@@ -135,7 +135,7 @@ def test_constants_are_of_the_images_that_may_be_used(monkeypatch, channels, opt
 def test_published_constants_stay_those_whatever_is_held_out():
     """Of the data set itself, not of a folder that is called like it."""
     folder = real_data.from_dataset(toy()._replace(name="mnist"))
-    assert (folder.mean, folder.std) == datasets.normalisation_constants(toy())
+    assert (folder.mean, folder.std) == datasets.normalization_constants(toy())
     real = real_data.from_dataset(toy()._replace(name="mnist", origin="mnist"))
     rest, *_ = real_data.held_out(KEY, real, 2)
     part = real_data.subset(KEY, real, 2)
