@@ -1,20 +1,17 @@
 """Wasserstein gradient descent: one engine for every flow of particles.
 
 A flow is particles, arrays of shape (C, n, d), a function `target_value_and_grad(x, x_tgt, key)`
-that returns a value and a gradient of the particles' shape, and an optax optimiser. Steps run in
-one compiled loop; the host is visited about twice a second, to show progress, look for NaN, keep
-records and save. A step's key is `fold_in(rng, step)`, so a run does not depend on where those
-visits fall, and a resumed run ends in the same bits as one that was never interrupted.
+that returns a value and a gradient of the particles' shape, and an optax optimizer. Steps run in
+one compiled loop, in chunks (`lib.runs.loop`). A step's key is `fold_in(rng, step)`, so a run does
+not depend on where chunks end.
 
 The leading axes are the caller's: a function vmapped over seeds or bandwidths runs
 (B, C, n, d) particles, with losses (B,), through the same loop.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,16 +23,15 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from lib import devices
+from lib.numerics import AnyArray
 from lib.runs import Run
-from lib.runs.files import DamagedFileError, RunFileError, load_arrays, save_arrays
-from lib.runs.loop import advance_in_visits
+from lib.runs.loop import Chunk, first_nonfinite, run_steps, traced_optimizer, without_weak_types
 
 TargetValueAndGrad = Callable[[Array, PyTree, Array], tuple[Array, Array]]
 StatefulValueAndGrad = Callable[[Array, PyTree, Array, PyTree], tuple[Array, Array, PyTree]]
 
-SECONDS_BETWEEN_VISITS = 0.5
-MAX_STEPS_BETWEEN_VISITS = 1024
-MAX_RECORD_BYTES_BETWEEN_VISITS = 64 * 2**20
+MAX_STEPS_PER_CHUNK = 1024
+MAX_RECORD_BYTES_PER_CHUNK = 64 * 2**20
 MAX_RECORD_BYTES = 4 * 2**30
 
 
@@ -56,18 +52,6 @@ class FlowResult(NamedTuple):
     particles: np.ndarray
 
 
-class DivergedError(FloatingPointError):
-    """A run met NaN or infinity. `state` is the last good state, `step` the steps it has taken."""
-
-    def __init__(self, state: Any, bad_step: int, saved_in: Path | None):
-        where = f"; the last good state is in {saved_in}" if saved_in else ""
-        super().__init__(
-            f"NaN or infinity in step {bad_step} (counted from 0): lower the step size{where}"
-        )
-        self.state = state
-        self.step = int(state.step)
-
-
 def recorded_steps(n_epochs: int, record_every: int = 1) -> np.ndarray:
     """How many steps each record has behind it: 0, every `record_every`-th, and the last."""
     return np.union1d(np.arange(0, n_epochs + 1, record_every), [n_epochs])
@@ -78,8 +62,7 @@ def flow_init(
 ) -> FlowState:
     """The state before the first step."""
     state = FlowState(jnp.asarray(x0), optimizer.init(x0), jnp.zeros((), jnp.int32), carry)
-    # Weak types do not survive a checkpoint; without them a resumed run promotes alike.
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), state)
+    return without_weak_types(state)
 
 
 def flow_step(
@@ -137,7 +120,7 @@ def wasserstein_gradient_descent(
       rng: key of the run; step t uses `fold_in(rng, t)`.
       lr: step size, or a schedule: a function of the step number, as in optax.
       m: momentum in [0, 1); the effective step is lr / (1 - m).
-      optimizer: an optax optimiser to use instead; lr and m are then not used.
+      optimizer: an optax optimizer to use instead; lr and m are then not used.
       carry: arrays that the function hands from step to step (a regularisation, a warm start): it
         is then called with (x, x_tgt, key, carry) and returns (value, gradient, carry).
       record_every: steps between the particles kept; x0 and the last are always kept.
@@ -145,7 +128,7 @@ def wasserstein_gradient_descent(
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
       checkpoint_seconds: seconds between saves.
       stop_at_nonfinite: False lets a flow run on, for several flows at once of which some may fail.
-      mesh: devices (`lib.devices`) over which particles, records and the optimiser's state are
+      mesh: devices (`lib.devices`) over which particles, records and the optimizer's state are
         divided, along points or classes, whichever they share equally, points first. How a step
         divides its work is up to `target_value_and_grad`. Results are those of one device, to
         rounding; a checkpoint can be resumed on another number of devices.
@@ -158,14 +141,14 @@ def wasserstein_gradient_descent(
       ValueError: before any step, on NaN or infinity in the input, an empty class, a dimension
         that differs, a negative step size, momentum out of range, or more records than 4 GiB.
       DivergedError: NaN or infinity on the way; the last good state is saved.
-      RunFileError: the folder's checkpoint is of another start, target or key.
+      RunFileError: the folder's checkpoint is of another start, target, key, optimizer (with all
+        its settings) or `record_every`, or past `n_epochs`.
     """
     x0, x_tgt = jnp.asarray(x0), jax.tree.map(jnp.asarray, x_tgt)
     _check_input(x0, x_tgt, n_epochs, lr, m, record_every)
     if optimizer is None:
         optimizer = _heavy_ball(lr, float(m))
-    state = flow_init(optimizer, x0, carry)
-    carried = () if carry is None else (state.carry,)
+    carried = () if carry is None else (without_weak_types(carry),)
     returned = jax.eval_shape(target_value_and_grad, x0, x_tgt, rng, *carried)
     if len(returned) != 2 + len(carried):
         names = "(value, gradient, carry)" if carried else "(value, gradient)"
@@ -175,65 +158,57 @@ def wasserstein_gradient_descent(
         raise ValueError(f"gradient {gradient.shape} is not of the particles' shape {x0.shape}")
     if jax.tree.map(_kind, following) != jax.tree.map(_kind, list(carried)):
         raise ValueError("the carry that comes back is not of the shapes and types that went in")
-    steps = recorded_steps(n_epochs, record_every)
     losses = np.zeros((n_epochs, *value.shape), value.dtype)
-    particles = np.zeros((len(steps), *x0.shape), x0.dtype)
+    particles = np.zeros((len(recorded_steps(n_epochs, record_every)), *x0.shape), x0.dtype)
     particles[0] = x0
-    origin = _fingerprint(x0, (x_tgt, carried), rng, lr, optimizer) if run else ""
-    if run:
-        state = _resume(run, state, losses, particles, steps, origin)
 
-    state = jax.tree.map(
-        lambda leaf: devices.place(leaf, mesh, _where(leaf, x0.shape, mesh)), state
-    )
-    x_tgt, rng = devices.place((x_tgt, rng), mesh)
+    target, key = devices.place((x_tgt, rng), mesh)
     max_steps = _max_steps(x0.nbytes, record_every)
-    advance = _advance(target_value_and_grad, optimizer, record_every, mesh)
+    compiled = _advance(target_value_and_grad, optimizer, record_every, mesh)
     slots = -(-max_steps // record_every) + 1
     by_particles = PartitionSpec(None, *_where(x0, x0.shape, mesh))
     buffers = (
         jnp.zeros((max_steps, *value.shape), value.dtype, device=devices.sharding(mesh)),
         jnp.zeros((slots, *x0.shape), x0.dtype, device=devices.sharding(mesh, by_particles)),
     )
-    done = int(state.step)
 
-    def save():
-        assert run is not None
-        _save(run, devices.fetch(state), losses, particles, steps, origin)
+    def advance(state, done, size):
+        nonlocal buffers
+        state, finite, buffers = compiled(key, state, target, size, buffers)
+        new_losses, records = devices.fetch(buffers[0])[:size], buffers[1]
+        losses[done : done + size] = new_losses
+        before = 1 + done // record_every
+        for i in range(before, 1 + (done + size) // record_every):
+            particles[i] = devices.fetch(records[i - before])
+        bad_step = first_nonfinite(new_losses, bool(devices.fetch(finite)))
+        shown = {"loss": float(np.ravel(new_losses[-1])[0])}
+        return Chunk(state, shown, bad_step if stop_at_nonfinite else None)
 
-    def take(num_steps):
-        nonlocal state, done, buffers
-        following, finite, buffers = jax.block_until_ready(
-            advance(rng, state, x_tgt, num_steps, buffers)
-        )
-        losses_kept, records = buffers
-        new_losses = devices.fetch(losses_kept)[:num_steps]
-        bad = (
-            _first_nonfinite(new_losses, bool(devices.fetch(finite))) if stop_at_nonfinite else None
-        )
-        if bad is not None:
-            if run:
-                save()
-            raise DivergedError(state, done + bad, run.checkpoint if run else None)
-        losses[done : done + num_steps] = new_losses
-        for i in np.flatnonzero((steps > done) & (steps <= done + num_steps)):
-            slot = (steps[i] - 1) // record_every - done // record_every
-            particles[i] = devices.fetch(records[slot])
-        state, done = following, done + num_steps
-        return {"loss": float(np.ravel(new_losses[-1])[0])}
-
-    advance_in_visits(
-        take,
-        save,
-        done=done,
-        total=n_epochs,
-        seconds_between=SECONDS_BETWEEN_VISITS,
-        most=max_steps,
+    state, _ = run_steps(
+        advance,
+        flow_init(optimizer, x0, carry),
+        n_epochs,
         run=run,
+        identity=lambda: {
+            "start": (x0, carry),
+            "target": x_tgt,
+            "key": rng,
+            "step size or optimizer": traced_optimizer(optimizer, x0),
+            "record_every": record_every,
+        },
+        history=lambda done: {
+            "losses": losses[:done],
+            "particles": particles[: 1 + done // record_every],
+        },
+        place=partial(
+            jax.tree.map, lambda leaf: devices.place(leaf, mesh, _where(leaf, x0.shape, mesh))
+        ),
+        max_chunk=max_steps,
         checkpoint_seconds=checkpoint_seconds,
         show_progress=show_progress,
         description=description,
     )
+    particles[-1] = devices.fetch(state.particles)
     return FlowResult(losses, particles)
 
 
@@ -302,12 +277,12 @@ def _heavy_ball(lr, m: float) -> optax.GradientTransformation:
 
 
 def _max_steps(particle_bytes: int, record_every: int) -> int:
-    """Steps between two visits, at most: they bound what is buffered on the device."""
-    slots = max(1, MAX_RECORD_BYTES_BETWEEN_VISITS // max(1, particle_bytes) - 1)
-    return min(MAX_STEPS_BETWEEN_VISITS, slots * record_every)
+    """Steps in a chunk, at most: they bound what is buffered on the device."""
+    slots = max(1, MAX_RECORD_BYTES_PER_CHUNK // max(1, particle_bytes) - 1)
+    return min(MAX_STEPS_PER_CHUNK, slots * record_every)
 
 
-def _where(leaf: Array, shape: tuple[int, ...], mesh: Mesh | None) -> PartitionSpec:
+def _where(leaf: AnyArray, shape: tuple[int, ...], mesh: Mesh | None) -> PartitionSpec:
     """What is of the particles' shape is divided as they are, the rest is on every device."""
     return devices.divided(shape, (-2, -3), mesh) if leaf.shape == shape else PartitionSpec()
 
@@ -352,15 +327,7 @@ def _kind(leaf: Any) -> tuple:
     return leaf.shape, leaf.dtype
 
 
-def _first_nonfinite(losses: np.ndarray, particles_finite: bool) -> int | None:
-    bad = ~np.isfinite(losses).reshape(len(losses), -1).all(axis=1)
-    if bad.any():
-        return int(np.argmax(bad))
-    # Non-finite particles after finite losses: the last step made them.
-    return None if particles_finite else len(losses) - 1
-
-
-# The door
+# Input validation
 
 
 def _check_input(x0, x_tgt, n_epochs, lr, m, record_every) -> None:
@@ -394,82 +361,3 @@ def _check_input(x0, x_tgt, n_epochs, lr, m, record_every) -> None:
             f"recording every {record_every} of {n_epochs} steps of {x0.shape} takes "
             f"{size / 2**30:.1f} GiB; raise record_every"
         )
-
-
-# Saving
-
-
-def _fingerprint(x0: Array, x_tgt: PyTree, rng: Array, lr: Any, optimizer) -> str:
-    """What a checkpoint must share with the flow that resumes it.
-
-    Settings of an optimiser are closed over: it is known by what it does with two gradients of
-    ones. A schedule may begin as another does, so its values along the way count too. Digits that
-    differ between devices are left out.
-    """
-    key = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
-    digest = hashlib.sha256()
-    for leaf in (x0, *jax.tree.leaves(x_tgt), key):
-        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    state = optimizer.init(x0)
-    for _ in range(2):
-        update, state = optimizer.update(jnp.ones_like(x0), state, x0)
-        digest.update(f"{float(jnp.mean(update)):.4g},".encode())
-    if callable(lr):
-        values = [float(lr(jnp.asarray(10**k))) for k in range(7)]
-        digest.update(",".join(f"{value:.4g}" for value in values).encode())
-    return digest.hexdigest()
-
-
-def _save(run: Run, state: FlowState, losses, particles, steps, origin: str) -> None:
-    """The trajectory first: whatever kills us, it reaches at least as far as the checkpoint."""
-    done = int(state.step)
-    kept = int(np.searchsorted(steps, done, side="right"))
-    save_arrays(
-        run.trajectory,
-        losses=losses[:done],
-        particles=particles[:kept],
-        steps=steps[:kept],
-        origin=np.array(origin),
-    )
-    run.save_checkpoint(state, step=done)
-
-
-def _load_trajectory(run: Run, done: int) -> dict[str, Any]:
-    """What `_save` wrote; it reaches `done` steps at least. Raises RunFileError where it does not:
-    the losses on the way are nowhere else."""
-    path = run.trajectory
-    again = f"delete {run.folder} to start anew"
-    try:
-        trajectory = load_arrays(path)
-    except (FileNotFoundError, DamagedFileError) as error:
-        raise DamagedFileError(f"{path} is gone or damaged ({error}); {again}") from error
-    if not {"origin", "losses", "particles", "steps"} <= trajectory.keys():
-        raise DamagedFileError(f"{path} holds no trajectory; {again}")
-    if len(trajectory["losses"]) < done:
-        raise RunFileError(
-            f"{path} ends before the checkpoint's step {done}, it is another run's; {again}"
-        )
-    return trajectory
-
-
-def _resume(run: Run, state: FlowState, losses, particles, steps, origin: str) -> FlowState:
-    """The saved state, if there is one; fills `losses` and `particles` up to it."""
-    loaded = run.load_checkpoint(state)
-    if loaded is None:
-        return state
-    saved, done = loaded
-    trajectory = _load_trajectory(run, done)
-    if str(trajectory["origin"]) != origin:
-        raise RunFileError(
-            f"{run.checkpoint} belongs to a flow with another start, target, key or step size; "
-            "delete its folder to start anew"
-        )
-    if done > len(losses):
-        raise RunFileError(f"{run.checkpoint} is at step {done}, past the {len(losses)} asked for")
-    kept = int(np.searchsorted(steps, done, side="right"))
-    if not np.array_equal(trajectory["steps"][:kept], steps[:kept]):
-        raise RunFileError(f"{run.trajectory} was recorded at other intervals; delete its folder")
-    losses[:done] = trajectory["losses"][:done]
-    particles[:kept] = trajectory["particles"][:kept]
-    return jax.tree.map(jnp.asarray, saved)

@@ -10,25 +10,15 @@ from jaxtyping import Array, PyTree
 
 from lib import gd
 
+LAST_ONLY = np.iinfo(np.int32).max
 
-def wasserstein_gradient_descent(
-    x0: Array,
-    x_tgt: PyTree,
-    target_value_and_grad: gd.TargetValueAndGrad,
-    rng: Array,
-    n_epochs: int = 101,
-    lr: float | int | Callable[[Array], Array] = 1,
-    m: float | int = 0,
-    **options: Any,
-) -> tuple[np.ndarray, np.ndarray]:
+
+def wasserstein_gradient_descent(*flow: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """(losses [n_epochs], the last particles, of x0's shape).
 
-    Arguments and errors as `lib.gd.wasserstein_gradient_descent`, whose other options it takes
-    except `record_every`.
+    Arguments and errors as `lib.gd.wasserstein_gradient_descent`, without `record_every`.
     """
-    losses, particles = gd.wasserstein_gradient_descent(
-        x0, x_tgt, target_value_and_grad, rng, n_epochs, lr, m, record_every=n_epochs, **options
-    )
+    losses, particles = gd.wasserstein_gradient_descent(*flow, record_every=LAST_ONLY, **options)
     return losses, particles[-1]
 
 
@@ -47,7 +37,7 @@ def wasserstein_gradient_descent_save(
 
     `particles[i]` are those after i `save_interval` steps, the first x0 (which the published
     function overwrites), except the last, which are those after all steps. Arguments and errors as
-    `wasserstein_gradient_descent`.
+    `lib.gd.wasserstein_gradient_descent`.
     """
     losses, particles = gd.wasserstein_gradient_descent(
         x0, x_tgt, target_value_and_grad, rng, n_epochs, lr, m, record_every=save_interval,

@@ -21,9 +21,10 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from lib.gd import DivergedError, flow_init, flow_step
+from lib.gd import flow_init, flow_step
 from lib.report.tables import write_summary
 from lib.runs.commands import run_command
+from lib.runs.loop import DivergedError
 from lib.runs.processes import DeviceOptions
 from xp_transfer_learning import domain_adaptation, methods, tables
 from xp_transfer_learning.config import ABLATION, EXPERIMENT, AdaptationConfig

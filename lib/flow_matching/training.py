@@ -5,13 +5,11 @@ and x_t = (1 - t) x0 + t x1. The velocity E[x1 - x0 | x_t] is learnt by least sq
 al., 2023; Liu et al., 2023; Tong et al., 2024); following it carries the source to the data
 (`lib.flow_matching.sampling`).
 
-Training runs in one compiled loop; the host is visited about once a second, to show progress, look
-for NaN and save. The key of step t is `fold_in(key, t)` and fixes its batch, its draws of the
-source and its times, so a run does not depend on where those visits fall, and a resumed run ends
-in the same bits as one that was never interrupted.
+Training runs in one compiled loop, in chunks (`lib.runs.loop`). The key of step t is
+`fold_in(key, t)` and fixes its batch, its draws of the source and its times, so a run does not
+depend on where chunks end.
 """
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -27,17 +25,14 @@ from jaxtyping import Array, Float, Int, Key, Num, PyTree
 from scipy.optimize import linear_sum_assignment
 
 from lib import devices
-from lib.gd import DivergedError
 from lib.kernels import squared_distances
 from lib.runs import Run
-from lib.runs.files import RunFileError
-from lib.runs.loop import advance_in_visits
+from lib.runs.loop import Chunk, first_nonfinite, run_steps, traced_optimizer
 
 Coupling = Literal["independent", "optimal"]
 Velocity = Callable[[Float[Array, "B d"], Float[Array, " B"]], Float[Array, "B d"]]
 
-SECONDS_BETWEEN_VISITS = 1.0
-MAX_STEPS_BETWEEN_VISITS = 1024
+MAX_STEPS_PER_CHUNK = 1024
 
 
 @runtime_checkable
@@ -148,9 +143,7 @@ def init(
     """The state before the first step."""
     images, times = jnp.zeros((1, *image_shape)), jnp.zeros(1)
     parameters = network.init(key, images, times)
-    state = TrainState(parameters, parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
-    # Weak types do not survive a checkpoint; without them a resumed run promotes alike.
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), state)
+    return TrainState(parameters, parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
 
 
 def draw_batch(
@@ -256,60 +249,46 @@ def fit(
     images, source = jnp.asarray(images), jax.tree.map(jnp.asarray, source)
     _check_input(images, source, num_steps, batch_size, coupling, ema_decay)
     init_key, key = jax.random.split(key)
-    state = init(init_key, network, optimizer, images.shape[1:])
+    start = partial(init, init_key, network, optimizer, images.shape[1:])
+    parameters = jax.eval_shape(start).parameters
     settings = {
         "network": network,
-        "optimizer": optimizer,
         "batch_size": batch_size,
         "coupling": coupling,
         "ema_decay": float(ema_decay),
         "augment_flip": augment_flip,
     }
-    _check_network(network, state, images)
+    _check_network(network, parameters, images)
     losses = np.zeros(num_steps, np.float32)
-    origin = _fingerprint(key, state, source, images, settings) if run else np.zeros(0)
-    if run and (loaded := run.load_checkpoint((state, losses, origin))):
-        (saved, losses, found), _ = loaded
-        if not np.array_equal(found, origin):
-            raise RunFileError(
-                f"{run.checkpoint} belongs to a run with other data, source, settings or key; "
-                "delete its folder to start anew"
-            )
-        state, losses = jax.tree.map(jnp.asarray, saved), np.array(losses)
+    buffer = devices.place(np.zeros(MAX_STEPS_PER_CHUNK, np.float32), mesh)
+    inputs = devices.place((key, source, images), mesh)
 
-    done, buffer = int(state.step), np.zeros(MAX_STEPS_BETWEEN_VISITS, np.float32)
-    key, state, source, images, buffer = devices.place((key, state, source, images, buffer), mesh)
-
-    def save():
-        assert run is not None
-        run.save_checkpoint((devices.fetch(state), losses, origin), step=done)
-
-    def take(chunk):
-        nonlocal state, done, buffer
-        following, finite, buffer = jax.block_until_ready(
-            _advance(key, state, source, images, chunk, buffer, mesh=mesh, **settings)
+    def advance(state, done, size):
+        nonlocal buffer
+        state, finite, buffer = _advance(
+            state, size, buffer, *inputs, optimizer=optimizer, mesh=mesh, **settings
         )
         new_losses, finite = devices.fetch((buffer, finite))
-        new_losses = np.array(new_losses[:chunk])
-        bad = np.flatnonzero(~np.isfinite(new_losses))
-        if len(bad) or not finite:
-            if run:
-                save()
-            # Non-finite parameters after finite losses: the last step made them.
-            first = int(bad[0]) if len(bad) else chunk - 1
-            raise DivergedError(state, done + first, run.checkpoint if run else None)
-        losses[done : done + chunk] = new_losses
-        state, done = following, done + chunk
-        return {"loss": new_losses.mean()}
+        new_losses = losses[done : done + size] = new_losses[:size]
+        shown = {"loss": new_losses.mean()}
+        return Chunk(state, shown, first_nonfinite(new_losses, bool(finite)))
 
-    advance_in_visits(
-        take,
-        save,
-        done=done,
-        total=num_steps,
-        seconds_between=SECONDS_BETWEEN_VISITS,
-        most=MAX_STEPS_BETWEEN_VISITS,
+    state, _ = run_steps(
+        advance,
+        start(),
+        num_steps,
         run=run,
+        identity=lambda: {
+            "data": images,
+            "source": (type(source).__name__, source),
+            "key": key,
+            "optimizer": traced_optimizer(optimizer, parameters),
+            "num_steps": num_steps,
+            **settings,
+        },
+        history=lambda done: losses[:done],
+        place=partial(devices.place, mesh=mesh),
+        max_chunk=MAX_STEPS_PER_CHUNK,
         checkpoint_seconds=checkpoint_seconds,
         show_progress=show_progress,
         description=description,
@@ -331,10 +310,10 @@ def fit(
     ),
     donate_argnames="buffer",
 )
-def _advance(key, state, source, images, chunk, buffer, **settings):
-    """(state after `chunk` steps, whether it is finite, the losses in `buffer`).
+def _advance(state, size, buffer, key, source, images, **settings):
+    """(state after `size` steps, whether it is finite, the losses in `buffer`).
 
-    `chunk` is not static: visits at any distance share one program.
+    `size` is not static: chunks of any size share one program.
     """
 
     def body(i, carry):
@@ -343,12 +322,12 @@ def _advance(key, state, source, images, chunk, buffer, **settings):
         state = devices.constrain(state, settings["mesh"])
         return state, losses.at[i].set(value.astype(losses.dtype))
 
-    state, buffer = lax.fori_loop(0, chunk, body, (state, buffer))
+    state, buffer = lax.fori_loop(0, size, body, (state, buffer))
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state.parameters, state.ema))]
     return state, jnp.stack(finite).all(), devices.constrain(buffer, settings["mesh"])
 
 
-# The door
+# Input validation
 
 
 def _check_input(images, source, num_steps, batch_size, coupling, ema_decay) -> None:
@@ -375,32 +354,9 @@ def _check_input(images, source, num_steps, batch_size, coupling, ema_decay) -> 
         raise ValueError(f"the source draws {x0.shape} for a batch of images of shape {x1.shape}")
 
 
-def _check_network(network, state, images) -> None:
+def _check_network(network, parameters, images) -> None:
     batch = jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32)
     times = jax.ShapeDtypeStruct((2,), jnp.float32)
-    returned = jax.eval_shape(network.apply, state.parameters, batch, times)
+    returned = jax.eval_shape(network.apply, parameters, batch, times)
     if returned.shape != batch.shape:
         raise ValueError(f"the network turns {batch.shape} into {returned.shape}")
-
-
-def _fingerprint(key, state, source, images, settings) -> np.ndarray:
-    """What a checkpoint must share with the run that resumes it, in 32 bytes.
-
-    Settings of an optimiser are closed over: it is known by what it does with two gradients of
-    ones. Digits that differ between devices are left out.
-    """
-    settings = dict(settings)
-    optimizer = settings.pop("optimizer")
-    digest = hashlib.sha256(repr(sorted(settings.items(), key=lambda item: item[0])).encode())
-    for leaf in (*jax.tree.leaves(source), images, jax.random.key_data(key)):
-        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    digest.update(repr(jax.tree_util.tree_structure(source)).encode())
-    ones, optimizer_state = jax.tree.map(jnp.ones_like, state.parameters), state.optimizer_state
-    for _ in range(2):
-        updates, optimizer_state = jax.jit(optimizer.update)(
-            ones, optimizer_state, state.parameters
-        )
-        means = [float(jnp.mean(leaf)) for leaf in jax.tree.leaves(updates)]
-        digest.update(",".join(f"{mean:.4g}" for mean in means).encode())
-    return np.frombuffer(digest.digest(), np.uint8)

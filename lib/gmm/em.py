@@ -12,11 +12,9 @@ fit holds O(K d^2 + K block_size d). Starts are in `lib.gmm.starts`.
 """
 
 import gc
-import hashlib
-import time
 import warnings
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +25,8 @@ from lib.gmm._mixture import Mixture, Prepared, cast, joint_log_densities, prepa
 from lib.gmm.covariances import Full
 from lib.gmm.moments import Rows, dimension, sum_over_blocks, sum_over_rows
 from lib.numerics import as_sample
-from lib.runs import Run, processes
-from lib.runs.console import Interrupted, interruptible, progress
-from lib.runs.files import RunFileError
+from lib.runs import Run
+from lib.runs.loop import Chunk, fingerprint, run_steps, traced
 
 NEGLIGIBLE = 1e-18
 """Responsibilities up to here count as 0."""
@@ -198,17 +195,6 @@ class FitResult(NamedTuple):
         return found
 
 
-class _State(NamedTuple):
-    """What a checkpoint holds; the histories are as long as the fit may become."""
-
-    mixture: Mixture
-    log_likelihoods: np.ndarray
-    held_out: np.ndarray
-    counts: np.ndarray
-    ridges: np.ndarray
-    origin: np.ndarray
-
-
 def mean_log_likelihood(mixture: Mixture, data: Rows) -> float:
     """The weighted mean of log p(x) over rows, in nats a point."""
     with jax.enable_x64(True):
@@ -254,75 +240,69 @@ def fit(
     """
     _check_fit(data, held_out, start, regularisation, tolerance, max_iterations)
     crowded = _warn_if_crowded(data, start)
-    shape = max_iterations, len(start.weights)
-    origin = np.zeros(32, np.uint8)
-    if run:
-        settings = regularisation, tolerance, max_iterations
-        origin = _fingerprint(start, data, held_out, settings)
+    log_likelihoods = np.full(max_iterations, np.nan)
+    held_outs = np.full(max_iterations + 1, np.nan)
+    counts, ridges = np.full((2, max_iterations, len(start.weights)), np.nan)
+
+    def history(done: int) -> dict[str, np.ndarray]:
+        return {
+            "log_likelihoods": log_likelihoods[:done],
+            "held_out": held_outs[: done + 1 if held_out else 0],
+            "counts": counts[:done],
+            "ridges": ridges[:done],
+        }
+
+    def converged(done: int) -> bool:
+        if held_out:
+            return done > 0 and not held_outs[done] - held_outs[done - 1] >= tolerance
+        if done < 2 or np.isinf(ridges[done - 1]).any():  # a covariance waits for the next step
+            return False
+        return bool(abs(log_likelihoods[done - 1] - log_likelihoods[done - 2]) < tolerance)
+
+    def advance(mixture: Mixture, done: int, size: int) -> Chunk:
+        if held_out and done == 0:
+            held_outs[0] = mean_log_likelihood(mixture, held_out)
+        # Of held-out data the better of two mixtures is kept.
+        following, info = _iterate(mixture, data, regularisation, keep=held_out is not None)
+        log_likelihoods[done] = _finite(following, float(info.log_likelihood), done)
+        counts[done], ridges[done] = info.counts, info.ridge
+        shown = {"log_likelihood": log_likelihoods[done]}
+        if held_out:
+            held_outs[done + 1] = mean_log_likelihood(following, held_out)
+            shown["held_out"] = held_outs[done + 1]
+        worse = held_out and not held_outs[done + 1] >= held_outs[done]
+        return Chunk(mixture if worse else following, shown)
+
+    started_from = fingerprint(start) if run else None
     with jax.enable_x64(True):
-        state = _State(
-            jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float64), start),
-            np.full(max_iterations, np.nan),
-            np.full(max_iterations + 1, np.nan),
-            np.full(shape, np.nan),
-            np.full(shape, np.nan),
-            origin,
-        )
+        states = [jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float64), start)]
         del start  # at d = 3072 it is a third of what a fit holds, unless the caller keeps it
-        state, done = _resume(run, state)
-        if run:
-            run.truncate_metrics(done)
         gc.collect()  # jaxlib lets go of what it borrowed from numpy when garbage is collected
-        converged = _converged(state, done, held_out is not None, tolerance)
-        saved, logged = time.monotonic(), done
-        with (
-            interruptible() as stop_requested,
-            progress(
-                max_iterations,
-                initial=done,
-                description=description,
-                enabled=show_progress,
-                line_every=10.0,
-            ) as tick,
-        ):
-            if held_out and done == 0:
-                state.held_out[0] = mean_log_likelihood(state.mixture, held_out)
-            while done < max_iterations and not converged:
-                keep = held_out is not None  # the better of two mixtures is
-                mixture, info = _iterate(state.mixture, data, regularisation, keep=keep)
-                log_likelihood = _finite(mixture, float(info.log_likelihood), done)
-                state.log_likelihoods[done] = log_likelihood
-                state.counts[done], state.ridges[done] = info.counts, info.ridge
-                if held_out:
-                    state.held_out[done + 1] = mean_log_likelihood(mixture, held_out)
-                done += 1
-                worse = held_out and not state.held_out[done] >= state.held_out[done - 1]
-                if not worse:
-                    state = state._replace(mixture=mixture)
-                converged = _converged(state, done, held_out is not None, tolerance)
-                tick(1, log_likelihood=log_likelihood)
-                due = time.monotonic() - saved > checkpoint_seconds
-                _, stopping, due = processes.agreed(processes.NextVisit(1, stop_requested(), due))
-                finished = converged or done == max_iterations
-                if run and (stopping or finished or due):
-                    run.append_metrics(_rows(state, logged, done, held_out is not None))
-                    run.save_checkpoint(state, step=done)
-                    saved, logged = time.monotonic(), done
-                if stopping and not finished:
-                    if run:
-                        raise Interrupted(run.checkpoint, done)
-                    raise KeyboardInterrupt
-        mixture = jax.tree.map(np.asarray, jax.device_get(state.mixture))
+        mixture, done = run_steps(
+            advance,
+            states.pop(),
+            max_iterations,
+            run=run,
+            identity=lambda: {
+                "start": started_from,
+                "data": _identity(data),
+                "held-out data": held_out and _identity(held_out),
+                "regularisation": regularisation,
+                "tolerance": tolerance,
+                "max_iterations": max_iterations,
+            },
+            history=history,
+            place=partial(cast, dtype=jnp.float64),
+            converged=converged,
+            max_chunk=1,
+            checkpoint_seconds=checkpoint_seconds,
+            show_progress=show_progress,
+            description=description,
+        )
+        mixture = jax.tree.map(np.asarray, jax.device_get(mixture))
     if done and not crowded:
-        _warn_if_singular(state, done)
-    return FitResult(
-        mixture,
-        bool(converged),
-        state.log_likelihoods[:done],
-        state.held_out[: done + 1] if held_out else state.held_out[:0],
-        state.counts[:done],
-        state.ridges[:done],
-    )
+        _warn_if_singular(mixture, counts[done - 1])
+    return FitResult(mixture, converged(done), **history(done))
 
 
 prepare_jit = jax.jit(prepare, static_argnums=1)
@@ -344,14 +324,6 @@ def _iterate(
 def _block_log_likelihood(prepared, points, weights):
     log_density = jax.nn.logsumexp(joint_log_densities(prepared, points)[0], axis=1)
     return jnp.sum(weights), jnp.sum(weights * jnp.where(weights > 0, log_density, 0))
-
-
-def _converged(state: _State, done: int, with_held_out: bool, tolerance: float) -> bool:
-    if with_held_out:
-        return done > 0 and not state.held_out[done] - state.held_out[done - 1] >= tolerance
-    if done < 2 or np.isinf(state.ridges[done - 1]).any():  # a covariance waits for the next step
-        return False
-    return bool(abs(state.log_likelihoods[done - 1] - state.log_likelihoods[done - 2]) < tolerance)
 
 
 def _finite(mixture: Mixture, log_likelihood: float, step: int) -> float:
@@ -378,9 +350,9 @@ def _warn_if_crowded(data: Rows, start: Mixture) -> bool:
     return crowded
 
 
-def _warn_if_singular(state: _State, done: int) -> None:
-    counts, d = state.counts[done - 1], state.mixture.means.shape[1]
-    if isinstance(state.mixture.covariance, Full) and 0 < counts[counts > 0].min() <= d:
+def _warn_if_singular(mixture: Mixture, counts: np.ndarray) -> None:
+    d = mixture.means.shape[1]
+    if isinstance(mixture.covariance, Full) and 0 < counts[counts > 0].min() <= d:
         warnings.warn(
             f"a component owns {counts[counts > 0].min():.1f} points in {d} dimensions: its full "
             "covariance is singular but for the regularisation; use tied, diagonal or low_rank",
@@ -406,41 +378,9 @@ def _check_fit(data, held_out, start, regularisation, tolerance, max_iterations)
         )
 
 
-def _fingerprint(start: Mixture, data: Rows, held_out: Rows | None, settings) -> np.ndarray:
-    """What a checkpoint must share with the fit that resumes it; a transform is known by what it
-    makes of the first rows."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for leaf in jax.tree.leaves(start):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    for rows in (data, held_out):
-        if rows is None:
-            continue
-        digest.update(f"{rows.dtype}{rows.x.dtype}{rows.x.shape}{rows.block_size}".encode())
-        digest.update(f"{rows.chunk_size} {len(rows.devices)}".encode())
-        digest.update(rows.weights.tobytes())
-        for begin in range(0, rows.num_rows, rows.chunk_size):
-            chunk = np.ascontiguousarray(rows.x[begin : begin + rows.chunk_size])
-            digest.update(chunk.tobytes())
-        if rows.transform is not None:
-            first = rows.transform(jnp.asarray(rows.x[:2]).astype(np.float32))
-            digest.update(f"{float(jnp.mean(first)):.4g}".encode())
-    return np.frombuffer(digest.digest(), np.uint8)
-
-
-def _rows(state: _State, first: int, end: int, with_held_out: bool) -> Iterator[dict[str, Any]]:
-    """Of the iterations first, ..., end - 1, for metrics.jsonl."""
-    for step in range(first, end):
-        row = {"step": step, "log_likelihood": state.log_likelihoods[step]}
-        yield row | ({"held_out": state.held_out[step + 1]} if with_held_out else {})
-
-
-def _resume(run: Run | None, state: _State) -> tuple[_State, int]:
-    if not run or (loaded := run.load_checkpoint(state)) is None:
-        return state, 0
-    saved, done = loaded
-    if not np.array_equal(saved.origin, state.origin):
-        raise RunFileError(
-            f"{run.checkpoint} belongs to a fit with another start, other data or options; delete "
-            "it to start anew"
-        )
-    return saved._replace(mixture=cast(saved.mixture, jnp.float64)), done
+def _identity(data: Rows) -> Rows:
+    """What is hashed of rows: of a transform its program, of devices their number."""
+    transform = data.transform
+    if transform is not None:
+        transform = traced(transform, jax.ShapeDtypeStruct((1, *data.x.shape[1:]), data.dtype))
+    return data._replace(transform=transform, devices=(len(data.devices),))

@@ -1,13 +1,12 @@
 """Classifiers: train one from a key, evaluate it; several seeds and several sets at once.
 
 Training runs in one compiled loop. The key, the epoch and the step fix what each step draws, so a
-run does not depend on where the host visits it: `fit_seeds`, which does so about once a second, to
-show progress, look for NaN and save, ends in the bits of `train_seeds`, interrupted or not.
+run does not depend on its chunks: `fit_seeds`, which trains in chunks (`lib.runs.loop`), ends in
+the bits of `train_seeds`, interrupted or not.
 
 Nothing is selected on the way: what comes back is the network after the last epoch.
 """
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,17 +21,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lib import devices
-from lib.gd import DivergedError
 from lib.runs import Run
-from lib.runs.files import RunFileError
-from lib.runs.loop import advance_in_visits
+from lib.runs.loop import Chunk, run_steps, traced, traced_optimizer
 
 Parameters = Any
 # transform(key, images [B, H, W, channels], targets [B, classes]) -> (images, targets): augments,
 # mixes, normalises. A pure function, known to jit by its hash: make it once.
 Transform = Callable[[Array, Array, Array], tuple[Array, Array]]
 
-SECONDS_BETWEEN_VISITS = 1.0
 NEVER = np.iinfo(np.int32).max
 
 
@@ -106,7 +102,7 @@ def train_seeds(
     options |= {"batch_size": batch_size, "transform": transform}
     num_steps = num_epochs * steps_per_epoch(images.shape[-4], batch_size)
     keys, state, images, labels = devices.place((keys, state, images, labels), mesh)
-    state, *_ = _advance(keys, state, images, labels, num_steps, mesh=mesh, **options)
+    state, *_ = _advance(state, num_steps, keys, images, labels, mesh=mesh, **options)
     return devices.local((state.parameters, state.losses / images.shape[-4]), mesh)
 
 
@@ -133,7 +129,7 @@ def fit_seeds(
     Args:
       images: [n, H, W, channels], or [sets, n, H, W, channels].
       labels: [n], or [sets, n].
-      at_once: False trains the seeds of one set one after the other within each visit, equal to
+      at_once: False trains the seeds of one set one after the other within each chunk, equal to
         rounding; `lib.networks.convolution.networks_at_once` knows which is faster.
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
@@ -147,51 +143,28 @@ def fit_seeds(
       RunFileError: the folder's checkpoint is of other data, settings or keys.
     """
     _check_input(images, labels, num_epochs, batch_size)
-    options = {"network": network, "optimizer": optimizer}
-    state = _start_all(keys, images, num_epochs=num_epochs, **options)
-    # Weak types do not survive a checkpoint; without them a resumed run promotes alike.
-    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), state)
-    options |= {"batch_size": batch_size, "transform": transform}
     if not at_once and images.ndim == 5:
         raise ValueError("several sets are trained at once: at_once=False is for one")
-    total = num_epochs * steps_per_epoch(images.shape[-4], batch_size)
-    origin = _fingerprint(keys, state, images, labels, total, **options) if run else np.zeros(0)
-    if run and (loaded := run.load_checkpoint((state, origin))):
-        (saved, found), _ = loaded
-        if not np.array_equal(found, origin):
-            raise RunFileError(
-                f"{run.checkpoint} belongs to a run with other data, settings or keys; "
-                "delete its folder to start anew"
-            )
-        state = jax.tree.map(jnp.asarray, saved)
+    options = {"network": network, "optimizer": optimizer}
+    start = partial(_start_all, keys, images, num_epochs=num_epochs, **options)
+    options |= {"batch_size": batch_size, "transform": transform}
+    inputs = devices.place((keys, images, labels), mesh)
 
-    done = int(state.step)
-    keys, state, images, labels = devices.place((keys, state, images, labels), mesh)
-
-    def save():
-        assert run is not None
-        run.save_checkpoint((devices.fetch(state), origin), step=done)
-
-    def take(num_steps):
-        nonlocal state, done
-        following, loss, first_bad = jax.block_until_ready(
-            _advance(keys, state, images, labels, num_steps, at_once=at_once, mesh=mesh, **options)
+    def advance(state, done, size):
+        state, loss, first_bad = _advance(
+            state, size, *inputs, at_once=at_once, mesh=mesh, **options
         )
         loss, first_bad = devices.fetch((loss, first_bad))
-        if (bad := int(np.min(first_bad))) < NEVER:
-            if run:
-                save()
-            raise DivergedError(state, bad, run.checkpoint if run else None)
-        state, done = following, done + num_steps
-        return {"loss": np.mean(loss)}
+        bad = int(np.min(first_bad))
+        return Chunk(state, {"loss": np.mean(loss)}, None if bad == NEVER else bad - done)
 
-    advance_in_visits(
-        take,
-        save,
-        done=done,
-        total=total,
-        seconds_between=SECONDS_BETWEEN_VISITS,
+    state, _ = run_steps(
+        advance,
+        start(),
+        num_epochs * steps_per_epoch(images.shape[-4], batch_size),
         run=run,
+        identity=lambda: _identity(keys, images, labels, num_epochs, **options),
+        place=partial(devices.place, mesh=mesh),
         checkpoint_seconds=checkpoint_seconds,
         show_progress=show_progress,
         description=description,
@@ -281,10 +254,10 @@ def _start_all(keys, images, *, network, optimizer, num_epochs) -> TrainState:
     static_argnames=("network", "optimizer", "batch_size", "transform", "at_once", "mesh"),
 )
 def _advance(
-    keys, state, images, labels, num_steps, *, at_once=True, mesh=None, **options
+    state, num_steps, keys, images, labels, *, at_once=True, mesh=None, **options
 ) -> tuple[TrainState, Array, Array]:
-    """`_steps` of every network. `num_steps` is not static: visits at any distance, and none, share
-    one program, and so their bits."""
+    """`_steps` of every network. `num_steps` is not static: chunks of any size, and the whole,
+    share one program, and so their bits."""
 
     def of_one(key, own, images, labels):
         """Of one network; `own` is its state but for the step, which is that of all."""
@@ -322,37 +295,24 @@ def _check_input(images, labels, num_epochs, batch_size) -> None:
         raise ValueError("NaN or infinity in the images")
 
 
-def _fingerprint(
-    keys, state, images, labels, num_steps, *, network, optimizer, batch_size, transform
-) -> np.ndarray:
-    """What a checkpoint must share with the run that resumes it, in 32 bytes.
-
-    Settings of an optimiser and of a transform are closed over: they are known by what they do, the
-    one with gradients of ones in all steps, as schedules may begin alike, the other with the first
-    images. Digits that differ between devices are left out.
-    """
-    digest = hashlib.sha256(repr((network, batch_size, transform is None)).encode())
-    for leaf in (images, labels, jax.random.key_data(keys)):
-        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-
-    @jax.jit
-    def behaviour(images):
-        ones = jax.tree.map(lambda leaf: jnp.ones((), leaf.dtype), state.parameters)
-
-        def step(optimizer_state, _):
-            updates, optimizer_state = optimizer.update(ones, optimizer_state, ones)
-            return optimizer_state, jnp.stack(jax.tree.leaves(updates))
-
-        found = [lax.scan(step, optimizer.init(ones), length=num_steps)[1]]
-        if transform is not None:
-            targets = jnp.eye(len(images), dtype=images.dtype)
-            found += transform(jax.random.key(0), images, targets)
-        return jnp.stack([jnp.mean(leaf) for leaf in found])
-
-    first = images.reshape(-1, *images.shape[-3:])[: min(batch_size, 16)]
-    digest.update(",".join(f"{mean:.4g}" for mean in behaviour(first).tolist()).encode())
-    return np.frombuffer(digest.digest(), np.uint8)
+def _identity(
+    keys, images, labels, num_epochs, *, network, optimizer, batch_size, transform
+) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it."""
+    count = min(batch_size, images.shape[-4])
+    batch = jax.ShapeDtypeStruct((count, *images.shape[-3:]), images.dtype)
+    parameters = jax.eval_shape(network.init, keys[0], batch)
+    classes = jax.eval_shape(network.apply, parameters, batch).shape[1]
+    targets = jax.ShapeDtypeStruct((count, classes), images.dtype)
+    return {
+        "data": (images, labels),
+        "key": keys,
+        "network": network,
+        "optimizer": traced_optimizer(optimizer, parameters),
+        "num_epochs": num_epochs,
+        "batch_size": batch_size,
+        "transform": transform and traced(transform, keys[0], batch, targets),
+    }
 
 
 # Evaluation

@@ -5,10 +5,9 @@
         env.json         versions, device, commit and command line of the first start
         metrics.jsonl    one JSON object a line, each with its "step"
         checkpoint.npz   the state after so many steps
-        trajectory.npz   of a flow: its losses and records up to the checkpoint
         arrays.npz       the final result, written last, so it marks a finished run
 
-A finished run keeps nothing that was saved to resume from: the checkpoints and the trajectory go.
+A finished run keeps no checkpoint.
 
 Every file but metrics.jsonl is written atomically (`lib.runs.files`). metrics.jsonl grows by whole
 lines; a line that a killed process left without its end does not count. Beside the checkpoint lies
@@ -42,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from lib.numerics import check_seed
@@ -59,6 +59,7 @@ from lib.runs.files import (
 CONTENT = "content:"
 """What a value of a configuration begins with that stands for the content of data."""
 NOT_HASHED = ("seed", "progress", "results")
+Identity = Mapping[str, np.ndarray]
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "jaxopt", "scikit-learn", "torch")
 
 
@@ -100,10 +101,6 @@ class Run:
         return self.folder / "checkpoint.previous.npz"
 
     @property
-    def trajectory(self) -> Path:
-        return self.folder / "trajectory.npz"
-
-    @property
     def arrays(self) -> Path:
         return self.folder / "arrays.npz"
 
@@ -126,12 +123,19 @@ class Run:
         """The final result of a finished run; see `lib.runs.files.load_arrays`."""
         return files.load_arrays(self.arrays)
 
-    def save_checkpoint(self, state: PyTree, *, step: int) -> None:
+    def save_checkpoint(
+        self, state: PyTree, *, step: int, identity: Identity | None = None
+    ) -> None:
         """Writes the checkpoint and keeps the one before it; append the metrics of the steps before
         it first."""
-        files.save_checkpoint(self.checkpoint, state, step=step, previous=self.previous_checkpoint)
+        previous = self.previous_checkpoint
+        files.save_checkpoint(
+            self.checkpoint, state, step=step, identity=identity, previous=previous
+        )
 
-    def load_checkpoint(self, like: PyTree) -> tuple[PyTree, int] | None:
+    def load_checkpoint(
+        self, like: PyTree, identity: Identity | None = None
+    ) -> tuple[PyTree, int] | None:
         """The state and its step, or None where no checkpoint is; see
         `lib.runs.files.load_checkpoint`.
 
@@ -142,7 +146,7 @@ class Run:
         damage = None
         if self.checkpoint.exists():
             try:
-                return files.load_checkpoint(self.checkpoint, like)
+                return files.load_checkpoint(self.checkpoint, like, identity)
             except DamagedFileError as error:
                 damage = error
         if not self.previous_checkpoint.exists():
@@ -150,7 +154,7 @@ class Run:
                 raise damage
             return None
         try:
-            state, step = files.load_checkpoint(self.previous_checkpoint, like)
+            state, step = files.load_checkpoint(self.previous_checkpoint, like, identity)
         except DamagedFileError as error:
             raise DamagedFileError(
                 f"{damage or f'{self.checkpoint} is gone'}; the one before it cannot be read "
@@ -167,8 +171,7 @@ class Run:
     def discard_saved(self) -> None:
         """Deletes what was saved to resume from, if anything; the next start begins anew."""
         with processes.first_alone(f"discarding what was saved in {self.folder}") as first:
-            # The checkpoints first: without a trajectory they would be refused.
-            for path in (self.previous_checkpoint, self.checkpoint, self.trajectory):
+            for path in (self.previous_checkpoint, self.checkpoint):
                 if first:
                     path.unlink(missing_ok=True)
 

@@ -280,30 +280,37 @@ def save_checkpoint(
     state: PyTree,
     *,
     step: int,
+    identity: Mapping[str, np.ndarray] | None = None,
     previous: str | os.PathLike | None = None,
 ) -> None:
-    """Writes the leaves of `state`, their names and the number of steps done, atomically.
+    """Writes the leaves of `state`, their names and the number of steps done, atomically; beside
+    them `identity`, which `load_checkpoint` compares.
 
     The checkpoint that was there is kept as `previous`, if given.
     """
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     names = json.dumps([jax.tree_util.keystr(where) for where, _ in leaves])
     members = {f"leaf{i}": leaf for i, (_, leaf) in enumerate(leaves)}
+    members |= {f"identity {name}": value for name, value in (identity or {}).items()}
     with atomic_file(path, previous=previous) as file:
         _write_arrays(file, path, {"step": np.int64(step), "names": names, **members})
 
 
-def load_checkpoint(path: str | os.PathLike, like: PyTree) -> tuple[PyTree, int]:
+def load_checkpoint(
+    path: str | os.PathLike, like: PyTree, identity: Mapping[str, np.ndarray] | None = None
+) -> tuple[PyTree, int]:
     """The state and the step that `save_checkpoint` wrote, in the structure of `like`.
 
-    `like` has the state's structure, shapes and dtypes; its values are not read, so that
-    `jax.eval_shape` of the initial state serves. Leaves are numpy arrays (typed PRNG keys are keys,
-    Python numbers are Python numbers); put them on the device yourself. They are strongly typed:
-    start from a state without weak types, or a resumed run may promote otherwise.
+    `like` has the state's structure, shapes and dtypes, or is a function of the step that returns
+    them; its values are not read, so that `jax.eval_shape` of the initial state serves. Leaves are
+    numpy arrays (typed PRNG keys are keys, Python numbers are Python numbers); put them on the
+    device yourself. They are strongly typed: start from a state without weak types, or a resumed
+    run may promote otherwise.
 
-    Raises FileNotFoundError, DamagedFileError, or RunFileError if the leaves' names, shapes or
-    dtypes are not those of `like`. Leaves are compared by their path in the tree rather than by the
-    printed tree, which can hold the addresses of functions.
+    Raises FileNotFoundError, DamagedFileError, or RunFileError if a part of `identity` is another
+    one, or the leaves' names, shapes or dtypes are not those of `like`. Leaves are compared by
+    their path in the tree rather than by the printed tree, which can hold the addresses of
+    functions.
     """
     stored = load_arrays(path)
     try:
@@ -311,6 +318,17 @@ def load_checkpoint(path: str | os.PathLike, like: PyTree) -> tuple[PyTree, int]
         saved = {name: stored[f"leaf{i}"] for i, name in enumerate(names)}
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise DamagedFileError(f"{path} is not a checkpoint: delete it to start again") from error
+    differing = [
+        name
+        for name, value in (identity or {}).items()
+        if not np.array_equal(stored.get(f"identity {name}", ()), value)
+    ]
+    if differing:
+        raise RunFileError(
+            f"{path} belongs to a run with another {', '.join(differing)}, or was made by another "
+            "version: delete its folder to start anew"
+        )
+    like = like(step) if callable(like) else like
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     wanted = {jax.tree_util.keystr(where): leaf for where, leaf in leaves}
     for name in [*wanted, *saved]:

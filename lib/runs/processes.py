@@ -66,7 +66,7 @@ def first_alone(what: str) -> Iterator[bool]:
     wait_for_all(f"after {what}")
 
 
-class NextVisit(NamedTuple):
+class NextChunk(NamedTuple):
     """What a long loop does next: so many steps, unless it stops; a save before, if one is due."""
 
     num_steps: int
@@ -74,13 +74,13 @@ class NextVisit(NamedTuple):
     due: bool
 
 
-def agreed(proposed: NextVisit) -> NextVisit:
+def agreed(proposed: NextChunk) -> NextChunk:
     """What all processes do next: as many steps as the first would, a save where the first is due,
     a stop where any was asked to. Clocks and signals differ between processes."""
     if not several_processes():
         return proposed
     found = multihost_utils.process_allgather(np.array(proposed, np.int32))
-    return NextVisit(int(found[0, 0]), bool(found[:, 1].any()), bool(found[0, 2]))
+    return NextChunk(int(found[0, 0]), bool(found[:, 1].any()), bool(found[0, 2]))
 
 
 def own_share(count: int) -> range:

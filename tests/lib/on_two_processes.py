@@ -57,7 +57,7 @@ def flow(results: Path, name: str):
 
 def main(results: Path) -> None:
     found = {}
-    gd.SECONDS_BETWEEN_VISITS = 0.0  # a visit a step
+    loop.SECONDS_PER_CHUNK = 0.0  # every step is a chunk
     run, (found["losses"], found["particles"]) = flow(results, "whole")
     run.finish(losses=found["losses"])
     loop.progress = progress_until_told

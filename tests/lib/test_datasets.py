@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lib.datasets import Dataset, synthetic, transforms, transforms
+from lib.datasets import Dataset, synthetic, transforms
 from lib.datasets import _datasets as datasets
 
 

@@ -1,6 +1,5 @@
 """The flow engine against plain loops; records, chunks, and what survives a stop."""
 
-import inspect
 import signal
 import subprocess
 import sys
@@ -13,11 +12,10 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
-from visiting import record_visits, stop_after
+from chunks import record_chunks, stop_after
 
 from lib import gd, gd_images, runs
 from lib.gd import (
-    DivergedError,
     FlowResult,
     flow_init,
     flow_step,
@@ -28,6 +26,7 @@ from lib.gd import (
 from lib.runs import files
 from lib.runs.console import Interrupted
 from lib.runs.files import RunFileError
+from lib.runs.loop import DivergedError
 
 KEY = jax.random.key(0)
 x64 = pytest.mark.usefixtures("x64")
@@ -80,11 +79,6 @@ def whole():
 @pytest.fixture
 def run(tmp_path):
     return runs.open_run(tmp_path, "xp", "flow", {"m": 0.5}, seed=0)
-
-
-@pytest.fixture
-def one_step_visits(monkeypatch):
-    monkeypatch.setattr(gd, "SECONDS_BETWEEN_VISITS", 0.0)
 
 
 # What a step is
@@ -228,7 +222,7 @@ def test_recorded_steps(n_epochs, record_every):
 @pytest.mark.parametrize(("n_epochs", "record_every"), [(12, 4), (13, 4), (13, 40), (13, 13)])
 @pytest.mark.parametrize("max_steps", [1024, 3])
 def test_records_are_slices_of_the_whole_run(monkeypatch, whole, n_epochs, record_every, max_steps):
-    monkeypatch.setattr(gd, "MAX_STEPS_BETWEEN_VISITS", max_steps)
+    monkeypatch.setattr(gd, "MAX_STEPS_PER_CHUNK", max_steps)
     losses, particles = flow(n_epochs=n_epochs, record_every=record_every)
     steps = [s for s in range(n_epochs + 1) if s % record_every == 0 or s == n_epochs]
     assert_same_bits((losses, particles), (whole.losses[:n_epochs], whole.particles[steps]))
@@ -236,24 +230,17 @@ def test_records_are_slices_of_the_whole_run(monkeypatch, whole, n_epochs, recor
 
 @pytest.mark.parametrize("max_steps", [1, 5])
 def test_chunks_leave_the_bits(monkeypatch, whole, max_steps):
-    monkeypatch.setattr(gd, "MAX_STEPS_BETWEEN_VISITS", max_steps)
+    monkeypatch.setattr(gd, "MAX_STEPS_PER_CHUNK", max_steps)
     assert_same_bits(flow(), whole)
-
-
-@pytest.mark.usefixtures("one_step_visits")
-def test_visits_after_every_step_leave_the_bits(whole):
-    assert_same_bits(flow(), whole)
-    assert_same_bits(flow(record_every=4), (whole.losses, whole.particles[[0, 4, 8, 12, 13]]))
 
 
 def test_record_buffer_is_bounded(monkeypatch, whole):
     x0 = start()[0]
-    visits = record_visits(monkeypatch)
-    monkeypatch.setattr(gd, "SECONDS_BETWEEN_VISITS", 1e9)
-    monkeypatch.setattr(gd, "MAX_RECORD_BYTES_BETWEEN_VISITS", 3 * x0.nbytes)
+    sizes = record_chunks(monkeypatch, seconds=1e9)
+    monkeypatch.setattr(gd, "MAX_RECORD_BYTES_PER_CHUNK", 3 * x0.nbytes)
     kept = flow(record_every=2).particles
     np.testing.assert_array_equal(kept, whole.particles[[0, 2, 4, 6, 8, 10, 12, 13]])
-    assert max(visits) == 4
+    assert max(sizes) == 4
 
 
 # The documented example
@@ -285,7 +272,7 @@ def test_the_documented_example_runs_as_printed():
     assert losses[-20:].mean() < 0.2 * losses[0]
 
 
-# The door
+# Input validation
 
 NAN, INF = float("nan"), float("inf")
 
@@ -389,7 +376,6 @@ def test_a_carry_goes_from_step_to_step():
     np.testing.assert_allclose(found.particles[-1], x, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("one_step_visits")
 def test_a_carry_survives_a_stop(monkeypatch, run):
     expected = flow(remembering, carry=first_carry())
     with monkeypatch.context() as patch:
@@ -427,9 +413,9 @@ def doubling_into_infinity(x, y, key):
 ONES = np.ones((1, 2, 1), np.float32)
 
 
-@pytest.mark.usefixtures("one_step_visits")
 @pytest.mark.parametrize("target", [doubling, doubling_into_infinity])
-def test_divergence_keeps_the_last_good_state(run, target):
+def test_divergence_keeps_the_last_good_state(monkeypatch, run, target):
+    record_chunks(monkeypatch)
     with pytest.raises(DivergedError, match=r"NaN or infinity in step 5 \(counted") as caught:
         flow(target, 50, 1.0, 0.0, ONES, ONES, run=run)
     error = caught.value
@@ -437,17 +423,14 @@ def test_divergence_keeps_the_last_good_state(run, target):
     assert str(run.checkpoint) in str(error)
     assert error.step == error.state.step == 5
     np.testing.assert_array_equal(error.state.particles, 32 * ONES)
-    state, step = run.load_checkpoint(error.state)
-    assert step == state.step == 5
-    np.testing.assert_array_equal(state.particles, 32 * ONES)
     # The same command stops at the same place.
     with pytest.raises(DivergedError, match="in step 5 "):
         flow(target, 50, 1.0, 0.0, ONES, ONES, run=run)
 
 
 def test_divergence_within_a_chunk(monkeypatch):
-    """Visits after 1, 3, 7 steps: the state is that after 3, the step still the first bad one."""
-    monkeypatch.setattr(gd, "SECONDS_BETWEEN_VISITS", 1e9)
+    """Chunks of 1, 2, 4 steps: the state is that after 3, the step still the first bad one."""
+    record_chunks(monkeypatch, seconds=1e9)
     with pytest.raises(DivergedError, match=r"in step 5 .*lower the step size$") as caught:
         flow(doubling, 50, 1.0, 0.0, ONES, ONES)
     assert caught.value.step == 3
@@ -463,76 +446,18 @@ def test_a_flow_may_be_told_to_run_on():
 # Stops and resumes
 
 
-@pytest.mark.usefixtures("one_step_visits")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("record_every", [1, 4])
-def test_a_signal_saves_and_stops_and_a_second_call_resumes(
-    monkeypatch, run, whole, number, record_every
-):
+def test_a_second_call_resumes_and_a_third_extends(monkeypatch, run, record_every):
+    """10 is no multiple of 4: the last record of the first run is none of the third's."""
     with monkeypatch.context() as patch:
-        stop_after(patch, 6, number)
-        with pytest.raises(Interrupted, match="after step 6;") as caught:
-            flow(run=run, record_every=record_every)
-    assert str(run.checkpoint) in str(caught.value)
-    visits = record_visits(monkeypatch)
-    losses, particles = flow(run=run, record_every=record_every)
-    assert sum(visits) == 13 - 6
-    steps = recorded_steps(13, record_every)
-    assert_same_bits((losses, particles), (whole.losses, whole.particles[steps]))
-
-
-@pytest.mark.usefixtures("one_step_visits")
-def test_a_signal_during_the_last_step_loses_nothing(monkeypatch, run, whole):
-    stop_after(monkeypatch, 13)
-    with pytest.raises(KeyboardInterrupt):
-        flow(run=run)
-    visits = record_visits(monkeypatch)
-    assert_same_bits(flow(run=run), whole)
-    assert visits == []
-
-
-@pytest.mark.usefixtures("one_step_visits")
-@pytest.mark.parametrize("file", ["trajectory", "checkpoint"])
-def test_a_crash_at_either_file_of_a_save_resumes_in_the_same_bits(monkeypatch, run, whole, file):
-    """The disk fills up during the fourth save, before one file or the other."""
-    owner, name = (gd, "save_arrays") if file == "trajectory" else (runs.Run, "save_checkpoint")
-    save, calls = getattr(owner, name), []
-
-    def failing(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == 4:
-            raise OSError("No space left on device")
-        save(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing)
-        with pytest.raises(OSError, match="No space left"):
-            flow(run=run, checkpoint_seconds=0.0)
-    visits = record_visits(monkeypatch)
-    assert_same_bits(flow(run=run), whole)
-    assert sum(visits) == 13 - 3
-
-
-def test_a_flow_discarded_starts_anew(monkeypatch, run, whole):
-    flow(run=run)
-    run.discard_saved()
-    assert not list(run.folder.glob("*.npz"))
-    visits = record_visits(monkeypatch)
-    assert_same_bits(flow(run=run), whole)
-    assert sum(visits) == 13
-    run.discard_saved()
-    run.discard_saved()  # nothing left: nothing to do
-
-
-@pytest.mark.usefixtures("one_step_visits")
-def test_checkpoint_seconds(monkeypatch, run):
-    saves = []
-    monkeypatch.setattr(runs.Run, "save_checkpoint", lambda *_, step: saves.append(step))
-    flow(run=run, checkpoint_seconds=1e9)
-    assert saves == [13]
-    saves.clear()
-    flow(run=run, checkpoint_seconds=0.0)
-    assert saves == list(range(1, 14))
+        stop_after(patch, 6)
+        with pytest.raises(Interrupted, match="after step 6;"):
+            flow(n_epochs=10, run=run, record_every=record_every)
+    sizes = record_chunks(monkeypatch)
+    for n_epochs in (10, 10, 13):
+        found = flow(n_epochs=n_epochs, run=run, record_every=record_every)
+        assert_same_bits(found, flow(n_epochs=n_epochs, record_every=record_every))
+    assert len(sizes) == 4 + 10 + 10 + 3 + 13
 
 
 KILLED = """
@@ -541,7 +466,7 @@ from pathlib import Path
 import jax
 from lib import gd
 from lib.mmd import target_value_and_grad_riesz
-from lib.runs import Run
+from lib.runs import Run, loop
 
 def target(x, y, key):
     return target_value_and_grad_riesz(x, y, key, n_projs=20)
@@ -554,7 +479,7 @@ def flow(folder):
     )
 
 if __name__ == "__main__":
-    gd.SECONDS_BETWEEN_VISITS = 0.0
+    loop.SECONDS_PER_CHUNK = 0.0
     flow(sys.argv[1])
 """
 
@@ -581,104 +506,25 @@ def test_a_killed_process_resumes_in_the_same_bits(tmp_path):
     assert expected.losses[-50:].mean() < 0.5 * expected.losses[0]
 
 
-def test_a_finished_flow_is_read_back(run, whole):
-    assert_same_bits(flow(run=run), whole)
-    calls = []
-
-    def after(done):
-        calls.append(done)
-
-    with pytest.MonkeyPatch.context() as patch:
-        record_visits(patch, after)
-        assert_same_bits(flow(run=run), whole)
-    assert calls == []
-
-
-@pytest.mark.parametrize("record_every", [1, 4])
-def test_a_finished_flow_is_extended(run, whole, record_every):
-    """10 is no multiple of 4: the last record of the first run is none of the second's."""
-    flow(n_epochs=10, run=run, record_every=record_every)
-    losses, particles = flow(run=run, record_every=record_every)
-    steps = recorded_steps(13, record_every)
-    assert_same_bits((losses, particles), (whole.losses, whole.particles[steps]))
-
-
-def test_fewer_steps_than_are_done_raise(run):
-    flow(run=run)
-    with pytest.raises(RunFileError, match="is at step 13, past the 12 asked for"):
-        flow(n_epochs=12, run=run)
-
-
 OTHERS = {
     "start": {"x0": start(seed=5)[0]},
-    "target": {"y": start(seed=5)[1]},
-    "size of target": {"y": start((2, 4, 2))[1]},
+    "target": {"y": start((2, 4, 2))[1]},
     "key": {"rng": jax.random.key(5)},
-    "step size": {"lr": 0.2},
-    "schedule": {"lr": lambda step: 0.1},
-    "momentum": {"m": 0.6},
+    "step size or optimizer": {"lr": 0.2},
+    "step size or optimizer,": {"m": 0.6},
+    "record_every": {"record_every": 4},
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_the_checkpoint_of_another_flow_raises(run, other):
+def test_the_checkpoint_of_another_flow_is_refused(run, other):
     flow(n_epochs=4, run=run)
-    before = run.checkpoint.read_bytes()
 
     def target(x, y, key):
         return noisy(x, y[:, :3], key)
 
-    with pytest.raises(RunFileError, match="delete"):
+    with pytest.raises(RunFileError, match=f"another {other}"):
         flow(target, run=run, **OTHERS[other])
-    assert run.checkpoint.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "other", [{"x0": start((2, 5, 2))[0], "y": start((2, 5, 2))[1]}, {"optimizer": optax.adam(0.1)}]
-)
-def test_the_checkpoint_of_another_shape_or_optimizer_raises(run, other):
-    flow(n_epochs=4, run=run)
-    with pytest.raises(RunFileError, match="comes from other settings"):
-        flow(run=run, **other)
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ({"optimizer": optax.adam(0.1)}, {"optimizer": optax.adam(0.2)}),
-        ({"optimizer": optax.adam(0.1)}, {"optimizer": optax.adam(0.1, b1=0.5, eps=1e-2)}),
-        ({"optimizer": optax.sgd(0.1, 0.5)}, {"optimizer": optax.sgd(0.1, 0.6)}),
-        (
-            {"lr": optax.linear_schedule(0.1, 0.0, 1000)},
-            {"lr": optax.linear_schedule(0.1, 0.0, 9000)},
-        ),
-        (
-            {"lr": optax.constant_schedule(0.1)},
-            {"lr": optax.piecewise_constant_schedule(0.1, {500: 0.1})},
-        ),
-    ],
-)
-def test_the_checkpoint_of_other_settings_raises(run, first, second):
-    flow(n_epochs=4, run=run, **first)
-    with pytest.raises(RunFileError, match="another start, target, key or step size"):
-        flow(n_epochs=6, run=run, **second)
-    flow(n_epochs=6, run=run, **first)
-
-
-@pytest.mark.parametrize(("first", "second"), [(4, 1), (1, 4), (2, 4), (4, 2), (4, 5)])
-def test_the_checkpoint_of_other_intervals_raises(run, first, second):
-    """Also where there are records enough: those of steps 0, 2, 4 are not those of 0, 4, 8."""
-    flow(n_epochs=12, run=run, record_every=first)
-    with pytest.raises(RunFileError, match="recorded at other intervals"):
-        flow(n_epochs=13, run=run, record_every=second)
-
-
-def test_a_damaged_checkpoint_raises(run):
-    flow(n_epochs=4, run=run)
-    content = run.checkpoint.read_bytes()
-    run.checkpoint.write_bytes(content[: len(content) // 2])
-    with pytest.raises(RunFileError, match="damaged"):
-        flow(run=run)
 
 
 # The published results of image flows
@@ -706,8 +552,6 @@ def test_image_flows_return_the_last_particles(whole):
         ),
     ):
         assert_same_bits((losses, last), (whole.losses, whole.particles[-1]))
-    options = inspect.signature(gd_images.wasserstein_gradient_descent).parameters
-    assert [options[name].default for name in ("n_epochs", "lr", "m")] == [101, 1, 0]
 
 
 # L-BFGS

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chunks import stop_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
@@ -478,8 +479,7 @@ def test_resumes_to_the_same_bits(tmp_path, monkeypatch):
     whole = quiet_fit(data, start, **options)
     run = open_run(tmp_path, "gmm", "test", {}, seed=0)
 
-    calls = iter([False, False, True])
-    monkeypatch.setattr("lib.gmm.em.interruptible", lambda: _Stop(calls))
+    stop_after(monkeypatch, 3)
     with pytest.raises(Interrupted, match="after step 3"):
         quiet_fit(data, start, run=run, **options)
     monkeypatch.undo()
@@ -489,21 +489,9 @@ def test_resumes_to_the_same_bits(tmp_path, monkeypatch):
     assert found == list(enumerate(whole.log_likelihoods))
     again = quiet_fit(data, start, run=run, **options)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
-    with pytest.raises(RunFileError, match="another start, other data"):
-        quiet_fit(rows(x + 1), start, run=run, **options)
-
-
-class _Stop:
-    """Stands in for `interruptible`: asks for a stop when told to."""
-
-    def __init__(self, answers):
-        self.answers = answers
-
-    def __enter__(self):
-        return lambda: next(self.answers)
-
-    def __exit__(self, *error):
-        return False
+    other = start._replace(means=start.means + 1), rows(x, transform=jnp.tanh)
+    with pytest.raises(RunFileError, match="another start, data, tolerance,"):
+        quiet_fit(other[1], other[0], run=run, **options | {"tolerance": 1e-9})
 
 
 # Bad data: errors and repairs

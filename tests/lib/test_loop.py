@@ -1,35 +1,61 @@
-"""The loop in visits, alone: when it visits, saves and stops; its users are tested on bits."""
+"""The loop in chunks, on a clock of its own: when it saves, stops, resumes; what it refuses."""
 
 import signal
 import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
-from visiting import record_visits, stop_after
+from chunks import record_chunks, stop_after
 
 from lib.runs import Run
 from lib.runs.console import Interrupted
-from lib.runs.loop import advance_in_visits
+from lib.runs.files import RunFileError
+from lib.runs.loop import (
+    Chunk,
+    DivergedError,
+    fingerprint,
+    first_nonfinite,
+    run_steps,
+    traced,
+    traced_optimizer,
+)
 
 
 class Loop:
-    """A loop that counts its steps, on a clock that they alone move."""
+    """Sums up the numbers of its steps, on a clock that they alone move."""
 
     def __init__(self, monkeypatch, seconds_a_step=1.0):
-        self.now, self.done, self.saved, self.seconds = 0.0, 0, [], seconds_a_step
+        self.now, self.seconds, self.sums = 0.0, seconds_a_step, np.full(50, np.nan)
         clock = types.SimpleNamespace(monotonic=lambda: self.now)
         monkeypatch.setattr("lib.runs.loop.time", clock)
 
-    def advance(self, num_steps):
-        self.done += num_steps
-        self.now += self.seconds * num_steps
-        return {"done": self.done}
+    def advance(self, state, done, size):
+        for step in range(done, done + size):
+            state = {"sum": state["sum"] + step}
+            self.sums[step] = state["sum"]
+        self.now += self.seconds * size
+        return Chunk(state, {"done": done + size})
 
-    def save(self):
-        self.saved.append(self.done)
+    def __call__(self, total, run=None, identity=(("start", 0),), **options):
+        self.sums[:] = np.nan
+        return run_steps(
+            self.advance,
+            {"sum": 0},
+            total,
+            run=run,
+            identity=lambda: dict(identity),
+            history=lambda done: self.sums[:done],
+            show_progress=False,
+            **options,
+        )
 
-    def __call__(self, total, *, seconds_between=1.0, run=None, **options):
-        options = {"done": self.done, "seconds_between": seconds_between, "run": run} | options
-        advance_in_visits(self.advance, self.save, total=total, **options)
+
+@pytest.fixture
+def loop(monkeypatch):
+    return Loop(monkeypatch)
 
 
 @pytest.fixture
@@ -37,117 +63,224 @@ def run(tmp_path):
     return Run(tmp_path)
 
 
-def test_visits_double_until_they_are_as_far_apart_as_asked(monkeypatch):
-    visits, loop = record_visits(monkeypatch), Loop(monkeypatch)
-    loop(40, seconds_between=9.0)
-    assert visits == [1, 2, 4, 8, 9, 9, 7]
-    assert loop.done == 40
+@pytest.fixture
+def saves(monkeypatch):
+    """The steps of the saves that have succeeded."""
+    steps, save = [], Run.save_checkpoint
+
+    def saved(run, state, *, step, **options):
+        save(run, state, step=step, **options)
+        steps.append(step)
+
+    monkeypatch.setattr(Run, "save_checkpoint", saved)
+    return steps
 
 
-def test_slow_steps_are_visited_one_by_one(monkeypatch):
-    visits, loop = record_visits(monkeypatch), Loop(monkeypatch, seconds_a_step=5.0)
-    loop(4)
-    assert visits == [1, 1, 1, 1]
+@pytest.mark.parametrize(
+    ("seconds", "seconds_a_step", "max_chunk", "sizes"),
+    [
+        (9.0, 1.0, None, [1, 2, 4, 8, 9, 9, 7]),  # doubles until it is as long as asked
+        (1.0, 15.0, None, [1] * 40),
+        (1e9, 1.0, 12, [1, 2, 4, 8, 12, 12, 1]),
+        (1.0, 0.0, None, [1, 2, 4, 8, 16, 9]),  # a clock that stands still
+    ],
+)
+def test_sizes_of_chunks(monkeypatch, seconds, seconds_a_step, max_chunk, sizes):
+    chunks = record_chunks(monkeypatch, seconds=seconds)
+    state, done = Loop(monkeypatch, seconds_a_step)(40, max_chunk=max_chunk)
+    assert chunks == sizes
+    assert (int(state["sum"]), done) == (780, 40)
 
 
-def test_steps_that_become_slow_are_visited_sooner(monkeypatch):
+def test_chunks_of_steps_that_become_slow_are_shorter(monkeypatch, loop):
     """Eight steps that took four times as long as they should: two the next time."""
-    visits, loop = record_visits(monkeypatch), Loop(monkeypatch)
+    chunks = record_chunks(monkeypatch, seconds=8.0)
 
-    def advance(num_steps):
-        loop.seconds = 4.0 if num_steps == 8 else 1.0
-        return Loop.advance(loop, num_steps)
+    def advance(state, done, size):
+        loop.seconds = 4.0 if size == 8 else 1.0
+        return Loop.advance(loop, state, done, size)
 
     loop.advance = advance
-    loop(19, seconds_between=8.0)
-    assert visits == [1, 2, 4, 8, 2, 2]
+    loop(19)
+    assert chunks == [1, 2, 4, 8, 2, 2]
 
 
-def test_no_visit_takes_more_steps_than_the_most(monkeypatch):
-    visits, loop = record_visits(monkeypatch), Loop(monkeypatch)
-    loop(10, seconds_between=1e9, most=3)
-    assert visits == [1, 2, 3, 3, 1]
-
-
-def test_a_clock_that_stands_still_doubles_for_ever(monkeypatch):
-    visits, loop = record_visits(monkeypatch), Loop(monkeypatch, seconds_a_step=0.0)
-    loop(20)
-    assert visits == [1, 2, 4, 8, 5]
-
-
-def test_saves_are_so_many_seconds_apart_and_at_the_end(monkeypatch, run):
-    loop = Loop(monkeypatch)
-    loop(10, run=run, checkpoint_seconds=2.5, show_progress=False)
-    assert loop.saved == [3, 6, 9, 10]
-    without = Loop(monkeypatch)
-    without(10, checkpoint_seconds=2.5, show_progress=False)
-    assert without.saved == []
+def test_saves_are_so_many_seconds_apart_and_at_the_end(monkeypatch, loop, run, saves):
+    record_chunks(monkeypatch)
+    loop(10, run, checkpoint_seconds=2.5)
+    assert saves == [3, 6, 9, 10]
+    loop(10, checkpoint_seconds=2.5)
+    assert saves == [3, 6, 9, 10]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_stops_and_is_gone_on_from(monkeypatch, run, number):
-    loop = Loop(monkeypatch)
+def test_a_signal_saves_and_stops_and_a_second_call_goes_on(monkeypatch, loop, run, saves, number):
     with monkeypatch.context() as patch:
-        visits = stop_after(patch, 3, number)
+        chunks = stop_after(patch, 3, number)
         with pytest.raises(Interrupted, match="after step 3;") as caught:
-            loop(7, run=run)
-    assert visits == [1, 1, 1]
+            loop(7, run)
+    assert chunks == [1, 1, 1]
     assert str(run.checkpoint) in str(caught.value)
-    assert loop.saved == [3]
-    visits = record_visits(monkeypatch)
-    loop(7, run=run)
-    assert visits == [1, 1, 1, 1]
-    assert loop.saved == [3, 7]
-
-
-def test_what_is_shown_is_kept_without_what_a_resumed_run_does_again(monkeypatch, run):
-    loop = Loop(monkeypatch)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Interrupted):
-            loop(7, run=run)
-    assert run.read_metrics() == [{"step": step, "done": step + 1} for step in range(3)]
     # A process that was killed between the metrics of a save and its checkpoint.
     run.append_metrics([{"step": 3, "done": -1}])
-    loop(7, run=run, show_progress=False)
-    assert run.read_metrics() == [{"step": step, "done": step + 1} for step in range(7)]
+    chunks = record_chunks(monkeypatch)
+    for total in (7, 7, 9):  # it goes on, is read back, is extended
+        state, done = loop(total, run)
+        assert (int(state["sum"]), done) == (total * (total - 1) // 2, total)
+        np.testing.assert_array_equal(loop.sums[:total], np.cumsum(range(total)))
+    assert chunks == [1] * 6
+    assert saves == [3, 7, 9]
+    assert run.read_metrics() == [{"step": step, "done": step + 1} for step in range(9)]
 
 
-def test_a_signal_without_a_folder_is_a_keyboard_interrupt(monkeypatch):
-    loop, visits = Loop(monkeypatch), stop_after(monkeypatch, 2)
+def test_a_signal_without_a_folder_is_a_keyboard_interrupt(monkeypatch, loop):
+    chunks = stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt) as caught:
         loop(7)
     assert not isinstance(caught.value, Interrupted)
-    assert visits == [1, 1]
-    assert loop.saved == []
+    assert chunks == [1, 1]
 
 
-def test_a_signal_at_the_last_step_comes_after_the_last_save(monkeypatch, run):
-    loop = Loop(monkeypatch)
+def test_a_signal_at_the_last_step_comes_after_the_last_save(monkeypatch, loop, run, saves):
     stop_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt) as caught:
-        loop(7, run=run)
+        loop(7, run)
     assert not isinstance(caught.value, Interrupted)
-    assert loop.saved == [7]
+    assert saves == [7]
 
 
-def test_an_error_of_a_step_is_not_saved_after_but_what_led_to_it_is_kept(monkeypatch, run):
-    loop = Loop(monkeypatch)
+def test_a_loop_that_has_converged_ends_and_stays_there(monkeypatch, loop, run):
+    chunks = record_chunks(monkeypatch)
+    for _ in range(2):
+        state, done = loop(40, run, converged=lambda done: done > 0 and loop.sums[done - 1] >= 10)
+        assert (int(state["sum"]), done) == (10, 5)
+    assert chunks == [1] * 5
 
-    def advance(num_steps):
-        if loop.done == 3:
+
+def test_divergence_names_the_step_and_saves_the_state_before_its_chunk(monkeypatch, loop, run):
+    record_chunks(monkeypatch, seconds=1e9)
+
+    def advance(state, done, size):
+        return Loop.advance(loop, state, done, size)._replace(bad_step=2 if done == 3 else None)
+
+    loop.advance = advance
+    for _ in range(2):  # the same command stops at the same place
+        with pytest.raises(DivergedError, match=r"in step 5 \(counted.*lower the step") as caught:
+            loop(40, run)
+        assert isinstance(caught.value, FloatingPointError)
+        assert str(run.checkpoint) in str(caught.value)
+        assert (int(caught.value.state["sum"]), caught.value.step) == (3, 3)
+        (state, _), step = run.load_checkpoint(
+            lambda step: ({"sum": np.int32(0)}, loop.sums[:step])
+        )
+        assert (state["sum"], step) == (3, 3)
+        assert [row["step"] for row in run.read_metrics()] == [0, 2]
+    loop.advance = types.MethodType(Loop.advance, loop)
+    loop(7, run)
+    assert [row["step"] for row in run.read_metrics()] == [0, 2, 3, 5, 6]
+
+
+def test_where_numbers_cease_to_be_finite():
+    values = np.ones((4, 2))
+    assert [first_nonfinite(values, finite) for finite in (True, False)] == [None, 3]
+    values[1:3, 1] = np.inf, np.nan
+    assert first_nonfinite(values, False) == 1
+    assert first_nonfinite(values[:, 0], True) is None
+
+
+def test_after_an_error_it_goes_on_from_the_last_save(monkeypatch, loop, run, saves):
+    record_chunks(monkeypatch)
+
+    def advance(state, done, size):
+        if done == 3:
             raise FloatingPointError("in step 3")
-        return Loop.advance(loop, num_steps)
+        return Loop.advance(loop, state, done, size)
 
     loop.advance = advance
     with pytest.raises(FloatingPointError, match="in step 3"):
-        loop(7, run=run, checkpoint_seconds=1.5, show_progress=False)
-    assert loop.saved == [2]
-    assert [row["step"] for row in run.read_metrics()] == [0, 1, 2]
+        loop(7, run, checkpoint_seconds=1.5)
+    assert saves == [2]
+    loop.advance = types.MethodType(Loop.advance, loop)
+    loop(7, run)
+    np.testing.assert_array_equal(loop.sums[:7], np.cumsum(range(7)))
+    assert [row["step"] for row in run.read_metrics()] == list(range(7))
 
 
-def test_what_is_done_is_left_alone(monkeypatch, run):
-    loop, visits = Loop(monkeypatch), record_visits(monkeypatch)
-    loop.done = 7
-    loop(7, run=run)
-    assert visits == loop.saved == []
+def test_what_is_promoted_does_not_depend_on_a_stop(loop, run):
+    """Weak types would not come back from a checkpoint."""
+    kinds = []
+    loop.advance = lambda state, done, size: Chunk(
+        kinds.append(state["sum"].weak_type) or state, {}
+    )
+    loop(1, run)
+    loop(2, run)
+    assert kinds == [False, False]
+
+
+# What a checkpoint belongs to
+
+
+def test_the_checkpoint_of_another_run_is_refused_and_left_alone(loop, run):
+    loop(7, run, {"start": 0, "key": jax.random.key(0), "rate": 0.1}.items())
+    before = run.checkpoint.read_bytes()
+    other = {"start": 0, "key": jax.random.key(1), "rate": 0.2}
+    with pytest.raises(RunFileError, match=r"run with another key, rate, .*delete its folder"):
+        loop(9, run, other.items())
+    with pytest.raises(RunFileError, match="is at step 7, past the 6 asked for"):
+        loop(6, run, {"start": 0, "key": jax.random.key(0), "rate": 0.1}.items())
+    assert run.checkpoint.read_bytes() == before
+    run.save_checkpoint({"particles": np.ones(3)}, step=3)  # as those of before
+    with pytest.raises(RunFileError, match="another start, or was made by another version"):
+        loop(9, run)
+
+
+def same(one, other):
+    return np.array_equal(fingerprint(one), fingerprint(other))
+
+
+def test_a_fingerprint_is_of_places_shapes_dtypes_and_bits(monkeypatch):
+    x = np.arange(12.0, dtype=np.float32).reshape(6, 2)
+    assert same({"a": x, "b": None}, {"a": jnp.asarray(x), "b": None})
+    assert same(jax.random.key(3), jax.random.key(3))
+    others = [x[:5], x.T, x.reshape(4, 3), x.astype(np.float64), -x, x.view(np.int32), (x,), [x, 1]]
+    others += [jax.random.key(3), jax.random.key(4), 1, 1.0, True, "1", None, np.float32(1)]
+    prints = {fingerprint(other).tobytes() for other in [x, *others]}
+    assert len(prints) == 1 + len(others)
+    monkeypatch.setattr("lib.runs.loop._HASHED_BYTES", 16)  # two rows at a time
+    assert fingerprint(x).tobytes() in prints
+    assert same(len, len)
+
+
+def test_a_function_is_known_by_its_program_with_what_it_closes_over():
+    def scaled(factor, table):
+        return lambda x: jax.nn.relu(factor * x) + table[0]
+
+    def of(factor, table):
+        return traced(scaled(factor, jnp.asarray(table)), jnp.ones(3))
+
+    assert same(of(2.0, [1.0, 2.0]), of(2.0, [1.0, 2.0]))
+    assert not same(of(2.0, [1.0, 2.0]), of(2.1, [1.0, 2.0]))
+    assert not same(of(2.0, [1.0, 2.0]), of(2.0, [1.0, 2.1]))
+
+
+def test_an_optimizer_is_known_by_all_its_settings():
+    schedule = optax.linear_schedule, optax.piecewise_constant_schedule
+    optimizers = [
+        optax.sgd(0.1),
+        optax.sgd(0.1, 0.5),
+        optax.sgd(0.1, 0.6),
+        optax.adam(0.1),
+        optax.adam(0.2),
+        optax.adam(0.1, b1=0.5),
+        optax.adam(0.1, eps=1e-2),
+        optax.adam(schedule[0](0.1, 0.0, 1000)),
+        optax.adam(schedule[0](0.1, 0.0, 9000)),
+        optax.adam(schedule[1](0.1, {500: 0.1})),
+        optax.chain(optax.clip(1.0), optax.adam(0.1)),
+    ]
+
+    def of(optimizer):
+        return fingerprint(traced_optimizer(optimizer, {"w": jnp.ones((2, 3))})).tobytes()
+
+    assert len({of(optimizer) for optimizer in optimizers}) == len(optimizers)
+    assert of(optax.adam(0.1)) == of(optax.adam(0.1))

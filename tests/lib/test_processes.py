@@ -76,7 +76,7 @@ def test_the_first_process_alone_writes_and_prints(found):
     assert "done" in printed[1]
     assert "done" not in printed[2]
     (stopped,) = folder.glob("test/stopped-*/seed0")
-    # There is a visit after every step.
+    # Every step is a chunk.
     assert [row["step"] for row in Run(stopped).read_metrics()] == list(range(40))
     assert json.loads((stopped / "config.json").read_text()) == {"seed": 0}
     assert not list(folder.rglob(".*.tmp"))
@@ -162,7 +162,7 @@ def test_commands_on_two_processes(tmp_path, name):
 
 
 def test_one_process_agrees_with_itself():
-    proposed = processes.NextVisit(5, True, False)
+    proposed = processes.NextChunk(5, True, False)
     assert processes.agreed(proposed) is proposed
     assert processes.is_first()
     assert list(processes.own_share(3)) == [0, 1, 2]

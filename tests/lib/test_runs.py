@@ -147,10 +147,10 @@ def test_finished_only_with_the_final_result(run):
     np.testing.assert_array_equal(run.load_arrays()["x"], np.arange(3), strict=True)
 
 
-SAVED = ("checkpoint.npz", "checkpoint.previous.npz", "trajectory.npz")
+SAVED = ("checkpoint.npz", "checkpoint.previous.npz")
 
 
-@pytest.mark.parametrize("operations", range(6))
+@pytest.mark.parametrize("operations", range(5))
 def test_finish_discards_what_was_saved_wherever_it_is_killed(
     run, tmp_path, monkeypatch, operations
 ):
@@ -158,7 +158,6 @@ def test_finish_discards_what_was_saved_wherever_it_is_killed(
     is, and nothing else as soon as the run is opened again."""
     for step in (1, 2):
         run.save_checkpoint({"x": np.ones(2)}, step=step)
-    files.save_arrays(run.trajectory, losses=np.ones(2))
     done = []
 
     def counted(system):

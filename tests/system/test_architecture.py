@@ -44,13 +44,7 @@ def test_rooms_of_lib_stand_on_lower_floors_and_few_touch_files(path):
     if path.stem != "sweeps":  # a command: it asks every data set what it is known by
         assert not rooms - set().union(*FLOORS[:floor])
     assert not {top for top in tops if top.startswith("xp_")}
-    assert room(path) in TOUCH_FILES | {"gd"} or not tops & {
-        "pathlib",
-        "os",
-        "io",
-        "shutil",
-        "torch",
-    }
+    assert room(path) in TOUCH_FILES or not tops & {"pathlib", "os", "io", "shutil", "torch"}
 
 
 def test_commands_take_devices():

@@ -10,8 +10,8 @@ from condensing import SMALL
 from PIL import Image
 
 from lib import augment, devices, gd
-from lib.gd import DivergedError
 from lib.runs.console import Interrupted
+from lib.runs.loop import DivergedError
 from xp_dataset_distillation import condense, config, losses, objectives
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.factor import decode
@@ -202,7 +202,7 @@ def test_a_run_condenses_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr("lib.runs.loop.interruptible", Stop)
-        patch.setattr(gd, "MAX_STEPS_BETWEEN_VISITS", 2)
+        patch.setattr(gd, "MAX_STEPS_PER_CHUNK", 2)
         with pytest.raises(Interrupted):
             condense.condense(settings, seed=0, results=tmp_path / "b", show_progress=False)
     resumed = condense.condense(settings, seed=0, results=tmp_path / "b", show_progress=False)

@@ -17,7 +17,7 @@ from scipy.stats import kstest, norm, truncnorm, wasserstein_distance
 from scipy.stats import t as t_distribution
 
 from lib import runs
-from lib.gd import DivergedError
+from lib.runs.loop import DivergedError
 from xp_drmmd import analytic, experiments, flows, metrics, plot, student_teacher, tables
 from xp_drmmd.config import ABLATIONS, GROUPS, FlowConfig, StudentConfig, presets
 from xp_drmmd.problems import problem

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lib.datasets import to_unit
 from lib import runs
 from xp_gmm_source import experiments, flow, tables
 from xp_gmm_source.config import FlowConfig, comparison, presets
