@@ -75,7 +75,7 @@ def accuracies(rows: list[dict]) -> Figure:
             if n is None:
                 axis.axvline(values.mean(), color="0.6", ls=":")
                 continue
-            color = plotting.CLASS_COLOURS[numbers.index(n)]
+            color = plotting.CLASS_COLORS[numbers.index(n)]
             place = labels.index(row["label"])
             axis.errorbar(values.mean(), place, xerr=spread(values), fmt="o", ms=4, color=color)
         axis.set(title=evaluator, xlabel="accuracy, %")

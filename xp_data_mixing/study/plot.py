@@ -24,7 +24,7 @@ def recovery(rows: list[dict]) -> Figure:
     )
     for axis, row in zip(axes[0], rows):
         tv = tables.variations(row)
-        for column, color in zip(tables.kernel_columns(row), plotting.CLASS_COLOURS):
+        for column, color in zip(tables.kernel_columns(row), plotting.CLASS_COLORS):
             values = np.stack([tv[f"{column}, σ = {sigma:g}"].ravel() for sigma in SIGMAS])
             mean, error = values.mean(1), standard_error(values, 1)
             axis.semilogx(SIGMAS, mean, color=color, label=column)
@@ -56,7 +56,7 @@ def coverage(rows: list[dict], *, shown: int = 40) -> Figure:
             x = i + np.linspace(-0.38, 0.38, len(intervals))
             low, high = intervals[:, i].T
             missed = (weight < low) | (weight > high)
-            colors = np.where(missed, plotting.CLASS_COLOURS[1], plotting.CLASS_COLOURS[5])
+            colors = np.where(missed, plotting.CLASS_COLORS[1], plotting.CLASS_COLORS[5])
             axis.vlines(x, low, high, colors=colors, lw=0.8)
             axis.hlines(weight, i - 0.42, i + 0.42, color="black", lw=1.0)
             axis.annotate(
@@ -104,7 +104,7 @@ def ablation(rows: list[dict]) -> Figure:
         1, len(sizes), figsize=(max(5.0, 2.5 * len(sizes)), 3.4), sharey=True, squeeze=False
     )
     for n, (axis, size) in enumerate(zip(axes[0], sizes)):
-        for d, (label, color) in enumerate(zip(labels, plotting.CLASS_COLOURS)):
+        for d, (label, color) in enumerate(zip(labels, plotting.CLASS_COLORS)):
             values = tv[:, n, d].swapaxes(0, 1).reshape(len(SIGMAS), -1)
             mean, std = values.mean(1), spread(values, 1)
             axis.loglog(SIGMAS, mean, color=color, label=label)
