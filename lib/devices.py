@@ -1,4 +1,4 @@
-"""Meshes of devices: where arrays lie, and functions divided over devices.
+"""Meshes of devices: where arrays lie, and functions sharded over devices.
 
 JAX's own runtime does the work: arrays placed on a mesh, and `jax.shard_map` over axes whose parts
 do not depend on each other. A mesh is an argument (`mesh=None`: one device) of every function of
@@ -23,12 +23,12 @@ def device_mesh(num_devices: int | None = None) -> Mesh:
 
     Raises ValueError where there are fewer, and where a process would be left without any.
     """
-    found = jax.devices()
-    wanted = len(found) if num_devices is None else num_devices
-    if not 1 <= wanted <= len(found):
-        some = f"{len(found)}: {found[0]}" + (f" to {found[-1]}" if len(found) > 1 else "")
+    present = jax.devices()
+    wanted = len(present) if num_devices is None else num_devices
+    if not 1 <= wanted <= len(present):
+        some = f"{len(present)}: {present[0]}" + (f" to {present[-1]}" if len(present) > 1 else "")
         raise ValueError(f"{wanted} devices asked for, there are {some}; ask for as many, or fewer")
-    chosen = found[:wanted]
+    chosen = present[:wanted]
     if {device.process_index for device in chosen} != set(range(jax.process_count())):
         raise ValueError(f"{wanted} devices leave one of {jax.process_count()} processes without")
     return Mesh(np.array(chosen), (AXIS,))
@@ -42,8 +42,8 @@ def sharding(mesh: Mesh | None, spec: Spec = Spec()) -> NamedSharding | None:  #
     return None if mesh is None else NamedSharding(mesh, spec)
 
 
-def place(tree: PyTree, mesh: Mesh | None, spec: Spec = Spec()) -> PyTree:  # noqa: B008
-    """The arrays on the mesh: whole on every device, or divided as `spec` says.
+def device_put(tree: PyTree, mesh: Mesh | None, spec: Spec = Spec()) -> PyTree:  # noqa: B008
+    """The arrays on the mesh: replicated on every device, or sharded as `spec` says.
 
     All processes must hold equal values; each hands over what its own devices need.
     """
@@ -65,15 +65,15 @@ def place(tree: PyTree, mesh: Mesh | None, spec: Spec = Spec()) -> PyTree:  # no
 
 
 def constrain(tree: PyTree, mesh: Mesh | None, spec: Spec = Spec()) -> PyTree:  # noqa: B008
-    """Inside jit: the arrays as `place` would put them. A loop whose results lie as its arguments
-    did is compiled once."""
+    """Inside jit: the arrays as `device_put` would put them. A loop whose results lie as its
+    arguments did is compiled once."""
     if mesh is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
 
 
-def divided(shape: Sequence[int], axes: Sequence[int], mesh: Mesh | None) -> Spec:
-    """The spec that divides the first of `axes` that all devices can share equally; none, none."""
+def partition_spec(shape: Sequence[int], axes: Sequence[int], mesh: Mesh | None) -> Spec:
+    """The spec that shards the first of `axes` that all devices can share equally, if any."""
     if mesh is None:
         return Spec()
     for axis in axes:
@@ -97,8 +97,8 @@ def fetch(tree: PyTree) -> PyTree:
     return jax.tree.map(get, tree)
 
 
-def local(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """What was made on the mesh as arrays of this process, whole, for what knows of no mesh."""
+def gather(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """What was made on the mesh as whole arrays of this process, for what knows of no mesh."""
     return tree if mesh is None else jax.tree.map(jnp.asarray, fetch(tree))
 
 
@@ -120,24 +120,24 @@ def over_devices(
     function: Callable,
     mesh: Mesh | None,
     *,
-    whole: int = 0,
+    replicated: int = 0,
     axis: str = AXIS,
     specs: tuple[Spec, ...] | None = None,
 ) -> Callable:
-    """`function(*whole arrays, *arrays)`, whose results have the arrays' leading axis, with that
-    axis divided over the devices of the mesh.
+    """`function(*replicated arrays, *arrays)`, whose results have the arrays' leading axis, with
+    that axis sharded over the devices of the mesh.
 
-    The first `whole` arguments go to every device as they are, or divided as `specs` says. A
+    The first `replicated` arguments go to every device as they are, or sharded as `specs` says. A
     leading axis that the devices cannot share equally is filled up with copies of its last row,
     whose results are cut off: the function must treat each row by itself. Of rows that they can
     share it may make one result a device, to be summed up. Differentiable.
     """
     if mesh is None:
         return function
-    of_whole = specs or (Spec(),) * whole
+    specs = specs or (Spec(),) * replicated
 
     def on_all(*arguments):
-        shared, rows = arguments[:whole], arguments[whole:]
+        shared, rows = arguments[:replicated], arguments[replicated:]
         count = jax.tree.leaves(rows)[0].shape[0]
         missing = -count % mesh.shape[axis]
 
@@ -145,10 +145,10 @@ def over_devices(
             return jnp.concatenate([leaf, *[leaf[-1:]] * missing])
 
         rows = jax.tree.map(fill, rows) if missing else rows
-        in_specs = (*of_whole, *(Spec(axis),) * len(rows))
-        found = jax.shard_map(
+        in_specs = (*specs, *(Spec(axis),) * len(rows))
+        results = jax.shard_map(
             function, mesh=mesh, in_specs=in_specs, out_specs=Spec(axis), check_vma=False
         )(*shared, *rows)
-        return jax.tree.map(lambda leaf: leaf[:count], found) if missing else found
+        return jax.tree.map(lambda leaf: leaf[:count], results) if missing else results
 
     return on_all

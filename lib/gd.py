@@ -162,7 +162,7 @@ def wasserstein_gradient_descent(
     particles = np.zeros((len(recorded_steps(n_epochs, record_every)), *x0.shape), x0.dtype)
     particles[0] = x0
 
-    target, key = devices.place((x_tgt, rng), mesh)
+    target, key = devices.device_put((x_tgt, rng), mesh)
     max_steps = _max_steps(x0.nbytes, record_every)
     compiled = _advance(target_value_and_grad, optimizer, record_every, mesh)
     slots = -(-max_steps // record_every) + 1
@@ -201,7 +201,7 @@ def wasserstein_gradient_descent(
             "particles": particles[: 1 + done // record_every],
         },
         place=partial(
-            jax.tree.map, lambda leaf: devices.place(leaf, mesh, _where(leaf, x0.shape, mesh))
+            jax.tree.map, lambda leaf: devices.device_put(leaf, mesh, _where(leaf, x0.shape, mesh))
         ),
         max_chunk=max_steps,
         checkpoint_seconds=checkpoint_seconds,
@@ -284,7 +284,7 @@ def _max_steps(particle_bytes: int, record_every: int) -> int:
 
 def _where(leaf: AnyArray, shape: tuple[int, ...], mesh: Mesh | None) -> PartitionSpec:
     """What is of the particles' shape is divided as they are, the rest is on every device."""
-    return devices.divided(shape, (-2, -3), mesh) if leaf.shape == shape else PartitionSpec()
+    return devices.partition_spec(shape, (-2, -3), mesh) if leaf.shape == shape else PartitionSpec()
 
 
 @lru_cache(maxsize=32)

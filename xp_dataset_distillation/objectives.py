@@ -142,7 +142,7 @@ def _dataset_loss(
         images = augment.apply(changes, flat).reshape(images.shape)
         return _features(network, setting, parameters, images)
 
-    of_classes = devices.over_devices(features, mesh, whole=2)
+    of_classes = devices.over_devices(features, mesh, replicated=2)
 
     def loss(stored, parameters, batch):
         decoded = decode(stored, config.factor)
@@ -224,7 +224,7 @@ def _over_devices(of_classes: Callable, mesh, config: CondenseConfig, num_classe
         return lax.pmean(of_classes(parameters, batch), "networks")
 
     return devices.over_devices(
-        of_shard, rectangle, whole=1, axis="classes", specs=(PartitionSpec("networks"),)
+        of_shard, rectangle, replicated=1, axis="classes", specs=(PartitionSpec("networks"),)
     )
 
 

@@ -62,7 +62,7 @@ def otdd_plans(
     between = jnp.sum(classes * pairs, axis=(1, 2)).reshape(num_x, 1, num_y, 1)
     cost = squared + between
     matrix = cost.reshape(num_x * n, num_y * k)
-    points = plan(devices.constrain(matrix, mesh, devices.divided(matrix.shape, (0,), mesh)))
+    points = plan(devices.constrain(matrix, mesh, devices.partition_spec(matrix.shape, (0,), mesh)))
     return cost, Plans(points.reshape(cost.shape), classes.reshape(num_x, num_y, n, k))
 
 

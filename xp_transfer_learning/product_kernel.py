@@ -103,7 +103,7 @@ def product_value_and_grad(
     def embed(columns, points, rows):
         return gram_product(GAUSSIAN, rows, points, columns, block_size=block_size)
 
-    embed = devices.over_devices(embed, mesh, whole=2)
+    embed = devices.over_devices(embed, mesh, replicated=2)
 
     shape, columns = x.shape, x.shape[2]
     x, y = x.reshape(-1, columns), y.reshape(-1, columns)

@@ -82,7 +82,7 @@ def velocity(
         velocities: Any = network.apply(parameters, images, times)
         return velocities.reshape(x.shape)
 
-    return partial(devices.over_devices(evaluate, mesh, whole=1), parameters)
+    return partial(devices.over_devices(evaluate, mesh, replicated=1), parameters)
 
 
 def interpolate(
@@ -260,8 +260,8 @@ def fit(
     }
     _check_network(network, parameters, images)
     losses = np.zeros(num_steps, np.float32)
-    buffer = devices.place(np.zeros(MAX_STEPS_PER_CHUNK, np.float32), mesh)
-    inputs = devices.place((key, source, images), mesh)
+    buffer = devices.device_put(np.zeros(MAX_STEPS_PER_CHUNK, np.float32), mesh)
+    inputs = devices.device_put((key, source, images), mesh)
 
     def advance(state, done, size):
         nonlocal buffer
@@ -287,13 +287,13 @@ def fit(
             **settings,
         },
         history=lambda done: losses[:done],
-        place=partial(devices.place, mesh=mesh),
+        place=partial(devices.device_put, mesh=mesh),
         max_chunk=MAX_STEPS_PER_CHUNK,
         checkpoint_seconds=checkpoint_seconds,
         show_progress=show_progress,
         description=description,
     )
-    state = devices.local(state, mesh)
+    state = devices.gather(state, mesh)
     return FitResult(state.parameters, state.ema, losses)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from lib.devices import local, place
+from lib.devices import device_put, gather
 from lib.numerics import AnyArray, to_blocks
 
 Transform = Callable[[Array], Array]
@@ -189,7 +189,7 @@ def _chunks(
                 np.concatenate([a, np.repeat(a[-1:] * (i != 1), missing, axis=0)])
                 for i, a in enumerate(arrays)
             ]
-        yield tuple(place(array, mesh, PartitionSpec("rows")) for array in arrays)
+        yield tuple(device_put(array, mesh, PartitionSpec("rows")) for array in arrays)
 
 
 def sum_over_rows(function, parameters: PyTree, data: Rows, *columns: Any) -> PyTree:
@@ -204,7 +204,7 @@ def sum_over_rows(function, parameters: PyTree, data: Rows, *columns: Any) -> Py
         zeros, add, mesh = _chunk_adder(
             function, data.transform, data.dtype, data.block_size, data.devices, len(columns)
         )
-        parameters = place(parameters, mesh)
+        parameters = device_put(parameters, mesh)
         first = next(_chunks(data, columns, mesh))
         empty = zeros(parameters, *first)
         lanes = _num_lanes(data, empty)
@@ -228,7 +228,7 @@ def sum_over_rows(function, parameters: PyTree, data: Rows, *columns: Any) -> Py
         totals = [add_up(0)]
     with jax.enable_x64(True):
         total = jax.tree.map(lambda *leaves: sum(jnp.sum(leaf, axis=0) for leaf in leaves), *totals)
-        return local(total, mesh) if mesh.is_multi_process else total
+        return gather(total, mesh) if mesh.is_multi_process else total
 
 
 def _num_lanes(data: Rows, total: PyTree) -> int:

@@ -101,9 +101,9 @@ def train_seeds(
     state = _start_all(keys, images, num_epochs=num_epochs, **options)
     options |= {"batch_size": batch_size, "transform": transform}
     num_steps = num_epochs * steps_per_epoch(images.shape[-4], batch_size)
-    keys, state, images, labels = devices.place((keys, state, images, labels), mesh)
+    keys, state, images, labels = devices.device_put((keys, state, images, labels), mesh)
     state, *_ = _advance(state, num_steps, keys, images, labels, mesh=mesh, **options)
-    return devices.local((state.parameters, state.losses / images.shape[-4]), mesh)
+    return devices.gather((state.parameters, state.losses / images.shape[-4]), mesh)
 
 
 def fit_seeds(
@@ -148,7 +148,7 @@ def fit_seeds(
     options = {"network": network, "optimizer": optimizer}
     start = partial(_start_all, keys, images, num_epochs=num_epochs, **options)
     options |= {"batch_size": batch_size, "transform": transform}
-    inputs = devices.place((keys, images, labels), mesh)
+    inputs = devices.device_put((keys, images, labels), mesh)
 
     def advance(state, done, size):
         state, loss, first_bad = _advance(
@@ -164,12 +164,12 @@ def fit_seeds(
         num_epochs * steps_per_epoch(images.shape[-4], batch_size),
         run=run,
         identity=lambda: _identity(keys, images, labels, num_epochs, **options),
-        place=partial(devices.place, mesh=mesh),
+        place=partial(devices.device_put, mesh=mesh),
         checkpoint_seconds=checkpoint_seconds,
         show_progress=show_progress,
         description=description,
     )
-    return devices.local((state.parameters, state.losses / images.shape[-4]), mesh)
+    return devices.gather((state.parameters, state.losses / images.shape[-4]), mesh)
 
 
 # The compiled loop
@@ -274,9 +274,9 @@ def _advance(
         return jax.vmap(of_seeds, (0, 0, None, 0))(images, labels, keys, own)
 
     if images.ndim == 5:
-        found = devices.over_devices(of_sets, mesh, whole=1)(keys, images, labels, state[:3])
+        found = devices.over_devices(of_sets, mesh, replicated=1)(keys, images, labels, state[:3])
     else:
-        found = devices.over_devices(of_seeds, mesh, whole=2)(images, labels, keys, state[:3])
+        found = devices.over_devices(of_seeds, mesh, replicated=2)(images, labels, keys, state[:3])
     following, losses, first_bad = found
     following = devices.constrain(TrainState._make((*following, state.step + num_steps)), mesh)
     return following, losses, first_bad

@@ -279,7 +279,7 @@ def _sum_over_devices(term, directions, block_size, shared, mesh):
         total = sum_over_directions(term, directions, block_size, shared=tuple(shared))
         return jax.tree.map(lambda leaf: leaf[None], total)
 
-    totals = devices.over_devices(of_one, mesh, whole=len(shared))(*shared, directions)
+    totals = devices.over_devices(of_one, mesh, replicated=len(shared))(*shared, directions)
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), totals)
 
 

@@ -91,13 +91,13 @@ def test_devices_form_the_rectangle_whose_busiest_has_least(found):
 
 def test_without_a_mesh_nothing_moves():
     x = {"a": np.arange(3.0), "key": jax.random.key(0)}
-    placed = devices.place(x, None)
+    placed = devices.device_put(x, None)
     assert isinstance(placed["a"], jax.Array)
     np.testing.assert_array_equal(placed["a"], x["a"])
     assert devices.constrain(x, None) is x
-    assert devices.divided((3, 4), (-1,), None) == PartitionSpec()
+    assert devices.partition_spec((3, 4), (-1,), None) == PartitionSpec()
     assert devices.sharding(None) is None
-    assert devices.local(x, None) is x
+    assert devices.gather(x, None) is x
 
     def function(x):
         return 2 * x
@@ -107,25 +107,27 @@ def test_without_a_mesh_nothing_moves():
 
 def test_keys_and_numbers_come_back_from_a_mesh():
     mesh = devices.device_mesh(1)
-    key = devices.place(jax.random.key(5), mesh)
+    key = devices.device_put(jax.random.key(5), mesh)
     np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(5)))
-    fetched = devices.fetch(devices.place({"a": jnp.arange(3), "b": 2.5}, mesh))
+    fetched = devices.fetch(devices.device_put({"a": jnp.arange(3), "b": 2.5}, mesh))
     np.testing.assert_array_equal(fetched["a"], [0, 1, 2])
     assert isinstance(fetched["a"], np.ndarray)
     assert fetched["b"] == 2.5
-    there = devices.place(np.arange(3), mesh, PartitionSpec(devices.AXIS))
+    there = devices.device_put(np.arange(3), mesh, PartitionSpec(devices.AXIS))
     assert there.sharding == devices.sharding(mesh, PartitionSpec(devices.AXIS))
-    here = devices.local(there, mesh)
+    here = devices.gather(there, mesh)
     assert here.sharding == jnp.arange(3).sharding
     np.testing.assert_array_equal(here, [0, 1, 2])
 
 
 def test_the_first_axis_that_fits_is_divided():
     eight = create_autospec(Mesh, instance=True, size=8)
-    spec = devices.divided((3, 16, 24), (-2, -3), eight)
+    spec = devices.partition_spec((3, 16, 24), (-2, -3), eight)
     assert spec == PartitionSpec(None, devices.AXIS, None)
-    assert devices.divided((8, 5, 24), (-2, -3), eight) == PartitionSpec(devices.AXIS, None, None)
-    assert devices.divided((3, 5, 24), (-2, -3), eight) == PartitionSpec()
+    assert devices.partition_spec((8, 5, 24), (-2, -3), eight) == PartitionSpec(
+        devices.AXIS, None, None
+    )
+    assert devices.partition_spec((3, 5, 24), (-2, -3), eight) == PartitionSpec()
 
 
 def test_too_many_devices_are_refused():
