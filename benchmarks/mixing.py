@@ -373,7 +373,7 @@ def benchmark(
         "features": features,
         "condition": problem.condition,
         "support": int((solution.weights > 0).sum()),
-        "rounds": solution.rounds,
+        "rounds": solution.iterations,
         "load_average_before": load,
         "contenders": contenders,
     }

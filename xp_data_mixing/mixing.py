@@ -116,10 +116,10 @@ class Constraints:
             quadratic,
             ridge=self.ridge,
             prior=self.prior,
-            l2_pull=self.l2_penalty,
-            kl_pull=self.kl_penalty,
-            floors=self.lower,
-            caps=self.upper,
+            l2_penalty=self.l2_penalty,
+            kl_penalty=self.kl_penalty,
+            lower=self.lower,
+            upper=self.upper,
         )
 
 
@@ -293,7 +293,7 @@ def estimate(
         objective=solution.objective - shift,
         gap=solution.gap,
         condition=solution.condition,
-        diagonal_shift=solution.lift,
+        diagonal_shift=solution.diagonal_shift,
         mmd_squared=Baselines(*(_mmd_squared(corrected, mixture) for mixture in mixtures)),
         held_out=held_out,
         fold_weights=fold_weights,

@@ -21,23 +21,3 @@ from lib.simplex_qp._solve import (
     solve_batch,
     solve_with_cvxpy,
 )
-
-__all__ = [
-    "Problem",
-    "Quadratic",
-    "Solution",
-    "SolverError",
-    "domains_kept",
-    "frank_wolfe_gap",
-    "from_gram",
-    "from_means",
-    "make_problem",
-    "mmd_squared",
-    "nearest_weights",
-    "objective",
-    "penalties",
-    "projected_gradient",
-    "solve",
-    "solve_batch",
-    "solve_with_cvxpy",
-]

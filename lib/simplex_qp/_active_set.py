@@ -14,14 +14,15 @@ whether their bounds hold them back. Which entries are free is found by
 - block pivoting: solve, then exchange every entry that is out of bounds or whose residual has the
   wrong sign, all at once (Judice and Pires, A block principal pivoting algorithm for large-scale
   strictly monotone linear complementarity problems, Computers and Operations Research 21, 1994).
-  It takes a handful of rounds where it converges, as it does where H is well conditioned;
+  It takes a handful of systems where it converges, as it does where H is well conditioned;
 - where it does not, the same from a damped H to H itself in steps small enough for it;
 - where that fails too, as it can on ties and degenerate vertices, the primal active set method: one
   entry at a time, each step feasible and downhill, so that no set of free entries comes back.
 
 The result is certified, not trusted: its gap bounds the distance to the minimum, and where it is
-not down to rounding error the same is solved again for a correction. If H is singular, `damping` on
-its diagonal makes this the proximal point method, whose fixed points are the minima without.
+not down to rounding error iterative refinement solves again for a correction. If H is singular,
+`damping` on its diagonal makes this the proximal point method, whose fixed points are the minima
+without.
 
 For ten entries a NumPy call costs more than its arithmetic: hence `dot` and `take`.
 """
@@ -69,13 +70,13 @@ class Program(NamedTuple):
 class Minimum(NamedTuple):
     """`x` [n] within its bounds; `state` [n] AT_LOWER, FREE or AT_UPPER; `gap` >= value - minimum.
 
-    `rounds` counts the linear systems solved.
+    `iterations` counts the linear systems solved.
     """
 
     x: Vector
     state: Int8[np.ndarray, " n"]
     gap: float
-    rounds: int
+    iterations: int
 
 
 def make_program(
@@ -103,52 +104,71 @@ def make_program(
     return Program(saddle, right, low, high, scale)
 
 
-def minimise(
+def minimize(
     program: Program,
     *,
     start: Vector | None = None,
     damping: float = 0.0,
     corrections: int = 10,
 ) -> Minimum:
-    """Solves `program` until the gap is rounding error, with at most so many `corrections`.
+    """Solves `program` until the gap is rounding error, by iterative refinement.
+
+    The first pass solves it as it is. Each of at most so many `corrections` solves for the
+    difference from the best point so far: the same program about that point, its right side the
+    residual there, which is small and so loses no digits.
 
     `start` [n] says which entries to begin with as free: those off their bounds; all by default.
     `damping` >= 0 is raised where a system is singular and where corrections do not help. Holds two
     copies of the rows of the free entries, and one of the system where there is damping.
     """
-    saddle, right, lower, upper, scale = program
-    state = np.zeros(len(right), np.int8)
-    if start is not None:
-        state[:-1][start <= lower[:-1]] = AT_LOWER
-        if upper is not None:
-            state[:-1][start >= upper[:-1]] = AT_UPPER
-    step = _damped(program, damping) if damping else program
-    best, rounds = None, 0
+    saddle, right, _, _, scale = program
+    state = _starting_state(program, start)
+    current = _damped(program, damping) if damping else program
+    best, center, iterations = None, None, 0
     for _ in range(1 + corrections):
         while True:
             try:
-                y, state, count = _solve(step, state)
+                y, state, count = _solve(current, state)
                 break
             except np.linalg.LinAlgError:
-                damping = max(100 * damping, DAMPING * scale)
-                step = step._replace(saddle=_damped(program, damping).saddle)
-        rounds += count
-        y = _within(program, y if best is None else centre + y, state)
+                damping = _more(damping, scale)
+                current = current._replace(saddle=_damped(program, damping).saddle)
+        iterations += count
+        y = _within(program, y if center is None else center + y, state)
         residual = saddle.dot(y) - right
-        found = Minimum(y[:-1], state[:-1], _gap(program, y, residual), rounds)
-        if found.gap <= ROUNDING * scale:
-            return found
-        helped = best is None or found.gap < 0.5 * best.gap
-        if best is None or found.gap < best.gap:
-            best, centre, pull = found, y, -residual
+        minimum = Minimum(y[:-1], state[:-1], _gap(program, y, residual), iterations)
+        if minimum.gap <= ROUNDING * scale:
+            return minimum
+        helped = best is None or minimum.gap < 0.5 * best.gap
+        if best is None or minimum.gap < best.gap:
+            best, center, remaining = minimum, y, -residual
         if not helped:
-            damping = max(100 * damping, DAMPING * scale)
+            damping = _more(damping, scale)
             if damping > WORST_DAMPING * scale:
                 break
-        damped = _damped(program, damping).saddle if damping else saddle
-        step = Program(damped, pull, lower - centre, program.upper_bounds() - centre, scale)
-    assert best is not None  # of the first round
-    return best._replace(rounds=rounds)
+        current = _about(program, center, remaining, damping)
+    assert best is not None  # of the first pass
+    return best._replace(iterations=iterations)
+
+
+def _starting_state(program, start):
+    state = np.zeros(len(program.right), np.int8)
+    if start is not None:
+        state[:-1][start <= program.lower[:-1]] = AT_LOWER
+        if program.upper is not None:
+            state[:-1][start >= program.upper[:-1]] = AT_UPPER
+    return state
+
+
+def _about(program, center, right, damping):
+    """The program of the difference from `center`."""
+    saddle = _damped(program, damping).saddle if damping else program.saddle
+    lower, upper = program.lower - center, program.upper_bounds() - center
+    return Program(saddle, right, lower, upper, program.scale)
+
+
+def _more(damping, scale):
+    return max(100 * damping, DAMPING * scale)
 
 
 def _damped(program, damping):
@@ -167,7 +187,7 @@ def _within(program, y, state):
     x = y[:-1]
     missing = 1 - math.fsum(x.tolist())
     if abs(missing) > 1e-9:  # of a nearly singular system
-        x[:] = project(x, lower[:-1], program.upper_bounds()[:-1], 1.0)
+        x[:] = project_onto_simplex(x, lower[:-1], program.upper_bounds()[:-1], 1.0)
     elif upper is None:
         x[x.argmax()] += missing
     else:
@@ -177,16 +197,16 @@ def _within(program, y, state):
 
 def _solve(program, state):
     """One pass without certificate: the unknowns, their state and the systems solved."""
-    y, found, rounds, settled = _pivot_blocks(program, state)
+    y, pivoted, iterations, settled = _pivot_blocks(program, state)
     if not settled:
-        # From where this came to, unless nothing but the multiplier is free there.
-        onward = found if np.count_nonzero(found == FREE) > 1 else state
-        y, found, more, settled = _follow_path(program, onward)
-        rounds += more
+        # From where this came to, unless nothing except the multiplier is free there.
+        onward = pivoted if np.count_nonzero(pivoted == FREE) > 1 else state
+        y, pivoted, count, settled = _follow_path(program, onward)
+        iterations += count
     if not settled:
-        y, found, more = _descend(program._replace(upper=program.upper_bounds()), y)
-        rounds += more
-    return y, found, rounds
+        y, pivoted, count = _descend(program._replace(upper=program.upper_bounds()), y)
+        iterations += count
+    return y, pivoted, iterations
 
 
 def _stationary(program, free, fixed=None):
@@ -219,7 +239,7 @@ def _pivot_blocks(program, state):
     """Block pivoting: the unknowns, their state, the systems solved, and whether all is settled."""
     lower, upper = program.lower, program.upper
     tolerance, state = ROUNDING * program.scale, state.copy()
-    y, fixed, fewest, patience, rounds = lower, None, len(state) + 1, PATIENCE, 0
+    y, fixed, fewest, patience, iterations = lower, None, len(state) + 1, PATIENCE, 0
     if upper is not None:
         movable = lower < upper
         state[~movable] = AT_LOWER
@@ -227,13 +247,13 @@ def _pivot_blocks(program, state):
             return np.append(lower[:-1], 0), state, 0, True
     while patience:
         free = (state == FREE).nonzero()[0]
-        if len(free) == 1:  # nothing but the multiplier
+        if len(free) == 1:  # only the multiplier
             break
         if upper is not None:
             fixed = np.where(state == AT_UPPER, upper, lower)
             fixed[free] = 0
         y, residual = _stationary(program, free, fixed)
-        rounds += 1
+        iterations += 1
         low = (y < lower).nonzero()[0]
         wrong = len(low)
         if residual is not None:
@@ -247,7 +267,7 @@ def _pivot_blocks(program, state):
             high = (y > upper).nonzero()[0]
             wrong += len(high)
         if wrong == 0:
-            return y, state, rounds, True
+            return y, state, iterations, True
         state[low] = AT_LOWER
         if residual is not None:
             state[enters] = FREE
@@ -255,7 +275,7 @@ def _pivot_blocks(program, state):
             state[high] = AT_UPPER
         patience = PATIENCE if wrong < fewest else patience - 1
         fewest = min(fewest, wrong)
-    return y, state, rounds, False
+    return y, state, iterations, False
 
 
 def _follow_path(program, state):
@@ -267,43 +287,43 @@ def _follow_path(program, state):
     """
     damped = _damped(program, 0)
     diagonal = np.einsum("ii->i", damped.saddle)[:-1]
-    own = diagonal.copy()
-    y, last, rounds = program.lower, None, 0
+    undamped = diagonal.copy()
+    y, last, iterations = program.lower, None, 0
     damping, ratio = START_OF_PATH * program.scale, 0.1
     while ratio < 0.9 and damping < 10 * program.scale:
-        diagonal[:] = own + damping
-        new, found, count, settled = _pivot_blocks(damped, state)
-        rounds += count
+        diagonal[:] = undamped + damping
+        new, pivoted, count, settled = _pivot_blocks(damped, state)
+        iterations += count
         if settled:
-            y, state, last, ratio = new, found, damping, ratio**2 if count <= 2 else ratio
+            y, state, last, ratio = new, pivoted, damping, ratio**2 if count <= 2 else ratio
             if damping == 0:
-                return y, state, rounds, True
+                return y, state, iterations, True
         elif last is None:
             damping *= 10
             continue
         else:
             ratio **= 0.5
         damping = last * ratio if last > END_OF_PATH * program.scale else 0
-    return y, state, rounds, False
+    return y, state, iterations, False
 
 
 def _descend(program, y):
     """The primal active set method from the projection of `y`: as `_pivot_blocks`, but settled.
 
-    Each round goes towards the minimiser over the free entries as far as the bounds allow, or, if
+    Each round goes towards the minimizer over the free entries as far as the bounds allow, or, if
     this lowers nothing, towards that over them and the entry that should join them most; where none
     is free, over the pair that should.
     """
     saddle, right, lower, upper, scale = program
-    y = np.append(project(y[:-1], lower[:-1], upper[:-1], program.total()), 0.0)
+    y = np.append(project_onto_simplex(y[:-1], lower[:-1], upper[:-1], program.total()), 0.0)
     movable, last = lower < upper, len(y) - 1
     movable[last] = False
-    rounds = 0
+    iterations = 0
 
     def go(free):
-        """Whether towards the minimiser over `free` (a mask) it goes down; if so, `y` moves."""
-        nonlocal rounds, y
-        rounds += 1
+        """Whether towards the minimizer over `free` (a mask) it goes down; if so, `y` moves."""
+        nonlocal iterations, y
+        iterations += 1
         target, _ = _stationary(
             program, np.append(np.flatnonzero(free), last), np.where(free, 0, y)
         )
@@ -320,7 +340,7 @@ def _descend(program, y):
         y = np.where(blocked, np.where(step < 0, lower, upper), y + length * step)
         return True
 
-    while rounds < 10 * len(y) + 100:
+    while iterations < 10 * len(y) + 100:
         slope = saddle.dot(y) - right
         rising, falling = movable & (y < upper), movable & (y > lower)
         if not (rising.any() and falling.any()):
@@ -340,7 +360,7 @@ def _descend(program, y):
         if not go(free):
             break
     state = np.where(y <= lower, AT_LOWER, np.where(y >= upper, AT_UPPER, FREE))
-    return y, state.astype(np.int8), rounds
+    return y, state.astype(np.int8), iterations
 
 
 # Certificate and projection
@@ -369,7 +389,7 @@ def linear_gap(x: Vector, slope: Vector, lower: Vector, upper: Vector) -> float:
     return float(np.abs((slope - slope[last]) * (x - v)).sum())
 
 
-def project(y: Vector, lower: Vector, upper: Vector, total: float) -> Vector:
+def project_onto_simplex(y: Vector, lower: Vector, upper: Vector, total: float) -> Vector:
     """The point of {lower <= x <= upper, sum x = total} nearest to `y`: y shifted and clipped."""
     free, full = free_entries(y, lower, upper, lambda x: np.sum(x) - total)
     x = np.where(full, upper, lower)

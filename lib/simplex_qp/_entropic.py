@@ -1,21 +1,21 @@
-"""Convex quadratics with a Kullback-Leibler pull, over a box cut by a sum.
+"""Convex quadratics with a Kullback-Leibler penalty, over a box cut by a sum.
 
     min_w  w'Hw - 2c'w + strength sum_i w_i log(w_i / p_i)
     over   {w : lower <= w <= upper, sum w = 1},  p > 0
 
-by proximal Newton steps: each minimises the quadratic model of the whole under the same
+by proximal Newton steps: each minimizes the quadratic model of the whole under the same
 constraints with the active sets of `lib.simplex_qp`, and is shortened until the value falls.
 
-The certificate linearises the quadratic alone and keeps the pull: with g its gradient at w, by
+The certificate linearizes only the quadratic and keeps the penalty: with g its gradient at w, by
 convexity no feasible v has a lower value than
 
     q(w) + min_v g . (v - w) + strength sum_i v_i log(v_i / p_i),
 
 and this minimum has a closed form, v_i = p_i exp((t - g_i) / strength) clipped to the bounds, with
-t such that the sum is 1. It is the gap of generalised conditional gradients (Bredies, Lorenz and
+t such that the sum is 1. It is the gap of generalized conditional gradients (Bredies, Lorenz and
 Maass, A generalized conditional gradient method and its connection to an iterative shrinkage
 method, Computational Optimization and Applications 42, 2009): finite where a weight has
-underflowed, at most the Frank-Wolfe gap, and 0 at the minimum alone.
+underflowed, at most the Frank-Wolfe gap, and 0 only at the minimum.
 """
 
 import numpy as np
@@ -32,11 +32,11 @@ from lib.simplex_qp._active_set import (
     free_entries,
     make_program,
     mend_sum,
-    minimise,
+    minimize,
 )
 
 MAX_STEPS = 100
-# A step takes no weight below this share of itself: at 0 the pull has no quadratic model.
+# A step takes no weight below this share of itself: at 0 the penalty has no quadratic model.
 SMALLEST_SHARE = 1e-2
 TINY = 1e-200
 
@@ -75,7 +75,7 @@ def entropic_gap(
     return float(strength * np.where(inside, free, held).clip(0).sum())
 
 
-def minimise_entropic(
+def minimize_entropic(
     hessian: Float[np.ndarray, "n n"],
     linear: Vector,
     prior: Vector,
@@ -94,13 +94,13 @@ def minimise_entropic(
 
     start, _ = entropic_minimum(np.zeros_like(linear), prior, 1.0, lower, upper)
     w, slope, gap = certified(np.maximum(start, TINY))
-    rounds = 0
+    iterations = 0
     for _ in range(MAX_STEPS):
         settled = gap <= ROUNDING * scale
         logarithm = np.log(w / prior)
         model = hessian.copy()
         model.flat[:: len(w) + 1] += strength / (2 * w)
-        found = minimise(
+        model_minimum = minimize(
             make_program(
                 model,
                 linear - 0.5 * strength * logarithm,
@@ -110,22 +110,22 @@ def minimise_entropic(
             ),
             corrections=1,
         )
-        rounds += found.rounds
+        iterations += model_minimum.iterations
         if settled:
             # A gap of eps leaves weights to sqrt(eps), which one step more squares.
-            last = certified(found.x)
+            last = certified(model_minimum.x)
             if last[2] <= ROUNDING * scale:
                 w, slope, gap = last
             break
-        step = found.x - w
-        # Less its mean, as the step sums to 0 but for rounding.
+        step = model_minimum.x - w
+        # Less its mean, as the step sums to 0 up to rounding.
         gradient = slope + strength * logarithm
         fall = (gradient - gradient.dot(w)).dot(step)
         bend = step.dot(hessian.dot(step))
         for length in 0.5 ** np.arange(30):
-            new = certified(np.clip(found.x - (1 - length) * step, lower, upper))
+            new = certified(np.clip(model_minimum.x - (1 - length) * step, lower, upper))
             change = length * fall + length**2 * bend + strength * kl_div(new[0], w).sum()
-            # Where values differ by rounding error alone the gap still tells progress.
+            # Where values differ only by rounding error the gap still tells progress.
             if new[2] < 0.5 * gap or change < 1e-4 * length * fall < 0:
                 w, slope, gap = new
                 break
@@ -133,4 +133,4 @@ def minimise_entropic(
             break
     w = mend_sum(w, lower, upper, 1.0)
     state = np.where((w <= lower) & (lower > 0), AT_LOWER, np.where(w >= upper, AT_UPPER, FREE))
-    return Minimum(w, state.astype(np.int8), gap, rounds)
+    return Minimum(w, state.astype(np.int8), gap, iterations)

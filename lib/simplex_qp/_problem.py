@@ -1,17 +1,18 @@
-"""The problem of mixing weights: a quadratic over the simplex with bounds and pulls, its values.
+"""The problem of mixing weights: a quadratic over the simplex with bounds and penalties.
 
-    min_w  |sum_i w_i mu_i - mu_Q|^2 + ridge |w|^2 + pull(w | p)
-    over   w_1 + ... + w_N = 1,  floors <= w <= caps
+    min_w  |sum_i w_i mu_i - mu_Q|^2 + ridge |w|^2 + penalty(w | p)
+    over   w_1 + ... + w_N = 1,  lower <= w <= upper
 
-which is MMD^2 between a mixture of N domains and a target, with an optional pull to prior weights
-p: l2_pull |w - p|^2, or kl_pull sum_i w_i log(w_i / p_i), or both. With A = (mu_i . mu_j) and
-b = (mu_i . mu_Q) its first term is w'Aw - 2 b'w + |mu_Q|^2, which on the simplex is w'Gw with the
-centred G = A - b1' - 1b' + |mu_Q|^2 11' = CC', C = M - mu_Q: its condition number is far smaller,
-and it yields MMD^2 without cancellation. Everything here is float64 NumPy. `lib.simplex_qp` solves.
+which is MMD^2 between a mixture of N domains and a target, with an optional penalty towards prior
+weights p: l2_penalty |w - p|^2, or kl_penalty sum_i w_i log(w_i / p_i), or both. With A = (mu_i .
+mu_j) and b = (mu_i . mu_Q) its first term is w'Aw - 2 b'w + |mu_Q|^2, which on the simplex is w'Gw
+with the centered G = A - b1' - 1b' + |mu_Q|^2 11' = CC', C = M - mu_Q: its condition number is far
+smaller, and it yields MMD^2 without cancellation. Everything here is float64
+NumPy.
 
 The certificate of any weights is the Frank-Wolfe gap: by convexity g . w - min_v g . v over the
-feasible v, g the gradient at w, bounds how far the objective at w lies above its minimum. kl_pull,
-whose gradient is infinite at 0, is not linearised in it: see `lib.simplex_qp`.
+feasible v, g the gradient at w, bounds how far the objective at w lies above its minimum. The KL
+penalty, whose gradient is infinite at 0, is not linearized in it: see `_entropic`.
 """
 
 import math
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from scipy.linalg.lapack import dsyevd
 from scipy.special import rel_entr
 
-from lib.simplex_qp._active_set import Program, linear_gap, make_program, project
+from lib.simplex_qp._active_set import Program, linear_gap, make_program, project_onto_simplex
 from lib.simplex_qp._entropic import entropic_gap
 
 # Sums given from outside (priors, bounds, weights) may be off by this much.
@@ -48,9 +49,9 @@ class Quadratic(NamedTuple):
 class Problem(NamedTuple):
     """What `make_problem` makes.
 
-    `program` has H = G + (ridge + l2_pull + lift) I and c = l2_pull p, floors as lower and caps as
-    upper bounds; the latter are infinite where the sum implies them. `lift` >= 0 is what was
-    missing for H to be positive semidefinite. `largest_eigenvalue` and `condition` are those of H;
+    `program` has H = G + (ridge + l2_penalty + diagonal_shift) I and c = l2_penalty p; upper bounds
+    are infinite where the sum implies them. `diagonal_shift` >= 0 is what was missing for H to be
+    positive semidefinite. `largest_eigenvalue` and `condition` are those of H;
     the condition number is infinite where H is singular to rounding error.
     """
 
@@ -58,9 +59,9 @@ class Problem(NamedTuple):
     quadratic: Quadratic
     prior: Float[np.ndarray, " n"] | None
     ridge: float
-    l2_pull: float
-    kl_pull: float
-    lift: float
+    l2_penalty: float
+    kl_penalty: float
+    diagonal_shift: float
     largest_eigenvalue: float
     condition: float
 
@@ -79,7 +80,7 @@ class Problem(NamedTuple):
 
     @property
     def bounds(self) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-        """Floors and caps, 0 and infinite where there are none."""
+        """Lower and upper bounds, 0 and infinite where there are none."""
         return self.program.lower[:-1], self.program.upper_bounds()[:-1]
 
     @property
@@ -117,9 +118,9 @@ def from_means(means: ArrayLike, target_mean: ArrayLike) -> Quadratic:
 def from_gram(gram: ArrayLike, cross: ArrayLike, target_square: ArrayLike) -> Quadratic:
     """G = A - b1' - 1b' + |mu_Q|^2 11' from A = `gram` [N, N], b = `cross` [N], `target_square`.
 
-    A diagonal corrected for its bias (U-statistics) may leave G indefinite: `make_problem` lifts it
-    then. Raises ValueError on shapes that do not fit, on values that are not finite, and where A is
-    not symmetric up to float32 rounding; asymmetry below that is averaged out.
+    A diagonal corrected for its bias (U-statistics) may leave G indefinite: `make_problem` then
+    shifts its diagonal. Raises ValueError on shapes that do not fit, on values that are not finite,
+    and where A is not symmetric up to float32 rounding; asymmetry below that is averaged out.
     """
     gram, cross = np.asarray(gram, np.float64), np.asarray(cross, np.float64)
     target_square = np.asarray(target_square, np.float64)
@@ -155,48 +156,47 @@ def make_problem(
     quadratic: Quadratic,
     *,
     ridge: ArrayLike = 0.0,
-    floors: ArrayLike | None = None,
-    caps: ArrayLike | None = None,
+    lower: ArrayLike | None = None,
+    upper: ArrayLike | None = None,
     prior: ArrayLike | None = None,
-    l2_pull: ArrayLike = 0.0,
-    kl_pull: ArrayLike = 0.0,
+    l2_penalty: ArrayLike = 0.0,
+    kl_penalty: ArrayLike = 0.0,
 ) -> Problem:
-    """The problem of the module. `floors` (0) and `caps` (1) are [N] or one number for all.
+    """The problem of the module. `lower` (0) and `upper` (1) bounds are [N] or one number for all.
 
-    `prior` [N] is nonnegative, of sum 1, and needed for either pull; with kl_pull its zeros are
-    zeros of w. Raises ValueError on a negative or infinite ridge or pull, on a bad prior, and where
-    no weights meet floors and caps.
+    `prior` [N] is nonnegative, of sum 1, and needed for either penalty; with kl_penalty its zeros
+    are zeros of w. Raises ValueError on a negative or infinite ridge or penalty, on a bad prior and
+    where no weights meet the bounds.
     """
     n = len(quadratic.gram)
     ridge = _check_strength("ridge", ridge)
-    l2_pull, kl_pull = _check_strength("l2_pull", l2_pull), _check_strength("kl_pull", kl_pull)
+    l2_penalty, kl_penalty = (
+        _check_strength("l2_penalty", l2_penalty),
+        _check_strength("kl_penalty", kl_penalty),
+    )
     if prior is not None:
         prior = _check_prior(np.asarray(prior, np.float64), n)
-    elif l2_pull or kl_pull:
-        raise ValueError(f"l2_pull {l2_pull} and kl_pull {kl_pull} need a prior")
-    lower = upper = None
-    if (
-        floors is not None
-        or caps is not None
-        or (kl_pull and prior is not None and not prior.all())
-    ):
-        lower, upper = _check_bounds(floors, caps, prior if kl_pull else None, n)
-    diagonal = ridge + l2_pull
+    elif l2_penalty or kl_penalty:
+        raise ValueError(f"l2_penalty {l2_penalty} and kl_penalty {kl_penalty} need a prior")
+    bounds = None, None
+    if lower is not None or upper is not None or (kl_penalty and not np.all(prior)):
+        bounds = _check_bounds(lower, upper, prior if kl_penalty else None, n)
+    diagonal = ridge + l2_penalty
     smallest, largest = quadratic.smallest_eigenvalue, quadratic.largest_eigenvalue
     rounding = n * EPSILON * max(abs(smallest), abs(largest))
     missing = -(smallest + diagonal)
-    lift = missing if missing > rounding else 0.0
+    diagonal_shift = missing if missing > rounding else 0.0
     hessian = quadratic.gram.copy()
-    hessian.flat[:: n + 1] += diagonal + lift
-    smallest, largest = lift - missing, largest + diagonal + lift
+    hessian.flat[:: n + 1] += diagonal + diagonal_shift
+    smallest, largest = diagonal_shift - missing, largest + diagonal + diagonal_shift
     return Problem(
-        make_program(hessian, np.zeros(n) if prior is None else l2_pull * prior, lower, upper),
+        make_program(hessian, np.zeros(n) if prior is None else l2_penalty * prior, *bounds),
         quadratic,
         prior,
         ridge,
-        l2_pull,
-        kl_pull,
-        lift,
+        l2_penalty,
+        kl_penalty,
+        diagonal_shift,
         largest,
         largest / smallest if smallest > rounding else np.inf,
     )
@@ -225,19 +225,19 @@ def _check_prior(prior, n):
     return prior / prior.sum()
 
 
-def _check_bounds(floors, caps, prior, n):
-    """Floors and caps [N], the caps infinite where floors and sum imply them; None for no bounds.
+def _check_bounds(lower, upper, prior, n):
+    """The bounds [N], upper ones infinite where lower ones and the sum imply them; None for none.
 
     Where they leave but one point, up to rounding in their sums, both are moved on to it.
     """
     bounds = []
-    for name, given, default in (("floors", floors, 0.0), ("caps", caps, np.inf)):
+    for name, given, default in (("lower", lower, 0.0), ("upper", upper, np.inf)):
         bound = np.asarray(default if given is None else given, np.float64)
         if bound.shape not in ((), (n,)):
-            raise ValueError(f"{name} must be a number or [{n}], got shape {bound.shape}")
+            raise ValueError(f"{name} bounds must be a number or [{n}], got shape {bound.shape}")
         if not (bound >= 0).all():
             wrong = bound.ravel()[np.argmin(bound >= 0)]
-            raise ValueError(f"{name} must not be negative or NaN, got {wrong}")
+            raise ValueError(f"{name} bounds must not be negative or NaN, got {wrong}")
         bounds.append(np.broadcast_to(bound, n))
     lower, upper = bounds
     if prior is not None:
@@ -245,18 +245,20 @@ def _check_bounds(floors, caps, prior, n):
         if wrong.any():
             i = int(wrong.argmax())
             raise ValueError(
-                f"domain {i} has a floor of {lower[i]} but, with kl_pull, a prior of 0"
+                f"domain {i} has a lower bound of {lower[i]} but, with kl_penalty, a prior of 0"
             )
         upper = np.where(prior == 0, 0.0, upper)
     wrong = lower > upper
     if wrong.any():
         i = int(wrong.argmax())
-        raise ValueError(f"the floor of domain {i} is above its cap: {lower[i]} > {upper[i]}")
+        raise ValueError(
+            f"the lower bound of domain {i} is above its upper one: {lower[i]} > {upper[i]}"
+        )
     least, most = lower.sum(), upper.sum()
     if least > 1 + SUM_TOLERANCE:
-        raise ValueError(f"no weights of sum 1: the floors sum to {least}")
+        raise ValueError(f"no weights of sum 1: the lower bounds (floors) sum to {least}")
     if most < 1 - SUM_TOLERANCE:
-        raise ValueError(f"no weights of sum 1: the caps sum to {most}")
+        raise ValueError(f"no weights of sum 1: the upper bounds (caps) sum to {most}")
     if least > 1 - 1e-12 or most < 1 + 1e-12:
         point = lower / least if least > 1 - 1e-12 else upper / most
         point[point.argmax()] += 1 - math.fsum(point.tolist())
@@ -278,17 +280,17 @@ def mmd_squared(problem: Problem, weights: Float[np.ndarray, " n"]) -> float:
 
 
 def penalties(problem: Problem, weights: Float[np.ndarray, " n"]) -> float:
-    """(ridge + lift) |w|^2 and the pulls."""
-    value = (problem.ridge + problem.lift) * float(weights.dot(weights))
-    if problem.l2_pull:
-        value += problem.l2_pull * float(np.square(weights - problem.prior).sum())
-    if problem.kl_pull:
-        value += problem.kl_pull * float(rel_entr(weights, problem.prior).sum())
+    """(ridge + diagonal_shift) |w|^2 and the penalties towards the prior."""
+    value = (problem.ridge + problem.diagonal_shift) * float(weights.dot(weights))
+    if problem.l2_penalty:
+        value += problem.l2_penalty * float(np.square(weights - problem.prior).sum())
+    if problem.kl_penalty:
+        value += problem.kl_penalty * float(rel_entr(weights, problem.prior).sum())
     return value
 
 
 def objective(problem: Problem, weights: Float[np.ndarray, " n"]) -> float:
-    """mmd_squared + penalties: the module's objective, with the lift."""
+    """mmd_squared + penalties: the module's objective, with the diagonal shift."""
     return mmd_squared(problem, weights) + penalties(problem, weights)
 
 
@@ -303,21 +305,26 @@ def frank_wolfe_gap(problem: Problem, weights: Float[np.ndarray, " n"]) -> float
     if not missed <= SUM_TOLERANCE:
         raise ValueError(f"the weights miss their sum or a bound by {missed}")
     slope = 2 * (problem.hessian.dot(weights) - problem.linear)
-    if not problem.kl_pull:
+    if not problem.kl_penalty:
         return linear_gap(weights, slope, lower, upper)
-    assert problem.prior is not None  # `make_problem` refuses kl_pull without
+    assert problem.prior is not None  # `make_problem` refuses kl_penalty without
     kept = domains_kept(problem)
     return entropic_gap(
-        weights[kept], slope[kept], problem.prior[kept], problem.kl_pull, lower[kept], upper[kept]
+        weights[kept],
+        slope[kept],
+        problem.prior[kept],
+        problem.kl_penalty,
+        lower[kept],
+        upper[kept],
     )
 
 
 def domains_kept(problem: Problem) -> np.ndarray:
-    """Indices of the domains that kl_pull and caps allow a weight."""
-    assert problem.prior is not None  # `make_problem` refuses kl_pull without
+    """Indices of the domains that kl_penalty and upper bounds allow a weight."""
+    assert problem.prior is not None  # `make_problem` refuses kl_penalty without
     return np.flatnonzero((problem.prior > 0) & (problem.bounds[1] > 0))
 
 
 def nearest_weights(problem: Problem, weights: ArrayLike) -> Float[np.ndarray, " n"]:
     """The feasible weights nearest to `weights`, such as those of a solver with tolerances."""
-    return project(np.asarray(weights, np.float64), *problem.bounds, 1.0)
+    return project_onto_simplex(np.asarray(weights, np.float64), *problem.bounds, 1.0)

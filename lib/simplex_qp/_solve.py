@@ -3,11 +3,8 @@
     problem = make_problem(from_means(means, target_mean), ridge=1e-5)
     solution = solve(problem)
 
-What is minimised, and the Frank-Wolfe gap that certifies it, is in `lib.simplex_qp`, whose
-functions are exported here too.
-
-The engine is jaxopt's accelerated projected gradient with step 1/L, then the active sets of
-`lib.simplex_qp` in float64, which end at rounding error. Of the first it is only asked to be right
+The engine is jaxopt's accelerated projected gradient with step 1/L, then active sets in float64,
+which end at rounding error. Of the first it is only asked to be right
 about most of the support. It costs a dispatch and, for each N, a compilation: below `FIRST_PHASE`
 domains a single problem goes without. Bootstrap replicates share one vmap of it.
 """
@@ -25,8 +22,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int8
 
-from lib.simplex_qp._active_set import AT_LOWER, AT_UPPER, DAMPING, FREE, Minimum, minimise
-from lib.simplex_qp._entropic import minimise_entropic
+from lib.simplex_qp._active_set import AT_LOWER, AT_UPPER, DAMPING, FREE, Minimum, minimize
+from lib.simplex_qp._entropic import minimize_entropic
 from lib.simplex_qp._problem import (
     Problem,
     domains_kept,
@@ -55,13 +52,13 @@ class Solution(NamedTuple):
     """What `solve` returns.
 
     weights [N]    never negative, exactly on the bounds that `active` says, of sum 1
-    objective      the value there, with ridge, lift and pulls
-    mmd_squared    |sum_i w_i mu_i - mu_Q|^2 alone; from a Gram matrix w'Gw, of any sign
+    objective      the value there, with ridge, diagonal shift and penalties
+    mmd_squared    only |sum_i w_i mu_i - mu_Q|^2; from a Gram matrix w'Gw, of any sign
     gap            the certificate: at most so much above the minimum
-    condition      of the centred matrix with ridge, lift and L2 pull on its diagonal
-    active [N]     -1 at the floor, 0 free, 1 at the cap
-    lift           the multiple of the identity that convexity wanted, mostly 0
-    rounds         linear systems that the active sets solved
+    condition      of the centered matrix with ridge, shift and L2 penalty on its diagonal
+    active [N]     -1 at the lower bound, 0 free, 1 at the upper one
+    diagonal_shift the multiple of the identity that convexity wanted, mostly 0
+    iterations     linear systems that the active sets solved
     """
 
     weights: Float[np.ndarray, " n"]
@@ -70,8 +67,8 @@ class Solution(NamedTuple):
     gap: float
     condition: float
     active: Int8[np.ndarray, " n"]
-    lift: float
-    rounds: int
+    diagonal_shift: float
+    iterations: int
 
 
 def solve(problem: Problem, *, start: ArrayLike | None = None) -> Solution:
@@ -79,10 +76,10 @@ def solve(problem: Problem, *, start: ArrayLike | None = None) -> Solution:
 
     `start` [N] are weights to begin at, such as the solution of a similar problem; only which of
     them lie off their bounds counts. Without it, `FIRST_PHASE` or more domains begin with projected
-    gradient steps. Problems with kl_pull begin at the prior.
+    gradient steps. Problems with kl_penalty begin at the prior.
     """
-    if problem.kl_pull:
-        return _solution(problem, _minimise_with_kl_pull(problem))
+    if problem.kl_penalty:
+        return _solution(problem, _minimize_with_kl_penalty(problem))
     if start is None and problem.size >= FIRST_PHASE:
         start = projected_gradient([problem])[0]
     elif start is not None:
@@ -90,14 +87,14 @@ def solve(problem: Problem, *, start: ArrayLike | None = None) -> Solution:
         if start.shape != (problem.size,):
             raise ValueError(f"start must be [{problem.size}], got shape {start.shape}")
     damping = 0.0 if problem.condition < WORST_CONDITION else DAMPING * problem.scale
-    return _solution(problem, minimise(problem.program, start=start, damping=damping))
+    return _solution(problem, minimize(problem.program, start=start, damping=damping))
 
 
 def solve_batch(problems: Iterable[Problem]) -> list[Solution]:
     """`solve` for problems of the same N, with one vmap of the projected gradient over them.
 
     On the device lie `BATCH_BYTES` of matrices at a time, and problems from a generator are made no
-    sooner. Those with kl_pull are solved one by one. Raises ValueError where N differs.
+    sooner. Those with kl_penalty are solved one by one. Raises ValueError where N differs.
     """
     problems, solutions = iter(problems), []
     for first in problems:
@@ -106,7 +103,7 @@ def solve_batch(problems: Iterable[Problem]) -> list[Solution]:
         sizes = sorted({problem.size for problem in chunk})
         if len(sizes) > 1:
             raise ValueError(f"the problems of a batch must have one N, got {sizes}")
-        if any(problem.kl_pull for problem in chunk):
+        if any(problem.kl_penalty for problem in chunk):
             solutions += [solve(problem) for problem in chunk]
             continue
         # The last chunk is filled up to the size of those before it, whose program serves again.
@@ -116,21 +113,21 @@ def solve_batch(problems: Iterable[Problem]) -> list[Solution]:
     return solutions
 
 
-def _minimise_with_kl_pull(problem):
+def _minimize_with_kl_penalty(problem):
     """Domains that can have no weight are left out, and come back with a weight of 0."""
     kept = domains_kept(problem)
     lower, upper = problem.bounds
-    found = minimise_entropic(
+    minimum = minimize_entropic(
         problem.hessian[np.ix_(kept, kept)],
         problem.linear[kept],
         problem.prior[kept],
-        problem.kl_pull,
+        problem.kl_penalty,
         lower[kept],
         upper[kept],
     )
     weights, state = np.zeros(problem.size), np.full(problem.size, AT_LOWER, np.int8)
-    weights[kept], state[kept] = found.x, found.state
-    return found._replace(x=weights, state=state)
+    weights[kept], state[kept] = minimum.x, minimum.state
+    return minimum._replace(x=weights, state=state)
 
 
 def _solution(problem, minimum):
@@ -143,8 +140,8 @@ def _solution(problem, minimum):
         minimum.gap,
         problem.condition,
         minimum.state,
-        problem.lift,
-        minimum.rounds,
+        problem.diagonal_shift,
+        minimum.iterations,
     )
 
 
@@ -155,7 +152,7 @@ def projected_gradient(problems: Sequence[Problem]) -> Float[np.ndarray, "b n"]:
     """Weights [B, N] after jaxopt's accelerated projected gradient, one vmap over the problems.
 
     At most `GRADIENT_STEPS` steps of 1/L, L = 2 * 1.02 * largest eigenvalue of H, from equal
-    weights; kl_pull is left out. Not a solution, but a start whose support is nearly right.
+    weights; kl_penalty is left out. Not a solution, but a start whose support is nearly right.
     """
     n, factors = problems[0].size, [problem.quadratic.factor for problem in problems]
     narrow = [factor for factor in factors if factor is not None and 2 * factor.shape[1] < n]
@@ -164,7 +161,7 @@ def projected_gradient(problems: Sequence[Problem]) -> Float[np.ndarray, "b n"]:
     unit = 1 / (1.02 * np.array([problem.largest_eigenvalue or 1.0 for problem in problems]))
     if factored:
         form = np.stack(narrow) * np.sqrt(unit)[:, None, None]
-        diagonal = unit * [problem.ridge + problem.l2_pull for problem in problems]
+        diagonal = unit * [problem.ridge + problem.l2_penalty for problem in problems]
     else:
         form = np.stack([problem.hessian for problem in problems]) * unit[:, None, None]
         diagonal = np.zeros(len(problems))
@@ -186,7 +183,7 @@ def _gradient_engine(factored):
 
     solver = jaxopt.ProjectedGradient(
         value_and_gradient,
-        _project,
+        _project_onto_simplex,
         value_and_grad=True,
         stepsize=1.0,  # the line search stalls, and under vmap does not end
         maxiter=GRADIENT_STEPS,
@@ -197,29 +194,29 @@ def _gradient_engine(factored):
     return jax.jit(jax.vmap(lambda *arguments: solver.run(*arguments).params))
 
 
-def _project(y, bounds):
-    """`lib.simplex_qp._active_set.project` on to the simplex, for JAX."""
+def _project_onto_simplex(y, bounds):
+    """`_active_set.project_onto_simplex` in JAX, with sum 1."""
     lower, upper = bounds
     low = jnp.min(lower - y)
     high = jnp.max(jnp.minimum(upper, lower + 1 - jnp.sum(lower)) - y)
 
     def unfinished(state):
-        evaluations, _, _, _, found = state
-        return ~found & (evaluations < 60)
+        evaluations, _, _, _, converged = state
+        return ~converged & (evaluations < 60)
 
     def newton(state):
         evaluations, shift, low, high, _ = state
         shifted = y + shift
         missing = 1 - jnp.sum(jnp.clip(shifted, lower, upper))
         inside = jnp.sum((lower < shifted) & (shifted < upper))
-        found = jnp.abs(missing) <= 1e-14
+        converged = jnp.abs(missing) <= 1e-14
         low, high = jnp.where(missing > 0, shift, low), jnp.where(missing > 0, high, shift)
         new = shift + missing / jnp.maximum(inside, 1)
         new = jnp.where((inside > 0) & (low <= new) & (new <= high), new, (low + high) / 2)
-        return evaluations + 1, jnp.where(found, shift, new), low, high, found
+        return evaluations + 1, jnp.where(converged, shift, new), low, high, converged
 
-    centre = jnp.clip((1 - jnp.sum(y)) / y.size, low, high)
-    shift = lax.while_loop(unfinished, newton, (0, centre, low, high, False))[1]
+    center = jnp.clip((1 - jnp.sum(y)) / y.size, low, high)
+    shift = lax.while_loop(unfinished, newton, (0, center, low, high, False))[1]
     return jnp.clip(y + shift, lower, upper)
 
 
@@ -246,17 +243,17 @@ def solve_with_cvxpy(problem: Problem, *, solver: str | None = None) -> Solution
             f"cvxpy has no solver {solver!r} here; it has {', '.join(cvxpy.installed_solvers())}"
         )
     lower, upper = problem.bounds
-    capped = np.flatnonzero(np.isfinite(upper))
+    bounded = np.flatnonzero(np.isfinite(upper))
     w = cvxpy.Variable(problem.size)
     # In units of the scale, since solvers have absolute tolerances.
     value = cvxpy.quad_form(w, cvxpy.psd_wrap(problem.hessian / problem.scale))
     value -= 2 / problem.scale * (problem.linear @ w)
-    if problem.kl_pull:
-        assert problem.prior is not None  # `make_problem` refuses kl_pull without
+    if problem.kl_penalty:
+        assert problem.prior is not None  # `make_problem` refuses kl_penalty without
         kept = domains_kept(problem)
         divergence = cvxpy.sum(cvxpy.kl_div(w[kept], problem.prior[kept]))
-        value += problem.kl_pull / problem.scale * divergence
-    constraints = [cvxpy.sum(w) == 1, w >= lower, w[capped] <= upper[capped]]
+        value += problem.kl_penalty / problem.scale * divergence
+    constraints = [cvxpy.sum(w) == 1, w >= lower, w[bounded] <= upper[bounded]]
     program = cvxpy.Problem(cvxpy.Minimize(value), constraints)
     name = solver or "cvxpy's own choice"
     with warnings.catch_warnings():

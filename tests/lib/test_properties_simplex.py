@@ -36,10 +36,10 @@ from lib.simplex_qp._active_set import (
     linear_gap,
     make_program,
     mend_sum,
-    minimise,
-    project,
+    minimize,
+    project_onto_simplex,
 )
-from lib.simplex_qp._entropic import entropic_gap, entropic_minimum, minimise_entropic
+from lib.simplex_qp._entropic import entropic_gap, entropic_minimum, minimize_entropic
 
 EPS = float(np.finfo(np.float64).eps)
 SIZES = st.sampled_from([1, 2, 4])
@@ -91,12 +91,12 @@ def problems(draw, *, with_kl=True):
         *draw_quadratic(rng, draw(KINDS), n, draw(st.sampled_from([1, 3])), scale)
     )
     lower, upper = draw_bounds(rng, n, draw(st.booleans()))
-    options = {"ridge": rng.choice([0.0, 1e-6, 1.0]) * scale**2, "floors": lower, "caps": upper}
+    options = {"ridge": rng.choice([0.0, 1e-6, 1.0]) * scale**2, "lower": lower, "upper": upper}
     prior = rng.dirichlet(np.ones(n))
     if draw(st.booleans()):
-        options |= {"prior": prior, "l2_pull": 10.0 ** rng.uniform(-6, 1) * scale**2}
+        options |= {"prior": prior, "l2_penalty": 10.0 ** rng.uniform(-6, 1) * scale**2}
     if with_kl and draw(st.booleans()):
-        options |= {"prior": prior, "kl_pull": 10.0 ** rng.uniform(-4, 1) * scale**2}
+        options |= {"prior": prior, "kl_penalty": 10.0 ** rng.uniform(-4, 1) * scale**2}
     return make_problem(quadratic, **options), rng
 
 
@@ -106,12 +106,16 @@ def plain_objective(problem, w):
     for column in factor.T:
         terms.append((sum(a * b for a, b in zip(w, column)) ** 2, (w @ np.abs(column)) ** 2))
     for i, weight in enumerate(w):
-        terms.append(((problem.ridge + problem.lift) * weight**2,) * 2)
+        terms.append(((problem.ridge + problem.diagonal_shift) * weight**2,) * 2)
         if problem.prior is not None:
             p = problem.prior[i]
-            terms.append((problem.l2_pull * (weight - p) ** 2, problem.l2_pull * (weight + p) ** 2))
-            entropy = float(rel_entr(weight, p)) if problem.kl_pull else 0.0
-            terms.append((problem.kl_pull * entropy, problem.kl_pull * (abs(entropy) + weight)))
+            terms.append(
+                (problem.l2_penalty * (weight - p) ** 2, problem.l2_penalty * (weight + p) ** 2)
+            )
+            entropy = float(rel_entr(weight, p)) if problem.kl_penalty else 0.0
+            terms.append(
+                (problem.kl_penalty * entropy, problem.kl_penalty * (abs(entropy) + weight))
+            )
     return math.fsum(t for t, _ in terms), math.fsum(size for _, size in terms)
 
 
@@ -152,14 +156,14 @@ def test_quadratics(seed, n, dimension, exponent, kind):
 def test_values_and_certificates(drawn):
     problem, rng = drawn
     lower, upper = problem.bounds
-    kept = np.flatnonzero((problem.prior > 0) & (upper > 0)) if problem.kl_pull else None
-    if problem.kl_pull:
+    kept = np.flatnonzero((problem.prior > 0) & (upper > 0)) if problem.kl_penalty else None
+    if problem.kl_penalty:
         np.testing.assert_array_equal(domains_kept(problem), kept)
     points = draw_feasible(rng, lower, upper, 6)
     values = [plain_objective(problem, w)[0] for w in points]
     for w, value in zip(points, values):
         _, size = plain_objective(problem, w)
-        rounding = 16 * (problem.size + 4) * EPS * (size + problem.scale + problem.kl_pull)
+        rounding = 16 * (problem.size + 4) * EPS * (size + problem.scale + problem.kl_penalty)
         assert_within(objective(problem, w), value, rounding)
         assert mmd_squared(problem, w) + penalties(problem, w) == objective(problem, w)
         gap = frank_wolfe_gap(problem, w)
@@ -184,10 +188,10 @@ def test_solutions_are_the_lowest_of_all_that_is_feasible(drawn):
     for found in solutions:
         assert_feasible(problem, found.weights)
         value, size = plain_objective(problem, found.weights)
-        scale = size + problem.scale + problem.kl_pull
+        scale = size + problem.scale + problem.kl_penalty
         rounding = 16 * (problem.size + 4) * EPS * scale
         assert_within(found.objective, value, rounding)
-        assert 0 <= found.gap <= 1e-14 * max(problem.scale, problem.kl_pull)
+        assert 0 <= found.gap <= 1e-14 * max(problem.scale, problem.kl_penalty)
         assert value <= min(others) + found.gap + 2 * rounding
         for state, bound in ((AT_LOWER, lower), (AT_UPPER, upper)):
             held = found.active == state
@@ -219,7 +223,7 @@ def test_programs(seed, n, exponent, bounded, flat):
     lower, upper = draw_bounds(rng, n, bounded)
     program = make_program(hessian, linear, *((lower, upper) if bounded else ()))
     assert_within(program.total(), 1, EPS)
-    found = minimise(program)
+    found = minimize(program)
     x, sizes = found.x, np.abs(hessian).sum() + np.abs(linear).sum()
     assert (x >= lower).all()
     assert (x <= upper).all()
@@ -271,7 +275,7 @@ def test_linear_gaps_and_projections(seed, n, exponent, bounded):
         assert_within(gap, fill(x, slope, lower, upper), 8 * n * EPS * np.abs(slope).sum())
     y = 10.0**exponent * rng.normal(size=n)
     y[rng.random(n) < 0.2] *= 1e100
-    found = project(y, lower, upper, 1.0)
+    found = project_onto_simplex(y, lower, upper, 1.0)
     assert_within(found, exact_projection(y, lower, upper), 4 * n * EPS)
     free, full = free_entries(y, lower, upper, lambda x: x.sum() - 1)
     assert not (free & full).any()
@@ -303,9 +307,9 @@ def test_entropic_minima_of_slopes_far_apart(far):
 
 @many
 @given(SEEDS, SIZES, EXPONENTS, EXPONENTS, st.booleans())
-def test_entropic_minima(seed, n, exponent, pull, bounded):
+def test_entropic_minima(seed, n, exponent, strength, bounded):
     rng = np.random.default_rng(seed)
-    slope, strength = 10.0**exponent * rng.normal(size=n), 10.0**pull
+    slope, strength = 10.0**exponent * rng.normal(size=n), 10.0**strength
     prior = rng.dirichlet(np.full(n, 0.5)) + 1e-30
     lower, upper = draw_bounds(rng, n, bounded)
     upper = np.where(upper == 0, 0.01, upper)
@@ -331,7 +335,7 @@ def test_entropic_minima(seed, n, exponent, pull, bounded):
         assert_within(gap, value(w) - value(v), rounding)
     factor = rng.normal(size=(n, n))
     hessian, linear = 10.0**exponent * factor @ factor.T, -slope / 2
-    found = minimise_entropic(hessian, linear, prior, strength, lower, upper)
+    found = minimize_entropic(hessian, linear, prior, strength, lower, upper)
     assert (found.x >= lower).all()
     assert (found.x <= upper).all()
     assert abs(math.fsum(found.x) - 1) <= 2 * EPS

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -54,33 +53,33 @@ def random_means(seed, n, dimension, *, noise=1.0):
 
 def certified(problem, solution, tolerance=1e-14):
     """Asserts feasibility to the bit and a gap, the stored and a plain one, of rounding error."""
-    w, (floors, caps) = solution.weights, problem.bounds
+    w, (lower, upper) = solution.weights, problem.bounds
     assert w.dtype == np.float64
     assert not np.signbit(w).any()
-    assert (w >= floors).all()
-    assert (w <= caps).all()
+    assert (w >= lower).all()
+    assert (w <= upper).all()
     assert abs(math.fsum(w) - 1) <= 2.3e-16
-    np.testing.assert_array_equal(w[solution.active == -1], floors[solution.active == -1])
-    np.testing.assert_array_equal(w[solution.active == 1], caps[solution.active == 1])
-    scale = max(problem.scale, problem.kl_pull)
+    np.testing.assert_array_equal(w[solution.active == -1], lower[solution.active == -1])
+    np.testing.assert_array_equal(w[solution.active == 1], upper[solution.active == 1])
+    scale = max(problem.scale, problem.kl_penalty)
     assert 0 <= solution.gap <= tolerance * scale
     assert 0 <= frank_wolfe_gap(problem, w) <= 2 * tolerance * scale
-    if problem.program.upper is None and not problem.kl_pull:
+    if problem.program.upper is None and not problem.kl_penalty:
         gradient = 2 * (problem.hessian @ w - problem.linear)
         assert gradient @ w - gradient.min() <= 2 * tolerance * scale
     return solution
 
 
 def enumerated(problem):
-    """The least objective over all faces of the feasible set: every entry at floor, cap or free."""
-    n, (floors, caps) = problem.size, problem.bounds
+    """The least objective over all faces of the feasible set: every entry at a bound or free."""
+    n, (lower, upper) = problem.size, problem.bounds
     hessian, linear = problem.hessian, problem.linear
     best = np.inf, None
     for state in itertools.product((-1, 0, 1), repeat=n):
         state = np.array(state)
-        if not np.isfinite(caps[state == 1]).all():
+        if not np.isfinite(upper[state == 1]).all():
             continue
-        w = np.where(state == 1, caps, floors)
+        w = np.where(state == 1, upper, lower)
         free = np.flatnonzero(state == 0)
         if len(free):
             w[free] = 0
@@ -90,7 +89,7 @@ def enumerated(problem):
             )  # fmt: skip
             right = np.append(2 * (linear - hessian @ w)[free], 1 - w.sum())
             w[free] = np.linalg.lstsq(system, right, rcond=None)[0][:-1]
-        feasible = abs(w.sum() - 1) < 1e-9 and (w > floors - 1e-9).all() and (w < caps + 1e-9).all()
+        feasible = abs(w.sum() - 1) < 1e-9 and (w > lower - 1e-9).all() and (w < upper + 1e-9).all()
         if feasible and objective(problem, w) < best[0]:
             best = objective(problem, w), w
     return best
@@ -99,9 +98,11 @@ def enumerated(problem):
 # Against independent solutions
 
 
-@pytest.mark.parametrize("kind", ["mixture", "shifted", "domain"])
-@pytest.mark.parametrize("n", [3, 10, 50, 200])
-def test_gap_is_rounding_error_on_the_reference_problems(domains, n, kind):
+@pytest.mark.parametrize(
+    ("kind", "n"),
+    [("mixture", 3), ("shifted", 10), ("domain", 50), ("mixture", 50), ("shifted", 200)],
+)
+def test_gap_is_rounding_error_on_the_reference_problems(domains, kind, n):
     made = domains(0, n, kind=kind, rows=400 if n <= 50 else 100)
     problem = make_problem(from_means(made.means, made.target_mean), ridge=1e-5)
     solution = certified(problem, solve(problem))
@@ -112,34 +113,16 @@ def test_gap_is_rounding_error_on_the_reference_problems(domains, n, kind):
         assert other.gap < 1e-6 * problem.scale
 
 
-def test_a_thousand_domains(domains):
-    """Through both starts: projected gradient on the factor and on the matrix; and none."""
-    made = domains(0, 1000, rows=40)
-    quadratic = from_means(made.means, made.target_mean)
-    problem = make_problem(quadratic, ridge=1e-5)
-    solution = certified(problem, solve(problem))
-    dense = problem._replace(quadratic=quadratic._replace(factor=None))
-    for other in (solve(dense), solve(problem, start=np.full(1000, 1e-3))):
-        certified(problem, other)
-        np.testing.assert_allclose(other.weights, solution.weights, atol=1e-9)
-
-
-def test_reference_domains_are_as_close_as_stated(domains):
-    means = domains(0, 10).means
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
-    assert np.mean((means @ means.T)[np.triu_indices(10, 1)]) == pytest.approx(0.975, abs=0.005)
-
-
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, st.integers(1, 5), st.integers(1, 6), st.booleans(), st.booleans())
-def test_agrees_with_enumeration(seed, n, dimension, bounded, pulled):
+def test_agrees_with_enumeration(seed, n, dimension, bounded, with_prior):
     means, target, rng = random_means(seed, n, dimension)
     options = {"ridge": 10.0 ** rng.uniform(-4, 0)}
     if bounded:
-        floors = rng.dirichlet(np.ones(n)) * rng.uniform(0, 0.9)
-        options |= {"floors": floors, "caps": floors + rng.dirichlet(np.ones(n)) * 1.5}
-    if pulled:
-        options |= {"prior": rng.dirichlet(np.ones(n)), "l2_pull": 10.0 ** rng.uniform(-2, 1)}
+        lower = rng.dirichlet(np.ones(n)) * rng.uniform(0, 0.9)
+        options |= {"lower": lower, "upper": lower + rng.dirichlet(np.ones(n)) * 1.5}
+    if with_prior:
+        options |= {"prior": rng.dirichlet(np.ones(n)), "l2_penalty": 10.0 ** rng.uniform(-2, 1)}
     problem = make_problem(from_means(means, target), **options)
     solution = certified(problem, solve(problem))
     value, weights = enumerated(problem)
@@ -147,165 +130,31 @@ def test_agrees_with_enumeration(seed, n, dimension, bounded, pulled):
     np.testing.assert_allclose(solution.weights, weights, atol=1e-7)
 
 
-def accelerated(problem, steps=20_000):
-    """FISTA with adaptive restart and a projection by bisection, in float64."""
-    hessian, linear, (floors, caps) = problem.hessian, problem.linear, problem.bounds
-    length = 1 / np.linalg.eigvalsh(hessian)[-1]
-
-    def project(y):
-        low, high = (floors - y).min(), 1 + (np.minimum(caps, 1) - y).max()
-        for _ in range(70):
-            middle = (low + high) / 2
-            above = np.clip(y + middle, floors, caps).sum() > 1
-            low, high = (low, middle) if above else (middle, high)
-        return np.clip(y + low, floors, caps)
-
-    w = ahead = project(np.full(problem.size, 1 / problem.size))
-    momentum = 1.0
-    for _ in range(steps):
-        new = project(ahead - length * (hessian @ ahead - linear))
-        if np.abs(new - w).max() < 1e-14:
-            break
-        if (ahead - new) @ (new - w) > 0:
-            w = ahead = new
-            momentum = 1.0
-            continue
-        later = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-        w, ahead, momentum = new, new + (momentum - 1) / later * (new - w), later
-    return w
-
-
-@pytest.mark.parametrize("bounds", [{}, {"floors": 0.01, "caps": 0.08}, {"caps": 1.01 / 30}])
-@pytest.mark.parametrize("l2_pull", [0.0, 0.3])
-def test_agrees_with_a_long_run_of_projected_gradient(bounds, l2_pull):
-    """To a prior with zeros, and in units of 1e-12 and 1e12."""
-    means, target, rng = random_means(0, 30, 20)
-    prior = np.where(rng.random(30) < 0.3, 0, rng.dirichlet(np.ones(30)))
-    prior /= prior.sum()
-    for unit in (1e-12, 1.0, 1e12):
-        problem = make_problem(
-            from_means(unit * means, unit * target), ridge=0.05 * unit**2, prior=prior,
-            l2_pull=l2_pull * unit**2, **bounds,
-        )  # fmt: skip
-        solution = certified(problem, solve(problem))
-        if unit == 1:
-            np.testing.assert_allclose(solution.weights, accelerated(problem), atol=1e-10)
-            expected = solution.weights
-    np.testing.assert_allclose(solution.weights, expected, atol=1e-10)
-
-
 @pytest.mark.parametrize("position", [-0.5, 0.0, 0.3, 1.0, 1.7])
-@pytest.mark.parametrize("l2_pull", [0.0, 0.5])
-def test_two_domains_in_closed_form(position, l2_pull):
+@pytest.mark.parametrize("l2_penalty", [0.0, 0.5])
+def test_two_domains_in_closed_form(position, l2_penalty):
     """Weights (t, 1 - t), t where the derivative along the line is 0, or at its end."""
     ridge, prior = 0.1, np.array([0.8, 0.2])
     means, target = np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([2 * position, 1.5])
-    problem = make_problem(from_means(means, target), ridge=ridge, prior=prior, l2_pull=l2_pull)
-    # 4 (t - position)^2 + ridge (t^2 + (1 - t)^2) + pull ((t - 0.8)^2 + (0.8 - t)^2)
-    t = (4 * position + ridge + 2 * l2_pull * 0.8) / (4 + 2 * ridge + 2 * l2_pull)
+    problem = make_problem(
+        from_means(means, target), ridge=ridge, prior=prior, l2_penalty=l2_penalty
+    )
+    # 4 (t - position)^2 + ridge (t^2 + (1 - t)^2) + l2_penalty ((t - 0.8)^2 + (0.8 - t)^2)
+    t = (4 * position + ridge + 2 * l2_penalty * 0.8) / (4 + 2 * ridge + 2 * l2_penalty)
     t = min(max(t, 0), 1)
     solution = certified(problem, solve(problem))
     np.testing.assert_allclose(solution.weights, [t, 1 - t], atol=1e-14)
     expected = 4 * (t - position) ** 2 + 0.25
     assert solution.mmd_squared == pytest.approx(expected, rel=1e-13)
-    pull = 2 * l2_pull * (t - 0.8) ** 2
-    penalty = ridge * (t**2 + (1 - t) ** 2) + pull
+    penalty = ridge * (t**2 + (1 - t) ** 2) + 2 * l2_penalty * (t - 0.8) ** 2
     assert solution.objective == pytest.approx(expected + penalty, rel=1e-13)
 
 
-# Invariances
+# Diagonal shifts
 
 
-@settings(max_examples=30, deadline=None)
-@given(SEEDS, st.integers(1, 30), st.integers(1, 12))
-def test_permuting_shifting_and_scaling(seed, n, dimension):
-    means, target, rng = random_means(seed, n, dimension)
-    ridge, caps = 10.0 ** rng.uniform(-4, 0), np.maximum(2 / n, rng.uniform(0, 1, n))
-    order, shift = rng.permutation(n), rng.normal(size=dimension)
-    scale = 10.0 ** rng.uniform(-12, 12)
-
-    def weights(means, target, ridge, caps):
-        problem = make_problem(from_means(means, target), ridge=ridge, caps=caps)
-        return certified(problem, solve(problem)).weights
-
-    expected = weights(means, target, ridge, caps)
-    for name, found in {
-        "permuted": weights(means[order], target, ridge, caps[order])[np.argsort(order)],
-        "shifted": weights(means + shift, target + shift, ridge, caps),
-        "scaled": weights(scale * means, scale * target, scale**2 * ridge, caps),
-    }.items():
-        np.testing.assert_allclose(found, expected, atol=1e-9, err_msg=name)
-
-
-@settings(max_examples=30, deadline=None)
-@given(SEEDS, st.integers(1, 12), st.integers(1, 12))
-def test_a_copy_of_a_domain_changes_nothing(seed, n, dimension):
-    """Without a ridge; the copies share the weight in any way."""
-    means, target, _ = random_means(seed, n, dimension)
-    problem = make_problem(from_means(means, target))
-    double = make_problem(from_means(np.concatenate([means, means[:1]]), target))
-    one, two = certified(problem, solve(problem)), certified(double, solve(double))
-    assert double.condition == np.inf
-    assert two.objective == pytest.approx(one.objective, abs=1e-13 * problem.scale)
-
-
-@settings(max_examples=40, deadline=None)
-@given(SEEDS, st.integers(1, 20), st.integers(1, 8), st.booleans(), st.sampled_from([0.0, 0.1]))
-def test_gap_bounds_the_distance_to_the_minimum(seed, n, dimension, bounded, kl_pull):
-    means, target, rng = random_means(seed, n, dimension)
-    prior = rng.dirichlet(np.ones(n))
-    bounds = {"floors": 0.3 * prior, "caps": np.minimum(2.5 * prior, 1)} if bounded else {}
-    problem = make_problem(
-        from_means(means, target), ridge=1e-3, prior=prior, kl_pull=kl_pull, **bounds
-    )
-    least = certified(problem, solve(problem)).objective
-    for _ in range(5):
-        weights = nearest_weights(problem, rng.dirichlet(np.full(n, 0.3)))
-        excess, rounding = objective(problem, weights) - least, 1e-13 * problem.scale
-        assert -rounding <= excess <= frank_wolfe_gap(problem, weights) + rounding
-
-
-@settings(max_examples=30, deadline=None)
-@given(SEEDS, st.integers(2, 30))
-def test_stationarity_and_multipliers(seed, n):
-    """Free entries share one gradient; those at the floor have more, those at the cap less."""
-    means, target, _ = random_means(seed, n, 40)
-    problem = make_problem(from_means(means, target), ridge=0.01, floors=0.2 / n, caps=2.5 / n)
-    solution = certified(problem, solve(problem))
-    gradient = 2 * (problem.hessian @ solution.weights)
-    free, floor, cap = (gradient[solution.active == state] for state in (0, -1, 1))
-    slack = 1e-12 * problem.scale
-    assert max(cap, default=-np.inf) <= min(floor, default=np.inf) + slack
-    if len(free):
-        assert np.ptp(free) <= slack
-        assert max(cap, default=-np.inf) - slack <= free[0] <= min(floor, default=np.inf) + slack
-
-
-# Two ways in
-
-
-def test_from_a_gram_matrix_as_from_means():
-    means, target, _ = random_means(0, 12, 30)
-    left = from_means(means, target)
-    right = from_gram(means @ means.T, means @ target, float(target @ target))
-    np.testing.assert_allclose(right.gram, left.gram, atol=1e-12)
-    for options in ({}, {"ridge": 0.1, "caps": 0.3}):
-        one = solve(make_problem(left, **options))
-        two = solve(make_problem(right, **options))
-        np.testing.assert_allclose(two.weights, one.weights, atol=1e-11)
-        assert two.mmd_squared == pytest.approx(one.mmd_squared, rel=1e-10)
-
-
-def test_jax_arrays_and_float32_are_taken():
-    means, target, _ = random_means(0, 4, 6)
-    expected = solve(make_problem(from_means(means.astype("f"), target.astype("f"))))
-    found = solve(make_problem(from_means(jnp.asarray(means, "f"), jnp.asarray(target, "f"))))
-    np.testing.assert_array_equal(found.weights, expected.weights)
-    assert not jax.config.jax_enable_x64
-
-
-def test_indefinite_gram_matrices_are_lifted():
-    """By what is missing after ridge and L2 pull, and no more; MMD^2 stays that of the matrix."""
+def test_the_diagonal_of_an_indefinite_gram_matrix_is_shifted():
+    """By what is missing after ridge and L2 penalty; MMD^2 stays that of the matrix."""
     means, target, rng = random_means(0, 8, 3)
     gram = means @ means.T - np.diag(rng.uniform(0, 1, 8))
     quadratic = from_gram(gram, means @ target, float(target @ target))
@@ -314,23 +163,28 @@ def test_indefinite_gram_matrices_are_lifted():
     assert least < -0.1
     prior = np.full(8, 1 / 8)
     for options, diagonal in (
-        ({}, 0), ({"ridge": 0.05}, 0.05), ({"ridge": 0.01, "l2_pull": 0.02, "prior": prior}, 0.03),
-    ):  # fmt: skip
+        ({}, 0),
+        ({"ridge": 0.01, "l2_penalty": 0.02, "prior": prior}, 0.03),
+    ):
         problem = make_problem(quadratic, **options)
         solution = certified(problem, solve(problem))
-        assert solution.lift == problem.lift == pytest.approx(-least - diagonal, rel=1e-12)
+        assert (
+            solution.diagonal_shift
+            == problem.diagonal_shift
+            == pytest.approx(-least - diagonal, rel=1e-12)
+        )
         w = solution.weights
         assert solution.mmd_squared == pytest.approx(w @ centred @ w, rel=1e-10)
         assert np.linalg.eigvalsh(problem.hessian)[0] >= -1e-14
         random = rng.dirichlet(np.ones(8), 100)
         assert min(objective(problem, v) for v in random) > solution.objective
-    assert make_problem(quadratic, ridge=1.0).lift == 0
+    assert make_problem(quadratic, ridge=1.0).diagonal_shift == 0
 
 
-def test_rounding_is_not_lifted():
+def test_rounding_needs_no_shift():
     means, target, _ = random_means(0, 30, 3)
     problem = make_problem(from_gram(means @ means.T, means @ target, float(target @ target)))
-    assert problem.lift == 0
+    assert problem.diagonal_shift == 0
     assert problem.condition == np.inf
     certified(problem, solve(problem))
 
@@ -339,7 +193,7 @@ def test_rounding_is_not_lifted():
 
 
 def test_one_domain():
-    for options in ({}, {"floors": 1.0}, {"caps": 1.0}, {"prior": np.ones(1), "kl_pull": 1.0}):
+    for options in ({}, {"lower": 1.0}, {"upper": 1.0}, {"prior": np.ones(1), "kl_penalty": 1.0}):
         problem = make_problem(from_means(np.ones((1, 3)), np.zeros(3)), ridge=0.5, **options)
         solution = solve(problem)
         assert solution.weights == 1
@@ -365,7 +219,7 @@ def test_degenerate_problems_without_ridge(n, bounded, kind):
         target = rng.dirichlet(np.ones(n)) @ means
     elif kind == "scales":
         means = means * 10.0 ** rng.uniform(-6, 3, size=(n, 1))
-    problem = make_problem(from_means(means, target), caps=2 / n if bounded else None)
+    problem = make_problem(from_means(means, target), upper=2 / n if bounded else None)
     solution = certified(problem, solve(problem))
     if kind == "ties":
         np.testing.assert_allclose(solution.weights, 1 / n, rtol=0, atol=1e-15)
@@ -375,7 +229,7 @@ def test_degenerate_problems_without_ridge(n, bounded, kind):
         assert solution.weights[-1] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("total", ["floors", "caps"])
+@pytest.mark.parametrize("total", ["lower", "upper"])
 def test_bounds_that_leave_one_point(total):
     means, target, rng = random_means(0, 10, 4)
     point = rng.dirichlet(np.ones(10))
@@ -383,7 +237,7 @@ def test_bounds_that_leave_one_point(total):
         problem = make_problem(from_means(means, target), **{total: bound})
         solution = certified(problem, solve(problem))
         np.testing.assert_allclose(solution.weights, point, rtol=1e-6)
-    assert solve(make_problem(from_means(means, target), caps=0.1)).gap == 0
+    assert solve(make_problem(from_means(means, target), upper=0.1)).gap == 0
     many = make_problem(from_means(np.tile(means, (12, 1)), target), **{total: 1 / 120})
     assert math.fsum(solve(many).weights) == 1
 
@@ -397,29 +251,29 @@ def test_a_sum_is_mended_within_the_bounds():
 
 @pytest.mark.parametrize("slack", [0.0, 1e-15, 1e-13, 1e-11, 1e-7])
 def test_caps_that_hardly_leave_room(slack):
-    """All or half of the domains at their caps: bounds are kept to the bit, whatever rounds."""
+    """All or half of the domains at their upper: bounds are kept to the bit, whatever rounds."""
     for seed in range(15):
         n = [6, 25, 60][seed % 3]
         means, target, _ = random_means(
             seed, n, [1, 2, 40][seed // 3 % 3], noise=[0.0, 3.0][seed % 2]
         )
-        for cap in (1 / n, 1 / (n // 2)):
-            problem = make_problem(from_means(1e6 * means, 1e6 * target), caps=cap * (1 + slack))
+        for upper in (1 / n, 1 / (n // 2)):
+            problem = make_problem(from_means(1e6 * means, 1e6 * target), upper=upper * (1 + slack))
             certified(problem, solve(problem))
 
 
 def test_excluded_domains():
-    """A cap of 0 leaves a domain out, as if it were not there."""
+    """An upper bound of 0 leaves a domain out, as if it were not there."""
     means, target, rng = random_means(0, 9, 20)
-    caps, prior = np.where(np.arange(9) == 4, 0.0, 1.0), rng.dirichlet(np.ones(9))
-    for kl_pull in (0.0, 0.3):
-        options = {"ridge": 0.1, "kl_pull": kl_pull}
-        problem = make_problem(from_means(means, target), prior=prior, caps=caps, **options)
+    upper, prior = np.where(np.arange(9) == 4, 0.0, 1.0), rng.dirichlet(np.ones(9))
+    for kl_penalty in (0.0, 0.3):
+        options = {"ridge": 0.1, "kl_penalty": kl_penalty}
+        problem = make_problem(from_means(means, target), prior=prior, upper=upper, **options)
         found = certified(problem, solve(problem)).weights
         rest = np.delete(prior, 4) / (1 - prior[4])
         without = make_problem(from_means(np.delete(means, 4, 0), target), prior=rest, **options)
         assert found[4] == 0
-        assert kl_pull or solve(problem).rounds <= solve(without).rounds + 1
+        assert kl_penalty or solve(problem).iterations <= solve(without).iterations + 1
         np.testing.assert_allclose(np.delete(found, 4), solve(without).weights, atol=1e-12)
 
 
@@ -429,12 +283,12 @@ def test_wild_problems(seed, n, dimension, rounded):
     """Any scales, ties, bounds and conditioning end at rounding error."""
     means, target, rng = random_means(seed, n, dimension, noise=3.0)
     means = np.round(means) if rounded else means * 10.0 ** rng.uniform(-6, 3, size=(n, 1))
-    floors = rng.dirichlet(np.ones(n)) * rng.choice([0, 0.3, 0.9]) * (rng.random(n) < 0.5)
-    caps = np.maximum(floors, rng.dirichlet(np.ones(n)) * rng.choice([1.5, 4]))
-    if caps.sum() < 1:
-        caps = np.ones(n)
+    lower = rng.dirichlet(np.ones(n)) * rng.choice([0, 0.3, 0.9]) * (rng.random(n) < 0.5)
+    upper = np.maximum(lower, rng.dirichlet(np.ones(n)) * rng.choice([1.5, 4]))
+    if upper.sum() < 1:
+        upper = np.ones(n)
     ridge = float(rng.choice([0, 1e-12, 1e-5]))
-    problem = make_problem(from_means(means, target), ridge=ridge, floors=floors, caps=caps)
+    problem = make_problem(from_means(means, target), ridge=ridge, lower=lower, upper=upper)
     certified(problem, solve(problem))
 
 
@@ -446,8 +300,8 @@ def test_what_stands_behind_block_pivoting(monkeypatch, method):
     monkeypatch.setattr(active_set, method, lambda *a: used.append(1) or function(*a))
     for seed in range(20):
         means, target, rng = random_means(seed, 25, 6)
-        caps = np.maximum(0.08, rng.uniform(0, 0.3, 25)) if seed % 2 else None
-        problem = make_problem(from_means(means, target), ridge=1e-4, caps=caps)
+        upper = np.maximum(0.08, rng.uniform(0, 0.3, 25)) if seed % 2 else None
+        problem = make_problem(from_means(means, target), ridge=1e-4, upper=upper)
         with monkeypatch.context() as patch:
             patch.setattr(active_set, "PATIENCE", 1 if method == "_follow_path" else 0)
             found = certified(problem, solve(problem)).weights
@@ -460,40 +314,17 @@ def test_corrections_undo_the_damping():
     means, _, rng = random_means(0, 30, 6)
     problem = make_problem(from_means(means, rng.dirichlet(np.ones(30)) @ means))
     damping = 1e-9 * problem.scale
-    damped = active_set.minimise(problem.program, damping=damping, corrections=0)
-    found = active_set.minimise(problem.program, damping=damping)
+    damped = active_set.minimize(problem.program, damping=damping, corrections=0)
+    found = active_set.minimize(problem.program, damping=damping)
     assert damped.gap > 1e-12 * problem.scale
     assert found.gap < 1e-15 * problem.scale
-    assert found.rounds > damped.rounds
+    assert found.iterations > damped.iterations
 
 
-@pytest.mark.parametrize("bounds", [{}, {"floors": 0.01, "caps": 0.3}])
-def test_gap_of_the_active_sets_is_the_certificate(bounds):
-    """It is rounding error where they end; here it is not."""
-    means, target, rng = random_means(0, 20, 6)
-    problem = make_problem(from_means(means, target), **bounds)
-    for _ in range(5):
-        weights = nearest_weights(problem, rng.dirichlet(np.ones(20)))
-        y = np.append(weights, rng.normal())
-        residual = problem.program.saddle @ y - problem.program.right
-        found = active_set._gap(problem.program, y, residual)
-        assert found == pytest.approx(frank_wolfe_gap(problem, weights), rel=1e-10)
-
-
-@pytest.mark.parametrize("n", [2, 50])
-def test_no_weight_is_minus_zero(n):
-    program = make_problem(from_means(np.eye(n), np.zeros(n))).program
-    y = np.append(np.full(n, -0.0), 1.0)
-    y[0] = 1
-    found = active_set._within(program, y, np.zeros(n + 1, np.int8))[:-1]
-    np.testing.assert_array_equal(found, np.eye(n)[0])
-    assert not np.signbit(found).any()
-
-
-@pytest.mark.parametrize("caps", [None, 0.5])
-def test_rubbish_from_a_nearly_singular_system_is_made_feasible(caps):
+@pytest.mark.parametrize("upper", [None, 0.5])
+def test_rubbish_from_a_nearly_singular_system_is_made_feasible(upper):
     """Or its gap, which is that of feasible weights, would mean nothing."""
-    problem = make_problem(from_means(np.eye(4), np.zeros(4)), caps=caps)
+    problem = make_problem(from_means(np.eye(4), np.zeros(4)), upper=upper)
     y = np.array([3.0, -7.0, 2.0, 1e9, 1.0])
     weights = active_set._within(problem.program, y, np.zeros(5, np.int8))[:-1]
     assert math.fsum(weights) == 1
@@ -501,30 +332,18 @@ def test_rubbish_from_a_nearly_singular_system_is_made_feasible(caps):
     assert weights.min() == 0
 
 
-# Pulls
+# Penalties towards a prior
 
 
-def test_l2_pull_between_the_target_and_the_prior():
-    means, target, rng = random_means(0, 10, 30)
-    prior = rng.dirichlet(np.ones(10))
-    distances = []
-    for pull in (0.0, 1.0, 100.0, 1e8):
-        problem = make_problem(from_means(means, target), prior=prior, l2_pull=pull)
-        solution = certified(problem, solve(problem))
-        distances.append(np.abs(solution.weights - prior).sum())
-    assert distances == sorted(distances, reverse=True)
-    assert distances[-1] < 1e-6 < 0.1 < distances[0]
-
-
-@pytest.mark.parametrize("kl_pull", [1e-8, 1e-3, 1.0, 100.0])
-def test_kl_pull_of_two_domains(kl_pull):
+@pytest.mark.parametrize("kl_penalty", [1e-8, 1e-3, 1.0, 100.0])
+def test_kl_penalty_of_two_domains(kl_penalty):
     """Against the root of the derivative on the line, to a weight of any size."""
     means, target, prior = np.array([[0.0], [1.0]]), np.array([0.9]), np.array([0.7, 0.3])
-    problem = make_problem(from_means(means, target), prior=prior, kl_pull=kl_pull)
+    problem = make_problem(from_means(means, target), prior=prior, kl_penalty=kl_penalty)
 
     def derivative(log_odds):
         t = 1 / (1 + math.exp(-log_odds))
-        return 2 * (t - 0.9) + kl_pull * (log_odds - math.log(0.3 / 0.7))
+        return 2 * (t - 0.9) + kl_penalty * (log_odds - math.log(0.3 / 0.7))
 
     expected = 1 / (1 + math.exp(-brentq(derivative, -50, 50, xtol=1e-14)))
     solution = certified(problem, solve(problem))
@@ -532,40 +351,42 @@ def test_kl_pull_of_two_domains(kl_pull):
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize("kl_pull", [1e-4, 0.1, 10.0])
-def test_kl_pull_agrees_with_cvxpy(kl_pull, bounded):
+@pytest.mark.parametrize("kl_penalty", [1e-4, 0.1, 10.0])
+def test_kl_penalty_agrees_with_cvxpy(kl_penalty, bounded):
     means, target, rng = random_means(0, 12, 30)
     prior = rng.dirichlet(np.ones(12))
     prior[3] = 0
     prior /= prior.sum()
-    bounds = {"floors": 0.4 * prior, "caps": np.minimum(2 * prior, 1)} if bounded else {}
+    bounds = {"lower": 0.4 * prior, "upper": np.minimum(2 * prior, 1)} if bounded else {}
     problem = make_problem(
-        from_means(means, target), prior=prior, kl_pull=kl_pull, l2_pull=0.1, **bounds
+        from_means(means, target), prior=prior, kl_penalty=kl_penalty, l2_penalty=0.1, **bounds
     )
     solution = certified(problem, solve(problem))
     assert solution.weights[3] == 0
     other = solve_with_cvxpy(problem, solver="CLARABEL")
     assert 0 <= other.objective - solution.objective + 1e-12 <= other.gap + 1e-12
-    assert other.gap < 1e-5 * max(problem.scale, kl_pull)
-    penalty = kl_pull * rel_entr(solution.weights, prior).sum()
+    assert other.gap < 1e-5 * max(problem.scale, kl_penalty)
+    penalty = kl_penalty * rel_entr(solution.weights, prior).sum()
     penalty += 0.1 * np.square(solution.weights - prior).sum()
     assert solution.objective == pytest.approx(solution.mmd_squared + penalty, rel=1e-12)
 
 
-def test_kl_pull_alone_returns_the_prior():
+def test_kl_penalty_alone_returns_the_prior():
     prior = np.random.default_rng(0).dirichlet(np.full(20, 0.1))
-    problem = make_problem(from_means(np.zeros((20, 2)), np.zeros(2)), prior=prior, kl_pull=1.0)
+    problem = make_problem(from_means(np.zeros((20, 2)), np.zeros(2)), prior=prior, kl_penalty=1.0)
     np.testing.assert_allclose(solve(problem).weights, prior, rtol=1e-12, atol=1e-300)
 
 
 @settings(max_examples=60, deadline=None)
 @given(SEEDS, st.sampled_from([2, 5, 20]), st.floats(-9, 1), st.booleans())
-def test_kl_pulls_of_any_strength(seed, n, exponent, bounded):
+def test_kl_penalties_of_any_strength(seed, n, exponent, bounded):
     """Priors down to 1e-20 and strengths at which weights underflow end at rounding error too."""
     means, target, rng = random_means(seed, n, 4)
     prior = rng.dirichlet(np.full(n, rng.choice([0.1, 1, 10])))
-    bounds = {"floors": 0.3 * prior * (rng.random(n) < 0.5), "caps": 3 * prior} if bounded else {}
-    problem = make_problem(from_means(means, target), prior=prior, kl_pull=10.0**exponent, **bounds)
+    bounds = {"lower": 0.3 * prior * (rng.random(n) < 0.5), "upper": 3 * prior} if bounded else {}
+    problem = make_problem(
+        from_means(means, target), prior=prior, kl_penalty=10.0**exponent, **bounds
+    )
     certified(problem, solve(problem))
 
 
@@ -576,17 +397,17 @@ def test_kl_pulls_of_any_strength(seed, n, exponent, bounded):
 @given(SEEDS, st.sampled_from([1, 2, 20]))
 def test_projections_agree_and_are_nearest(seed, n):
     """In JAX and in NumPy; and no feasible point lies in the direction of the point projected."""
-    project = jax.jit(simplex_qp._project)
+    project = jax.jit(simplex_qp._project_onto_simplex)
     rng = np.random.default_rng(seed)
-    floors = rng.dirichlet(np.ones(n)) * rng.choice([0.0, 0.5])
-    caps = floors + rng.dirichlet(np.ones(n)) if rng.random() < 0.5 else np.full(n, np.inf)
+    lower = rng.dirichlet(np.ones(n)) * rng.choice([0.0, 0.5])
+    upper = lower + rng.dirichlet(np.ones(n)) if rng.random() < 0.5 else np.full(n, np.inf)
     y = rng.normal(size=n) * 10.0 ** rng.uniform(-3, 3)
-    found = active_set.project(y, floors, caps, 1.0)
+    found = active_set.project_onto_simplex(y, lower, upper, 1.0)
     with jax.enable_x64(True):
-        other = project(y, (floors, caps))
+        other = project(y, (lower, upper))
     np.testing.assert_allclose(found, other, atol=1e-12 * max(1, np.abs(y).max()))
     assert math.fsum(found) == pytest.approx(1, abs=1e-15)
-    assert active_set.linear_gap(found, found - y, floors, caps) <= 1e-12 * max(1, np.abs(y).max())
+    assert active_set.linear_gap(found, found - y, lower, upper) <= 1e-12 * max(1, np.abs(y).max())
 
 
 @pytest.mark.parametrize("dimension", [15, 60])  # on the factor, and on the matrix
@@ -606,7 +427,7 @@ def test_projected_gradient_keeps_its_rate_and_ends_at_the_same_weights(monkeypa
     assert 0 < excess <= rate * far
     monkeypatch.setattr(simplex_qp, "FIRST_PHASE", 1)
     warm = certified(problem, solve(problem))
-    assert warm.rounds < direct.rounds
+    assert warm.iterations < direct.iterations
     np.testing.assert_allclose(warm.weights, direct.weights, atol=1e-12)
 
 
@@ -615,7 +436,7 @@ def test_batch_equals_single(monkeypatch):
     problems = []
     for seed in range(7):
         means, target, rng = random_means(seed, 12, 6)
-        options = [{}, {"caps": 0.2}, {"prior": rng.dirichlet(np.ones(12)), "l2_pull": 0.3}]
+        options = [{}, {"upper": 0.2}, {"prior": rng.dirichlet(np.ones(12)), "l2_penalty": 0.3}]
         problems.append(make_problem(from_means(means, target), ridge=1e-3, **options[seed % 3]))
     expected = [solve(problem).weights for problem in problems]
     for bytes_ in (2**28, 3 * 12 * 12 * 8):
@@ -626,28 +447,14 @@ def test_batch_equals_single(monkeypatch):
             np.testing.assert_allclose(solution.weights, weights, atol=1e-13)
     assert solve_batch([]) == []
     prior = np.full(12, 1 / 12)
-    pulled = make_problem(problems[0].quadratic, prior=prior, kl_pull=0.1)
-    both = solve_batch([problems[0], pulled])
-    np.testing.assert_array_equal(both[1].weights, solve(pulled).weights)
+    entropic = make_problem(problems[0].quadratic, prior=prior, kl_penalty=0.1)
+    both = solve_batch([problems[0], entropic])
+    np.testing.assert_array_equal(both[1].weights, solve(entropic).weights)
     with pytest.raises(ValueError, match=r"one N, got \[1, 12\]"):
         solve_batch([problems[0], make_problem(from_means(np.ones((1, 2)), np.ones(2)))])
 
 
 # cvxpy
-
-
-@pytest.mark.parametrize("solver", [None, "OSQP", "CLARABEL"])
-def test_cvxpy_solves_the_same_problem(solver):
-    means, target, rng = random_means(0, 8, 20)
-    problem = make_problem(
-        from_means(means, target), ridge=0.1, floors=0.02, caps=0.4,
-        prior=rng.dirichlet(np.ones(8)), l2_pull=1.0,
-    )  # fmt: skip
-    ours, theirs = solve(problem), solve_with_cvxpy(problem, solver=solver)
-    np.testing.assert_allclose(theirs.weights, ours.weights, atol=1e-4)
-    assert 0 <= theirs.objective - ours.objective + 1e-14 <= theirs.gap + 1e-14
-    assert math.fsum(theirs.weights) == pytest.approx(1, abs=1e-15)
-    assert theirs.rounds == 0
 
 
 def test_cvxpy_failures_are_errors(monkeypatch):
@@ -673,7 +480,7 @@ def test_cvxpy_failures_are_errors(monkeypatch):
         solve_with_cvxpy(problem)
 
 
-# At the door
+# Input validation
 
 
 QUADRATIC = from_means(np.eye(3), np.zeros(3))
@@ -693,23 +500,22 @@ QUADRATIC = from_means(np.eye(3), np.zeros(3))
         (lambda: from_gram(np.eye(2), np.ones(2), math.nan), "target's square must be finite"),
         (lambda: make_problem(QUADRATIC, ridge=-1e-9), r"ridge must lie in \[0, inf\), got -1e-09"),
         (lambda: make_problem(QUADRATIC, ridge=math.nan), "ridge must lie"),
-        (lambda: make_problem(QUADRATIC, l2_pull=-1.0), "l2_pull must lie"),
-        (lambda: make_problem(QUADRATIC, kl_pull=math.inf), "kl_pull must lie"),
-        (lambda: make_problem(QUADRATIC, kl_pull=1.0), "need a prior"),
-        (lambda: make_problem(QUADRATIC, floors=0.4), "the floors sum to 1.2"),
-        (lambda: make_problem(QUADRATIC, caps=0.3), "the caps sum to 0.89"),
-        (lambda: make_problem(QUADRATIC, caps=np.array([0.2, 0.3, 0.4])), "the caps sum to 0.9"),
-        (lambda: make_problem(QUADRATIC, floors=0.3, caps=np.array([1, 0.2, 1.0])),
-         "floor of domain 1 is above its cap: 0.3 > 0.2"),
-        (lambda: make_problem(QUADRATIC, floors=-0.1), "floors must not be negative .* got -0.1"),
-        (lambda: make_problem(QUADRATIC, caps=np.array([1, np.nan, 1])), "caps must .* got nan"),
+        (lambda: make_problem(QUADRATIC, l2_penalty=-1.0), "l2_penalty must lie"),
+        (lambda: make_problem(QUADRATIC, kl_penalty=math.inf), "kl_penalty must lie"),
+        (lambda: make_problem(QUADRATIC, kl_penalty=1.0), "need a prior"),
+        (lambda: make_problem(QUADRATIC, lower=0.4), r"the lower bounds \(floors\) sum to 1.2"),
+        (lambda: make_problem(QUADRATIC, upper=0.3), r"the upper bounds \(caps\) sum to 0.89"),
+        (lambda: make_problem(QUADRATIC, lower=0.3, upper=np.array([1, 0.2, 1.0])),
+         "lower bound of domain 1 is above its upper one: 0.3 > 0.2"),
+        (lambda: make_problem(QUADRATIC, lower=-0.1), "lower bounds must not be .* got -0.1"),
+        (lambda: make_problem(QUADRATIC, upper=np.array([1, np.nan, 1])), "upper .* got nan"),
         (lambda: from_gram(np.eye(2), np.zeros(2), 1.7e308), "distances .* overflow"),
-        (lambda: make_problem(QUADRATIC, caps=np.ones(2)), r"caps must be a number or \[3\]"),
+        (lambda: make_problem(QUADRATIC, upper=np.ones(2)), r"must be a number or \[3\]"),
         (lambda: make_problem(QUADRATIC, prior=np.ones(3) / 2), "prior must sum to 1, got 1.5"),
         (lambda: make_problem(QUADRATIC, prior=np.array([1.5, -0.5, 0])), "1 is negative: -0.5"),
         (lambda: make_problem(QUADRATIC, prior=np.ones(2) / 2), r"prior must be \[3\]"),
-        (lambda: make_problem(QUADRATIC, prior=np.array([0.5, 0.5, 0]), kl_pull=1.0, floors=0.1),
-         "domain 2 has a floor of 0.1 but, with kl_pull, a prior of 0"),
+        (lambda: make_problem(QUADRATIC, prior=np.array([0.5, 0.5, 0]), kl_penalty=1.0, lower=0.1),
+         "domain 2 has a lower bound of 0.1 but, with kl_penalty, a prior of 0"),
         (lambda: solve(make_problem(QUADRATIC), start=np.ones(2)), r"start must be \[3\]"),
         (lambda: frank_wolfe_gap(make_problem(QUADRATIC), np.ones(3)), "miss their sum .* by 2"),
     ],
