@@ -8,7 +8,7 @@ made and raise ValueError.
 
 What sums over a Gram matrix takes a `block_size` and holds one [block_size, block_size] block at a
 time, forwards and backwards; no [n, m, d] array is ever made. The block size changes the result by
-rounding alone. Nothing here is jitted: jit at the caller. The dtype follows the input; half
+rounding only. Nothing here is jitted: jit at the caller. The dtype follows the input; half
 precision is computed in float32.
 """
 
@@ -27,6 +27,7 @@ from lib.numerics import (
     _zero_at_zero,
     as_sample,
     at_least_float32,
+    map_blocks,
     pairwise_sum,
     plain_number,
     product,
@@ -53,7 +54,7 @@ def squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[A
     """|x_i - y_j|^2, [n, m].
 
     In up to `DIRECT_DIMENSION` dimensions the squared differences are summed one feature at a time.
-    Above it both samples are centred and the square is expanded into one matrix product at the
+    Above it both samples are centered and the square is expanded into one matrix product at the
     highest precision. Its rounding error is a few eps (|x|^2 + |y|^2), and whatever lies below that
     is set to 0: identical points are at distance exactly 0. The derivatives are those of the
     polynomial |x - y|^2 everywhere, clipped or not, so smooth kernels keep their derivatives of
@@ -61,11 +62,11 @@ def squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[A
     """
     if x.shape[1] <= DIRECT_DIMENSION:
         # The product with I only makes XLA write the features out: read through the slice of a
-        # block, they keep its CPU loops from vectorising, at four times the cost.
+        # block, they keep its CPU loops from vectorizing, at four times the cost.
         identity = jnp.eye(x.shape[1], dtype=x.dtype)
         x, y = _inner_products(identity, x), _inner_products(identity, y)
         return cast(Array, sum(jnp.square(a[:, None] - b[None, :]) for a, b in zip(x, y)))
-    x, y = _centre(x, y)
+    x, y = _center(x, y)
     norms = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1)[None, :]
     expanded = norms - 2 * _inner_products(x, y)
     return jnp.where(expanded <= ROUNDING_UNITS * jnp.finfo(norms.dtype).eps * norms, 0, expanded)
@@ -74,7 +75,7 @@ def squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[A
 @squared_distances.defjvp
 def _squared_distances_jvp(points, tangents):
     """2 (x - y) . (dx - dy) as two matrix products, so that its transpose is two as well."""
-    x, y = _centre(*points)
+    x, y = _center(*points)
 
     def half(z, dz, other):
         inner = jnp.sum(z * dz, axis=1, keepdims=True)
@@ -86,11 +87,11 @@ def _squared_distances_jvp(points, tangents):
     return squared_distances(*points), half(x, dx, y) + half(y, dy, x).T
 
 
-def _centre(x, y):
+def _center(x, y):
     """Both samples about the midpoint of their means, which no distance depends on."""
     x, y = at_least_float32(x), at_least_float32(y)
-    centre = (jnp.mean(x, axis=0, keepdims=True) + jnp.mean(y, axis=0, keepdims=True)) / 2
-    return x - lax.stop_gradient(centre), y - lax.stop_gradient(centre)
+    center = (jnp.mean(x, axis=0, keepdims=True) + jnp.mean(y, axis=0, keepdims=True)) / 2
+    return x - lax.stop_gradient(center), y - lax.stop_gradient(center)
 
 
 def _inner_products(x, y):
@@ -158,8 +159,8 @@ def riesz(exponent: ScalarLike = 1.0) -> Kernel:
     """k(x, y) = -|x - y|^r, r = `exponent` in (0, 2); r = 1 is the energy distance kernel.
 
     Only conditionally positive definite: sum_ij c_i c_j k(x_i, x_j) >= 0 where sum_i c_i = 0. So it
-    serves an MMD, whose square is the generalised energy distance of Szekely and Rizzo (2013), but
-    its Gram matrix alone is not positive. The gradient at x = y is 0.
+    serves an MMD, whose square is the generalized energy distance of Szekely and Rizzo (2013), but
+    its own Gram matrix is not positive. The gradient at x = y is 0.
     """
     exponent = _check_number("exponent", exponent, 0, 2)
     if isinstance(exponent, float) and exponent == 1:
@@ -214,7 +215,6 @@ def gram_product(
     input and output, and a padded copy of the input, it holds O(block_size^2 + block_size p), and
     as much again for each derivative.
     """
-    x_blocks, _ = to_blocks(x, uniform_weights(x), block_size)
     y_blocks, weight_blocks = to_blocks(y, weights, block_size)
     dtype = jnp.result_type(x, weights, jnp.float32)
 
@@ -229,8 +229,7 @@ def gram_product(
         start = jnp.zeros((x_block.shape[0], *weights.shape[1:]), dtype)
         return lax.scan(add_columns, start, (y_blocks, weight_blocks))[0]
 
-    products = lax.map(product_of_rows, x_blocks)
-    return products.reshape(-1, *weights.shape[1:])[: x.shape[0]]
+    return map_blocks(product_of_rows, x, block_size)
 
 
 def kernel_mean(
@@ -244,7 +243,7 @@ def kernel_mean(
 ) -> Float[Array, "*columns"]:
     """sum_ij w_i v_j k(x_i, y_j), the mean of k under the two weighted samples.
 
-    Weights are 1/n and 1/m by default and are used as they are: not normalised, of any sign. Given
+    Weights are 1/n and 1/m by default and are used as they are: not normalized, of any sign. Given
     as columns [n, p] and [m, p], they yield [p] such sums from one pass over the Gram matrix.
     Without `y` it is sum_ij w_i w_j k(x_i, x_j), diagonal included; the kernel must be symmetric,
     and half of the blocks are computed.
@@ -358,6 +357,3 @@ def bandwidth_grid(
     return median_bandwidth(key, x, y, max_points=max_points) * jnp.asarray(
         ratio**steps, jnp.promote_types(x.dtype, jnp.float32)
     )
-
-
-# Input validation

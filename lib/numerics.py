@@ -12,13 +12,14 @@ that -1, or 2**32 + 1, would silently be another one's key.
 import hashlib
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key, Shaped, UInt32
+from jaxtyping import Array, Float, Key, PyTree, Shaped, UInt32
 
 AnyArray = Array | np.ndarray
 PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
@@ -30,6 +31,17 @@ PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
 def product(a: AnyArray, b: AnyArray) -> Array:
     """a b at the highest precision: less loses the small eigenvalues of a Gram matrix."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def orthonormal_rows(normal: Float[Array, "groups d k"]) -> Float[Array, "rows d"]:
+    """`groups` times k <= d orthonormal vectors as rows, uniform (Haar) if the entries are N(0, 1).
+
+    QR itself leaves the signs as its reflections fall; with a positive diagonal of R, Q is uniform
+    (Mezzadri, How to generate random matrices from the classical compact groups, 2007).
+    """
+    q, r = jnp.linalg.qr(normal)
+    q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
+    return jnp.swapaxes(q, 1, 2).reshape(-1, normal.shape[1])
 
 
 def at_least_float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -125,16 +137,33 @@ def to_blocks(
     What is missing in the last block is filled with copies of the last row, at weight 0: padding
     that moves no mean, meets no point that the data does not have, and adds nothing to a sum.
     """
+    x = _blocks(x, block_size)
+    padding = (0, x.shape[0] * x.shape[1] - len(weights))
+    weights = jnp.pad(weights, (padding,) + ((0, 0),) * (weights.ndim - 1))
+    return x, weights.reshape(*x.shape[:2], *weights.shape[1:])
+
+
+def map_blocks(function: Callable, x: Shaped[Array, "n d"], block_size: int) -> PyTree:
+    """The rows [n, ...] of `function(rows of x)`, computed at most `block_size` rows at a time.
+
+    `function` must treat each row by itself; it may return several arrays.
+    """
+
+    def join(values):
+        return values.reshape(-1, *values.shape[2:])[: len(x)]
+
+    return jax.tree.map(join, lax.map(function, _blocks(x, block_size)))
+
+
+def _blocks(x, block_size):
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if x.shape[0] == 0:
         raise ValueError(f"an empty sample: shape {x.shape}")
     blocks = -(-x.shape[0] // block_size)
     size = -(-x.shape[0] // blocks)
-    padding = (0, blocks * size - x.shape[0])
-    x = jnp.pad(x, (padding, (0, 0)), mode="edge")
-    weights = jnp.pad(weights, (padding,) + ((0, 0),) * (weights.ndim - 1))
-    return x.reshape(blocks, size, -1), weights.reshape(blocks, size, *weights.shape[1:])
+    x = jnp.pad(x, ((0, blocks * size - x.shape[0]), (0, 0)), mode="edge")
+    return x.reshape(blocks, size, -1)
 
 
 def pairwise_sum(terms: Float[Array, "n *columns"]) -> Float[Array, "*columns"]:

@@ -151,7 +151,7 @@ def _structure(kind: str, arrays: dict[str, np.ndarray]) -> gmm.Covariance:
             return gmm.Spherical(arrays["scales"], np.ones(arrays["means"].shape[1]))
     loadings, scales = arrays["loadings"], arrays["scales"]
     with jax.enable_x64(True):
-        return gmm.LowRank(loadings, scales, np.asarray(gmm.project(loadings, scales)))
+        return gmm.LowRank(loadings, scales, np.asarray(gmm.latent_projections(loadings, scales)))
 
 
 # ---- The published pair
@@ -165,7 +165,7 @@ def published(stored: ImageMixture, *, regularisation: float = 1e-6) -> dict[str
         mixture, pca = gmm.permuted(stored.mixture, order), None
     else:
         mixture, pca = stored.mixture, _to_sklearn_pca(stored.projection, order)
-    return {"gmm": gmm.to_sklearn(mixture, regularisation=regularisation), "pca": pca}
+    return {"gmm": gmm.to_sklearn(mixture, regularization=regularisation), "pca": pca}
 
 
 def save_published(path: Path, stored: ImageMixture, *, regularisation: float = 1e-6) -> None:

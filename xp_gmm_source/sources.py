@@ -186,6 +186,7 @@ def _pixel_variances(covariance: gmm.Covariance, k: int, pca: Projection | None)
         unit = np.asarray(covariance.unit, np.float64)
         variances = np.square(np.float64(covariance.scales[k])) * unit
     else:
+        assert isinstance(covariance, gmm.LowRank)
         factor = covariance.loadings[k]
         variances = np.square(np.asarray(covariance.scales[k], np.float64))
     total = np.zeros(())

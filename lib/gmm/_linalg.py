@@ -17,7 +17,7 @@ from lib.numerics import AnyArray, product
 
 PANEL = 192  # columns: narrower panels skip more of a triangle, in slower products
 SPLIT = 64  # columns from which two panels pay
-GROUP = 128  # rows: draws of one component are coloured together, as many at a time
+GROUP = 128  # rows: draws of one component are made together, as many at a time
 ACTIVE_EIGHTHS = (0, 1, 2, 4, 6)  # sizes, in parts of a block, to which rows without weight are cut
 LOST = 1e-3  # of a variance: rounding errors above it make it none
 RIDGE_FACTOR = 10.0
@@ -68,7 +68,7 @@ def weighted_gram(
 
 
 def over_responsible(sums: Callable, x: Float[Array, "b d"], weights: Float[Array, " b"]) -> PyTree:
-    """`sums(x, weights)`, which adds up rows by their weights, of the rows with weight alone.
+    """`sums(x, weights)`, which adds up rows by their weights, over the rows that have weight.
 
     There are often few: in many dimensions most responsibilities are 0. Rows without weight are
     cut off down to one of a few sizes, known beforehand.
@@ -112,7 +112,7 @@ def _first_ridge(diagonal: Float[Array, " d"]) -> Float[Array, ""]:
     return 10 * eps * len(diagonal) * jnp.where(scale > 0, scale, 1)
 
 
-def factorise(
+def factorize(
     covariance: Float[Array, "d d"],
 ) -> tuple[Float[Array, "d d"], Float[Array, "d d"], Float[Array, ""]]:
     """(L, L^-1, ridge) with L L' = covariance + ridge I; of the covariance the lower half is read.
@@ -145,10 +145,10 @@ def factorise(
 
 
 def floor_variances(
-    variances: Float[Array, "K d"], regularisation: ScalarLike
+    variances: Float[Array, "K d"], regularization: ScalarLike
 ) -> tuple[Float[Array, "K d"], Float[Array, " K"]]:
-    """Variances + regularisation, and + a ridge [K] where one of a component's is still 0."""
-    variances = jnp.maximum(variances, 0) + regularisation
+    """Variances + regularization, and + a ridge [K] where one of a component's is still 0."""
+    variances = jnp.maximum(variances, 0) + regularization
     smallest = jax.vmap(_first_ridge)(variances)
     ridge = jnp.where(jnp.min(variances, axis=1) > smallest / 10, 0, smallest)
     return variances + ridge[:, None], ridge
@@ -163,57 +163,57 @@ def per_point(sums: Float[Array, "K *m"], counts: Float[Array, " K"]) -> Float[A
     return sums / jnp.where(counts > 0, counts, 1).reshape(-1, *(1,) * (sums.ndim - 1))
 
 
-def regularised(covariance, regularisation):
-    return covariance + regularisation * jnp.eye(len(covariance), dtype=covariance.dtype)
+def regularized(covariance, regularization):
+    return covariance + regularization * jnp.eye(len(covariance), dtype=covariance.dtype)
 
 
-def expanded_distances(points, centres):
+def expanded_distances(points, centers):
     """|x_i - c_k|^2 [n, K], expanded: for points whose distances are not far below their norms."""
-    norms = row_sums(jnp.square(points))[:, None] + row_sums(jnp.square(centres))[None, :]
-    return jnp.maximum(norms - 2 * product(points, centres.T), 0)
+    norms = row_sums(jnp.square(points))[:, None] + row_sums(jnp.square(centers))[None, :]
+    return jnp.maximum(norms - 2 * product(points, centers.T), 0)
 
 
 # Distances and moments of components however far apart
 
 
 def distances_from_nearest(
-    residuals: Float[Array, "n d"], nearest: Int[Array, " n"], centres: Float[Array, "K d"]
+    residuals: Float[Array, "n d"], nearest: Int[Array, " n"], centers: Float[Array, "K d"]
 ) -> Float[Array, "n K"]:
     """|x_i - c_k|^2 from residuals r_i = x_i - c_j, j = `nearest[i]`.
 
     |r|^2 - 2 <r, c_k - c_j> + |c_k - c_j|^2, of which no term is far above the result where c_j is
     about the nearest. Centres may have any origin, best their middle.
     """
-    norms, own = row_sums(jnp.square(residuals))[:, None], _one_hot(nearest, centres)
-    gaps = jnp.sum(jnp.square(centres[:, None] - centres[None]), axis=2)
-    cross = product(residuals, centres.T)
+    norms, own = row_sums(jnp.square(residuals))[:, None], _one_hot(nearest, centers)
+    gaps = jnp.sum(jnp.square(centers[:, None] - centers[None]), axis=2)
+    cross = product(residuals, centers.T)
     cross = cross - jnp.sum(cross * own, axis=1, keepdims=True)
     return jnp.where(own > 0, norms, jnp.maximum(norms - 2 * cross + gaps[nearest], 0))
 
 
-def _one_hot(nearest, centres):
-    return jax.nn.one_hot(nearest, len(centres), dtype=centres.dtype)
+def _one_hot(nearest, centers):
+    return jax.nn.one_hot(nearest, len(centers), dtype=centers.dtype)
 
 
 def first_moments_about(
     residuals: Float[Array, "n d"],
     nearest: Int[Array, " n"],
-    centres: Float[Array, "K d"],
+    centers: Float[Array, "K d"],
     responsibilities: Float[Array, "n K"],
 ) -> Float[Array, "K d"]:
     """sum_i r_ik (x_i - c_k), from residuals as in `distances_from_nearest`."""
 
-    # Sums over pairs of centres are fused: nothing of size K K d is kept.
-    counts = product(_one_hot(nearest, centres).T, responsibilities)
-    carried = jnp.sum(counts[:, :, None] * (centres[:, None] - centres[None]), axis=0)
+    # Sums over pairs of centers are fused: nothing of size K K d is kept.
+    counts = product(_one_hot(nearest, centers).T, responsibilities)
+    carried = jnp.sum(counts[:, :, None] * (centers[:, None] - centers[None]), axis=0)
     return product(responsibilities.T, residuals) + carried
 
 
-def pair_scatter(weights: Float[Array, "K K"], centres: Float[Array, "K d"]) -> Float[Array, "d d"]:
+def pair_scatter(weights: Float[Array, "K K"], centers: Float[Array, "K d"]) -> Float[Array, "d d"]:
     """sum_{k<l} w_kl (c_k - c_l)(c_k - c_l)' for symmetric weights; O(K d (K + d)) operations."""
 
-    differences = centres[:, None] - centres[None]
-    scatter = product(centres.T, jnp.sum(weights[:, :, None] * differences, axis=1))
+    differences = centers[:, None] - centers[None]
+    scatter = product(centers.T, jnp.sum(weights[:, :, None] * differences, axis=1))
     return (scatter + scatter.T) / 2
 
 
@@ -257,7 +257,7 @@ def draw_by_component(
     ]
     shape = jax.eval_shape(draw, owners[0], *(z[0] for z in blocks))
 
-    def one(item):
+    def draw_group(item):
         index, owner, *rows = item
         # Groups past the last hold no draw.
         return lax.cond(
@@ -266,6 +266,6 @@ def draw_by_component(
             lambda: jnp.zeros(shape.shape, shape.dtype),
         )
 
-    drawn = lax.map(one, (jnp.arange(groups), owners, *blocks)).reshape(-1, shape.shape[1])
+    drawn = lax.map(draw_group, (jnp.arange(groups), owners, *blocks)).reshape(-1, shape.shape[1])
     # Row `order[i]` asked for what lies at `places[i]`.
     return drawn[jnp.zeros_like(places).at[order].set(places)]

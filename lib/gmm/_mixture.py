@@ -1,7 +1,7 @@
 """Gaussian mixtures p(x) = sum_k w_k N(x; mu_k, Sigma_k): densities, samples, conversions.
 
 A `Mixture` is a pytree of arrays: weights, means and a covariance structure that holds its own
-factors (`lib.gmm.covariances`), so nothing is factorised when a density is evaluated or a sample
+factors (`lib.gmm.covariances`), so nothing is factorized when a density is evaluated or a sample
 drawn. Fitted mixtures come as float64 numpy arrays; jax takes them in the dtype it works in,
 float32 unless `jax.enable_x64`. Nothing here is jitted. Under `jax.jit` pass the mixture as an
 argument: closed over, its factors are constants that XLA folds slowly.
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
@@ -28,9 +27,9 @@ from lib.gmm.covariances import (
     from_cholesky,
     from_matrices,
     invert_triangles,
-    log_normalisers,
+    log_normalizers,
 )
-from lib.numerics import AnyArray, at_least_float32, to_blocks, uniform_weights
+from lib.numerics import AnyArray, at_least_float32, map_blocks
 
 
 class Mixture(NamedTuple):
@@ -61,22 +60,22 @@ class Prepared(NamedTuple):
 def prepare(mixture: Mixture, dtype: DTypeLike) -> Prepared:
     """`mixture` for points in `dtype`: once, before a loop over blocks."""
     mixture = jax.tree.map(jnp.asarray, mixture)
-    normalisers = log_normalisers(mixture.covariance, mixture.means.shape[1])
+    normalizers = log_normalizers(mixture.covariance, mixture.means.shape[1])
     covariance = mixture.covariance
     if isinstance(covariance, Full | Tied):
-        # Densities and moments need the inverse alone; the other factor is as large.
-        covariance = covariance._replace(cholesky=covariance.cholesky[..., :0, :0])
+        # Densities and moments need only the inverse; the other factor is as large.
+        covariance = covariance._replace(cholesky=None)  # type: ignore[arg-type]
     low = jax.tree.map(lambda leaf: leaf.astype(dtype), (mixture.means, covariance))
-    return Prepared(jnp.log(mixture.weights) + normalisers, *low)
+    return Prepared(jnp.log(mixture.weights) + normalizers, *low)
 
 
 def joint_log_densities(
     prepared: Prepared, points: Float[Array, "b d"]
 ) -> tuple[Float[Array, "b K"], Any]:
     """log w_k + log N(x_i; mu_k, Sigma_k) for one block, and what its moments are made of."""
-    squared, left = prepared.covariance.squared(points, prepared.means)
+    squared, residuals = prepared.covariance.mahalanobis(points, prepared.means)
     constants = prepared.constants
-    return constants[None, :] - squared.astype(constants.dtype) / 2, left
+    return constants[None, :] - squared.astype(constants.dtype) / 2, residuals
 
 
 def _over_blocks(function, mixture: Mixture, x: Float[Array, "n d"], block_size: int) -> Array:
@@ -84,9 +83,7 @@ def _over_blocks(function, mixture: Mixture, x: Float[Array, "n d"], block_size:
         raise ValueError(f"points are [n, {mixture.means.shape[1]}], got shape {x.shape}")
     x = at_least_float32(x)
     prepared = prepare(mixture, x.dtype)
-    blocks, _ = to_blocks(x, uniform_weights(x), block_size)
-    values = lax.map(lambda block: function(joint_log_densities(prepared, block)[0]), blocks)
-    return values.reshape(-1, *values.shape[2:])[: len(x)]
+    return map_blocks(lambda rows: function(joint_log_densities(prepared, rows)[0]), x, block_size)
 
 
 def component_log_prob(
@@ -138,7 +135,7 @@ def sample_components(
     pass `jnp.full(B, k)`.
     """
     mixture = jax.tree.map(jnp.asarray, mixture)
-    return mixture.means[components] + mixture.covariance.colour(key, components)
+    return mixture.means[components] + mixture.covariance.sample_noise(key, components)
 
 
 def sample_coupled(
@@ -146,7 +143,7 @@ def sample_coupled(
 ) -> tuple[Float[Array, "B d"], Int[Array, " B"]]:
     """x0 [B, d] of the components responsible for x1, and these components [B].
 
-    Component k is drawn with probability p(k | x1_i), then x0_i from N(mu_k, Sigma_k). So x0 alone
+    Component k is drawn with probability p(k | x1_i), then x0_i from N(mu_k, Sigma_k). By itself x0
     has the law of the mixture wherever x1's mean responsibilities are the weights, which they are
     for the data that an EM fit has converged on.
     """
@@ -176,7 +173,7 @@ def permuted(mixture: Mixture, order: Int[np.ndarray, " d"]) -> Mixture:
     structure = mixture.covariance
     match structure:
         case Full():
-            structure = from_cholesky(np.stack([triangle(one) for one in structure.cholesky]))
+            structure = from_cholesky(np.stack([triangle(factor) for factor in structure.cholesky]))
         case Tied():
             structure = from_cholesky(triangle(structure.cholesky))
         case Diagonal():
@@ -190,9 +187,9 @@ def permuted(mixture: Mixture, order: Int[np.ndarray, " d"]) -> Mixture:
 # scikit-learn
 
 
-def _normalised(weights: Float[AnyArray, " K"]) -> Float[np.ndarray, " K"]:
+def _normalized(weights: Float[AnyArray, " K"]) -> Float[np.ndarray, " K"]:
     """The weights in float64 with sum 1, to which NumPy's multinomial holds them: float32 leaves
-    1e-7. What sums to 1 but for rounding in float64 keeps its bits."""
+    1e-7. What sums to 1 up to rounding in float64 keeps its bits."""
     weights = np.asarray(weights, np.float64)
     total = weights.sum()
     if not (weights.min() >= 0 and abs(total - 1) < 1e-3):
@@ -223,10 +220,10 @@ def from_sklearn(model: Any) -> Mixture:
         covariance = Diagonal(1 / precisions)
     else:
         covariance = Spherical(1 / precisions, np.ones(means.shape[1]))
-    return Mixture(_normalised(weights), means, covariance)
+    return Mixture(_normalized(weights), means, covariance)
 
 
-def to_sklearn(mixture: Mixture, *, regularisation: float = 1e-6) -> Any:
+def to_sklearn(mixture: Mixture, *, regularization: float = 1e-6) -> Any:
     """A fitted `sklearn.mixture.GaussianMixture` with these parameters, in float64.
 
     Its fit attributes say so little as is known: no iteration, converged. Low rank + diagonal is
@@ -234,12 +231,12 @@ def to_sklearn(mixture: Mixture, *, regularisation: float = 1e-6) -> Any:
     """
     from sklearn.mixture import GaussianMixture
 
-    weights, means = _normalised(mixture.weights), np.asarray(mixture.means, np.float64)
+    weights, means = _normalized(mixture.weights), np.asarray(mixture.means, np.float64)
     structure: Any = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), mixture.covariance)
     if isinstance(structure, LowRank):
         structure = from_matrices(structure.matrices())
     kind = {Full: "full", Tied: "tied", Diagonal: "diag", Spherical: "spherical"}[type(structure)]
-    model = GaussianMixture(len(weights), covariance_type=kind, reg_covar=regularisation)
+    model = GaussianMixture(len(weights), covariance_type=kind, reg_covar=regularization)
     model.weights_, model.means_, model.covariances_ = weights, means, structure.matrices()
     if kind in ("full", "tied"):
         model.precisions_cholesky_ = np.swapaxes(structure.inverse, -1, -2).copy()

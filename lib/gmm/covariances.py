@@ -1,20 +1,13 @@
 """Covariance structures of Gaussian mixtures: full, tied, diagonal, spherical, low-rank + diagonal.
 
-A structure is a NamedTuple of factors, made once for each set of parameters. Four methods are all
-that densities, EM and sampling need of it, so that what uses one structure can use the others:
-
-    squared(points [b, d], means [K, d])        Mahalanobis distances [b, K], and what they leave
-    moments(left, responsibilities [b, K])      first and second moments of a block: sums over rows
-    maximise(means, counts, first, second, regularisation, rounding)    the M-step
-    colour(key, components [B])                 draws of N(0, Sigma_k), [B, d]
-
-`log_determinants()` is log|Sigma_k|, `matrices()` the covariances in scikit-learn's shapes.
+A structure is a NamedTuple of factors, made once for each set of parameters; the methods of
+`Covariance` are all that densities, EM and sampling need of it.
 
 Moments are taken about each component's own mean, and distances from the nearest one, so that how
 far the components lie apart costs no digits. What a mean moves by in a step is subtracted from the
-second moments; where that leaves nothing but rounding (`is_lost`), the mean moves alone, which does
+second moments; where that leaves nothing but rounding (`is_lost`), only the mean moves, which does
 not lower the likelihood, and the covariance stays as it is: its ridge is then infinite. The next
-step, about the new mean, finds it.
+step computes it, about the new mean.
 
 Full and tied moments are taken in the coordinates z = L^-1 (x - mu) of the covariance L L' that the
 E-step has just used, where they are near the identity. That product is there anyway, a new mean is
@@ -24,27 +17,27 @@ float32 keeps eigenvalues that lie many orders below the largest.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key, ScalarLike
 
 from lib.gmm._linalg import (
     congruence,
     distances_from_nearest,
     draw_by_component,
     expanded_distances,
-    factorise,
+    factorize,
     first_moments_about,
     floor_variances,
     is_lost,
     over_responsible,
     pair_scatter,
     per_point,
-    regularised,
+    regularized,
     row_sums,
     symmetric,
     triangular_product,
@@ -56,13 +49,47 @@ from lib.numerics import AnyArray, product
 # Structures
 
 
+@runtime_checkable
+class Covariance(Protocol):
+    """The covariances Sigma_k [d, d] of K components."""
+
+    def mahalanobis(self, points: Array, means: AnyArray) -> tuple[Array, Any]:
+        """(x_i - mu_k)' Sigma_k^-1 (x_i - mu_k) [b, K] of a block of points [b, d], and the
+        residuals that `moments` sums up."""
+
+    def moments(self, residuals: Any, responsibilities: Array) -> tuple[Array, Any]:
+        """Sums over the rows of a block by their responsibilities [b, K]: first moments [K, d], and
+        second ones in the structure's own form."""
+
+    def m_step(
+        self,
+        means: AnyArray,
+        counts: Array,
+        first: Array,
+        second: Any,
+        regularization: ScalarLike,
+        rounding: ScalarLike,
+    ) -> tuple[Array, "Covariance", Array]:
+        """The new means, covariances and ridges [K] from moments and counts [K]; see
+        `lib.gmm.em.maximisation`."""
+
+    def sample_noise(self, key: Key[Array, ""], components: Int[Array, " B"]) -> Array:
+        """Draws of N(0, Sigma_k), [B, d], k = `components[i]`."""
+
+    def log_determinants(self) -> Array:
+        """log|Sigma_k|, [K], or [1] where the covariance is tied."""
+
+    def matrices(self) -> np.ndarray:
+        """The covariances in scikit-learn's shapes."""
+
+
 class Full(NamedTuple):
     """Sigma_k = L_k L_k': the factors L_k and their inverses, lower triangles [K, d, d]."""
 
     cholesky: Float[AnyArray, "K d d"]
     inverse: Float[AnyArray, "K d d"]
 
-    def squared(self, points, means):
+    def mahalanobis(self, points, means):
         def component(parameters):
             mean, inverse = parameters
             whitened = triangular_product(points - mean[None, :], inverse)
@@ -80,14 +107,14 @@ class Full(NamedTuple):
 
         return lax.map(component, (whitened, responsibilities.T))
 
-    def maximise(self, means, counts, first, second, regularisation, rounding):
+    def m_step(self, means, counts, first, second, regularization, rounding):
         def component(item):
             mean, cholesky, inverse, count, shift, gram = item
             moment = symmetric(gram) / jnp.where(count > 0, count, 1)
             moment = moment - shift[:, None] * shift[None, :]
             covariance = congruence(cholesky, moment)
-            covariance = regularised(covariance, regularisation)
-            new_cholesky, new_inverse, ridge = factorise(covariance)
+            covariance = regularized(covariance, regularization)
+            new_cholesky, new_inverse, ridge = factorize(covariance)
             move = product(cholesky, shift)
             lost = is_lost(jnp.max(jnp.square(product(new_inverse, move))), rounding)
             updated = (count > 0) & ~lost
@@ -104,7 +131,7 @@ class Full(NamedTuple):
         )
         return means, Full(cholesky, inverse), ridge
 
-    def colour(self, key, components):
+    def sample_noise(self, key, components):
         num, d, _ = self.cholesky.shape
         noise = jax.random.normal(key, (len(components), d), self.cholesky.dtype)
 
@@ -126,37 +153,37 @@ class Tied(NamedTuple):
     cholesky: Float[AnyArray, "d d"]
     inverse: Float[AnyArray, "d d"]
 
-    def squared(self, points, means):
+    def mahalanobis(self, points, means):
         middle = jnp.mean(means, axis=0, keepdims=True)
-        centres = product(means - middle, self.inverse.T)
+        centers = product(means - middle, self.inverse.T)
         # The nearest mean by the linear discriminants: no second product of d^2 a point.
-        scores = product(points - middle, product(centres, self.inverse).T)
-        nearest = jnp.argmax(scores - row_sums(jnp.square(centres))[None, :] / 2, axis=1)
+        scores = product(points - middle, product(centers, self.inverse).T)
+        nearest = jnp.argmax(scores - row_sums(jnp.square(centers))[None, :] / 2, axis=1)
         whitened = triangular_product(points - means[nearest], self.inverse)
-        left = whitened, nearest, centres
-        return distances_from_nearest(*left), left
+        residuals = whitened, nearest, centers
+        return distances_from_nearest(*residuals), residuals
 
-    def moments(self, left, responsibilities):
-        whitened, nearest, centres = left
+    def moments(self, residuals, responsibilities):
+        whitened, nearest, centers = residuals
         # With m the mean of the mu_k by their shares r_k in a point of weight w:
         # sum_k r_k (x - mu_k)(x - mu_k)' = w (x - m)(x - m)' + sum_{k<l} r_k r_l / w D_kl D_kl',
-        # D_kl = mu_k - mu_l. One Gram matrix, and of the pairs their weights alone.
+        # D_kl = mu_k - mu_l. One Gram matrix, and of the pairs only their weights.
         weights = jnp.sum(responsibilities, axis=1)
         shares = responsibilities / jnp.where(weights > 0, weights, 1)[:, None]
-        others = jnp.where(jnp.arange(len(centres))[None, :] == nearest[:, None], 0, shares)
-        moved = product(others, centres) - row_sums(others)[:, None] * centres[nearest]
+        others = jnp.where(jnp.arange(len(centers))[None, :] == nearest[:, None], 0, shares)
+        moved = product(others, centers) - row_sums(others)[:, None] * centers[nearest]
         gram = weighted_gram(whitened - moved, weights)
-        first = first_moments_about(whitened, nearest, centres, responsibilities)
+        first = first_moments_about(whitened, nearest, centers, responsibilities)
         return first, (gram, product(responsibilities.T, shares))
 
-    def maximise(self, means, counts, first, second, regularisation, rounding):
+    def m_step(self, means, counts, first, second, regularization, rounding):
         (gram, pairs), shifts = second, per_point(first, counts)
         total = jnp.sum(counts)
-        centres = product(means - jnp.mean(means, axis=0, keepdims=True), self.inverse.T)
+        centers = product(means - jnp.mean(means, axis=0, keepdims=True), self.inverse.T)
         moved = product((counts[:, None] * shifts).T, shifts)
-        moment = (symmetric(gram) + pair_scatter(pairs, centres) - moved) / total
+        moment = (symmetric(gram) + pair_scatter(pairs, centers) - moved) / total
         covariance = congruence(self.cholesky, moment)
-        cholesky, inverse, ridge = factorise(regularised(covariance, regularisation))
+        cholesky, inverse, ridge = factorize(regularized(covariance, regularization))
         moves = product(shifts, self.cholesky.T)
         squared = product(counts / total, jnp.square(product(moves, inverse.T)))
         lost = is_lost(jnp.max(squared), rounding)
@@ -164,7 +191,7 @@ class Tied(NamedTuple):
         new = jax.tree.map(partial(jnp.where, lost), self, Tied(cholesky, inverse))
         return means, new, jnp.broadcast_to(jnp.where(lost, jnp.inf, ridge), counts.shape)
 
-    def colour(self, key, components):
+    def sample_noise(self, key, components):
         noise = jax.random.normal(key, (len(components), len(self.cholesky)), self.cholesky.dtype)
         return triangular_product(noise, self.cholesky)
 
@@ -181,40 +208,40 @@ class Diagonal(NamedTuple):
 
     scales: Float[AnyArray, "K d"]
 
-    def squared(self, points, means):
+    def mahalanobis(self, points, means):
         def component(parameters):
             mean, scales = parameters
-            # Differences, not an expanded square: a pixel may be constant in one component alone.
+            # Differences, not an expanded square: a pixel may be constant in only one component.
             return row_sums(jnp.square((points - mean[None, :]) * (1 / scales)[None, :]))
 
         squared = lax.map(component, (means, self.scales)).T
         return squared, (points, means)
 
-    def moments(self, left, responsibilities):
-        points, means = left
+    def moments(self, residuals, responsibilities):
+        points, means = residuals
 
         def component(item):
             mean, weights = item
 
             def sums(points, weights):
-                centred = points - mean[None, :]
-                return product(weights, centred), product(weights, jnp.square(centred))
+                centered = points - mean[None, :]
+                return product(weights, centered), product(weights, jnp.square(centered))
 
             return over_responsible(sums, points, weights)
 
         return lax.map(component, (means, responsibilities.T))
 
-    def maximise(self, means, counts, first, second, regularisation, rounding):
+    def m_step(self, means, counts, first, second, regularization, rounding):
         shifts = per_point(first, counts)
         variances = per_point(second, counts) - jnp.square(shifts)
-        variances, ridge = floor_variances(variances, regularisation)
+        variances, ridge = floor_variances(variances, regularization)
         lost = is_lost(jnp.square(shifts) / variances, rounding)
         empty, ridge = counts <= 0, jnp.where(jnp.any(lost, axis=1), jnp.inf, ridge)
         scales = jnp.where(empty[:, None] | lost, self.scales, jnp.sqrt(variances))
         means = where_components(empty, means, means + shifts)
         return means, Diagonal(scales), jnp.where(empty, 0, ridge)
 
-    def colour(self, key, components):
+    def sample_noise(self, key, components):
         shape = len(components), self.scales.shape[1]
         return self.scales[components] * jax.random.normal(key, shape, self.scales.dtype)
 
@@ -234,24 +261,24 @@ class Spherical(NamedTuple):
     scales: Float[AnyArray, " K"]
     unit: Float[AnyArray, " d"]
 
-    def squared(self, points, means):
+    def mahalanobis(self, points, means):
         middle = jnp.mean(means, axis=0, keepdims=True)
-        centres = means - middle
-        nearest = jnp.argmin(expanded_distances(points - middle, centres), axis=1)
-        left = points - means[nearest], nearest, centres
-        squared = distances_from_nearest(*left)
-        return squared / jnp.square(self.scales)[None, :], (left, squared)
+        centers = means - middle
+        nearest = jnp.argmin(expanded_distances(points - middle, centers), axis=1)
+        residuals = points - means[nearest], nearest, centers
+        squared = distances_from_nearest(*residuals)
+        return squared / jnp.square(self.scales)[None, :], (residuals, squared)
 
-    def moments(self, left, responsibilities):
-        (residuals, nearest, centres), squared = left
-        first = first_moments_about(residuals, nearest, centres, responsibilities)
+    def moments(self, residuals, responsibilities):
+        (differences, nearest, centers), squared = residuals
+        first = first_moments_about(differences, nearest, centers, responsibilities)
         return first, jnp.sum(responsibilities * squared, axis=0)
 
-    def maximise(self, means, counts, first, second, regularisation, rounding):
+    def m_step(self, means, counts, first, second, regularization, rounding):
         shifts = per_point(first, counts)
         moved = jnp.sum(jnp.square(shifts), axis=1)
         variances = (per_point(second, counts) - moved) / means.shape[1]
-        variances, ridge = floor_variances(variances[:, None], regularisation)
+        variances, ridge = floor_variances(variances[:, None], regularization)
         lost = is_lost(moved / (means.shape[1] * variances[:, 0]), rounding)
         empty = counts <= 0
         scales = jnp.where(empty | lost, self.scales, jnp.sqrt(variances[:, 0]))
@@ -259,7 +286,7 @@ class Spherical(NamedTuple):
         ridge = jnp.where(empty, 0, jnp.where(lost, jnp.inf, ridge))
         return means, Spherical(scales, self.unit), ridge
 
-    def colour(self, key, components):
+    def sample_noise(self, key, components):
         shape = len(components), len(self.unit)
         return self.scales[components][:, None] * jax.random.normal(key, shape, self.scales.dtype)
 
@@ -283,30 +310,30 @@ class LowRank(NamedTuple):
     scales: Float[AnyArray, "K d"]
     projections: Float[AnyArray, "K r d"]
 
-    def squared(self, points, means):
+    def mahalanobis(self, points, means):
         def component(parameters):
             mean, loadings, scales, projections = parameters
-            centred = points - mean[None, :]
-            latent = product(centred, projections.T)
+            centered = points - mean[None, :]
+            latent = product(centered, projections.T)
             # x' Sigma^-1 x = |x - W u|^2 / scales^2 + |u|^2: Woodbury's formula without its minus.
-            rest = (centred - product(latent, loadings.T)) * (1 / scales)[None, :]
+            rest = (centered - product(latent, loadings.T)) * (1 / scales)[None, :]
             return row_sums(jnp.square(rest)) + row_sums(jnp.square(latent)), latent
 
         squared, latent = lax.map(component, (means, *self))
         return squared.T, (latent, points, means)
 
-    def moments(self, left, responsibilities):
-        latent, points, means = left
+    def moments(self, residuals, responsibilities):
+        latent, points, means = residuals
 
         def component(item):
             u, mean, weights = item
-            centred = points - mean[None, :]
-            cross = product((u * weights[:, None]).T, centred)
-            return product(weights, centred), (product(weights, jnp.square(centred)), cross)
+            centered = points - mean[None, :]
+            cross = product((u * weights[:, None]).T, centered)
+            return product(weights, centered), (product(weights, jnp.square(centered)), cross)
 
         return lax.map(component, (latent, means, responsibilities.T))
 
-    def maximise(self, means, counts, first, second, regularisation, rounding):
+    def m_step(self, means, counts, first, second, regularization, rounding):
         shifts = per_point(first, counts)
         squares, cross = (per_point(sums, counts) for sums in second)
 
@@ -322,8 +349,10 @@ class LowRank(NamedTuple):
 
         loadings, explained = lax.map(component, (shifts, cross, self.loadings, self.projections))
         variances = squares - jnp.square(shifts) - explained
-        variances, ridge = floor_variances(variances, regularisation)
-        new = LowRank(loadings, jnp.sqrt(variances), project(loadings, jnp.sqrt(variances)))
+        variances, ridge = floor_variances(variances, regularization)
+        new = LowRank(
+            loadings, jnp.sqrt(variances), latent_projections(loadings, jnp.sqrt(variances))
+        )
         lost = is_lost(jnp.max(jnp.square(shifts) / variances, axis=1), rounding)
         empty = counts <= 0
         return (
@@ -332,7 +361,7 @@ class LowRank(NamedTuple):
             jnp.where(empty, 0, jnp.where(lost, jnp.inf, ridge)),
         )
 
-    def colour(self, key, components):
+    def sample_noise(self, key, components):
         num, d, rank = self.loadings.shape
         latent_key, rest_key = jax.random.split(key)
         latent = jax.random.normal(latent_key, (len(components), rank), self.loadings.dtype)
@@ -353,9 +382,6 @@ class LowRank(NamedTuple):
         return np.stack([w @ w.T + np.diag(s**2) for w, s in pairs])
 
 
-Covariance = Full | Tied | Diagonal | Spherical | LowRank
-
-
 def _inner_matrices(loadings, scales):
     """I + W' D^-1 W [K, r, r] and D^-1 W [K, d, r], D = diag(scales^2)."""
     scaled = loadings / jnp.square(scales)[:, :, None]
@@ -363,7 +389,7 @@ def _inner_matrices(loadings, scales):
     return inner + jnp.eye(inner.shape[1], dtype=inner.dtype)[None], scaled
 
 
-def project(
+def latent_projections(
     loadings: Float[AnyArray, "K d r"], scales: Float[AnyArray, "K d"]
 ) -> Float[Array, "K r d"]:
     """B_k = W_k' Sigma_k^-1 = (I + W' D^-1 W)^-1 W' D^-1, D = diag(scales_k^2)."""
@@ -417,7 +443,7 @@ def low_rank(key: Key[Array, ""], rank: int):
             loadings.astype(variances.dtype) * jnp.sqrt(variances / (2 * rank))[None, :, None]
         )
         scales = jnp.broadcast_to(jnp.sqrt(variances / 2), (num_components, d))
-        return LowRank(loadings, scales, project(loadings, scales))
+        return LowRank(loadings, scales, latent_projections(loadings, scales))
 
     return structure
 
@@ -426,7 +452,7 @@ def from_matrices(matrices: Float[AnyArray, "*K d d"]) -> Full | Tied:
     """`Full` of covariances [K, d, d], `Tied` of one [d, d], in float64 on the host.
 
     Raises ValueError where one is not positive definite, or not symmetric to 1e-6 of the standard
-    deviations' products: what is 0 but for rounding may differ from its mirror image.
+    deviations' products: what is 0 up to rounding may differ from its mirror image.
     """
     matrices = np.asarray(matrices, np.float64)
     if matrices.ndim not in (2, 3) or matrices.shape[-1] != matrices.shape[-2]:
@@ -459,6 +485,6 @@ def invert_triangles(triangles: Float[AnyArray, "*K d d"]) -> Float[np.ndarray, 
     return np.reshape(inverses, triangles.shape)
 
 
-def log_normalisers(covariance: Covariance, dimension: int) -> Float[Array, " K"]:
+def log_normalizers(covariance: Covariance, dimension: int) -> Float[Array, " K"]:
     """-(d log 2 pi + log|Sigma_k|) / 2, [K], or [1] where the covariance is tied."""
     return -(dimension * math.log(2 * math.pi) + covariance.log_determinants()) / 2

@@ -111,7 +111,7 @@ def maximisation(
     """The M-step from moments under `mixture`, and the ridges [K] that it had to add.
 
     `regularisation` is added to every variance, as scikit-learn's reg_covar. A ridge is 0 but where
-    a covariance is singular all the same (`lib.gmm._linalg.factorise`). A component that has
+    a covariance is singular all the same (`lib.gmm._linalg.factorize`). A component that has
     lost all its points (a share below 10 eps) keeps its mean and covariance, at weight 0.
 
     `rounding` is the eps of the products that the moments are sums of, that of the moments
@@ -123,7 +123,7 @@ def maximisation(
     total = jnp.sum(moments.counts)
     eps = jnp.finfo(moments.counts.dtype).eps
     counts = jnp.where(moments.counts > 10 * eps * total, moments.counts, 0)
-    means, covariance, ridge = mixture.covariance.maximise(
+    means, covariance, ridge = mixture.covariance.m_step(
         mixture.means,
         counts,
         moments.first,

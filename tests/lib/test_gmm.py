@@ -33,7 +33,14 @@ from lib.gmm import (
     to_sklearn,
 )
 from lib.gmm import _linalg as linalg
-from lib.gmm.covariances import Diagonal, Full, LowRank, Spherical, from_matrices, project
+from lib.gmm.covariances import (
+    Diagonal,
+    Full,
+    LowRank,
+    Spherical,
+    from_matrices,
+    latent_projections,
+)
 from lib.gmm.em import (
     em_step,
     expectation,
@@ -555,14 +562,14 @@ def test_a_ridge_rises_until_a_factor_exists(x64):
     """A matrix with an eigenvalue of -1e-3: the ridge passes it, tenfold at a time."""
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
     matrix = basis @ np.diag([-1e-3, 1, 1, 2, 2, 3]) @ basis.T
-    cholesky, inverse, ridge = jax.jit(linalg.factorise)(jnp.asarray(matrix))
+    cholesky, inverse, ridge = jax.jit(linalg.factorize)(jnp.asarray(matrix))
     assert 1e-3 < ridge < 1.1e-2
     expected = matrix + float(ridge) * np.eye(6)
     np.testing.assert_allclose(cholesky @ cholesky.T, expected, atol=1e-12)
     np.testing.assert_allclose(inverse @ cholesky, np.eye(6), atol=1e-10)
-    sound = linalg.factorise(jnp.asarray(expected))
+    sound = linalg.factorize(jnp.asarray(expected))
     assert sound[2] == 0
-    assert np.isnan(linalg.factorise(jnp.full((2, 2), jnp.nan))[0]).any()
+    assert np.isnan(linalg.factorize(jnp.full((2, 2), jnp.nan))[0]).any()
 
 
 @pytest.mark.slow
@@ -760,7 +767,7 @@ def test_structures_of_ones_own(x64):
     for covariance in (
         Diagonal(scales),
         Spherical(np.array([0.5, 2.0]), np.ones(5)),
-        LowRank(loadings, scales, project(loadings, scales)),
+        LowRank(loadings, scales, latent_projections(loadings, scales)),
     ):
         mixture = Mixture(np.array([0.3, 0.7]), means, covariance)
         same = mixture._replace(covariance=from_matrices(dense(mixture)))

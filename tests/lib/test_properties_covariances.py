@@ -43,7 +43,7 @@ def structures(key, variances, num):
         makers["low_rank"] = covariances.low_rank(key, 1)
     made = {name: make(num, variances) for name, make in makers.items()}
     d = len(variances)
-    return made, {name: covariances.log_normalisers(made[name], d) for name in made}
+    return made, {name: covariances.log_normalizers(made[name], d) for name in made}
 
 
 @few(15)
@@ -135,7 +135,7 @@ def all_products(x, weights, triangle, matrix, counts):
         "over_responsible": linalg.over_responsible(lambda x, w: w @ x, x, weights),
         "per_point": linalg.per_point(x, counts),
         "where_components": linalg.where_components(counts > 0, x, 2 * x),
-        "regularised": linalg.regularised(matrix, 0.5),
+        "regularized": linalg.regularized(matrix, 0.5),
     }
 
 
@@ -181,7 +181,7 @@ def test_products_of_factors(case, exponent, same, seed):
             "over_responsible": weights @ x,
             "per_point": x / nonzero,
             "where_components": np.where(counts[:, None] > 0, x, 2 * x),
-            "regularised": matrix + 0.5 * np.eye(d),
+            "regularized": matrix + 0.5 * np.eye(d),
         }
 
     expected = plain(*in_float64(given_))
@@ -194,7 +194,7 @@ def test_products_of_factors(case, exponent, same, seed):
     assert linalg.is_lost(jnp.array([9e3, 2e4]), 1e-7).tolist() == [False, True]
 
 
-jit_factorise = jax.jit(linalg.factorise)
+jit_factorize = jax.jit(linalg.factorize)
 jit_floor = jax.jit(linalg.floor_variances)
 
 
@@ -210,7 +210,7 @@ def test_factors_exist_whatever_the_rank(d, dtype, exponent, rank, seed):
     covariance = covariance.astype(dtype)
     variances = np.diagonal(covariance)[None]
     with jax.enable_x64(True):
-        found = jit_factorise(jnp.asarray(covariance))
+        found = jit_factorize(jnp.asarray(covariance))
         floored = jit_floor(jnp.asarray(variances), jnp.zeros((), dtype))
     assert {leaf.dtype for leaf in (*found, *floored)} == {np.dtype(dtype)}
     cholesky, inverse, ridge = in_float64(found)

@@ -59,7 +59,9 @@ def random_mixture(rng, structure, num, d, scale, dtype):
         scales = (scale * rng.uniform(0.5, 2, (num, d))).astype(dtype)
         loadings, scales = (array.astype(np.float64) for array in (loadings, scales))
         with jax.enable_x64(True):
-            covariance = gmm.LowRank(loadings, scales, np.asarray(gmm.project(loadings, scales)))
+            covariance = gmm.LowRank(
+                loadings, scales, np.asarray(gmm.latent_projections(loadings, scales))
+            )
     weights, means = rng.dirichlet(np.ones(num)), scale * (3 + 2 * rng.normal(size=(num, d)))
     if num > 2:
         weights[0], means[1] = 0, means[2]

@@ -38,7 +38,7 @@ def mixture(structure, d=6, num=3, seed=1, spread=1.0):
         "diag": lambda: gmm.Diagonal(scales),
         "spherical": lambda: gmm.Spherical(scales[:, 0], np.ones(d)),
         "low rank": lambda: gmm.LowRank(
-            roots[..., :2], scales, np.asarray(gmm.project(roots[..., :2], scales))
+            roots[..., :2], scales, np.asarray(gmm.latent_projections(roots[..., :2], scales))
         ),
     }[structure]()
     return gmm.Mixture(np.array([0.5, 0.3, 0.2])[:num], means, covariance)
