@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as Spec
 
 from lib import drmmd, kernels, mmd, rff
-from lib.devices import divided, place
+from lib.devices import device_put, partition_spec
 from lib.gmm import Mixture, em, moments, prepare
 from lib.gmm.covariances import Full
 from lib.rows import fourier_means
@@ -63,8 +63,8 @@ def from_functions(arguments, function, specs=None) -> Callable[..., Program]:
         given = jax.block_until_ready(jax.jit(make)()) if arrays else jax.eval_shape(make)
         if mesh is not None:
             first, *others = given
-            given = (place(first, mesh, specs(first, mesh) if specs else Spec()),)
-            given += place(tuple(others), mesh)
+            given = (device_put(first, mesh, specs(first, mesh) if specs else Spec()),)
+            given += device_put(tuple(others), mesh)
         compiled = jax.jit(function(mesh, **sizes)).lower(*given).compile()
         call = (lambda: jax.block_until_ready(compiled(*given))) if run else None
         return Program(call, bytes_of(compiled))
@@ -83,8 +83,14 @@ def _wow_arguments(C, n, d, **_):
     return normal(0, C, n, d), 1 + normal(1, C, n, d), jax.random.key(2)
 
 
-def _wow_function(mesh, C, n, d, L, **options):
-    return partial(mmd.target_value_and_grad_riesz, n_projs=L, mesh=mesh, **options)
+def _wow_function(mesh, C, n, d, L, block_size=None, n_sample_batch=None):
+    return mmd.target_value_and_grad(
+        mmd.sliced_riesz(),
+        num_directions=L,
+        num_target_points=n_sample_batch,
+        block_size=block_size,
+        mesh=mesh,
+    )
 
 
 def _wow_predicted(C, n, d, L, block_size=None, n_sample_batch=None):
@@ -305,7 +311,7 @@ SYSTEMS = {
         from_functions(
             _drmmd_arguments,
             _drmmd_function,
-            lambda start, mesh: divided(start.shape, (-2, -3), mesh),
+            lambda start, mesh: partition_spec(start.shape, (-2, -3), mesh),
         ),
         _drmmd_predicted,
         # The target's Gram matrix, which other flows need.

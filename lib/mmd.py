@@ -14,15 +14,14 @@ Wasserstein-over-Wasserstein (WoW) flow of F(P) = MMD_K^2(P, Q) / 2 carries one 
 """
 
 from collections.abc import Callable
-from functools import wraps
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, ScalarLike
+from jaxtyping import Array, Float
 
 from lib.kernels import Kernel, kernel_diagonal, kernel_mean
 from lib.numerics import PRNGKey, as_sample, plain_number, uniform_weights
@@ -47,7 +46,7 @@ def _as_samples(x, y, x_weights=None, y_weights=None):
     return x, y, x_weights, y_weights
 
 
-def _normalised(points, weights):
+def _normalized(points, weights):
     return uniform_weights(points) if weights is None else weights / jnp.sum(weights)
 
 
@@ -76,7 +75,7 @@ def mmd_squared(
     NaN, infinity and negative weights.
     """
     x, y, x_weights, y_weights = _as_samples(x, y, x_weights, y_weights)
-    w, v = _normalised(x, x_weights), _normalised(y, y_weights)
+    w, v = _normalized(x, x_weights), _normalized(y, y_weights)
     within_x = kernel_mean(kernel, x, x_weights=w, block_size=block_size)
     between = kernel_mean(kernel, x, y, x_weights=w, y_weights=v, block_size=block_size)
     within_y = kernel_mean(kernel, y, x_weights=v, block_size=block_size)
@@ -95,7 +94,7 @@ def mmd_squared_unbiased(
     """MMD^2 between the measures that the samples are drawn from, unbiased; may be negative.
 
     The U-statistic: as `mmd_squared`, with sum_{i != j} w_i w_j k(x_i, x_j) / (1 - sum_i w_i^2)
-    within each sample, w normalised, which for w = 1/n is Gretton et al. (2012), eq. 3. Unbiased
+    within each sample, w normalized, which for w = 1/n is Gretton et al. (2012), eq. 3. Unbiased
     for independent draws and weights that do not depend on them. Raises as `mmd_squared` does, and
     where a sample has a single point, or weight on a single point.
     """
@@ -103,7 +102,7 @@ def mmd_squared_unbiased(
     sizes = _num_weighted(x, x_weights), _num_weighted(y, y_weights)
     if min(sizes) < 2:
         raise ValueError(f"two points of each sample are needed, got {sizes[0]} and {sizes[1]}")
-    w, v = _normalised(x, x_weights), _normalised(y, y_weights)
+    w, v = _normalized(x, x_weights), _normalized(y, y_weights)
 
     def within(points, weights):
         mean = kernel_mean(kernel, points, x_weights=weights, block_size=block_size)
@@ -113,8 +112,6 @@ def mmd_squared_unbiased(
     between = kernel_mean(kernel, x, y, x_weights=w, y_weights=v, block_size=block_size)
     return within(x, w) - 2 * between + within(y, v)
 
-
-Target = TypeVar("Target", bound=Callable)
 
 # Kernels between measures
 
@@ -141,19 +138,19 @@ def _positive(name: str, value):
     return plain_number(value)
 
 
-def sliced_gaussian(h) -> SlicedKernel:
+def sliced_gaussian(h=0.1) -> SlicedKernel:
     """exp(-SW_2^2 / (2 h)); h is a squared length, as published."""
     h = _positive("h", h)
     return SlicedKernel(lambda cost: jnp.exp(-cost / (2 * h)), p=2)
 
 
-def sliced_laplace(h) -> SlicedKernel:
+def sliced_laplace(h=0.5) -> SlicedKernel:
     """exp(-SW_1 / h); h is a length."""
     h = _positive("h", h)
     return SlicedKernel(lambda cost: jnp.exp(-cost / h), p=1)
 
 
-def sliced_imq(h) -> SlicedKernel:
+def sliced_imq(h=1.0) -> SlicedKernel:
     """(h + SW_2^2)^(-1/2); h is a squared length."""
     h = _positive("h", h)
     return SlicedKernel(lambda cost: lax.rsqrt(h + cost), p=2)
@@ -177,7 +174,16 @@ def sliced_riesz(r=1.0) -> SlicedKernel:
     return SlicedKernel(profile, p=2)
 
 
+SLICED_KERNELS = {
+    "gaussian": sliced_gaussian,
+    "laplace": sliced_laplace,
+    "imq": sliced_imq,
+    "riesz": sliced_riesz,
+}
+
 # MMD between measures on measures
+
+TargetValueAndGrad = Callable[[Array, Array, PRNGKey], tuple[Array, Array]]
 
 
 def mmd_squared_measures(
@@ -211,11 +217,11 @@ def mmd_squared_measures(
       block_size: directions at a time; None takes all. Blocks are computed twice when
         differentiated.
       mesh: devices (`lib.devices`) that take equal shares of the directions, and so of work and
-        memory; for `exact_coupling` alone.
+        memory; for `exact_coupling` only.
     """
     _check_measures(x, y, directions, x_weights, y_weights)
     if mesh is not None and coupling is not exact_coupling:
-        raise ValueError("devices share the directions of exact_coupling alone")
+        raise ValueError("devices share the directions of exact_coupling only")
     (num_x, n), (num_y, m) = x.shape[:2], y.shape[:2]
     a = jnp.full(num_x, 1 / num_x, x.dtype) if x_weights is None else x_weights
     b = jnp.full(num_y, 1 / num_y, y.dtype) if y_weights is None else y_weights
@@ -295,176 +301,105 @@ def wow_value_and_grad(
 def subsample_classes(
     key: PRNGKey, y: Float[Array, "D m d"], num_points: int
 ) -> Float[Array, "D {num_points} d"]:
-    """`num_points` points of every class, drawn without replacement, each class on its own.
+    """`num_points` points of every class, drawn without replacement, each class by its own key.
 
     What is not linear in a class, such as SW, has another mean over such draws than of the class.
     """
     if not 1 <= num_points <= y.shape[1]:
-        raise ValueError(f"n_sample_batch must lie in 1..{y.shape[1]}, got {num_points}")
+        raise ValueError(f"num_points must lie in 1..{y.shape[1]}, got {num_points}")
     keys = jax.random.split(key, y.shape[0])
     return jax.vmap(lambda k, points: jax.random.choice(k, points, (num_points,), replace=False))(
         keys, y
     )
 
 
-def _target_value_and_grad(
-    kernel, x, y, rng, x_weights, n_projs, n_sample_batch, y_weights, draw_directions, num_levels,
-    block_size, mesh,
-):  # fmt: skip
-    key_directions, key_batch, key_levels = jax.random.split(rng, 3)
-    if n_sample_batch is not None:
-        y = subsample_classes(key_batch, y, n_sample_batch)
-    coupling = exact_coupling
-    if num_levels is not None:
-        coupling = percentile_coupling(
-            jax.random.uniform(key_levels, (n_projs, num_levels), x.dtype)
-        )
-    return wow_value_and_grad(
-        kernel,
-        x,
-        y,
-        draw_directions(key_directions, n_projs, x.shape[-1], dtype=x.dtype),
-        x_weights=x_weights,
-        y_weights=y_weights,
-        coupling=coupling,
-        block_size=block_size,
-        mesh=mesh,
-    )
-
-
-def _h_may_come_fourth(function: Target) -> Target:
-    """The published Laplace and IMQ functions take no weights: there h follows rng. A single number
-    is no weights [C], so in fourth place it is h, and what follows moves up."""
-
-    @wraps(function)
-    def either(*arguments, **options):
-        if len(arguments) > 3 and arguments[3] is not None and np.ndim(arguments[3]) == 0:
-            arguments = (*arguments[:3], options.pop("x_weights", None), *arguments[3:])
-        return function(*arguments, **options)
-
-    return cast(Target, either)
-
-
-def target_value_and_grad_gaussian(
-    x: Float[Array, "C n d"],
-    y: Float[Array, "D m d"],
-    rng: PRNGKey,
-    x_weights: Float[Array, " C"] | None = None,
-    h: ScalarLike = 0.1,
-    n_projs: int = 500,
-    n_sample_batch: int | None = None,
+def target_value_and_grad(
+    kernel: SlicedKernel,
     *,
+    num_directions: int = 500,
+    num_target_points: int | None = None,
+    x_weights: Float[Array, " C"] | None = None,
     y_weights: Float[Array, " D"] | None = None,
     draw_directions: Callable[..., Array] = random_directions,
     num_levels: int | None = None,
     block_size: int | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
-    """F and its WoW gradient with K = exp(-SW_2^2 / (2 h)), and fresh directions drawn by `rng`.
-
-    The signature and scaling of the published function of this name; see `wow_value_and_grad`.
+) -> TargetValueAndGrad:
+    """The function of (x [C, n, d], y [D, m, d], key) that `lib.gd` follows: F and its WoW gradient
+    [C, n, d] over fresh directions, drawn by the key; see `wow_value_and_grad`.
 
     Args:
-      rng: key of the directions, and of the minibatch and the levels where there are any.
-      x_weights, y_weights: class weights; None means equal.
-      n_projs: number of directions.
-      n_sample_batch: as published, m points drawn from every target class at each call; None takes
-        all. Biased: SW between x and a draw is larger than between x and the target, and the mean
-        gradient pulls towards a target with narrower tails, so that the target itself is no fixed
+      num_target_points: as published, m points drawn from every target class at each call; None
+        takes all. Biased: SW between x and a draw is larger than between x and the target, and the
+        mean gradient leads to a target with narrower tails, so that the target itself is no fixed
         point. The bias falls with 1/m (measured on 200 points of 2-d normals, Gaussian kernel, in
         units of the gradient at a distance: .32, .19, .10, .06, .02 for m = 10, 20, 40, 80, 160).
         To bound memory, `block_size` changes nothing but rounding.
+      x_weights, y_weights: class weights; None means equal.
       draw_directions: `random_directions`, `orthogonal_directions` or any function like them.
       num_levels: None for the exact distance; 100 is the published percentile approximation.
       block_size: directions at a time, to bound memory.
       mesh: devices that share the directions; not with `num_levels`.
     """
-    return _target_value_and_grad(
-        sliced_gaussian(h), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
-        draw_directions, num_levels, block_size, mesh,
-    )  # fmt: skip
+
+    def value_and_grad(x, y, key):
+        key_directions, key_batch, key_levels = jax.random.split(key, 3)
+        if num_target_points is not None:
+            y = subsample_classes(key_batch, y, num_target_points)
+        coupling = exact_coupling
+        if num_levels is not None:
+            levels = jax.random.uniform(key_levels, (num_directions, num_levels), x.dtype)
+            coupling = percentile_coupling(levels)
+        return wow_value_and_grad(
+            kernel,
+            x,
+            y,
+            draw_directions(key_directions, num_directions, x.shape[-1], dtype=x.dtype),
+            x_weights=x_weights,
+            y_weights=y_weights,
+            coupling=coupling,
+            block_size=block_size,
+            mesh=mesh,
+        )
+
+    return value_and_grad
 
 
-def target_value_and_grad_gaussian_by_hand(
-    x: Float[Array, "C n d"],
-    y: Float[Array, "D m d"],
-    rng: PRNGKey,
-    h: ScalarLike = 0.1,
-    n_projs: int = 500,
-) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
-    """`target_value_and_grad_gaussian` in the signature of the published function of this name,
-    which writes the gradient out. So does every function here: the derivative of a sliced distance
-    in the points is in closed form, nothing is differentiated through a sort."""
-    return target_value_and_grad_gaussian(x, y, rng, h=h, n_projs=n_projs)
+# The published functions: their names, signatures and scaling.
 
 
-@_h_may_come_fourth
-def target_value_and_grad_laplace(
-    x: Float[Array, "C n d"],
-    y: Float[Array, "D m d"],
-    rng: PRNGKey,
-    x_weights: Float[Array, " C"] | None = None,
-    h: ScalarLike = 0.5,
-    n_projs: int = 500,
-    n_sample_batch: int | None = None,
-    *,
-    y_weights: Float[Array, " D"] | None = None,
-    draw_directions: Callable[..., Array] = random_directions,
-    num_levels: int | None = None,
-    block_size: int | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
-    """F and its WoW gradient with K = exp(-SW_1 / h); arguments as the Gaussian one.
-
-    The published order, (x, y, rng, h, n_projs, n_sample_batch), is taken too: a number in place of
-    x_weights is h.
-    """
-    return _target_value_and_grad(
-        sliced_laplace(h), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
-        draw_directions, num_levels, block_size, mesh,
-    )  # fmt: skip
+def target_value_and_grad_gaussian(
+    x, y, rng, x_weights=None, h=0.1, n_projs=500, n_sample_batch=None
+):
+    """`target_value_and_grad` of `sliced_gaussian(h)`, K = exp(-SW_2^2 / (2 h))."""
+    return _published(sliced_gaussian(h), n_projs, n_sample_batch, x_weights)(x, y, rng)
 
 
-@_h_may_come_fourth
-def target_value_and_grad_imq(
-    x: Float[Array, "C n d"],
-    y: Float[Array, "D m d"],
-    rng: PRNGKey,
-    x_weights: Float[Array, " C"] | None = None,
-    h: ScalarLike = 1.0,
-    n_projs: int = 500,
-    n_sample_batch: int | None = None,
-    *,
-    y_weights: Float[Array, " D"] | None = None,
-    draw_directions: Callable[..., Array] = random_directions,
-    num_levels: int | None = None,
-    block_size: int | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
-    """F and its WoW gradient with K = (h + SW_2^2)^(-1/2); arguments as the Laplace one."""
-    return _target_value_and_grad(
-        sliced_imq(h), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
-        draw_directions, num_levels, block_size, mesh,
-    )  # fmt: skip
+def target_value_and_grad_gaussian_by_hand(x, y, rng, h=0.1, n_projs=500):
+    """As `target_value_and_grad_gaussian`. The published function of this name writes the gradient
+    out; here every gradient is in closed form, and none goes through a sort."""
+    return _published(sliced_gaussian(h), n_projs)(x, y, rng)
 
 
-def target_value_and_grad_riesz(
-    x: Float[Array, "C n d"],
-    y: Float[Array, "D m d"],
-    rng: PRNGKey,
-    x_weights: Float[Array, " C"] | None = None,
-    r: ScalarLike = 1.0,
-    n_projs: int = 500,
-    n_sample_batch: int | None = None,
-    *,
-    y_weights: Float[Array, " D"] | None = None,
-    draw_directions: Callable[..., Array] = random_directions,
-    num_levels: int | None = None,
-    block_size: int | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
-    """F and its WoW gradient with K = -SW_2^r, 0 < r < 2; arguments as the Gaussian one."""
-    return _target_value_and_grad(
-        sliced_riesz(r), x, y, rng, x_weights, n_projs, n_sample_batch, y_weights,
-        draw_directions, num_levels, block_size, mesh,
-    )  # fmt: skip
+def target_value_and_grad_laplace(x, y, rng, h=0.5, n_projs=500, n_sample_batch=None):
+    """`target_value_and_grad` of `sliced_laplace(h)`, K = exp(-SW_1 / h)."""
+    return _published(sliced_laplace(h), n_projs, n_sample_batch)(x, y, rng)
+
+
+def target_value_and_grad_imq(x, y, rng, h=1.0, n_projs=500, n_sample_batch=None):
+    """`target_value_and_grad` of `sliced_imq(h)`, K = (h + SW_2^2)^(-1/2)."""
+    return _published(sliced_imq(h), n_projs, n_sample_batch)(x, y, rng)
+
+
+def target_value_and_grad_riesz(x, y, rng, x_weights=None, r=1.0, n_projs=500, n_sample_batch=None):
+    """`target_value_and_grad` of `sliced_riesz(r)`, K = -SW_2^r."""
+    return _published(sliced_riesz(r), n_projs, n_sample_batch, x_weights)(x, y, rng)
+
+
+def _published(kernel, n_projs, n_sample_batch=None, x_weights=None):
+    return target_value_and_grad(
+        kernel,
+        num_directions=n_projs,
+        num_target_points=n_sample_batch,
+        x_weights=x_weights,
+    )

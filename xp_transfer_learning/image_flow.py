@@ -69,18 +69,13 @@ def run_flow(
         return run
     key_data, key_flow = jax.random.split(jax.random.PRNGKey(seed))
     x0, x_tgt, image_shape = data(key_data, config, data_root)
-
-    def target_value_and_grad(x, x_tgt, key):
-        return mmd.target_value_and_grad_riesz(
-            x,
-            x_tgt,
-            key,
-            n_projs=config.num_directions,
-            n_sample_batch=config.n_sample_batch,
-            block_size=config.block_size,
-            mesh=mesh,
-        )
-
+    target_value_and_grad = mmd.target_value_and_grad(
+        mmd.sliced_riesz(),
+        num_directions=config.num_directions,
+        num_target_points=config.n_sample_batch,
+        block_size=config.block_size,
+        mesh=mesh,
+    )
     print(f"{config.source} -> {config.target}: {config.num_steps} steps of {tuple(x0.shape)}")
     losses, particles = wasserstein_gradient_descent(
         x0,

@@ -81,10 +81,13 @@ def problem(settings: FlowSettings, x0: Array, x_tgt: Array, mesh: Mesh | None =
 def _value_and_grad(settings: FlowSettings, mesh: Mesh | None) -> TargetValueAndGrad:
     # Cached, so that flows of the same settings and shapes share one compiled loop.
     if settings.method == "mmdsw":
-        function = getattr(mmd, f"target_value_and_grad_{settings.kernel}")
         draw = {"random": random_directions, "orthogonal": orthogonal_directions}
-        options = {"n_projs": settings.num_directions, "mesh": mesh}
-        return partial(function, **options, draw_directions=draw[settings.directions])
+        return mmd.target_value_and_grad(
+            mmd.SLICED_KERNELS[settings.kernel](),
+            num_directions=settings.num_directions,
+            draw_directions=draw[settings.directions],
+            mesh=mesh,
+        )
     if settings.method == "otdd":
         # Here, since importing ott takes seconds.
         from xp_transfer_learning.otdd import otdd_value_and_grad

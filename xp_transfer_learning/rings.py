@@ -8,7 +8,7 @@ All bandwidths of a kernel are one run, a vmap. Finished runs are skipped, inter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +50,19 @@ class Sweep(NamedTuple):
 def sweeps(config: RingsConfig, mesh: Mesh | None = None) -> list[Sweep]:
     """The sweeps of Figure 1 and appendix D.2, and a decaying step."""
     mesh = None if config.num_levels else mesh
-    shared = {"n_projs": config.num_directions, "num_levels": config.num_levels, "mesh": mesh}
+    sampling: dict[str, Any] = {
+        "num_directions": config.num_directions,
+        "num_levels": config.num_levels,
+        "mesh": mesh,
+    }
 
-    def over(target, values):
+    def over(kernel, values):
         def value_and_grad(x, x_tgt, key):
-            # One key: the flows see the same directions and differ only by their number.
-            return jax.vmap(lambda x, value: target(x, x_tgt, key, None, value, **shared))(
-                x, jnp.asarray(values, x.dtype)
-            )
+            # One key: the flows see the same directions and differ by their number only.
+            def one_flow(x, value):
+                return mmd.target_value_and_grad(kernel(value), **sampling)(x, x_tgt, key)
+
+            return jax.vmap(one_flow)(x, jnp.asarray(values, x.dtype))
 
         return value_and_grad
 
@@ -67,22 +72,30 @@ def sweeps(config: RingsConfig, mesh: Mesh | None = None) -> list[Sweep]:
             kernel,
             "r" if kernel == "riesz" else "h",
             getattr(config, kernel),
-            over(getattr(mmd, f"target_value_and_grad_{kernel}"), getattr(config, kernel)),
+            over(mmd.SLICED_KERNELS[kernel], getattr(config, kernel)),
             constant,
             config.num_steps,
         )
         for kernel in ("gaussian", "imq", "laplace", "riesz")
     ]
-    riesz = mmd.target_value_and_grad_riesz
     ones = (1.0,) * len(config.momenta)
     decays = jnp.asarray(config.momenta)[:, None, None, None]
     heavy_ball = optax.chain(optax.trace(decays), optax.scale(-config.momentum_step_size))
     listed.append(
-        Sweep("momentum", "m", config.momenta, over(riesz, ones), heavy_ball, config.momentum_steps)
+        Sweep(
+            "momentum",
+            "m",
+            config.momenta,
+            over(mmd.sliced_riesz, ones),
+            heavy_ball,
+            config.momentum_steps,
+        )
     )
     if config.decay:
         falling = optax.sgd(optax.linear_schedule(config.step_size, 0.0, config.num_steps))
-        listed.append(Sweep("decay", "r", (1.0,), over(riesz, (1.0,)), falling, config.num_steps))
+        listed.append(
+            Sweep("decay", "r", (1.0,), over(mmd.sliced_riesz, (1.0,)), falling, config.num_steps)
+        )
     return listed
 
 

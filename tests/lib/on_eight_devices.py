@@ -56,7 +56,7 @@ def rows():
         return scale * jnp.sin(x) + noise, jnp.sum(x**3, axis=1)
 
     def total(mesh, scale, x, keys):
-        values, cubes = devices.over_devices(function, mesh, whole=1)(scale, x, keys)
+        values, cubes = devices.over_devices(function, mesh, replicated=1)(scale, x, keys)
         return jnp.sum(values**2) + jnp.sum(cubes), (values, cubes)
 
     for count in cases(5, 1, 16):
@@ -79,10 +79,13 @@ def sliced():
     x, y = normal(0, 5, 16, 9), 1 + normal(1, 4, 11, 9)
     for num_directions, block_size in cases((101, None), (5, None), (64, 3)):
         function = partial(
-            mmd.target_value_and_grad_laplace, n_projs=num_directions, block_size=block_size
+            mmd.target_value_and_grad,
+            mmd.sliced_laplace(0.5),
+            num_directions=num_directions,
+            block_size=block_size,
         )
         one, eight = (
-            jax.jit(partial(function, mesh=mesh))(x, y, jax.random.key(2)) for mesh in (None, MESH)
+            jax.jit(function(mesh=mesh))(x, y, jax.random.key(2)) for mesh in (None, MESH)
         )
         FOUND[f"WoW gradient, {num_directions} directions"] = difference(one, eight)
     for shape in cases((5, 16, 9), (8, 11, 9), (3, 5, 9)):
@@ -91,7 +94,7 @@ def sliced():
             found = gd.wasserstein_gradient_descent(
                 start,
                 y,
-                partial(mmd.target_value_and_grad_riesz, n_projs=40, mesh=mesh),
+                mmd.target_value_and_grad(mmd.sliced_riesz(), num_directions=40, mesh=mesh),
                 jax.random.key(4),
                 n_epochs=12,
                 lr=0.5,
@@ -181,7 +184,7 @@ def condensation():
         found = []
         for mesh in (None, MESH):
             function = objectives.objective(settings, posed.setting, mesh)
-            arguments = devices.place((x, target, keys[2], np.int32(0)), mesh)
+            arguments = devices.device_put((x, target, keys[2], np.int32(0)), mesh)
             compiled = jax.jit(function).lower(*arguments).compile()
             memory = compiled.memory_analysis().temp_size_in_bytes
             found.append((compiled(*arguments)[:2], memory))
@@ -247,8 +250,8 @@ def memory():
     x = normal(0, 10, 200, 16)
     one, eight = (
         temporaries(
-            partial(mmd.target_value_and_grad_riesz, n_projs=2048, mesh=mesh),
-            *devices.place((x, x + 1, jax.random.key(0)), mesh),
+            mmd.target_value_and_grad(mmd.sliced_riesz(), num_directions=2048, mesh=mesh),
+            *devices.device_put((x, x + 1, jax.random.key(0)), mesh),
         )
         for mesh in (None, MESH)
     )
@@ -256,7 +259,9 @@ def memory():
     if ALL:
         arguments = normal(3, 8, 64, 9), normal(4, 8, 50, 9)
         one, eight = (
-            temporaries(partial(otdd_value_and_grad, mesh=mesh), *devices.place(arguments, mesh))
+            temporaries(
+                partial(otdd_value_and_grad, mesh=mesh), *devices.device_put(arguments, mesh)
+            )
             for mesh in (None, MESH)
         )
         FOUND["memory: otdd"] = eight / one
@@ -266,8 +271,8 @@ def memory():
     one, eight = (
         temporaries(
             flows.objective(settings),
-            devices.place(start, mesh, devices.divided(start.shape, (-2, -3), mesh)),
-            *devices.place((prepared, jax.random.key(0), flows.first_memory(prepared)), mesh),
+            devices.device_put(start, mesh, devices.partition_spec(start.shape, (-2, -3), mesh)),
+            *devices.device_put((prepared, jax.random.key(0), flows.first_memory(prepared)), mesh),
         )
         for mesh in (None, MESH)
     )

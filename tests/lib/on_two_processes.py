@@ -44,7 +44,7 @@ def flow(results: Path, name: str):
     return run, gd.wasserstein_gradient_descent(
         normal(jax.random.key(0)),
         normal(jax.random.key(1)),
-        partial(mmd.target_value_and_grad_riesz, n_projs=10, mesh=mesh),
+        mmd.target_value_and_grad(mmd.sliced_riesz(), num_directions=10, mesh=mesh),
         jax.random.key(2),
         n_epochs=40,
         lr=0.1,

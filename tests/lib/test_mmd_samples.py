@@ -2,8 +2,6 @@
 
 from functools import partial
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -17,7 +15,6 @@ from lib.kernels import (
     bandwidth_grid,
     gaussian,
     imq,
-    kernel_mean,
     laplace,
     linear,
     polynomial,
@@ -46,54 +43,7 @@ def mmd_squared_of_normals(mean, variance, bandwidth):
     )
 
 
-def loop(x, y, w, v, *, unbiased):
-    """Both estimators pair by pair, for k(x, y) = exp(-|x - y|)."""
-
-    def total(a, b, a_weights, b_weights, skip):
-        value = 0.0
-        for i, p in enumerate(a):
-            for j, q in enumerate(b):
-                if not (skip and i == j):
-                    value += a_weights[i] * b_weights[j] * np.exp(-np.linalg.norm(p - q))
-        return value
-
-    w, v = w / w.sum(), v / v.sum()
-    within_x, within_y = total(x, x, w, w, unbiased), total(y, y, v, v, unbiased)
-    if unbiased:
-        within_x, within_y = within_x / (1 - w @ w), within_y / (1 - v @ v)
-    return within_x - 2 * total(x, y, w, v, False) + within_y
-
-
 # Estimators
-
-
-@pytest.mark.parametrize(
-    ("estimator", "unbiased"), [(mmd_squared, False), (mmd_squared_unbiased, True)]
-)
-def test_estimators_agree_with_a_loop(x64, estimator, unbiased):
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(9, 3)), rng.normal(size=(6, 3)) + 0.3
-    w, v = rng.uniform(size=9), rng.uniform(size=6)
-
-    @jax.jit
-    def values(x, y, w, v):
-        estimate = partial(estimator, laplace(1.0), x, y, block_size=4)
-        return estimate(), estimate(x_weights=w, y_weights=v)
-
-    uniform, weighted = values(x, y, w, v)
-    expected = loop(x, y, np.ones(9), np.ones(6), unbiased=unbiased)
-    np.testing.assert_allclose(uniform, expected, rtol=1e-11)
-    np.testing.assert_allclose(weighted, loop(x, y, w, v, unbiased=unbiased), rtol=1e-11)
-
-
-def test_closed_form_for_normals(x64):
-    """The quadrature nodes of two normal laws, as weighted samples."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
-    x, y = nodes[:, None], 0.7 + np.sqrt(0.5) * nodes[:, None]
-    value = jax.jit(partial(mmd_squared, gaussian(1.1)))(
-        x, y, x_weights=weights, y_weights=3 * weights
-    )
-    np.testing.assert_allclose(value, mmd_squared_of_normals(0.7, 0.5, 1.1), rtol=1e-9)
 
 
 def test_bias():
@@ -114,42 +64,6 @@ def test_riesz_mmd_is_the_energy_distance(x64):
     x, y, w, v = rng.normal(size=30), 1 + rng.normal(size=20), rng.uniform(size=30), np.ones(20)
     value = jax.jit(partial(mmd_squared, riesz()))(x[:, None], y[:, None], x_weights=w, y_weights=v)
     np.testing.assert_allclose(value, energy_distance(x, y, w, v) ** 2, rtol=1e-10)
-
-
-def test_linear_mmd_is_the_distance_of_the_means(x64):
-    x, y = normal(0, 8, 4), normal(1, 5, 4)
-    expected = np.sum((x.mean(0) - y.mean(0)) ** 2)
-    np.testing.assert_allclose(jax.jit(partial(mmd_squared, linear()))(x, y), expected, rtol=1e-11)
-
-
-@jax.jit
-def equal_mmds(x, y, w, order, shift, share):
-    """The biased MMD^2 of the same two measures in five ways, and one of a sample and itself."""
-    mmd = partial(mmd_squared, gaussian(0.8), block_size=4)
-    split = jnp.concatenate([w.at[2].multiply(share), w[2:3] * (1 - share)])
-    values = (
-        mmd(x, y, x_weights=w),
-        mmd(y, x, y_weights=5 * w),
-        mmd(x[order] + shift, y + shift, x_weights=w[order]),
-        mmd(jnp.concatenate([x, x[2:3]]), y, x_weights=split),
-        mmd_squared(gaussian(0.8), x, y, x_weights=w, block_size=100),
-    )
-    return jnp.stack(values), mmd(x, x[order])
-
-
-@hypothesis.settings(max_examples=20, deadline=None)
-@hypothesis.given(st.integers(0, 2**31))
-def test_invariances(seed):
-    rng = np.random.default_rng(seed)
-    x, y, w = rng.normal(size=(9, 2)), rng.normal(size=(6, 2)), rng.uniform(0.1, 1, size=9)
-    with jax.enable_x64(True):
-        values, itself = equal_mmds(
-            x, y, w, rng.permutation(9), rng.normal(size=(1, 2)), rng.uniform()
-        )
-    values = np.asarray(values)
-    assert values[0] > 0
-    np.testing.assert_allclose(values, values[0], rtol=1e-10)
-    np.testing.assert_allclose(itself, 0, atol=1e-14)
 
 
 def test_gradients_agree_with_finite_differences(x64):
@@ -225,22 +139,6 @@ def test_p_values_agree_with_a_loop_over_the_same_permutations(x64):
     np.testing.assert_allclose(result.p_value, (p.min(axis=0) <= p[:, 0].min()).sum() / 61)
 
 
-@pytest.mark.parametrize("kernel", [gaussian(100.0), polynomial(3)])
-@pytest.mark.parametrize(("n", "m"), [(5, 7), (40, 40)])
-def test_relabelling_within_the_samples_is_a_tie(kernel, n, m):
-    """Equal labellings have equal statistics, and a tie counts against rejection."""
-    rng = np.random.default_rng(0)
-    x, y = normal(0, n, 3).astype("f"), 1 + normal(1, m, 3).astype("f")
-    draws = [np.append(rng.permutation(n), n + rng.permutation(m)) for _ in range(30)]
-    if n == m:
-        draws += [(draw + n) % (2 * n) for draw in draws]
-    test = jax.jit(
-        lambda x, y, r: two_sample_test(jax.random.key(0), x, y, [kernel], relabellings=r)
-    )
-    result = test(x, y, np.stack(draws))
-    assert result.kernel_p_values[0] == result.p_value == 1
-
-
 KERNELS = [gaussian(1.0), laplace(0.5), riesz(), riesz(0.5), linear(), polynomial(3), imq(1.0)]
 
 
@@ -269,7 +167,7 @@ def test_equal_statistics_are_ties_and_count_against_rejection(dtype, n, m, d):
 
 @jax.jit
 def rejections(keys, draws):
-    """Of tests of 30 against 40 points: the share of p <= .05 and p <= .01."""
+    """p-values of tests of 30 against 40 points."""
 
     def test(one):
         key, points = one
@@ -279,32 +177,10 @@ def rejections(keys, draws):
     return jax.lax.map(test, (keys, draws))
 
 
-RATES = (0.005, 0.02, 0.1, 0.3, 0.5)
-LAWS = {
-    **{f"Bernoulli({q})": partial(lambda q, rng, s: rng.random(s) < q, q) for q in RATES},
-    "counts": lambda rng, s: rng.poisson(1.5, s),
-    "one decimal": lambda rng, s: np.round(rng.normal(size=s), 1),
-    "normal": lambda rng, s: rng.normal(size=s),
-    "far off": lambda rng, s: 1000 + np.round(rng.normal(size=s), 1),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("d", [1, 12])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("law", LAWS)
-def test_the_level_holds_where_values_coincide(law, dtype, d):
-    assert_level(law, dtype, d, repeats=1000)
-
-
 def test_the_level_holds_for_rare_features():
-    assert_level("Bernoulli(0.005)", np.float32, 1, repeats=300)
-
-
-def assert_level(law, dtype, d, repeats):
-    draws = LAWS[law](np.random.default_rng(0), (repeats, 70, d)).astype(dtype)
-    with jax.enable_x64(dtype == np.float64):
-        p = rejections(jax.random.split(jax.random.key(0), repeats), draws)
+    repeats = 300
+    draws = (np.random.default_rng(0).random((repeats, 70, 1)) < 0.005).astype("f")
+    p = rejections(jax.random.split(jax.random.key(0), repeats), draws)
     for level in (0.05, 0.01):
         share = np.mean([float(value) <= level for value in p])
         assert share <= level + 3 * np.sqrt(level * (1 - level) / repeats)
@@ -338,7 +214,7 @@ def test_what_is_not_finite_has_no_p_value(bad):
 
 
 def test_level():
-    """Of 2,000 tests of equal laws a share of 0.05 rejects at 0.05, exactly but for ties."""
+    """Of 2,000 tests of equal laws a share of 0.05 rejects at 0.05, exactly up to ties."""
     repeats, num_permutations = 2000, 39
 
     def test(draw):
@@ -391,15 +267,3 @@ def test_memory_of_the_test_is_that_of_its_permutations():
     memory = jax.jit(test).lower(key, points, points).compile().memory_analysis()
     gram = 60_000**2 * 4
     assert memory.temp_size_in_bytes < 8 * 60_000 * (20 + 16) * 4 + 6 * 1024**2 * 4 < gram / 100
-
-
-def test_mmd_squared_is_made_of_kernel_means(x64):
-    """The three sums that flows and mixing weights differentiate are the same numbers."""
-    x, y = normal(0, 7, 3), normal(1, 5, 3)
-
-    @jax.jit
-    def both(x, y):
-        mean = partial(kernel_mean, imq(1.0))
-        return mmd_squared(imq(1.0), x, y), mean(x) - 2 * mean(x, y) + mean(y)
-
-    np.testing.assert_allclose(*both(x, y), rtol=1e-12)
