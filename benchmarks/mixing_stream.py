@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import tyro
 
-from lib.rff import gaussian_frequencies, project
+from lib.rff import frequency_projections, gaussian_frequencies
 from lib.rows.files import RowFile, open_rows
 from lib.rows.fourier_means import stream_mean_embeddings
 from lib.runs import environment
@@ -140,7 +140,7 @@ class Work:
         self.blocks = {"num_blocks": options.num_blocks, "block_key": block_key}
         self.on_device = jax.random.normal(chunk_key, (self.size, options.dimension))
         self.chunk = np.asarray(self.on_device.astype(jnp.float16))
-        self.product_of = jax.jit(project)
+        self.product_of = jax.jit(frequency_projections)
 
     def embed(self, chunks: Any) -> int:
         found = stream_mean_embeddings(chunks, self.frequencies, self.bandwidths, **self.blocks)

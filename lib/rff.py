@@ -4,7 +4,7 @@ A translation-invariant kernel is the Fourier transform of a probability measure
 (Bochner), so that k(x, y) = E cos(omega . (x - y) / sigma) (Rahimi and Recht, Random features for
 large-scale kernel machines, NIPS 2007). Frequencies are drawn for sigma = 1 and divided by the
 bandwidth only where features are computed: several bandwidths share one draw. They depend on the
-key, their number D and the dimension d alone, and are drawn in float32 whatever the data's dtype.
+key, their number D and the dimension d only, and are drawn in float32 whatever the data's dtype.
 
 The features are the pairs cos, sin (2 D numbers): z(x) . z(y) is unbiased for k(x, y),
 z(x) . z(x) = 1 exactly, and the variance is [1 + k(2 delta) - 2 k(delta)^2] / (2 D), for the
@@ -13,7 +13,7 @@ b (Sutherland and Schneider, On the error of random Fourier features, UAI 2015).
 that form all the same: it is the one of Rahimi and Recht's Algorithm 1 and much published code.
 
 Cosines of large arguments lose digits, and unlike the kernel the features move with the origin:
-centre data that lie far from 0, every sample by the same vector.
+center data that lie far from 0, every sample by the same vector.
 """
 
 import math
@@ -27,6 +27,7 @@ from lib.numerics import (
     as_sample,
     at_least_float32,
     cos_sin,
+    orthonormal_rows,
     pairwise_sum,
     plain_number,
     product,
@@ -53,42 +54,9 @@ def gaussian_frequencies(
     direction_key, length_key = jax.random.split(key)
     group = min(num_features, dimension)
     groups = -(-num_features // group)
-    q, r = jnp.linalg.qr(jax.random.normal(direction_key, (groups, dimension, group), jnp.float32))
-    # With a positive diagonal of R, Q is uniform (Haar); QR alone leaves the signs as they fall.
-    q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
-    directions = jnp.swapaxes(q, 1, 2).reshape(-1, dimension)[:num_features]
+    normal = jax.random.normal(direction_key, (groups, dimension, group), jnp.float32)
     lengths = jax.random.normal(length_key, (num_features, dimension), jnp.float32)
-    return directions * jnp.linalg.norm(lengths, axis=1, keepdims=True)
-
-
-def laplace_frequencies(
-    key: Key[Array, ""], num_features: int, dimension: int, *, orthogonal: bool = False
-) -> Float[Array, "num_features dimension"]:
-    """Frequencies of exp(-|x - y|), Euclidean norm: multivariate Cauchy, [D, d] float32.
-
-    A normal vector over an independent |N(0, 1)|: the Student t law with one degree of freedom.
-    """
-    key, scale_key = jax.random.split(key)
-    normals = gaussian_frequencies(key, num_features, dimension, orthogonal=orthogonal)
-    return normals / jnp.abs(jax.random.normal(scale_key, (num_features, 1), jnp.float32))
-
-
-def imq_frequencies(
-    key: Key[Array, ""],
-    num_features: int,
-    dimension: int,
-    *,
-    exponent: ScalarLike = 0.5,
-    orthogonal: bool = False,
-) -> Float[Array, "num_features dimension"]:
-    """Frequencies of (1 + |x - y|^2)^(-exponent), [D, d] float32.
-
-    sqrt(2 s) N(0, I) with s ~ Gamma(exponent, 1), as E exp(-s r^2) = (1 + r^2)^(-exponent).
-    """
-    key, scale_key = jax.random.split(key)
-    normals = gaussian_frequencies(key, num_features, dimension, orthogonal=orthogonal)
-    mixing = jax.random.gamma(scale_key, exponent, (num_features, 1), jnp.float32)
-    return normals * jnp.sqrt(2 * mixing)
+    return orthonormal_rows(normal)[:num_features] * jnp.linalg.norm(lengths, axis=1, keepdims=True)
 
 
 def uniform_phases(key: Key[Array, ""], num_features: int) -> Float[Array, " num_features"]:
@@ -111,10 +79,10 @@ def random_fourier_features(
     [cos(W x / sigma), sin(W x / sigma)] / sqrt(D), [n, 2 D]: the D cosines, then the D sines. With
     `phases` b, sqrt(2 / D) cos(W x / sigma + b), [n, D], where z(x) . z(x) is 1 on average only.
     """
-    return features_of_projections(project(x, frequencies), bandwidth, phases=phases)
+    return features_of_projections(frequency_projections(x, frequencies), bandwidth, phases=phases)
 
 
-def project(
+def frequency_projections(
     x: Float[Array, "n d"], frequencies: Float[Array, "num_features d"]
 ) -> Float[Array, "n num_features"]:
     """W x for every row: what the features of all bandwidths have in common."""
@@ -128,7 +96,7 @@ def features_of_projections(
     *,
     phases: Float[Array, " num_features"] | None = None,
 ) -> Float[Array, "n features"]:
-    """`random_fourier_features` from the products W x of `project`."""
+    """`random_fourier_features` from the products W x of `frequency_projections`."""
     angles, num_features = projections / plain_number(bandwidth), projections.shape[1]
     if phases is not None:
         angles = angles + phases.astype(angles.dtype)[None, :]
@@ -145,7 +113,7 @@ def mean_embedding(
     phases: Float[Array, " num_features"] | None = None,
     block_size: int = 1024,
 ) -> Float[Array, " features"]:
-    """mu = sum_i w_i z(x_i), [2 D] or with `phases` [D]; w is normalised first, 1/n by default.
+    """mu = sum_i w_i z(x_i), [2 D] or with `phases` [D]; w is normalized first, 1/n by default.
 
     The embedding of a union is the average of the embeddings, weighted by the sizes (or by the sums
     of the weights), so data in several chunks need one running sum. Beside the input it holds
@@ -163,7 +131,7 @@ def mean_embedding(
     return pairwise_sum(lax.map(block_sum, to_blocks(x, weights, block_size)))
 
 
-# Maximum mean discrepancies
+# Maximum mean discrepancy
 
 
 def mmd_squared_rff(
@@ -175,25 +143,3 @@ def mmd_squared_rff(
     Schneider 2015, section 3.3). Never negative.
     """
     return jnp.sum(jnp.square(x_embedding - y_embedding))
-
-
-def mmd_squared_rff_unbiased(
-    x_embedding: Float[Array, " features"],
-    y_embedding: Float[Array, " features"],
-    x_size: ScalarLike,
-    y_size: ScalarLike,
-) -> Float[Array, ""]:
-    """The unbiased MMD^2 of the approximate kernel; its mean over the frequencies is
-    `lib.mmd.mmd_squared_unbiased` of the same samples. May be negative.
-
-    For embeddings without phases, whose diagonal z(x) . z(x) = 1 is known: within x it is
-    (|mu_x|^2 - 1/n) / (1 - 1/n), n = `x_size` > 1; for a weighted sample the effective size
-    (sum_i w_i)^2 / sum_i w_i^2. Written as |mu_x - mu_y|^2 less the two biases
-    (1 - |mu|^2) / (n - 1), which does not cancel.
-    """
-
-    def bias(embedding, size):
-        return (1 - jnp.sum(jnp.square(embedding))) / (plain_number(size) - 1)
-
-    biased = mmd_squared_rff(x_embedding, y_embedding)
-    return biased - bias(x_embedding, x_size) - bias(y_embedding, y_size)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from lib.rff import features_of_projections, gaussian_frequencies, project
+from lib.rff import features_of_projections, frequency_projections, gaussian_frequencies
 from lib.rows.kernel_means import noise_of_means, streamed_median_bandwidth
 from xp_data_mixing.whitening import simplex_weights, spectrum, whitened_weights
 
@@ -169,7 +169,7 @@ def estimate_calibrated(
     )
 
 
-_project, _features = jax.jit(project), jax.jit(features_of_projections)
+_project, _features = jax.jit(frequency_projections), jax.jit(features_of_projections)
 
 
 def _resampled_means(rng, rows, replicates):

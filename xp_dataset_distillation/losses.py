@@ -73,7 +73,7 @@ def random_features(num_features: int, scale: float = 1.0) -> ClassLoss:
         frequencies = rff.gaussian_frequencies(key, num_features, x.shape[1])
         # The features' origin counts only for their rounding.
         center = lax.stop_gradient(jnp.mean(y, axis=0, keepdims=True))
-        projected = [rff.project(points - center, frequencies) for points in (x, y)]
+        projected = [rff.frequency_projections(points - center, frequencies) for points in (x, y)]
         total = jnp.zeros((), x.dtype)
         for sigma in _sigmas(x, y, scale):
             means = [

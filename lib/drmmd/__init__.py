@@ -1,4 +1,4 @@
-"""(De)-regularised MMD: witnesses, targets, statistics of particles, penalties."""
+"""(De)-regularized MMD: witnesses, targets, statistics of particles, penalties."""
 
 from lib.drmmd._witnesses import (
     Filtered,
@@ -12,36 +12,11 @@ from lib.drmmd._witnesses import (
     cutoff,
     density_ratio,
     drmmd_witness,
-    kale_witness,
     mmd_witness,
     particle_statistics,
     prepare_target,
-    prepare_target_nystrom,
     showalter,
     tikhonov,
     witness_function,
 )
-from lib.numerics import product
-
-__all__ = [
-    "Filtered",
-    "SpectralFilter",
-    "Statistics",
-    "Target",
-    "Witness",
-    "adaptive_lambda",
-    "as_target",
-    "check_lambda",
-    "cutoff",
-    "density_ratio",
-    "drmmd_witness",
-    "kale_witness",
-    "mmd_witness",
-    "particle_statistics",
-    "prepare_target",
-    "prepare_target_nystrom",
-    "product",
-    "showalter",
-    "tikhonov",
-    "witness_function",
-]
+from lib.drmmd.kale import kale_witness

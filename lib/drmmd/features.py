@@ -1,4 +1,4 @@
-"""(De)-regularised MMD in the space of explicit features: kernels phi(x) . phi(y) of finite rank.
+"""(De)-regularized MMD in the space of explicit features: kernels phi(x) . phi(y) of finite rank.
 
 The primal form of `lib.drmmd`: with the target's mean feature phi_pi and its second moment S, the
 witness is h(z) = phi(z) . 2 (1 + lambda) g(S) (phi_mu - phi_pi). A step costs O(N D + D^2) beside
@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, ScalarLike
 
 from lib.drmmd._witnesses import SpectralFilter, as_target, check_lambda, tikhonov
-from lib.numerics import product, to_blocks, uniform_weights
+from lib.numerics import map_blocks, product, to_blocks, uniform_weights
 
 Features = Callable[[Float[Array, "n d"]], Float[Array, "n D"]]
 
@@ -47,7 +47,7 @@ def feature_moments(
 ) -> tuple[Float[Array, " D"], Float[Array, "D D"] | None]:
     """(sum_j w_j phi(x_j), sum_j w_j phi(x_j) phi(x_j)') in one pass; memory O(block_size D + D^2).
 
-    Weights are normalised. Without `second` the other is None and costs nothing.
+    Weights are normalized. Without `second` the other is None and costs nothing.
     """
     weights = uniform_weights(points) if weights is None else weights / jnp.sum(weights)
     size = jax.eval_shape(features, points[:1])
@@ -118,10 +118,9 @@ def feature_velocity(
 ) -> Float[Array, "n d"]:
     """grad h at the points: memory O(block_size D)."""
 
-    def block(block_points):
-        _, transpose = jax.vjp(features, block_points)
-        shape = (len(block_points), len(witness.direction))
+    def gradients(rows):
+        _, transpose = jax.vjp(features, rows)
+        shape = (len(rows), len(witness.direction))
         return transpose(jnp.broadcast_to(witness.direction[None, :], shape))[0]
 
-    blocks, _ = to_blocks(points, uniform_weights(points), block_size)
-    return lax.map(block, blocks).reshape(-1, points.shape[1])[: len(points)]
+    return map_blocks(gradients, points, block_size)

@@ -7,9 +7,8 @@ Unlike random Fourier features they know where the data lie, and nothing of plac
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from lib.kernels import Kernel, gram_product
 
@@ -21,25 +20,14 @@ class NystromBasis(NamedTuple):
     inverse_root: Float[Array, "r r"]
 
 
-def nystrom_basis(
-    key: Key[Array, ""], kernel: Kernel, points: Float[Array, "n d"], rank: int
-) -> NystromBasis:
-    """`rank` of the points as landmarks, drawn without replacement; O(rank^3).
-
-    Directions of K_ZZ below rounding are left out: their columns of features are 0. Raises
-    ValueError where rank does not lie in [1, n].
-    """
-    if not 1 <= rank <= len(points):
-        raise ValueError(f"rank must lie in [1, {len(points)}], the number of points, got {rank}")
-    return landmark_basis(kernel, jax.random.choice(key, points, (rank,), replace=False))
-
-
 def landmark_basis(kernel: Kernel, landmarks: Float[Array, "r d"]) -> NystromBasis:
-    """As `nystrom_basis`, of landmarks that are chosen already."""
-    rank = len(landmarks)
+    """The basis of these landmarks, such as some of the points; O(r^3).
+
+    Directions of K_ZZ below rounding are left out: their columns of features are 0.
+    """
     values, vectors = jnp.linalg.eigh(kernel(landmarks, landmarks))
-    kept = values > rank * jnp.finfo(values.dtype).eps * values[-1]
-    inverse_root = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1)), 0)
+    sound = values > len(landmarks) * jnp.finfo(values.dtype).eps * values[-1]
+    inverse_root = jnp.where(sound, 1 / jnp.sqrt(jnp.where(sound, values, 1)), 0)
     return NystromBasis(landmarks, vectors * inverse_root[None, :])
 
 

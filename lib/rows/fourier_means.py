@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from lib.numerics import at_least_float32, product
-from lib.rff import features_of_projections, project
+from lib.rff import features_of_projections, frequency_projections
 from lib.rows._rows import (
     check_bandwidths,
     check_floating,
@@ -177,7 +177,7 @@ def _chunk_sums(
     def on_one_device(rows, blocks, frequencies, bandwidths, phases, offset):
         rows = at_least_float32(rows)
         rows = rows if offset is None else rows - offset[None, :]
-        projections = project(rows, frequencies)
+        projections = frequency_projections(rows, frequencies)
         # A product with the blocks' indicators sums in the same order always; a scatter may not.
         members = jax.nn.one_hot(blocks, num_blocks, axis=0, dtype=rows.dtype)
 
