@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from lib import mmd
 from lib.kernels import gaussian, median_bandwidth
 from lib.networks import MLP, LeNet5, classification, optimizers
-from lib.numerics import as_sample, to_blocks, uniform_weights
+from lib.numerics import as_sample, map_blocks
 from lib.sliced_wasserstein import random_directions, sliced_wasserstein
 from xp_gmm_source.sources import Images, check_images
 
@@ -181,10 +181,7 @@ def _outputs(network, shape, parameters, points, block_size):
             raise ValueError(f"{type(network).__name__} has no Dense layer, so no features")
         return inputs[-1], jnp.argmax(logits, axis=1)
 
-    blocks, _ = to_blocks(points, uniform_weights(points), block_size)
-    features, predictions = jax.lax.map(of_block, blocks)
-    n = len(points)
-    return Outputs(features.reshape(-1, features.shape[-1])[:n], predictions.reshape(-1)[:n])
+    return Outputs(*map_blocks(of_block, points, block_size))
 
 
 def as_points(

@@ -12,16 +12,3 @@ from lib.augment._siamese import (
     draw,
     parse,
 )
-
-__all__ = [
-    "OPERATIONS",
-    "Augmentation",
-    "Dialect",
-    "Images",
-    "Number",
-    "Parameters",
-    "apply",
-    "augment",
-    "draw",
-    "parse",
-]

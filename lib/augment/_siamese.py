@@ -5,9 +5,9 @@ variant of Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parame
 Real and synthetic images get the same changes: draw one set of parameters, apply it to both.
 
 Pixels are in [0, 1] before a change, and may leave it after one. Images are [N, height, width,
-channels] of any size; what enters from outside of an image is 0. The order is: colour (brightness,
-saturation, contrast), geometry (flip, scale, crop, rotation), cutout. So means of colour are those
-of the image itself, and borders and holes stay 0. Each image is changed by itself alone, so that
+channels] of any size; what enters from outside of an image is 0. The order is: color (brightness,
+saturation, contrast), geometry (flip, scale, crop, rotation), cutout. So means of color are those
+of the image itself, and borders and holes stay 0. No image affects another, so that
 equal parameters change it alike in any batch.
 """
 
@@ -37,7 +37,7 @@ class Augmentation:
 
     `operations` are names among `OPERATIONS`, or "color", which stands for the last three as one.
     `dialect` says which of them are done each time:
-      "idc": flip, colour and cutout always (flip with its probability), and exactly one, drawn
+      "idc": flip, color and cutout always (flip with its probability), and exactly one, drawn
         uniformly, of those of crop, scale and rotate that are named.
       "dsa": exactly one, drawn uniformly ("color" counts once; a drawn flip has its probability).
 
@@ -162,15 +162,15 @@ def draw(key: Array, augmentation: Augmentation, num: int | None = None) -> Para
 def apply(parameters: Parameters, images: Images) -> Images:
     """The changed images. Gradients in `images` by reverse mode; parameters count as constants.
 
-    With rows i counted from an image's centre, all sampling bilinear and 0 outside:
+    With rows i counted from an image's center, all sampling bilinear and 0 outside:
       brightness:  x + brightness
-      saturation:  saturation (x - m) + m, m the mean over a pixel's channels; grey images keep x
+      saturation:  saturation (x - m) + m, m the mean over a pixel's channels; gray images keep x
       contrast:    contrast (x - m) + m, m the mean over the image
       flip:        columns j -> -j
       scale, crop: output row i samples row scale_rows i + shift, |shift| <= int(crop_share height
                    + 1/2) a whole number of pixels (columns alike): a scale over 1 shrinks
       rotate:      output (i, j) samples (i cos + j sin, j cos - i sin) of the angle
-      cutout:      0 on int(cutout_share height + 1/2) rows and so many columns, around a centre
+      cutout:      0 on int(cutout_share height + 1/2) rows and so many columns, around a center
                    uniform over the image, clipped at its edges
     `draw` never gives a scale, a crop and a rotation together, so each pixel is sampled once.
     Pixels are square: a rotation keeps angles where an image is not square.
@@ -222,15 +222,15 @@ def _geometry(parameters: Parameters, images: Images) -> Images:
     flip, scale, share = parameters.flip, parameters.scale_rows, parameters.crop_share
 
     def source(size, flip, scale, position):
-        # Counted from the centre, a flip and a scale of 1 are exact.
-        centre = (size - 1) / 2
-        rows = jnp.arange(size, dtype=float) - centre
+        # Counted from the center, a flip and a scale of 1 are exact.
+        center = (size - 1) / 2
+        rows = jnp.arange(size, dtype=float) - center
         if scale is not None:
             rows = scale * rows
         if share is not None:
             reach = jnp.floor(share * size + 0.5)
             rows = rows + _whole(position, 2 * reach + 1) - reach
-        return (rows if flip is None else jnp.where(flip, -rows, rows)) + centre
+        return (rows if flip is None else jnp.where(flip, -rows, rows)) + center
 
     if any(value is not None for value in (flip, scale, share)):
         rows = source(height, None, scale, parameters.crop_row)

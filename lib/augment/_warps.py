@@ -1,6 +1,6 @@
 """Bilinear sampling of many images at the same places, 0 outside of an image.
 
-A place is (row, column) in pixels, whole numbers being centres of pixels, which is grid_sample of
+A place is (row, column) in pixels, whole numbers being centers of pixels, which is grid_sample of
 torch with align_corners=False and zeros. A vmap gives each image its own places.
 
 Measured on 2 CPU cores for one warp of all images, forward / with the gradient, in ms, at
@@ -41,9 +41,9 @@ def sample_grid(
 @jax.custom_vjp
 def rotate(images: Images, angle: Float[Array, ""]) -> Images:
     """Output (i, j) is the image at (i cos + j sin, j cos - i sin) of the angle (radians), rows and
-    columns counted from the image's centre. Pixels are square, in images of any shape.
+    columns counted from the image's center. Pixels are square, in images of any shape.
 
-    Gradients in `images` alone, by reverse mode.
+    Gradients only in `images`, by reverse mode.
     """
     return _by_rows(partial(_sample, angle), images)
 

@@ -40,9 +40,9 @@ def cutmix(
     side = jnp.sqrt(1 - jax.random.beta(key_lambda, alpha, alpha))
 
     def within(key, size):
-        centre, half = jax.random.randint(key, (), 0, size), jnp.floor(size * side) // 2
+        center, half = jax.random.randint(key, (), 0, size), jnp.floor(size * side) // 2
         indices = jnp.arange(size)
-        return (indices >= centre - half) & (indices < centre + half)
+        return (indices >= center - half) & (indices < center + half)
 
     _, height, width, _ = images.shape
     rows, columns = within(key_row, height), within(key_column, width)

@@ -12,10 +12,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lib.flow_matching.training import Velocity
-from lib.numerics import safe_norm
+from lib.numerics import map_blocks, safe_norm
 
 Method = Literal["euler", "heun"]
-FIRST_STEP = 0.01  # of the adaptive solvers
 NumSteps = int | Int[Array, ""]
 EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2}
 
@@ -87,77 +86,7 @@ def integrate(
     if isinstance(num_steps, int) and (num_steps < 1 or left):
         raise ValueError(f"{num_evaluations} evaluations are no whole number of {method} steps")
     solve = euler if method == "euler" else heun
-    blocks = _blocks(x0, block_size)
-    x1 = lax.map(lambda block: solve(velocity, block, num_steps), blocks)
-    return x1.reshape(-1, x0.shape[1])[: len(x0)]
-
-
-def _blocks(x0, block_size):
-    """[blocks, size, d], equal sizes of at most `block_size`; the last row fills the last block."""
-    if block_size < 1 or not len(x0):
-        raise ValueError(f"{len(x0)} points in blocks of {block_size}: both must be at least 1")
-    count = -(-len(x0) // block_size)
-    size = -(-len(x0) // count)
-    padded = jnp.pad(x0, ((0, count * size - len(x0)), (0, 0)), mode="edge")
-    return padded.reshape(count, size, -1)
-
-
-# Adaptive steps
-
-
-class AdaptiveResult(NamedTuple):
-    """x(1) [n, d], and evaluations of the velocity for each block of points [blocks]."""
-
-    points: Float[Array, "n d"]
-    num_evaluations: Int[Array, " blocks"]
-
-
-def integrate_adaptive(
-    velocity: Velocity,
-    x0: Float[Array, "n d"],
-    *,
-    tolerance: float = 1e-5,
-    solver: Literal["tsit5", "dopri5"] = "tsit5",
-    block_size: int = 500,
-    max_steps: int = 4096,
-) -> AdaptiveResult:
-    """x(1) by an explicit Runge-Kutta pair of order 5(4) with step size control (diffrax).
-
-    The points of a block share their steps. `tolerance` is both the absolute and the relative one
-    of the error of a step, a root mean square over the block. Rejected steps count as evaluations.
-    Where `max_steps` do not suffice, points are NaN.
-    """
-    import diffrax
-
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
-    if solver not in ("tsit5", "dopri5"):
-        raise ValueError(f'solver is "tsit5" or "dopri5", got {solver!r}')
-    method = diffrax.Tsit5() if solver == "tsit5" else diffrax.Dopri5()
-    term = diffrax.ODETerm(lambda t, x, _: _at(velocity, x, t))
-
-    # As Python numbers they would be float64 where that is on, and make the points so.
-    t0, t1, dt0 = (jnp.asarray(time, x0.dtype) for time in (0, 1, FIRST_STEP))
-
-    def solve(block):
-        solution = diffrax.diffeqsolve(
-            term,
-            method,
-            t0=t0,
-            t1=t1,
-            dt0=dt0,
-            y0=block,
-            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
-            max_steps=max_steps,
-            throw=False,
-        )
-        solved = solution.result == diffrax.RESULTS.successful
-        # Seven stages, of which the first is the last of the step before.
-        evaluations = 1 + 6 * solution.stats["num_steps"]
-        return jnp.where(solved, solution.ys[0], jnp.nan), evaluations
-
-    points, num_evaluations = lax.map(solve, _blocks(x0, block_size))
-    return AdaptiveResult(points.reshape(-1, x0.shape[1])[: len(x0)], num_evaluations)
+    return map_blocks(lambda rows: solve(velocity, rows, num_steps), x0, block_size)
 
 
 # Straightness

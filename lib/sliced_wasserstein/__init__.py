@@ -7,7 +7,6 @@ from lib.sliced_wasserstein._distances import (
     orthogonal_directions,
     pairwise_cost,
     percentile_coupling,
-    percentile_sliced_wasserstein_power,
     project,
     random_directions,
     self_pairwise_cost,
@@ -16,21 +15,3 @@ from lib.sliced_wasserstein._distances import (
     sum_over_directions,
 )
 from lib.sliced_wasserstein._sorting import sort_columns, sort_with_permutation
-
-__all__ = [
-    "Coupling",
-    "check_order",
-    "exact_coupling",
-    "orthogonal_directions",
-    "pairwise_cost",
-    "percentile_coupling",
-    "percentile_sliced_wasserstein_power",
-    "project",
-    "random_directions",
-    "self_pairwise_cost",
-    "sliced_wasserstein",
-    "sliced_wasserstein_power",
-    "sort_columns",
-    "sort_with_permutation",
-    "sum_over_directions",
-]

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lib import devices
-from lib.numerics import PRNGKey, as_sample, product, safe_sqrt
+from lib.numerics import PRNGKey, as_sample, orthonormal_rows, product, safe_sqrt
 from lib.sliced_wasserstein._sorting import sort_columns, sort_with_permutation
 
 # Directions
@@ -40,15 +40,12 @@ def orthogonal_directions(
 ) -> Float[Array, "L d"]:
     """Directions in blocks of d orthonormal ones, each block uniform (Haar) and drawn on its own.
 
-    Each direction alone is uniform on the sphere, so averages over them stay unbiased; within a
+    Each direction by itself is uniform on the sphere, so averages over them stay unbiased; within a
     block they repel each other, which lowers the variance (Rowland et al., 2019).
     """
     blocks = -(-num_directions // dimension)
     normal = jax.random.normal(key, (blocks, dimension, dimension), dtype)
-    q, r = jnp.linalg.qr(normal)
-    # Householder signs are not uniform: multiplying by those of R's diagonal makes q Haar.
-    q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]
-    return jnp.swapaxes(q, 1, 2).reshape(-1, dimension)[:num_directions]
+    return orthonormal_rows(normal)[:num_directions]
 
 
 # Couplings on the line
@@ -78,7 +75,7 @@ def exact_coupling(n: int, m: int) -> Coupling:
     """The optimal coupling of n with m sorted points of equal weight: K = n + m - gcd(n, m) pairs.
 
     The levels i/n and j/m cut (0, 1) into intervals on which both quantile functions are constant.
-    Worked out in integers, so it is exact; it depends on n and m alone.
+    Worked out in integers, so it is exact; it depends only on n and m.
     """
     levels = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
     starts = np.concatenate([[0], levels[:-1]])
@@ -393,18 +390,3 @@ def sliced_wasserstein(
         block_size=block_size,
     )
     return power if p == 1 else safe_sqrt(power)
-
-
-def percentile_sliced_wasserstein_power(
-    key: PRNGKey,
-    x: Float[Array, "n d"],
-    y: Float[Array, "m d"],
-    directions: Float[Array, "L d"],
-    *,
-    p: int = 2,
-    num_levels: int = 100,
-) -> Float[Array, ""]:
-    """SW_p^p in the published percentile form: `num_levels` uniform levels a direction, drawn by
-    key. See `percentile_coupling` for its bias."""
-    levels = jax.random.uniform(key, (directions.shape[0], num_levels), x.dtype)
-    return sliced_wasserstein_power(x, y, directions, p=p, coupling=percentile_coupling(levels))

@@ -1,7 +1,7 @@
 """Sorting the columns of many small matrices: the inner loop of every sliced-Wasserstein distance.
 
 XLA's CPU sort runs one comparison at a time (about 0.17 µs a value, measured at n = 500). Here a
-bitonic network (Batcher, 1968) compares whole rows at once, so every stage is a vectorised minimum
+bitonic network (Batcher, 1968) compares whole rows at once, so every stage is a vectorized minimum
 and maximum: 10 to 25 times faster at n = 50 to 2,000, 5 to 15 times at 4,000 to a million. Other
 platforms, and columns too long for a network, use `jax.lax.sort`. Arrays are `[..., n, m]`; each of
 the m columns is sorted by itself.
@@ -165,7 +165,7 @@ def sort_columns(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch n m"]:
     """Columns of x in ascending order (axis -2), differentiable in both modes.
 
     The derivative is the permutation that sorts; at ties it is one of the valid ones. Reverse mode
-    keeps the permutation alone: n m integers, whatever the length of the network.
+    keeps only the permutation: n m integers, whatever the length of the network.
     """
     return _sort(x, with_permutation=False)[0]
 

@@ -27,7 +27,6 @@ from lib.kernels import (
     kernel_mean,
     kernel_mean_and_largest,
     laplace,
-    linear,
     median_bandwidth,
     mixture,
     polynomial,
@@ -36,8 +35,8 @@ from lib.kernels import (
 )
 from lib.mmd import mmd_squared, mmd_squared_unbiased
 from lib.numerics import (
-    as_sample,
     at_least_float32,
+    map_blocks,
     pairwise_sum,
     plain_number,
     safe_norm,
@@ -45,7 +44,6 @@ from lib.numerics import (
     to_blocks,
     uniform_weights,
 )
-from lib.two_sample import permutations, two_sample_test
 
 pytestmark = pytest.mark.usefixtures("x64")
 many = settings(max_examples=25, deadline=None)
@@ -149,27 +147,6 @@ def test_kernels_and_their_gradients(case):
         assert np.isfinite(float(slope)), name
 
 
-@jax.jit
-def inner_products_of_all(x, y, scale):
-    kernels = linear(), *(polynomial(p, offset=0.5, scale=scale) for p in (1, 2, 5))
-    return [kernel(x, y) for kernel in kernels]
-
-
-@few
-@given(clouds())
-def test_linear_and_polynomial(case):
-    x, y, *_ = case.in_float64()
-    d = x.shape[1]
-    scale = float(case.x.dtype.type(1 / max(1e-15, (x * x).sum(1).max(), (y * y).sum(1).max())))
-    found = inner_products_of_all(case.x, case.y, scale)
-    inner = np.array([[sum(a * b for a, b in zip(p, q)) for q in y] for p in x])
-    size = np.abs(x) @ np.abs(y).T
-    assert_within(found[0], inner, (d + 2) * case.eps * size + case.tiny, case.x.dtype)
-    for degree, gram in zip((1, 2, 5), found[1:]):
-        error = degree * (d + 6) * case.eps * (scale * size + 0.5) ** degree
-        assert_within(gram, (scale * inner + 0.5) ** degree, error, case.x.dtype)
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("number", [1, 1.0, np.float64(1), np.float32(1)])
 def test_plain_numbers_do_not_promote(dtype, number):
@@ -248,21 +225,6 @@ def test_sums_over_gram_matrices(case):
         assert_within(found["unbiased"], expected, error / share + 2 * rounding / share**2, dtype)
 
 
-@few
-@given(clouds(shapes=[(5, 7, 9)]))
-def test_weights_may_split_a_point(case):
-    case.x[-1], case.x_weights[-2:] = case.x[-2], (0.25, 0.5)
-    whole = case._replace(x_weights=case.x_weights.copy())
-    whole.x_weights[-2:] = 0.75, 0
-    apart, joined = sums_of(case), sums_of(whole)
-    w, v = (weights.astype(float).sum() for weights in (case.x_weights, case.y_weights))
-    # In all n + m additions of terms of at most 1, but for the weights.
-    rounding = 4 * (len(case.x) + len(case.y) + 4) * case.eps
-    assert_within(apart["mean"], joined["mean"], rounding * w * v)
-    assert_within(apart["within"], joined["within"], rounding * w * w)
-    assert_within(apart["mmd"][0], joined["mmd"][0], 4 * rounding)
-
-
 @jax.jit
 def roots_and_sums(x):
     roots = jax.vmap(jax.value_and_grad(safe_sqrt))(x.reshape(-1))
@@ -300,6 +262,9 @@ def test_roots_sums_and_blocks(seed, dtype, exponent, shape):
     assert (np.asarray(rows[shape[0] :]) == values[-1]).all()
     np.testing.assert_array_equal(block_weights.reshape(-1)[: shape[0]], weights)
     assert not block_weights.reshape(-1)[shape[0] :].any()
+    rows, doubled = map_blocks(lambda rows: (rows, 2 * rows[:, 0]), x, block_size)
+    np.testing.assert_array_equal(rows, values)
+    np.testing.assert_array_equal(doubled, 2 * values[:, 0])
     assert at_least_float32(x).dtype == dtype
     assert at_least_float32(x.astype(jnp.float16)).dtype == np.float32
     assert_within(uniform_weights(x), np.full(shape[0], 1 / shape[0]), eps, dtype)
@@ -329,58 +294,6 @@ def test_median_bandwidth(case):
     powers = 2.0 ** np.arange(-2, 3)
     assert_within(grid, powers * float(median), 2 * case.eps * powers * expected, case.x.dtype)
     assert some == 1 or lengths.min() - bound <= some <= lengths.max() + bound
-
-
-@few
-@given(clouds(), st.sampled_from([np.nan, np.inf, -np.inf]), st.booleans())
-def test_samples_are_checked(case, bad, among_weights):
-    x, _, weights, _ = case.on_device()
-    as_sample("x", x, weights)
-    as_sample("x", x)
-    row = case.seed % len(x)
-    if among_weights:
-        with pytest.raises(ValueError, match="x_weights is not finite"):
-            as_sample("x", x, weights.at[row].set(bad))
-        with pytest.raises(ValueError, match="x_weights must be >= 0"):
-            as_sample("x", x, weights.at[row].set(-1e-6))
-        with pytest.raises(ValueError, match="with a positive sum"):
-            as_sample("x", x, 0 * weights)
-    else:
-        with pytest.raises(ValueError, match=f"x is not finite in row {row}"):
-            as_sample("x", x.at[row, -1].set(bad), weights)
-
-
-@jax.jit
-def two_samples(key, x, y, bandwidth):
-    kernels = [laplace(bandwidth), riesz()]
-    rows = permutations(key, 19, len(x) + len(y))
-    # The same permutations either way.
-    options = {"num_permutations": 19} if len(x) == 1 else {"relabellings": rows, "block_size": 3}
-    return rows, two_sample_test(key, x, y, kernels, **options)
-
-
-@few
-@given(clouds(shapes=list(BLOCK_SIZES)))
-def test_two_sample_tests(case):
-    x, y, *_ = case.in_float64()
-    rows, result = two_samples(jax.random.key(case.seed), case.x, case.y, case.bandwidth)
-    size = len(x) + len(y)
-    assert (np.sort(rows, axis=1) == np.arange(size)).all()
-    signs = np.repeat([1 / len(x), -1 / len(y)], [len(x), len(y)])
-    pooled = np.concatenate([x, y])
-    for k, name in enumerate(("laplace", "riesz")):
-        _, _, gram, error, *_ = reference(case, name, pooled, pooled)
-        error = error + 4 * (size + 8) * case.eps * np.abs(gram)
-        signed = np.concatenate([signs[None], signs[np.asarray(rows)]])
-        statistics = np.array([s @ gram @ s for s in signed])
-        away = max(np.abs(s) @ error @ np.abs(s) for s in signed)
-        # Where statistics differ by rounding alone, either rank will do.
-        least, most = (np.mean(statistics >= statistics[0] + d) for d in (2 * away, -2 * away))
-        assert_within(result.statistics[k], statistics[0], away, case.x.dtype)
-        assert least - case.eps <= result.kernel_p_values[k] <= most + case.eps
-    assert_finite(result, case.x.dtype)
-    smallest = float(result.kernel_p_values.min())
-    assert smallest <= result.p_value <= min(1, 2 * smallest) + case.eps
 
 
 def test_unbiased_needs_two_points_of_positive_weight():

@@ -4,14 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis.extra import numpy as hnp
-from scipy.stats import norm
 
 from lib.sliced_wasserstein import _sorting as sorting
 from lib.sliced_wasserstein import sort_columns, sort_with_permutation
 
-SIZES = (1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 80, 100)
+SIZES = (1, 2, 3, 7, 8, 17, 100)
 
 
 def hard_columns(n, dtype=np.float32):
@@ -47,18 +44,6 @@ def test_network_sorts_every_kind_of_column(n):
     check_sorted(x, *sort_with_permutation(x))
 
 
-@pytest.mark.parametrize("n", [1, 7, 33])
-def test_values_alone_are_those_with_the_permutation(n):
-    x = hard_columns(n)
-    np.testing.assert_array_equal(sort_columns(x), np.sort(x, axis=-2))
-
-
-@settings(max_examples=200, deadline=None)
-@given(hnp.arrays(np.float32, (2, 9, 4), elements={"allow_nan": False, "allow_subnormal": False}))
-def test_network_sorts_whatever_hypothesis_finds(x):
-    check_sorted(x, *sort_with_permutation(x))
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("n", [5, 16])
 def test_float64_stays_float64(n):
@@ -77,23 +62,6 @@ def test_long_columns_take_the_platform_sort(monkeypatch):
     np.testing.assert_array_equal(sort_columns(x), np.sort(x, axis=-2))
 
 
-def test_longest_network_is_a_bound_that_holds(monkeypatch):
-    """Each side of the bound takes its own path."""
-    calls = []
-    for name in ("_by_network", "_by_xla"):
-        path = getattr(sorting, name)
-        monkeypatch.setattr(
-            sorting, name, lambda *a, path=path, name=name: (calls.append(name), path(*a))[1]
-        )
-    monkeypatch.setattr(sorting, "LONGEST_NETWORK", 8)
-    x = hard_columns(9)
-    check_sorted(x, *sorting._sort(jnp.asarray(x), with_permutation=True))
-    assert calls == ["_by_xla"]
-    x = hard_columns(8)
-    check_sorted(x, *sorting._sort(jnp.asarray(x), with_permutation=True))
-    assert "_by_network" in calls
-
-
 @pytest.mark.parametrize("most", [1, 60, 100, 10**6])
 def test_wide_matrices_are_cut_into_columns(monkeypatch, most):
     monkeypatch.setattr(sorting, "MOST_VALUES_A_PASS", most)
@@ -105,14 +73,6 @@ def test_wide_matrices_are_cut_into_columns(monkeypatch, most):
 def test_columns_of_thousands():
     x = hard_columns(4097)
     check_sorted(x, *sort_with_permutation(x))
-
-
-def test_platform_sort_and_network_agree():
-    x = jnp.asarray(hard_columns(33))
-    values, permutation = sorting._by_xla(x, True)
-    check_sorted(np.asarray(x), values, permutation)
-    np.testing.assert_array_equal(sorting._by_xla(x, False)[0], values)
-    np.testing.assert_array_equal(sort_with_permutation(x)[0], values)
 
 
 def test_nan_stays_in_its_column():
@@ -127,12 +87,6 @@ def test_nan_stays_in_its_column():
             expected = np.sort(x[b, :, column])
             np.testing.assert_array_equal(values[b, :, column], expected)
     np.testing.assert_array_equal(np.take_along_axis(x, permutation, axis=1), packed)
-
-
-@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4), (2, 1, 5, 4)])
-def test_any_number_of_leading_axes(shape):
-    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    check_sorted(x, *sort_with_permutation(x))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
@@ -186,38 +140,8 @@ def test_derivatives_of_the_values_with_their_permutation():
     np.testing.assert_array_equal(pull_back(cotangent)[0], back)
 
 
-def test_derivatives_of_the_platform_sort(monkeypatch):
-    monkeypatch.setattr(sorting, "_by_network", None)
-    monkeypatch.setattr(sorting, "LONGEST_NETWORK", 36)
-    n = 37  # compiled nowhere else
-    rng = np.random.default_rng(4)
-    x, cotangent = (rng.standard_normal((n, 2)).astype(np.float32) for _ in range(2))
-    back = np.zeros_like(x)
-    np.put_along_axis(back, np.argsort(x, axis=0), cotangent, axis=0)
-    np.testing.assert_array_equal(jax.vjp(sort_columns, x)[1](cotangent)[0], back)
-
-
 def test_derivative_at_ties_is_that_of_a_permutation():
     x = np.zeros((2, 5, 4), np.float32)
     cotangent = np.random.default_rng(5).standard_normal(x.shape).astype(np.float32)
     back = np.asarray(jax.vjp(sort_columns, x)[1](cotangent)[0])
     np.testing.assert_array_equal(np.sort(back, axis=1), np.sort(cotangent, axis=1))
-
-
-def test_second_derivative_is_that_of_what_surrounds_the_sort():
-    """f(x) = sum_i c_i sorted(x)_i^3 has Hessian diag(6 c_rank(i) x_i)."""
-    x = np.random.default_rng(6).standard_normal((5, 1)).astype(np.float32)
-    weights = jnp.arange(5.0)[:, None]
-    hessian = jax.hessian(lambda x: jnp.sum(weights * sort_columns(x) ** 3))(x)
-    ranks = np.argsort(np.argsort(x[:, 0]))
-    expected = np.diag(6 * ranks * x[:, 0])
-    np.testing.assert_allclose(hessian[:, 0, :, 0], expected, rtol=1e-6)
-
-
-def test_a_long_network_keeps_gaussian_order_statistics():
-    """One wide case, in the shape of a flow's step: the median of n normals tends to 0."""
-    x = np.random.default_rng(7).standard_normal((2, 500, 64)).astype(np.float32)
-    values = np.asarray(sort_columns(x))
-    np.testing.assert_array_equal(values, np.sort(x, axis=1))
-    levels = norm.ppf((np.arange(500) + 0.5) / 500)
-    assert np.abs(values.mean(axis=(0, 2)) - levels)[25:-25].max() < 0.05
