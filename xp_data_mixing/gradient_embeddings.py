@@ -41,6 +41,7 @@ import numpy as np
 import optax
 import tyro
 from jax import lax
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float32, Int, Key, PyTree, ScalarLike
 
@@ -304,7 +305,7 @@ def projected_batches(
         yield project(images_and_labels(dataset, indices[i : i + BATCH_SIZE]))
 
 
-def main(arguments: Arguments) -> Path:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Trains the network, writes the files, prints their paths and shapes, and returns the path of
     embeddings.json, which holds them with the target's true mixture."""
     for option in ("dimension", "num_target", "hidden", "num_epochs"):

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib.numerics import check_seed
 from lib.rows import check_same_width
@@ -131,9 +132,14 @@ class MMDDataMixer:
         return dict(zip(train_paths, self.mix(train_paths, val_paths).weights.tolist()))
 
     def mix(
-        self, train_paths: Sequence[str | Path], val_paths: Sequence[str | Path]
+        self,
+        train_paths: Sequence[str | Path],
+        val_paths: Sequence[str | Path],
+        *,
+        devices: Sequence[jax.Device] | None = None,
     ) -> MixingResult:
-        """The weights with all that is known of them, in the order of `train_paths`.
+        """The weights with all that is known of them, in the order of `train_paths`; `devices` of
+        this process share its rows.
 
         Raises FileNotFoundError, or ValueError naming the file: no path, the same file twice, what
         `lib.rows.files.open_rows` refuses, unequal widths, NaN or infinity; and where no weights
@@ -173,7 +179,7 @@ class MMDDataMixer:
                 bootstrap=Bootstrap(self.bootstrap, self.confidence, self.num_blocks),
                 solver=self.solver,
                 chunk_size=self.chunk_size,
-                devices=processes.own_devices(),
+                devices=devices,
                 on_rows=advance,
             )
         logger.debug(
@@ -253,7 +259,7 @@ class Arguments(DeviceOptions, MMDDataMixer):
     experiment_name: str = "mmd_data_mixing"
 
 
-def main(arguments: Arguments) -> MixingResult:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> MixingResult:
     """Prints the weights, writes what is asked for."""
     suffixes = (".html", ".png", ".pdf", ".svg")
     if arguments.report is not None and arguments.report.suffix not in suffixes:
@@ -261,7 +267,8 @@ def main(arguments: Arguments) -> MixingResult:
     kind = MMDDataMixerRBF if arguments.exact else MMDDataMixer
     options = {field.name: getattr(arguments, field.name) for field in fields(MMDDataMixer)}
     mixer = kind(**options)
-    result = mixer.mix(arguments.train_paths, arguments.val_paths)
+    devices = processes.own_devices(mesh)
+    result = mixer.mix(arguments.train_paths, arguments.val_paths, devices=devices)
     document = reports.document(
         result,
         open_files(arguments.train_paths, arguments.val_paths),

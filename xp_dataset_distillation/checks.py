@@ -19,10 +19,10 @@ import numpy as np
 import tyro
 from tyro.conf import subcommand
 
-from lib import datasets, runs
+from lib import datasets
 from lib.report.spreads import spread
+from lib.report.tables import Table, write_summary
 from lib.runs.commands import run_command
-from lib.runs.files import write_bytes, write_json
 from lib.runs.processes import DeviceOptions
 from xp_dataset_distillation import condense, losses, moments
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, KernelName, Start
@@ -36,22 +36,16 @@ KERNELS = ("linear", "polynomial", "gaussian", "energy", "rff")
 def written(
     name: str, measured: dict, arguments: "Mmd | Moments", *, says: str, heads: list[str], form: str
 ) -> Path:
-    """Prints what a check measured as a table under `heads`, writes both, and returns the file.
+    """Writes and prints what a check measured as a table under `heads`; returns the file.
 
     `says` is what stands in the table; its numbers are means, in the format `form`."""
     (rows,) = measured.values()
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for label, row in rows.items():
-        cells = [format(np.mean(row[head]), form) for head in heads[1:]]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    table = "\n".join(lines)
-    print(table)
+    lines = [
+        [label, *(format(np.mean(row[head]), form) for head in heads[1:])]
+        for label, row in rows.items()
+    ]
     path = arguments.results / EXPERIMENT / f"{name}.json"
-    about = {"arguments": arguments, "environment": runs.environment()}
-    write_json(path, {**about, **measured})
-    write_bytes(path.with_suffix(".md"), f"{says}\n\n{table}\n".encode())
-    print(f"numbers: {path}")
-    return path
+    return write_summary(path, {"arguments": arguments, **measured}, [Table(heads, lines, says)])
 
 
 # ---- Known moments

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib import runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.numerics import key_of_seed
-from lib.runs import processes
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
@@ -92,6 +92,7 @@ def condense(
     results: Path,
     data_root: Path | None = None,
     show_progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> runs.Run:
     """Condenses unless it is done. The folder holds arrays images [classes, n, H, W, c] in [0, 1],
     snapshots [.., classes, n, H, W, c] uint8 at `steps`, losses [num_steps], seconds; and the
@@ -110,7 +111,7 @@ def condense(
     losses, particles = wasserstein_gradient_descent(
         jnp.asarray(x0).reshape(*x0.shape[:2], -1),
         Target(real, jax.random.key_data(keys.networks)),
-        objective(dataclasses.replace(config, real_batch=batch), setting, processes.current()),
+        objective(dataclasses.replace(config, real_batch=batch), setting, mesh),
         keys.steps,
         n_epochs=config.num_steps,
         optimizer=optimizer(*step_of(config, setting)),
@@ -119,7 +120,7 @@ def condense(
         run=run,
         show_progress=show_progress,
         description=name,
-        mesh=processes.current(),
+        mesh=mesh,
     )
     seconds = time.perf_counter() - began
     snapshots = particles.reshape(-1, *x0.shape)
@@ -160,11 +161,15 @@ class Arguments(DeviceOptions, CondenseConfig):
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
 
 
-def main(arguments: Arguments) -> Path:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Condenses, exports, draws; returns the folder of the exported set."""
     config = settings_of(CondenseConfig, arguments)
     run = condense(
-        config, seed=arguments.seed, results=arguments.results, data_root=arguments.data_root
+        config,
+        seed=arguments.seed,
+        results=arguments.results,
+        data_root=arguments.data_root,
+        mesh=mesh,
     )
     folder, seconds = run.folder / "condensed", float(run.load_arrays()["seconds"])
     for figure in plot.run_figures(run, run.folder / "condensed.png", run.folder / "along.png"):

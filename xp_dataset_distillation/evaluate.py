@@ -14,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib import datasets, runs
 from lib.runs.commands import run_command
@@ -45,7 +46,7 @@ class Arguments(DeviceOptions):
         check_sizes(self, "num_networks")
 
 
-def main(arguments: Arguments) -> dict[str, np.ndarray]:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> dict[str, np.ndarray]:
     """Prints the accuracies and returns them by evaluator, [num_networks] each."""
     names = chosen(arguments.evaluators, EVALUATORS, kind="evaluator")
     condensed = export.load(arguments.folder)
@@ -84,6 +85,7 @@ def main(arguments: Arguments) -> dict[str, np.ndarray]:
             num_networks=arguments.num_networks,
             seed=arguments.seed,
             results=arguments.results,
+            mesh=mesh,
         )["accuracies"]
         percent = 100 * np.mean(accuracies[name])
         print(f"{name}: {percent:.1f}% of the test split, {arguments.num_networks} classifiers")

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from lib import augment, datasets, runs
 from lib.augment.cutmix import cutmix
 from lib.networks import classification, convolution, network_by_name, optimizers
 from lib.numerics import key_of_seed
-from lib.runs import processes
 from xp_dataset_distillation.config import EXPERIMENT, Evaluator
 from xp_dataset_distillation.real_data import Setting
 
@@ -112,6 +112,7 @@ def accuracies(
     run: runs.Run | None = None,
     show_progress: bool = True,
     description: str = "training",
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Shares of right labels of `num_networks` classifiers, [num_networks]."""
     network = network_by_name(
@@ -139,7 +140,7 @@ def accuracies(
         run=run,
         show_progress=show_progress,
         description=description,
-        mesh=processes.current(),
+        mesh=mesh,
     )
     images = setting.normalized(jnp.asarray(test.images, jnp.float32) / 255)
     labels = jnp.asarray(test.labels)
@@ -158,6 +159,7 @@ def stored_accuracies(
     seed: int,
     results: Path,
     show_progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
     """`accuracies` on what `read` returns, with num_images and num_epochs, in a run's folder; read
     back if done before, and resumed where interrupted. `known_by` tells the sets from others."""
@@ -176,6 +178,7 @@ def stored_accuracies(
                 run=run,
                 show_progress=show_progress,
                 description=name,
+                mesh=mesh,
             ),
             num_images=np.asarray(len(training.images)),
             num_epochs=np.asarray(evaluator.num_epochs),

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
-from lib import datasets, runs
+from lib import datasets
+from lib.report.tables import write_summary
 from lib.runs import settings
 from lib.runs.commands import run_command
-from lib.runs.files import write_bytes, write_json
 from lib.runs.processes import DeviceOptions
 from xp_dataset_distillation import baselines, plot, tables
 from xp_dataset_distillation.condense import condense
@@ -97,12 +98,12 @@ def changed(method: Method, arguments: Arguments) -> Method:
 
 
 def training_set(
-    method: Method, real: RealData, *, seed: int, results: Path, data_root: Path | None
+    method: Method, real: RealData, *, seed: int, mesh: Mesh | None = None, **where: Any
 ) -> TrainingSet:
     """What classifiers of the method are trained on: its condensed images, decoded, or its training
     images."""
     if isinstance(method, CondenseConfig):
-        run = condense(method, seed=seed, results=results, data_root=data_root)
+        run = condense(method, seed=seed, mesh=mesh, **where)
         return labelled(np.asarray(decode(jnp.asarray(run.load_arrays()["images"]), method.factor)))
     if is_whole(method):
         return TrainingSet(np.asarray(real.images, np.float32) / 255, real.labels)
@@ -137,6 +138,7 @@ def evaluate(
     results: Path,
     data_root: Path | None = None,
     show_progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
     """Accuracies [num_networks] of the classifiers trained on one set, that of `seed`; stored, and
     read back if done before; interrupted, it resumes."""
@@ -149,7 +151,9 @@ def evaluate(
     def read():
         real, held_out = training_images(method, data_root)
         test = evaluation_set(method, real, held_out, data_root)
-        training = training_set(method, real, seed=seed, results=results, data_root=data_root)
+        training = training_set(
+            method, real, seed=seed, mesh=mesh, results=results, data_root=data_root
+        )
         return training, test, setting_of(method, real)
 
     return stored_accuracies(
@@ -161,10 +165,11 @@ def evaluate(
         seed=seed,
         results=results,
         show_progress=show_progress,
+        mesh=mesh,
     )
 
 
-def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:
+def run_group(name: str, group: Comparison, arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Condenses and evaluates; returns the summary: a row for each method, number of images and
     evaluation, with accuracies [seeds, classifiers]."""
     where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
@@ -174,7 +179,7 @@ def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:
         for number in group.images_per_class:
             for label, method in group.at(number).items():
                 for evaluator, evaluation in group.evaluations.items():
-                    stored = evaluate(method, evaluation, seed=seed, **where)
+                    stored = evaluate(method, evaluation, seed=seed, mesh=mesh, **where)
                     row = row_of(label, method, evaluator)
                     key = (row["label"], row["images_per_class"], evaluator)
                     row = rows.setdefault(key, row | {"settings": method, "evaluation": evaluation})
@@ -187,18 +192,15 @@ def run_group(name: str, group: Comparison, arguments: Arguments) -> Path:
     file_name = f"{name}_{arguments.preset}" + ("_held_out" if arguments.held_out else "")
     if arguments.dataset is not None:
         file_name += f"_{datasets.file_stem(arguments.dataset, data_root=arguments.data_root)}"
-    summary = arguments.results / EXPERIMENT / f"{file_name}.json"
-    about = {"group": name, "seeds": arguments.seeds, "environment": runs.environment()}
-    about["evaluated_on"] = "held-out training images" if arguments.held_out else "the test split"
-    write_json(summary, {**about, "rows": listed})
-    page = tables.page({**about, "rows": listed})
-    write_bytes(summary.with_suffix(".md"), page.encode())
-    print(tables.markdown(listed))
-    print(f"numbers: {summary}")
-    print(f"figure:  {plot.summary_figure(summary)}")
-    for figure in image_figures(group, summary, arguments):
-        print(f"figure:  {figure}")
-    return summary
+    path = arguments.results / EXPERIMENT / f"{file_name}.json"
+    summary = {"group": name, "seeds": arguments.seeds, "rows": listed}
+    summary["evaluated_on"] = "held-out training images" if arguments.held_out else "the test split"
+    return write_summary(
+        path,
+        summary,
+        tables.tables(summary),
+        figures=lambda path: [plot.summary_figure(path), *image_figures(group, path, arguments)],
+    )
 
 
 def row_of(label: str, method: Method, evaluator: str) -> dict[str, Any]:
@@ -221,12 +223,12 @@ def image_figures(group: Comparison, summary: Path, arguments: Arguments) -> lis
     return saved
 
 
-def main(arguments: Arguments) -> list[Path]:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs the groups; returns their summaries."""
     summaries = []
     for name, group in chosen(arguments).items():
         print(f"{name}: {len(group.methods)} methods x {len(arguments.seeds)} seeds", flush=True)
-        summaries.append(run_group(name, group, arguments))
+        summaries.append(run_group(name, group, arguments, mesh))
     return summaries
 
 

@@ -1,10 +1,12 @@
 """Tables of accuracies, from stored summaries only."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lib.report.spreads import mean_and_spread
+from lib.report.tables import Table
 
 
 def percent(accuracies: Any) -> np.ndarray:
@@ -44,39 +46,31 @@ def relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return compared
 
 
-def page(document: dict[str, Any]) -> str:
-    """Markdown: the tables of a summary's content and what stands in them."""
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """For each evaluator one table: a row per method, accuracies by images per class."""
     of = "classifiers"
-    if len(document["seeds"]) > 1:
+    if len(summary["seeds"]) > 1:
         of = "sets (of the means over their classifiers)"
-    words = f"Accuracy in percent on {document['evaluated_on']}, mean ± sample standard deviation"
-    words += f" over {of}."
-    return f"{words}\n\n{markdown(document['rows'])}\n"
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """For each evaluator one table: a line per method, accuracies by images per class."""
-    parts = []
-    for evaluator in dict.fromkeys(row["evaluator"] for row in rows):
-        these = [row for row in relative(rows) if row["evaluator"] == evaluator]
+    caption = f"Accuracy in percent on {summary['evaluated_on']}, mean ± sample standard deviation"
+    compared, made = relative(summary["rows"]), []
+    for evaluator in dict.fromkeys(row["evaluator"] for row in compared):
+        these = [row for row in compared if row["evaluator"] == evaluator]
         numbers = sorted({row["images_per_class"] for row in these if row["images_per_class"]})
-        heads = [f"{number} per class" for number in numbers]
-        lines = [
-            f"| {evaluator} | {' | '.join(heads)} | over Random | of the whole set |",
-            f"|---|{'---|' * (len(heads) + 2)}",
-        ]
+        lines = []
         for label in dict.fromkeys(row["label"] for row in these):
             by_number = {row["images_per_class"]: row for row in these if row["label"] == label}
             if None in by_number:
                 cells = [cell(by_number[None]["accuracies"])] + [""] * (len(numbers) - 1)
-                lines.append(f"| {label} | {' | '.join(cells)} | | 100% |")
+                lines.append([label, *cells, "", "100%"])
                 continue
             cells = [cell(by_number[n]["accuracies"]) if n in by_number else "" for n in numbers]
             over = _joined(by_number, numbers, "over_random", "{:+.1f}")
             share = _joined(by_number, numbers, "share_of_whole", "{:.0f}%")
-            lines.append(f"| {label} | {' | '.join(cells)} | {over} | {share} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+            lines.append([label, *cells, over, share])
+        heads = [evaluator, *(f"{number} per class" for number in numbers)]
+        heads += ["over Random", "of the whole set"]
+        made.append(Table(heads, lines, f"{caption} over {of}."))
+    return made
 
 
 def _joined(by_number, numbers, name, form) -> str:

@@ -3,8 +3,6 @@
 With several processes (`jax.distributed`) each runs the same command, takes part in every step, and
 reads what its own devices need; only the first writes files (`lib.runs.files`) and shows
 progress. The folder of results is one that all of them see.
-
-`current()` is the mesh of the running command, only for commands: in `lib` a mesh is an argument.
 """
 
 import contextlib
@@ -143,29 +141,16 @@ def missing_platforms() -> str | None:
     )
 
 
-_CURRENT: list[Mesh] = []
-
-
-def current_devices() -> tuple[jax.Device, ...] | None:
-    """The devices of `current()`, for what takes a list of them."""
-    mesh = current()
-    return tuple(mesh.devices.flat) if mesh else None
-
-
-def own_devices() -> tuple[jax.Device, ...] | None:
-    """Those of `current_devices()` that are this process's."""
-    devices = current_devices()
-    return devices and tuple(d for d in devices if d.process_index == jax.process_index())
-
-
-def current() -> Mesh | None:
-    """The mesh of the running command; None for one device."""
-    return _CURRENT[-1] if _CURRENT else None
+def own_devices(mesh: Mesh | None) -> tuple[jax.Device, ...] | None:
+    """This process's devices of a mesh."""
+    if mesh is None:
+        return None
+    return tuple(d for d in mesh.devices.flat if d.process_index == jax.process_index())
 
 
 @contextlib.contextmanager
 def started(options: DeviceOptions) -> Iterator[Mesh | None]:
-    """Connects the processes, if there are several, and makes their mesh the current one.
+    """Connects the processes, if there are several, and yields their mesh, None for one device.
 
     To be entered before anything asks JAX for a device. In processes but the first, what is printed
     goes nowhere. Raises ValueError on options that do not fit together or the machine.
@@ -185,9 +170,6 @@ def started(options: DeviceOptions) -> Iterator[Mesh | None]:
     with contextlib.ExitStack() as stack:
         if options.coordinator is not None:
             stack.callback(jax.distributed.shutdown)
-        if mesh.size > 1:
-            _CURRENT.append(mesh)
-            stack.callback(_CURRENT.pop)
         if not is_first():
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
@@ -195,7 +177,7 @@ def started(options: DeviceOptions) -> Iterator[Mesh | None]:
             kind, num_processes = mesh.devices.flat[0].device_kind, jax.process_count()
             where = f", {num_processes} processes" if num_processes > 1 else ""
             print(f"on {mesh.size} devices ({kind}{where})", file=sys.stderr, flush=True)
-        yield current()
+        yield mesh if mesh.size > 1 else None
 
 
 def _with_environment(options: DeviceOptions) -> DeviceOptions:

@@ -37,8 +37,7 @@ def progress_until_told(*args, initial, **options):
     yield tick
 
 
-def flow(results: Path, name: str):
-    mesh = processes.current()
+def flow(results: Path, name: str, mesh):
     normal = partial(jax.random.normal, shape=(2, 6, 3))
     run = runs.open_run(results, "test", name, {}, seed=0)
     return run, gd.wasserstein_gradient_descent(
@@ -55,22 +54,22 @@ def flow(results: Path, name: str):
     )
 
 
-def main(results: Path) -> None:
+def main(results: Path, mesh) -> None:
     found = {}
     loop.SECONDS_PER_CHUNK = 0.0  # every step is a chunk
-    run, (found["losses"], found["particles"]) = flow(results, "whole")
+    run, (found["losses"], found["particles"]) = flow(results, "whole", mesh)
     run.finish(losses=found["losses"])
     loop.progress = progress_until_told
     try:
-        flow(results, "stopped")
+        flow(results, "stopped", mesh)
     except console.Interrupted as stopped:
         print("stopped", stopped)
     loop.progress = console.progress
-    _, (_, found["resumed"]) = flow(results, "stopped")
+    _, (_, found["resumed"]) = flow(results, "stopped", mesh)
 
     x = np.random.default_rng(0).normal(size=(101, 4)) + np.arange(101)[:, None] % 3
     start = Mixture(np.array([0.4, 0.6]), x[:2], from_matrices(np.stack([np.eye(4)] * 2)))
-    data = rows(x, dtype=np.float64, chunk_size=40, devices=processes.current_devices())
+    data = rows(x, dtype=np.float64, chunk_size=40, devices=mesh and tuple(mesh.devices.flat))
     result = fit(data, start, tolerance=0.0, max_iterations=4, show_progress=False)
     found["log_likelihoods"], found["means"] = result.log_likelihoods, result.mixture.means
 
@@ -83,7 +82,7 @@ def main(results: Path) -> None:
         num_epochs=2,
         batch_size=4,
         show_progress=False,
-        mesh=processes.current(),
+        mesh=mesh,
     )
     for i, leaf in enumerate(jax.tree.leaves(parameters)):
         found[f"parameters{i}"] = leaf
@@ -100,5 +99,5 @@ if __name__ == "__main__":
         options = processes.DeviceOptions(
             coordinator=sys.argv[2], num_processes=2, process_id=int(sys.argv[3])
         )
-    with processes.started(options):
-        main(folder)
+    with processes.started(options) as mesh:
+        main(folder, mesh)

@@ -172,8 +172,7 @@ def test_one_process_agrees_with_itself():
     with processes.first_alone("here") as first, processes.first_alone("and here") as again:
         assert first
         assert again
-    assert processes.current() is None
-    assert processes.current_devices() is None
+    assert processes.own_devices(None) is None
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def rows_of(text):
 def made_again(experiment):
     """All that this experiment's tables make of its published summaries."""
     if experiment == "xp_data_mixing":
-        return [data_mixing.page(path) for path in summaries(experiment, "*_paper.json")]
+        stored = [json.loads(path.read_text()) for path in summaries(experiment, "*_paper.json")]
+        return [table.markdown() for one in stored for table in data_mixing.tables(one)]
     documents = {path.stem: json.loads(path.read_text()) for path in summaries(experiment)}
     if experiment == "xp_drmmd":
         made = [drmmd.table(one) for one in documents.values()]
@@ -100,7 +101,7 @@ def made_again(experiment):
     if experiment == "xp_gmm_source":
         return [t.markdown() for one in documents.values() for t in gmm_source.tables(one)]
     if experiment == "xp_dataset_distillation":
-        return [distillation.markdown(one["rows"]) for one in documents.values()]
+        return [t.markdown() for one in documents.values() for t in distillation.tables(one)]
     (ablation,) = (one for name, one in documents.items() if name.startswith("ablation"))
     levels = {name: ablation["arguments"][name] for name in ("objective", "accuracy")}
     rows = [r for name, one in documents.items() if name[:9] == "transfer_" for r in one["rows"]]

@@ -320,18 +320,14 @@ def test_coverage_draws_anew_from_one_mixture(estimator):
     assert ("damping" in measured) == (estimator == "calibrated")
 
 
-def test_a_small_source_has_its_line(tmp_path):
+def test_a_small_source_has_its_line():
     """Of six draws, four of which hold the small set's weight of .2."""
     intervals = [[[[0.1, 0.3], [0, 1]], [[0.2, 0.4], [0, 1]], [[0.25, 0.3], [0, 1]]] * 2]
     row = {"label": "class 0: 5 rows", "settings": {"small_set": [0, 5]}, "truth": [[0.2, 0.8]]}
     row |= {"intervals": intervals, "mean_weights": [[0.25, 0.75]], "signal": [[3.0, 2.0, 7.0]]}
-    path = tmp_path / "unequal.json"
-    path.write_text(json.dumps({"rows": [row]}))
-    *_, line = tables.unequal_table(path).splitlines()
-    assert line == (
-        "| class 0: 5 rows | 3.0 | 0.200 | +0.050 | 0.150 | 67 (standard error 19) "
-        "| 100 (100 to 100) |"
-    )
+    (line,) = tables.unequal_table([row]).rows
+    assert line[:5] == ["class 0: 5 rows", "3.0", "0.200", "+0.050", "0.150"]
+    assert line[5:] == ["67 (standard error 19)", "100 (100 to 100)"]
 
 
 def test_draws_have_the_shares_and_repeat_whole_sources():
@@ -436,18 +432,20 @@ def test_groups_leave_summaries_tables_and_figures_and_are_skipped_when_done(tmp
         about = json.loads(summary.read_text())
         assert about["seeds"] == [0]
         assert "weights" not in about["rows"][0]
-        text = tables.page(summary)
+        made = tables.tables(about)
+        assert all(table.rows and table.caption.endswith(".") for table in made)
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("arrays.npz")}
         assert experiments.run_group(name, group, arguments) == summary
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("arrays.npz")} == before
-        assert tables.page(summary) == text
+        assert tables.tables(json.loads(summary.read_text())) == made
         figures = plot.figures(summary)
         assert all(path.stat().st_size > 10_000 for path in figures)
         assert bool(figures) == (name != "solvers")
-    cells = tables.bandwidth_table(tmp_path / "xp_data_mixing/recovery_quick.json", "one")
-    assert cells.splitlines()[0].endswith("| exact V | exact U | RFF D = 20 |")
-    assert len(cells.splitlines()) == 2 + len(recovery.SIGMAS)
-    assert "failed" in tables.solver_table(tmp_path / "xp_data_mixing/solvers_quick.json")
+    folder = tmp_path / "xp_data_mixing"
+    table = tables.bandwidth_table(tables.rows_of(folder / "recovery_quick.json"), "one")
+    assert table.heads[1:] == ["exact V", "exact U", "RFF D = 20"]
+    assert len(table.rows) == len(recovery.SIGMAS)
+    assert "failed" in tables.solver_table(tables.rows_of(folder / "solvers_quick.json")).rows[0]
     assert "cvxpy has no solver" in capsys.readouterr().out
 
 

@@ -230,11 +230,12 @@ def test_tables_by_hand():
     assert tables.cell(rows[0]["accuracies"]) == "65.0 ± 7.1"
     assert tables.cell([[0.5, 0.7]]) == "60.0 ± 14.1"
     assert tables.cell([[0.5]]) == "50.0"
-    lines = tables.markdown(rows).splitlines()
-    assert lines[0] == "| idc | 1 per class | 10 per class | over Random | of the whole set |"
-    assert lines[2] == "| ECHO | 65.0 ± 7.1 | 80.0 ± 0.0 | +25.0 /  | 81% / 100% |"
-    assert lines[3] == "| Random | 40.0 ± 0.0 |  | +0.0 | 50% |"
-    assert lines[4] == "| whole set | 80.0 ± 0.0 |  | | 100% |"
+    summary = {"rows": rows, "seeds": [0, 1], "evaluated_on": "the test split"}
+    (table,) = tables.tables(summary)
+    assert table.heads == ["idc", "1 per class", "10 per class", "over Random", "of the whole set"]
+    assert table.rows[0] == ["ECHO", "65.0 ± 7.1", "80.0 ± 0.0", "+25.0 / ", "81% / 100%"]
+    assert table.rows[1] == ["Random", "40.0 ± 0.0", "", "+0.0", "50%"]
+    assert table.rows[2] == ["whole set", "80.0 ± 0.0", "", "", "100%"]
 
 
 # ---- Checks

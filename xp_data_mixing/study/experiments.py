@@ -8,18 +8,20 @@ The groups and their settings are in `config.py`. What is finished is skipped.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from lib import runs
 from lib.datasets import identity
+from lib.report.tables import write_summary
 from lib.runs import settings
 from lib.runs.commands import run_command
-from lib.runs.files import rounded, write_bytes, write_json
+from lib.runs.files import rounded
 from lib.runs.processes import DeviceOptions
 from xp_data_mixing.study import coverage, downstream, plot, recovery, solvers, tables
 from xp_data_mixing.study.config import EXPERIMENT, Config, Group, Preset, presets
@@ -67,22 +69,17 @@ def run_group(name: str, group: Group, arguments: Arguments) -> Path:
         stored = []
         for seed in seeds:
             stored.append(run_one(name, config, seed, arguments).load_arrays())
-        row = {"label": label, "settings": config}
+        row: dict[str, Any] = {"label": label, "settings": asdict(config)}
         for array in sorted(stored[0].keys() - {"weights"}):
             row[array] = rounded([arrays[array].tolist() for arrays in stored], 5)
         rows.append(row)
         print("\n".join(f"  {line}" for line in tables.lines(name, row)), flush=True)
-    summary = arguments.results / EXPERIMENT / f"{name}_{arguments.preset}.json"
-    about = {"group": name, "seeds": seeds, "environment": runs.environment()}
-    write_json(summary, {**about, "rows": rows})
-    write_bytes(summary.with_suffix(".md"), tables.page(summary).encode())
-    print(f"numbers: {summary}")
-    for figure in plot.figures(summary):
-        print(f"figure:  {figure}")
-    return summary
+    path = arguments.results / EXPERIMENT / f"{name}_{arguments.preset}.json"
+    summary = {"group": name, "seeds": seeds, "rows": rows}
+    return write_summary(path, summary, tables.tables(summary), figures=plot.figures)
 
 
-def main(arguments: Arguments) -> list[Path]:
+def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs the groups; returns their summaries."""
     groups = presets(arguments.preset)
     summaries = []

@@ -1,29 +1,27 @@
 """Tables of this experiment, from stored summaries only."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lib.report.spreads import mean_and_spread
+from lib.report.tables import Table
 from xp_data_mixing.study.config import SIGMAS
 
 KERNEL_COLUMNS = ("exact V", "exact U")
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def rows_of(summary: Path) -> list[dict]:
     return json.loads(Path(summary).read_text())["rows"]
 
 
-def _row(summary: Path, label: str) -> dict:
-    return next(row for row in rows_of(summary) if row["label"] == label)
-
-
-def _markdown(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    heads = list(heads)
-    table = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join([*table, *("| " + " | ".join(cells) + " |" for cells in lines)])
+def _row(rows: Rows, label: str) -> Mapping[str, Any]:
+    return next(row for row in rows if row["label"] == label)
 
 
 def _spread(values, *, digits: int = 3) -> str:
@@ -34,27 +32,27 @@ def _spread(values, *, digits: int = 3) -> str:
 # Recovery
 
 
-def variations(row: dict) -> dict[str, np.ndarray]:
+def variations(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Total variation of each estimator, [seeds, T]."""
     return dict(zip(row["names"][0], np.swapaxes(np.asarray(row["tv"]), 0, 1)))
 
 
-def kernel_columns(row: dict) -> list[str]:
+def kernel_columns(row: Mapping[str, Any]) -> list[str]:
     """Names of the columns that have one estimator per bandwidth."""
     suffix = f", σ = {SIGMAS[0]:g}"
     return [name.removesuffix(suffix) for name in variations(row) if name.endswith(suffix)]
 
 
-def others(row: dict) -> list[str]:
+def others(row: Mapping[str, Any]) -> list[str]:
     """Names of the estimators that are no cell of the columns."""
     return [name for name in variations(row) if ", σ = " not in name]
 
 
-def bandwidth_table(summary: Path, label: str) -> str:
+def bandwidth_table(rows: Rows, label: str) -> Table:
     """Total variation by bandwidth and estimator; spread over all seeds and targets."""
-    row = _row(summary, label)
+    row = _row(rows, label)
     tv, columns = variations(row), kernel_columns(row)
-    return _markdown(
+    return Table(
         ["σ / √(median d² / 2)", *columns],
         [
             [f"{sigma:g}", *(_spread(tv[f"{name}, σ = {sigma:g}"]) for name in columns)]
@@ -63,11 +61,10 @@ def bandwidth_table(summary: Path, label: str) -> str:
     )
 
 
-def recovery_table(summary: Path) -> str:
+def recovery_table(rows: Rows) -> Table:
     """Total variation of what has no bandwidth to choose; spread over all seeds and targets."""
-    rows = rows_of(summary)
     names = others(rows[0])
-    return _markdown(
+    return Table(
         ["sources and targets", *names],
         [[row["label"], *(_spread(variations(row)[name]) for name in names)] for row in rows],
     )
@@ -76,7 +73,7 @@ def recovery_table(summary: Path) -> str:
 # The others
 
 
-def coverage_of(row: dict) -> tuple[np.ndarray, np.ndarray]:
+def coverage_of(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """(share of the intervals that hold the truth [N], their mean width [N]), over all draws."""
     intervals, truth = np.asarray(row["intervals"]), np.asarray(row["truth"])[:, None]
     # Weights and mixture were rounded to five digits.
@@ -85,9 +82,8 @@ def coverage_of(row: dict) -> tuple[np.ndarray, np.ndarray]:
     return inside.mean(axis=(0, 1)), (high - low).mean(axis=(0, 1))
 
 
-def coverage_table(summary: Path) -> str:
+def coverage_table(rows: Rows) -> Table:
     """A line per class: its true weight; for each label coverage in percent and mean width."""
-    rows = rows_of(summary)
     covered = [coverage_of(row) for row in rows]
     truth = np.asarray(rows[0]["truth"]).mean(axis=0)
     lines = [
@@ -95,15 +91,15 @@ def coverage_table(summary: Path) -> str:
         for i, weight in enumerate(truth)
     ]
     lines.append(["all", "", *(f"{100 * c.mean():.1f}%, {w.mean():.3f}" for c, w in covered)])
-    return _markdown(["class", "weight", *(row["label"] for row in rows)], lines)
+    return Table(["class", "weight", *(row["label"] for row in rows)], lines)
 
 
-def unequal_table(summary: Path) -> str:
+def unequal_table(rows: Rows) -> Table:
     """A line per label: of the small source, and of all others together, the coverage in percent
     with its binomial standard error over draws; the small source's true weight, the bias of its
     estimate and its mean width; the median over draws of the least signal over noise."""
     lines = []
-    for row in rows_of(summary):
+    for row in rows:
         label, _ = row["settings"]["small_set"]
         covered, width = coverage_of(row)
         draws = np.shape(row["intervals"])[0] * np.shape(row["intervals"])[1]
@@ -123,16 +119,16 @@ def unequal_table(summary: Path) -> str:
             ]
         )
     heads = ["small source", "least signal / noise", "its weight", "bias", "width", "coverage, %"]
-    return _markdown([*heads, "of the others, %"], lines)
+    return Table([*heads, "of the others, %"], lines)
 
 
-def downstream_table(summary: Path) -> str:
+def downstream_table(rows: Rows) -> Table:
     """A line per mixture: loss, its difference to uniform of the same seed, accuracy, and total
     variation; spread over seeds."""
-    row = rows_of(summary)[0]
+    row = rows[0]
     loss, accuracy = np.asarray(row["loss"]), 100 * np.asarray(row["accuracy"])
     more, tv = loss - loss[:, :1], np.asarray(row["tv"])
-    return _markdown(
+    return Table(
         ["mixture", "validation loss", "difference to uniform", "accuracy, %", "TV to the target"],
         [
             [
@@ -147,10 +143,10 @@ def downstream_table(summary: Path) -> str:
     )
 
 
-def ablation_table(summary: Path) -> str:
+def ablation_table(rows: Rows) -> Table:
     """A line per size of the sources: for each number of features the best mean total variation
     over bandwidths, spread over all seeds and targets, and its bandwidth."""
-    row = rows_of(summary)[0]
+    row = rows[0]
     tv, settings = np.asarray(row["tv"]), row["settings"]
     heads = [f"D = {count}" for count in settings["num_features"]] + ["exact"]
     lines = []
@@ -160,12 +156,12 @@ def ablation_table(summary: Path) -> str:
             f"{_spread(tv[:, n, d, s])} (σ {SIGMAS[s]:g})" for d, s in zip(range(len(best)), best)
         ]
         lines.append([str(size), *cells])
-    return _markdown(["rows per source", *heads], lines)
+    return Table(["rows per source", *heads], lines)
 
 
-def solver_table(summary: Path) -> str:
+def solver_table(rows: Rows) -> Table:
     """A line per number of sources and solver, of the first seed."""
-    row = rows_of(summary)[0]
+    row = rows[0]
     condition = row["condition"][0]
     numbers = {name: row[name][0] for name in ("objective", "gap", "distance", "tv")}
     lines = []
@@ -177,7 +173,7 @@ def solver_table(summary: Path) -> str:
                 continue
             cells = [f"{objective:.5g}", f"{gap:.1e}", f"{distance:.1e}", f"{tv:.3f}"]
             lines.append([str(count), f"{condition[p]:.1e}", solver, *cells])
-    return _markdown(
+    return Table(
         [
             "sources",
             "condition",
@@ -191,49 +187,43 @@ def solver_table(summary: Path) -> str:
     )
 
 
-# What a page of the results shows
-
-
-def page(summary: Path) -> str:
-    """Markdown: all tables of a summary, and what stands in them."""
-    about = json.loads(Path(summary).read_text())
-    seeds = f"{len(about['seeds'])} seed{'s' * (len(about['seeds']) > 1)}"
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """All tables of a summary."""
+    group, rows = summary["group"], summary["rows"]
+    seeds = f"{len(summary['seeds'])} seed{'s' * (len(summary['seeds']) > 1)}"
     over = f"mean ± sample standard deviation over {seeds}"
     targets = f"mean ± sample standard deviation over all targets of {seeds}"
-    if about["group"] == "recovery":
-        parts = [
-            f"Total variation to the truth, {targets}.",
-            recovery_table(summary),
-        ]
-        for row in about["rows"]:
+    if group == "recovery":
+        caption = f"Total variation to the truth, {targets}."
+        made = [recovery_table(rows)._replace(caption=caption)]
+        for row in rows:
             if kernel_columns(row):
-                words = f"{row['label']}: the same by bandwidth and estimator."
-                parts += [words, bandwidth_table(summary, row["label"])]
-    elif about["group"] == "coverage":
-        confidence = about["rows"][0]["settings"]["confidence"]
-        words = f"How many of the {confidence:.0%} intervals hold the truth, and their mean width"
-        parts = [f"{words}, over the draws of {seeds}.", coverage_table(summary)]
-    elif about["group"] == "unequal":
-        confidence = about["rows"][0]["settings"]["confidence"]
-        words = (
-            f"One small source: coverage of {confidence:.0%} intervals over the draws of {seeds}"
-        )
-        parts = [f"{words}.", unequal_table(summary)]
-    elif about["group"] == "downstream":
-        words = "A classifier trained on each mixture and evaluated on the target"
-        parts = [f"{words}, {over}.", downstream_table(summary)]
-    elif about["group"] == "ablation":
-        words = "Total variation to the truth at the best bandwidth, by the number of features"
-        parts = [f"{words}, {targets}.", ablation_table(summary)]
+                caption = f"{row['label']}: the same by bandwidth and estimator."
+                made.append(bandwidth_table(rows, row["label"])._replace(caption=caption))
+        return made
+    if group == "coverage":
+        table, caption = coverage_table, "Share of the {} intervals that hold the truth, and width"
+        caption = caption.format(f"{rows[0]['settings']['confidence']:.0%}")
+        caption += f", over the draws of {seeds}."
+    elif group == "unequal":
+        table, caption = unequal_table, "One small set: coverage of {} intervals over the draws of "
+        caption = caption.format(f"{rows[0]['settings']['confidence']:.0%}") + f"{seeds}."
+    elif group == "downstream":
+        table = downstream_table
+        caption = f"A classifier trained on each mixture, evaluated on the target, {over}."
+    elif group == "ablation":
+        table = ablation_table
+        caption = "Total variation to the truth at the best bandwidth, by the number of features, "
+        caption += f"{targets}."
     else:
-        parts = ["Solvers of one problem, of the first seed.", solver_table(summary)]
-    return "\n\n".join(parts) + "\n"
+        table, caption = solver_table, "Solvers of one problem, of the first seed."
+    return [table(rows)._replace(caption=caption)]
 
 
 # What is printed while running
 
 
-def lines(group: str, row: dict) -> list[str]:
+def lines(group: str, row: Mapping[str, Any]) -> list[str]:
     """A run in words."""
     if group == "recovery":
         tv = variations(row)
@@ -246,7 +236,7 @@ def lines(group: str, row: dict) -> list[str]:
         shown = [f"{name} {loss:.3f}" for name, loss in zip(row["names"][0], losses)]
     elif group == "ablation":
         best = np.asarray(row["tv"]).mean(axis=(0, 4)).min(axis=(1, 2))
-        sizes = row["settings"].sizes
+        sizes = row["settings"]["sizes"]
         shown = [f"{size} rows: {value:.3f}" for size, value in zip(sizes, best)]
     else:
         shown = [
