@@ -112,15 +112,14 @@ class Constraints:
 
     def problem(self, quadratic: Quadratic) -> Problem:
         """Raises ValueError on bad values, and where no weights meet the bounds."""
-        return make_problem(
-            quadratic,
-            ridge=self.ridge,
-            prior=self.prior,
-            l2_penalty=self.l2_penalty,
-            kl_penalty=self.kl_penalty,
-            lower=self.lower,
-            upper=self.upper,
-        )
+        given = {"prior": self.prior, "lower": self.lower, "upper": self.upper}
+        arrays: dict[str, Any] = {
+            name: np.asarray(value, np.float64)
+            for name, value in given.items()
+            if value is not None
+        }
+        penalties = {"l2_penalty": self.l2_penalty, "kl_penalty": self.kl_penalty}
+        return make_problem(quadratic, ridge=self.ridge, **penalties, **arrays)
 
 
 @dataclass(frozen=True)
