@@ -82,7 +82,8 @@ def house(root: Path) -> dict[str, list[str] | int]:
                 long.append(f"{module}:{name} {lines}")
             if num_parameters(function) > MOST_PARAMETERS:
                 wide.append(f"{module}:{name} {num_parameters(function)}")
-            if path in lib and path.parent.name != "runs" and called(function) & LOOPS:
+            elsewhere = path.parent.name != "runs" and function.name not in LOOPS
+            if path in lib and elsewhere and called(function) & LOOPS:
                 drivers.append(f"{module}:{name}")
         defined = [node for node in tree.body if isinstance(node, Function | ast.ClassDef)]
         if path in lib:
