@@ -58,11 +58,8 @@ class Use:
             if path.is_relative_to(REPOSITORY) and "tests" not in path.parts:
                 self.chain.append((path.name, frame.f_code.co_name, frame.f_lineno))
             frame = frame.f_back
-        # A fingerprint is no part of a run: it asks what a transform does to some images.
         places = {(file, name) for file, name, _ in self.chain}
-        self.left_out = bool(
-            places & {("keys.py", "named_key"), ("classification.py", "behaviour")}
-        )
+        self.left_out = ("numerics.py", "named_key") in places
         # Within a network flax derives the keys, from the names of its parts.
         functions = [name for file, name, _ in self.chain if file not in NETWORKS]
         self.function = functions[0] if functions else "?"
