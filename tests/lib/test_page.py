@@ -20,11 +20,6 @@ from lib.report import _html as pages
 from lib.report import page as results_page
 from lib.report.tables import Table, write_summary
 from lib.runs import files
-from xp_data_mixing.study import tables as mixing_tables
-from xp_dataset_distillation import tables as distillation_tables
-from xp_drmmd import tables as drmmd_tables
-from xp_gmm_source import tables as gmm_tables
-from xp_transfer_learning import tables as transfer_tables
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -128,8 +123,12 @@ def test_summaries_bring_their_tables(results, capsys):
     parsed = Parsed(results_page.write_page(results))
     assert parsed.table("flow") == [["flow", "loss"], ["a b", ".5"]]
     assert "Losses of all." in parsed.text
-    text = "| name | n |\n|---|---|\n| a | b | 1 |\n| 2 |\n"  # cells too many, or too few
-    (results / "xp_one" / "told.md").write_text(text)
+    path = results / "xp_one" / "told.json"
+    ragged = Table(["name", "n"], [["a", "b", "1"], ["2"]])  # cells too many, or too few
+    capsys.readouterr()
+    write_summary(path, {"n": 7}, [ragged], figures=lambda at: [at])
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"numbers: {path}", f"figure:  {path}"]
+    assert json.loads(path.read_text())["n"] == 7
     table = Parsed(results_page.write_page(results)).table("name")
     assert table == [["name", "n"], ["a", "b", "1"], ["2"]]
 
@@ -285,55 +284,6 @@ def test_durations_in_words():
         (0.4, "0 s"), (59.6, "1 min 0 s"), (3599.0, "59 min 59 s"), (4830.0, "1 h 20 min")
     ):  # fmt: skip
         assert pages.duration(seconds) == words
-
-
-def content(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
-def adaptation(path: Path) -> str:
-    steps, accuracies = (np.asarray(content(path)[name]) for name in ("steps", "accuracies"))
-    return transfer_tables.adaptation_page("a → b", steps, accuracies)
-
-
-def of_content(page, **more):
-    """A page that is made of a summary's content."""
-    return lambda path: page(more | content(path))
-
-
-MEASURED = {"frechet": 3.5, "sliced_wasserstein": 0.1, "mmd2_features": -1e-4, "class_distance": 0}
-PAGES = [
-    (path, page)
-    for experiment, pattern, page in (
-        ("xp_data_mixing", "*_paper", mixing_tables.page),
-        ("xp_drmmd", "*", drmmd_tables.page),
-        ("xp_gmm_source", "*", of_content(gmm_tables.page, mixtures={"1_full": MEASURED})),
-        ("xp_dataset_distillation", "*", of_content(distillation_tables.page)),
-        ("xp_transfer_learning", "transfer_*", transfer_tables.transfer_page),
-        ("xp_transfer_learning", "along_*", transfer_tables.transfer_page),
-        ("xp_transfer_learning", "ablation_*", transfer_tables.ablation_page),
-        ("xp_transfer_learning", "step_sizes_*", transfer_tables.ablation_page),
-        (
-            "xp_transfer_learning",
-            "rings_*",
-            of_content(lambda c: transfer_tables.rings_page(c["rows"], 5)),
-        ),
-        ("xp_transfer_learning", "adaptation_*", adaptation),
-    )
-    for path in sorted((REPOSITORY / experiment / "published").glob(f"{pattern}.json"))
-]
-
-
-@pytest.mark.parametrize(("path", "page"), PAGES, ids=[f"{p.parts[-3]}-{p.stem}" for p, _ in PAGES])
-def test_every_experiment_tells_what_its_tables_are(path, page):
-    blocks = pages.markdown_blocks(page(path))
-    assert isinstance(blocks[0], str)
-    assert blocks[0].endswith(".")
-    tables = [block for block in blocks if isinstance(block, pages.Table)]
-    assert tables
-    for table in tables:
-        assert table.rows
-        assert {len(row) for row in table.rows} == {len(table.heads)}
 
 
 @pytest.mark.parametrize("status", [0, 130])

@@ -91,21 +91,25 @@ def made_again(experiment):
     """All that this experiment's tables make of its published summaries."""
     if experiment == "xp_data_mixing":
         stored = [json.loads(path.read_text()) for path in summaries(experiment, "*_paper.json")]
-        return [table.markdown() for one in stored for table in data_mixing.tables(one)]
+        return [table for one in stored for table in data_mixing.tables(one)]
     documents = {path.stem: json.loads(path.read_text()) for path in summaries(experiment)}
     if experiment == "xp_drmmd":
         made = [drmmd.table(one) for one in documents.values()]
         made.append(drmmd.table(documents["rings_paper"], w1=0.0105))
         made.append(drmmd.table(documents["gaussian_paper"], names=("kl",)))
-        return [table.markdown() for table in made]
+        return made
     if experiment == "xp_gmm_source":
-        return [t.markdown() for one in documents.values() for t in gmm_source.tables(one)]
+        return [t for one in documents.values() for t in gmm_source.tables(one)]
     if experiment == "xp_dataset_distillation":
-        return [t.markdown() for one in documents.values() for t in distillation.tables(one)]
+        return [t for one in documents.values() for t in distillation.tables(one)]
     (ablation,) = (one for name, one in documents.items() if name.startswith("ablation"))
     levels = {name: ablation["arguments"][name] for name in ("objective", "accuracy")}
     rows = [r for name, one in documents.items() if name[:9] == "transfer_" for r in one["rows"]]
-    return [ablation_table(ablation["rows"], **levels).markdown(), transfer_table(rows).markdown()]
+    return [ablation_table(ablation["rows"], **levels), transfer_table(rows)]
+
+
+def lines_of(tables):
+    return set("\n".join(table.markdown() for table in tables).splitlines())
 
 
 def by_hand():
@@ -128,14 +132,20 @@ def by_hand():
     "experiment", ["xp_data_mixing", "xp_drmmd", "xp_gmm_source", "xp_dataset_distillation"]
 )
 def test_rows_of_the_readmes_are_made_of_the_published_numbers(experiment):
-    shown = rows_of((REPOSITORY / experiment / "README.md").read_text())
+    shown, tables = (
+        rows_of((REPOSITORY / experiment / "README.md").read_text()),
+        made_again(experiment),
+    )
     assert shown
-    assert not set(shown) - set("\n".join(made_again(experiment)).splitlines())
+    assert not set(shown) - lines_of(tables)
+    for table in tables:
+        assert table.caption.endswith(".")
+        assert {len(row) for row in table.rows} == {len(table.heads)}
 
 
 def test_rows_of_transfer_learning_are_made_of_the_published_numbers():
     text = (REPOSITORY / "xp_transfer_learning" / "README.md").read_text()
-    made, hand = set("\n".join(made_again("xp_transfer_learning")).splitlines()), by_hand()
+    made, hand = lines_of(made_again("xp_transfer_learning")), by_hand()
     pairs, before = [], ""
     for line in text.splitlines():
         if "→ MNIST, step |" in line:
