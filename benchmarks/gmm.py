@@ -40,8 +40,8 @@ from lib.datasets import load
 from lib.gmm import cast, sample, to_sklearn
 from lib.gmm.covariances import diagonal, full
 from lib.gmm.em import _iterate, mean_log_likelihood
-from lib.gmm.moments import Rows, rows
 from lib.gmm.starts import kmeans_start
+from lib.rows import Rows
 from lib.runs import environment
 from lib.runs.commands import run_command
 from lib.runs.files import write_json
@@ -159,7 +159,7 @@ def our_step(data: Rows, start, regularisation: float):
 def em_case(case: str, options: Options, rates: dict[str, float]) -> list[dict[str, Any]]:
     num_components, structure, regularisation = SETTINGS[case]
     x = points_of(case, options)
-    data = rows(x, dtype=np.float64, block_size=options.block_size)
+    data = Rows(x, dtype=np.float64, block_size=options.block_size)
     start = kmeans_start(
         jax.random.key(options.seed),
         data,
@@ -171,7 +171,7 @@ def em_case(case: str, options: Options, rates: dict[str, float]) -> list[dict[s
     found, operations = [], 4 * len(x) * x.shape[1] ** 2 * num_components
     for dtype in ("float64", "float32"):
         points = x.astype(dtype)
-        data = rows(points, dtype=dtype, block_size=options.block_size)
+        data = Rows(points, dtype=dtype, block_size=options.block_size)
         with jax.enable_x64(True):
             on_device = cast(start, jnp.float64)
         calls = {
@@ -179,7 +179,7 @@ def em_case(case: str, options: Options, rates: dict[str, float]) -> list[dict[s
             "scikit-learn": scikit_learn_step(points, to_sklearn(start), regularisation),
         }
         (before, mixture), (their_before, model) = (call() for call in calls.values())
-        after = mean_log_likelihood(mixture, rows(x, dtype=np.float64))
+        after = mean_log_likelihood(mixture, Rows(x, dtype=np.float64))
         their_after = float(model.score(points))
         differences = [before - their_before, after - their_after]
         scale = x.shape[1] if dtype == "float32" else abs(after)
@@ -233,7 +233,7 @@ def cifar10_case(options: Options, rates: dict[str, float]) -> list[dict[str, An
     """Two iterations on uint8 images and the memory they took."""
     num_components, structure, regularisation = SETTINGS["cifar10"]
     images = load(options.cifar10).images[: options.images]
-    data = rows(images, transform=to_unit, block_size=options.block_size, chunk_size=4096)
+    data = Rows(images, transform=to_unit, block_size=options.block_size, chunk_size=4096)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     began = time.perf_counter()
     start = kmeans_start(

@@ -4,7 +4,7 @@
 
 Makes files of float16 rows with `torch.save` in a temporary folder (about 10 GB by default, written
 by another process, removed at the end), then for each file in turn:
-- stream: `stream_mean_embeddings` over `open_rows(...).stored_chunks(...)`, the whole pipeline;
+- stream: `stream_mean_embeddings` of `open_rows(...)`, the whole pipeline;
 - disk: the same chunks read and dropped;
 - features: the mean embedding of float16 chunks that lie in memory already;
 - product: the matrix product of `features` alone, float32 rows times frequencies.
@@ -139,21 +139,23 @@ class Work:
         self.bandwidths = np.geomspace(0.5, 2, options.num_bandwidths)
         self.blocks = {"num_blocks": options.num_blocks, "block_key": block_key}
         self.on_device = jax.random.normal(chunk_key, (self.size, options.dimension))
-        self.chunk = np.asarray(self.on_device.astype(jnp.float16))
+        self.rows = np.tile(np.asarray(self.on_device.astype(jnp.float16)), (IN_MEMORY_CHUNKS, 1))
         self.product_of = jax.jit(frequency_projections)
 
-    def embed(self, chunks: Any) -> int:
-        found = stream_mean_embeddings(chunks, self.frequencies, self.bandwidths, **self.blocks)
-        return found.num_rows
+    def embed(self, sample: Any) -> int:
+        return stream_mean_embeddings(
+            sample, self.frequencies, self.bandwidths, chunk_size=self.size, **self.blocks
+        ).num_rows
 
     def stream(self, file: RowFile) -> int:
-        return self.embed(file.stored_chunks(self.size))
+        return self.embed(file)
 
     def disk(self, file: RowFile) -> int:
-        return sum(len(chunk) for chunk in file.stored_chunks(self.size))
+        starts = range(0, file.shape[0], self.size)
+        return sum(len(file[start : start + self.size]) for start in starts)
 
     def features(self, file: RowFile) -> int:
-        return self.embed([self.chunk] * IN_MEMORY_CHUNKS)
+        return self.embed(self.rows)
 
     def product(self, file: RowFile) -> int:
         for _ in range(IN_MEMORY_CHUNKS):

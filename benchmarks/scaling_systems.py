@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as Spec
 
 from lib import drmmd, kernels, mmd, rff
 from lib.devices import device_put, partition_spec
-from lib.gmm import Mixture, em, moments, prepare
+from lib.gmm import Mixture, em, prepare
 from lib.gmm.covariances import Full
-from lib.rows import fourier_means
+from lib.rows import Rows, fourier_means
+from lib.rows import sums as row_sums
 from lib.simplex_qp import from_means, make_problem, solve
 from xp_dataset_distillation import objectives
 from xp_dataset_distillation.config import CondenseConfig
@@ -200,7 +201,7 @@ def _em_program(mesh, run, n, d, K, block_size=512, chunk_size=4096):
     and of the one that maximises."""
     devices = tuple(mesh.devices.flat) if mesh is not None else (jax.devices()[0],)
     single, size = np.dtype(np.float32), min(n, chunk_size)
-    zeros, add, over = moments._chunk_adder(em.block_moments, None, single, block_size, devices, 0)
+    zeros, add, over = row_sums._chunk_adder(em.block_moments, None, single, block_size, devices, 0)
     mixture = jax.eval_shape(partial(_mixture, K, d))
     prepared = jax.eval_shape(partial(prepare, dtype=single), mixture)
     chunk = jax.ShapeDtypeStruct((size, d), single), jax.ShapeDtypeStruct((size,), np.float64)
@@ -222,7 +223,7 @@ def _em_program(mesh, run, n, d, K, block_size=512, chunk_size=4096):
     if not run:
         return Program(None, memory)
     x = np.random.default_rng(0).normal(size=(n, d)).astype(single)
-    data = moments.rows(x, block_size=block_size, chunk_size=chunk_size, devices=devices)
+    data = Rows(x, block_size=block_size, chunk_size=chunk_size, devices=devices)
     start = jax.block_until_ready(jax.jit(partial(_mixture, K, d))())
     return Program(lambda: jax.block_until_ready(em._iterate(start, data, 1e-6)), memory)
 
@@ -252,19 +253,22 @@ def _stream_program(mesh, run, n, d, D, N=1, chunk_size=1024):
         jnp.ones(1),
         None,
         None,
+        None,
         mesh=over,
         num_blocks=1,
     ).compile()
     memory = bytes_of(compiled) + 4 * size * d  # the next chunk, on its way
     if not run:
         return Program(None, memory)
-    chunk = np.random.default_rng(0).normal(size=(size, d)).astype(np.float32)
+    row = np.random.default_rng(0).normal(size=d).astype(np.float32)
+    sample = Rows(np.broadcast_to(row, (n // size * size, d)))
     frequencies = jax.block_until_ready(rff.gaussian_frequencies(jax.random.key(0), D, d))
 
     def call():
         for _ in range(N):
-            chunks = (chunk for _ in range(n // size))
-            fourier_means.stream_mean_embeddings(chunks, frequencies, [1.0], devices=devices)
+            fourier_means.stream_mean_embeddings(
+                sample, frequencies, [1.0], chunk_size=size, devices=devices
+            )
 
     return Program(call, memory)
 

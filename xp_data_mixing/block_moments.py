@@ -5,24 +5,20 @@ Each sample's rows go into blocks at random, and sums are kept by block: as rand
 rows). A bootstrap draw, or a fold left out, is then a count of each block, without another pass.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lib.rows import Rows, joined
-from lib.rows.fourier_means import ROW_MULTIPLE, stream_mean_embeddings
+from lib.rows import Rows
+from lib.rows.fourier_means import ROW_MULTIPLE, OnRows, stream_mean_embeddings
 from lib.rows.kernel_means import exact_gram_of_means
 from lib.runs import processes
 
 # Means of resampled groups that are in memory at a time.
 CHUNK_BYTES = 2**28
-
-OnRows = Callable[[int], None]
-"""Told how many rows were read since the last call."""
 
 
 class BlockMoments(NamedTuple):
@@ -43,62 +39,18 @@ class BlockMoments(NamedTuple):
         return self.sizes > 0
 
 
-# Samples in pieces
-
-
-class Pooled:
-    """Several samples, one after the other, as one (`lib.rows.Rows`)."""
-
-    def __init__(self, samples: Sequence[Rows]):
-        self.samples = list(samples)
-        self.name = ", ".join(rows.name for rows in samples)
-        self.ends = np.cumsum([rows.shape[0] for rows in samples])
-        self.shape = (int(self.ends[-1]), samples[0].shape[1])
-        double = any(str(rows.dtype) == "float64" for rows in samples)
-        self.dtype = "float64" if double else "float32"
-
-    def chunks(self, size: int, *, start: int = 0) -> Iterator[np.ndarray]:
-        return joined(self.samples, size, start=start)
-
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        indices = np.asarray(indices, int)
-        owners = np.searchsorted(self.ends, indices, side="right")
-        rows_taken = np.empty((len(indices), self.shape[1]), self.dtype)
-        for owner in np.unique(owners):
-            rows = self.samples[owner]
-            first = self.ends[owner] - rows.shape[0]
-            rows_taken[owners == owner] = rows.take(indices[owners == owner] - first)
-        return rows_taken
-
-
 class Selected:
-    """The rows `indices` of a sample, in that order (`lib.rows.Rows`)."""
+    """The rows `indices` of a sample, in that order: an `x` of `lib.rows.Rows`."""
 
     def __init__(self, rows: Rows, indices: np.ndarray, on_rows: OnRows | None = None):
         self.rows, self.indices, self.on_rows = rows, indices, on_rows
-        self.name, self.dtype, self.shape = rows.name, rows.dtype, (len(indices), rows.shape[1])
+        self.dtype, self.shape = rows.dtype, (len(indices), rows.shape[1])
 
-    def chunks(self, size: int, *, start: int = 0) -> Iterator[np.ndarray]:
-        for first in range(start, len(self.indices), size):
-            yield self.take(np.arange(first, min(first + size, len(self.indices))))
-
-    def take(self, indices: np.ndarray) -> np.ndarray:
+    def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
+        indices = self.indices[which]
         if self.on_rows is not None:
             self.on_rows(len(indices))
-        return self.rows.take(self.indices[indices])
-
-
-@contextlib.contextmanager
-def counting_bad_rows(groups: Sequence[Rows]) -> Iterator[None]:
-    """Where some of the rows are refused within the block, reads all, so that the error raised says
-    how many of them are bad and which is the first."""
-    try:
-        yield
-    except ValueError:
-        for rows in groups:
-            for _ in rows.chunks(ROW_MULTIPLE):
-                pass
-        raise
+        return self.rows.take(indices)
 
 
 # Moments
@@ -121,33 +73,25 @@ def feature_moments(
     own. The origin is the mean of the last group's first rows: kernels do not depend on it,
     rounding does.
     """
-    first_rows = next(iter(groups[-1].chunks(ROW_MULTIPLE)))
-    # What is not finite there is reported later, and must not spread to other samples.
-    offset = np.where(np.isfinite(first_rows), first_rows, 0).mean(axis=0, dtype=np.float64)
+    offset = groups[-1].take(slice(0, ROW_MULTIPLE)).mean(axis=0, dtype=np.float64)
     if max(rows.shape[0] for rows in groups) <= 16 * chunk_size:
         chunk_size = min(chunk_size, ROW_MULTIPLE)  # one shape: compiling takes longer than these
     sizes_and_sums = []
     for rows in (groups[i] for i in processes.own_share(len(groups))):
-        chunks = getattr(rows, "stored_chunks", rows.chunks)(chunk_size)
         streamed = stream_mean_embeddings(
-            chunks if on_rows is None else _counted(chunks, on_rows),
+            rows,
             frequencies,
             [bandwidth],
             offset=offset,
             num_blocks=num_blocks,
             block_key=block_key,
+            chunk_size=chunk_size,
             devices=devices,
-            name=rows.name,
+            on_rows=on_rows,
         )
-        sizes_and_sums.append((streamed.block_sizes, streamed.block_sums[:, 0]))
+        sizes_and_sums.append((streamed.block_sizes.astype(int), streamed.block_sums[:, 0]))
     sizes, sums = (processes.gathered(part, len(groups)) for part in zip(*sizes_and_sums))
     return BlockMoments(sizes, sums * np.sqrt(len(frequencies)), None)
-
-
-def _counted(chunks, on_rows):
-    for chunk in chunks:
-        yield chunk
-        on_rows(len(chunk))
 
 
 def split_features(moments: BlockMoments, first: int) -> tuple[BlockMoments, BlockMoments]:
@@ -179,7 +123,9 @@ def exact_moments(
     for g, rows in enumerate(groups):
         order = np.asarray(jax.random.permutation(block_key, rows.shape[0]))
         parts = np.array_split(order, min(num_blocks, len(order)))
-        pieces += [Selected(rows, part, on_rows) for part in parts]
+        pieces += [
+            Rows(Selected(rows, part, on_rows), name=rows.name, dtype=rows.dtype) for part in parts
+        ]
         places += [g * num_blocks + b for b in range(len(parts))]
     # The last block stands for the target there: here it is one of many.
     means = exact_gram_of_means(pieces[:-1], pieces[-1], [bandwidth])

@@ -37,7 +37,8 @@ from jaxtyping import Array, Float, Int, Key
 from scipy.linalg import eigh, null_space
 
 from lib.rff import gaussian_frequencies
-from lib.rows import Rows, as_rows, check_bandwidths, check_same_width
+from lib.rows import Rows, as_rows, check_bandwidths, check_same_width, pooled
+from lib.rows.fourier_means import OnRows
 from lib.rows.kernel_means import noise_of_means, streamed_median_bandwidth
 from lib.simplex_qp import (
     Problem,
@@ -51,10 +52,7 @@ from lib.simplex_qp import (
 )
 from xp_data_mixing.block_moments import (
     BlockMoments,
-    OnRows,
-    Pooled,
     bootstrap_counts,
-    counting_bad_rows,
     exact_moments,
     feature_moments,
     grams,
@@ -217,9 +215,9 @@ def estimate(
     """Weights w of the sources with sum_i w_i P_i nearest to the target, in MMD of a Gaussian
     kernel.
 
-    Sources and target are arrays [n, d] or `lib.rows.Rows` such as `lib.rows.files.open_rows`
-    gives; a list as target is pooled. `solver` is "own" or a name of cvxpy's; `chunk_size` rows
-    are read at a time, and `on_rows` is told of them.
+    Sources and target are arrays [n, d], `lib.rows.files.open_rows(path)`, or `lib.rows.Rows`
+    without weights; a list as target is pooled. `solver` is "own" or a name of cvxpy's;
+    `chunk_size` rows are read at a time, and `on_rows` is told of them.
 
     Raises ValueError on bad options before a row is read, on bad rows naming their sample, and
     where no weights meet the bounds.
@@ -238,15 +236,13 @@ def estimate(
     bandwidth_key, frequency_key, check_key, block_key, bootstrap_key = jax.random.split(key, 5)
     bandwidth = kernel.bandwidth
     if bandwidth == "auto":
-        with counting_bad_rows(groups):
-            bandwidth = streamed_median_bandwidth(
-                bandwidth_key, groups, num_points=kernel.bandwidth_rows
-            )
+        bandwidth = streamed_median_bandwidth(
+            bandwidth_key, groups, num_points=kernel.bandwidth_rows
+        )
     reading: dict[str, Any] = {"on_rows": on_rows}
     reading["num_blocks"] = bootstrap.num_blocks if bootstrap.replicates else FOLDS
     if kernel.estimator == "exact":
-        with counting_bad_rows(groups):
-            fit = check = exact_moments(block_key, groups, bandwidth, **reading)
+        fit = check = exact_moments(block_key, groups, bandwidth, **reading)
     else:
         counts = kernel.num_features, kernel.check_features
         frequencies = [
@@ -322,7 +318,7 @@ def _samples(sources: Sequence[Any], target: Any) -> list[Rows]:
         counts = f"{len(samples)} sources and {len(targets)} targets"
         raise ValueError(f"{counts}: at least one of both is needed")
     check_same_width(samples + targets)
-    return [*samples, targets[0] if len(targets) == 1 else Pooled(targets)]
+    return [*samples, pooled(targets)]
 
 
 def _without_noise(gram, noise):

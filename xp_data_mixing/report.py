@@ -106,7 +106,7 @@ def document(
                 {
                     "path": file.name,
                     "shape": list(file.shape),
-                    "dtype": file.dtype,
+                    "dtype": file.dtype.name,
                     "content": file.fingerprint(),
                 }
                 for file in [*train, *val]

@@ -28,9 +28,9 @@ from lib import gmm, runs
 from lib.datasets import file_stem, identity, load, to_unit
 from lib.gmm.covariances import diagonal, full, low_rank, spherical, tied
 from lib.gmm.em import fit, mean_log_likelihood
-from lib.gmm.moments import Rows, rows
 from lib.gmm.starts import Structure, kmeans_start
 from lib.numerics import named_key
+from lib.rows import Rows
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
@@ -175,9 +175,9 @@ def fit_images(
     if num_pca:
         projection, points, kept = principal_components(images, num_pca, config.random_state)
         about["variance_kept"] = kept
-        data = rows(points.astype(dtype, copy=False), dtype=dtype, devices=devices)
+        data = Rows(points.astype(dtype, copy=False), dtype=dtype, devices=devices)
     else:
-        data = rows(images, transform=to_unit, dtype=dtype, chunk_size=4096, devices=devices)
+        data = Rows(images, transform=to_unit, dtype=dtype, chunk_size=4096, devices=devices)
     fitting = _fit_with_sklearn if config.engine == "sklearn" else _fit_with_jax
     mixture, history = fitting(config, data, run, show_progress)
     about |= history | {"seconds": time.perf_counter() - began}
@@ -190,10 +190,10 @@ def fit_images(
 
 def _same_coordinates(images: np.ndarray, projection: Projection | None, data: Rows) -> Rows:
     if projection is None:
-        return data._replace(x=images, weights=np.ones(len(images)))
+        return dataclasses.replace(data, x=images, weights=None)
     pixels = to_unit(np.float64(images.reshape(len(images), -1)))
     points = (pixels - projection.centre) @ projection.components.T
-    return rows(points.astype(data.dtype), dtype=data.dtype, devices=data.devices)
+    return Rows(points.astype(data.dtype), dtype=data.dtype, devices=data.devices)
 
 
 def _fit_with_jax(config, data: Rows, run, show_progress) -> tuple[gmm.Mixture, dict[str, Any]]:

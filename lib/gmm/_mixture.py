@@ -6,7 +6,7 @@ drawn. Fitted mixtures come as float64 numpy arrays; jax takes them in the dtype
 float32 unless `jax.enable_x64`. Nothing here is jitted. Under `jax.jit` pass the mixture as an
 argument: closed over, its factors are constants that XLA folds slowly.
 
-Fitting is in `lib.gmm.em`, starts in `lib.gmm.starts`, data of any size in `lib.gmm.moments`.
+Fitting is in `lib.gmm.em`, starts in `lib.gmm.starts`, data of any size in `lib.rows`.
 """
 
 from typing import Any, NamedTuple

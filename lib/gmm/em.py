@@ -6,7 +6,7 @@
 
 are pure functions of arrays, to be jitted by their caller, in the dtypes of their arguments: points
 may be float32 beside a float64 mixture. `fit` is the driver for data of any size
-(`lib.gmm.moments.rows`): it adds up moments in float64 over chunks and devices and maximises in
+(`lib.rows.Rows`): it adds up moments in float64 over chunks and devices and maximises in
 float64, whatever the dtype of the products. Responsibilities are never stored: beside the data a
 fit holds O(K d^2 + K block_size d). Starts are in `lib.gmm.starts`.
 """
@@ -14,7 +14,7 @@ fit holds O(K d^2 + K block_size d). Starts are in `lib.gmm.starts`.
 import gc
 import warnings
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, PyTree, ScalarLike
 
 from lib.gmm._mixture import Mixture, Prepared, cast, joint_log_densities, prepare
 from lib.gmm.covariances import Full
-from lib.gmm.moments import Rows, dimension, sum_over_blocks, sum_over_rows
 from lib.numerics import as_sample
+from lib.rows import Rows
+from lib.rows.sums import sum_over_blocks, sum_over_rows
 from lib.runs import Run
 from lib.runs.loop import Chunk, fingerprint, run_steps, traced
 
@@ -219,7 +220,7 @@ def fit(
     """EM from `start` until the mean log-likelihood moves by less than `tolerance` nats a point.
 
     Args:
-      data: the rows, from `lib.gmm.moments.rows`, which says how they are read and where.
+      data: the rows, and how they are read and where.
       start: from `lib.gmm.starts`, or `lib.gmm.from_sklearn`.
       held_out: rows that decide instead of the training data: the fit ends when a step gains less
         than `tolerance` on them, with the better of the mixtures before and after it.
@@ -366,8 +367,8 @@ def _check_fit(data, held_out, start, regularisation, tolerance, max_iterations)
     if num_components > present:
         raise ValueError(f"{num_components} components, but {present} points of positive weight")
     for name, rows in (("the data", data), ("the held-out data", held_out)):
-        if rows is not None and dimension(rows) != d:
-            raise ValueError(f"{name} have dimension {dimension(rows)}, the start {d}")
+        if rows is not None and rows.shape[1] != d:
+            raise ValueError(f"{name} have dimension {rows.shape[1]}, the start {d}")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(start)):
         raise ValueError("the start holds NaN or infinity")
     if not 0 <= regularisation < np.inf:
@@ -378,9 +379,17 @@ def _check_fit(data, held_out, start, regularisation, tolerance, max_iterations)
         )
 
 
-def _identity(data: Rows) -> Rows:
+def _identity(data: Rows) -> dict[str, Any]:
     """What is hashed of rows: of a transform its program, of devices their number."""
     transform = data.transform
     if transform is not None:
         transform = traced(transform, jax.ShapeDtypeStruct((1, *data.x.shape[1:]), data.dtype))
-    return data._replace(transform=transform, devices=(len(data.devices),))
+    return {
+        "x": data.x,
+        "weights": data.weights,
+        "transform": transform,
+        "dtype": data.dtype,
+        "block_size": data.block_size,
+        "chunk_size": data.chunk_size,
+        "num_devices": len(data.devices),
+    }

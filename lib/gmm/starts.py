@@ -13,8 +13,9 @@ from lib.gmm._linalg import distances_from_nearest, expanded_distances, row_sums
 from lib.gmm._mixture import Mixture, cast
 from lib.gmm.covariances import Covariance
 from lib.gmm.em import block_moments, maximise_in_place, prepare_jit
-from lib.gmm.moments import Rows, sum_over_rows
 from lib.numerics import AnyArray, product, uniform_weights
+from lib.rows import Rows
+from lib.rows.sums import sum_over_rows
 
 Structure = Callable[[int, Float[AnyArray, " d"]], Covariance]
 
@@ -45,8 +46,8 @@ def responsibilities_start(
     responsibility at all.
     """
     responsibilities = np.asarray(responsibilities)
-    if responsibilities.ndim != 2 or len(responsibilities) != data.num_rows:
-        raise ValueError(f"responsibilities are [{data.num_rows}, K], got {responsibilities.shape}")
+    if responsibilities.ndim != 2 or len(responsibilities) != data.shape[0]:
+        raise ValueError(f"responsibilities are [{data.shape[0]}, K], got {responsibilities.shape}")
     num_components = responsibilities.shape[1]
     _check_num_components(data, num_components)
     empty = data.weights @ responsibilities <= 0
@@ -59,9 +60,9 @@ def responsibilities_start(
 
 def _maximised(data, num_components, structure, regularisation, function, parameters, *columns):
     """The M-step from the moments that `function` takes of blocks, in float64."""
-    data = data._replace(dtype=np.dtype(np.float64))
+    dtype = np.dtype(np.float64)
     with jax.enable_x64(True):
-        weight, first, second = sum_over_rows(_block_spread, (), data)
+        weight, first, second = sum_over_rows(_block_spread, (), data, dtype=dtype)
         mean = first / weight
         variances = jnp.maximum(second / weight - mean**2, 0)
         scale = jnp.mean(variances)
@@ -72,8 +73,8 @@ def _maximised(data, num_components, structure, regularisation, function, parame
         start = Mixture(weights, means, structure(num_components, variances))
         start = cast(start, jnp.float64)
         for _ in range(2):
-            prepared = prepare_jit(start, data.dtype)
-            moments = sum_over_rows(function, (prepared, parameters), data, *columns)
+            prepared = prepare_jit(start, dtype)
+            moments = sum_over_rows(function, (prepared, parameters), data, *columns, dtype=dtype)
             del prepared
             gc.collect()  # jaxlib lets go of what it borrowed from numpy as garbage is collected
             start, ridge = maximise_in_place(
@@ -139,9 +140,7 @@ def kmeans(
         draw = jax.random.choice(drawing_key, len(present), (SEED_POINTS,), replace=False)
         present = present[np.sort(np.asarray(draw))]
     with jax.enable_x64(True):
-        points = jnp.asarray(np.asarray(data.x[present])).astype(data.dtype)
-        points = points if data.transform is None else data.transform(points)
-        points = points.reshape(len(present), -1)
+        points = jnp.asarray(data.take(present))
         weights = jnp.asarray(data.weights[present], data.dtype)
         centres = jax.jit(kmeans_plus_plus, static_argnums=2)(
             seeding_key, points, num_components, weights

@@ -1,27 +1,25 @@
 """Rows of features, in memory or in files, and sums over them."""
 
 from lib.rows._rows import (
-    ArrayRows,
     Rows,
+    Transform,
     as_rows,
     check_bandwidths,
-    check_floating,
     check_same_width,
     fill_up,
-    joined,
     one_behind,
+    pooled,
     read_ahead,
 )
 
 __all__ = [
-    "ArrayRows",
     "Rows",
+    "Transform",
     "as_rows",
     "check_bandwidths",
-    "check_floating",
     "check_same_width",
     "fill_up",
-    "joined",
     "one_behind",
+    "pooled",
     "read_ahead",
 ]

@@ -1,40 +1,47 @@
 """Files of embeddings, read a few rows at a time: .pt, .npy, .npz and .safetensors.
 
-`open_rows` looks at a file's header alone and returns a `RowFile`: its shape, its dtype, and
-`chunks(size)`, which yields the rows in order with at most `size` of them in memory. Beside such a
-chunk, what is held is the same rows in the file's dtype. Half precision is widened to float32 as it
-is read; float32 and float64 stay what they are. How the formats store values is in
-`lib.rows`.
+`open_rows` looks at a file's header and returns a `RowFile`, which `lib.rows.Rows` and what takes
+samples read a chunk at a time. How the formats store values is in `lib.rows._formats`.
 """
 
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 
+import ml_dtypes
 import numpy as np
 
-from lib.rows._formats import (
-    DTYPES,
-    FORMATS,
-    Compressed,
-    Plain,
-    StoredArray,
-    find_arrays,
-)
+from lib.rows._formats import DTYPES, FORMATS, Read, StoredArray, clear_errors, find_arrays
+
+_ROWS_AT_ONCE = 512  # of those read one by one: what is mapped for them stays below 64 MiB
 
 
 @dataclasses.dataclass(frozen=True)
 class RowFile:
-    """A file's matrix [n, d]. Making it reads no row, and each pass opens the file anew."""
+    """A file's matrix [n, d]: `file[rows]` reads the rows of a slice or of indices, as stored.
+
+    Every read opens the file anew, so that only the rows that it returns are in memory; an .npz is
+    read whole when it is opened. Raises ValueError, naming the file, where it has been truncated.
+    """
 
     path: Path
     key: str  # of the matrix in the file, "" where it has none
     name: str  # in messages, as it was asked for: PATH or PATH:KEY
     shape: tuple[int, int]
-    dtype: str  # as stored, one of `lib.rows._formats.DTYPES`
-    values: Plain | Compressed = dataclasses.field(repr=False)
+    dtype: np.dtype  # as stored
+    read: Read = dataclasses.field(repr=False)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        with clear_errors(self.path):
+            if isinstance(rows, slice):
+                return self.read(rows)
+            values = np.empty((len(rows), self.shape[1]), self.dtype)
+            for first in range(0, len(rows), _ROWS_AT_ONCE):
+                part = slice(first, first + _ROWS_AT_ONCE)
+                values[part] = self.read(rows[part])
+            return values
 
     def fingerprint(self) -> str:
         """What the file holds: SHA-256, in hex, of its size, the key and its bytes.
@@ -53,88 +60,25 @@ class RowFile:
                 digest.update(file.read(block))
         return digest.hexdigest()
 
-    def chunks(self, size: int, *, start: int = 0) -> Iterator[np.ndarray]:
-        """The rows from `start` on, in order, as arrays [size, d], the last one perhaps shorter.
-
-        float32, or float64 where the file is. Raises ValueError if the file ends early; and after
-        the last chunk if values were NaN or infinite, with the number of such rows and the first,
-        so that nothing that needs all the rows returns a result.
-        """
-        return self._checked(self.stored_chunks(size, start=start), start)
-
-    def _checked(self, chunks: Iterable[np.ndarray], start: int) -> Iterator[np.ndarray]:
-        position, count, first = start, 0, None
-        for chunk in map(_widen, chunks):
-            bad = _not_finite(chunk)
-            if len(bad):
-                first = position + bad[0] if first is None else first
-                count += len(bad)
-            position += len(chunk)
-            yield chunk
-        if count:
-            raise ValueError(
-                f"{self.name}: NaN or infinity in {count} of {position - start} rows, the first is "
-                f"row {first}"
-            )
-
-    def stored_chunks(self, size: int, *, start: int = 0) -> Iterator[np.ndarray]:
-        """As `chunks`, but in the dtype stored and whatever the values: for where a device widens
-        and checks them, as `lib.rows.fourier_means.stream_mean_embeddings` does.
-        """
-        if size < 1 or start < 0:
-            raise ValueError(f"{self.name}: size >= 1 and start >= 0, not {size} and {start}")
-        native = self.values.dtype.newbyteorder("=")
-        return (block.astype(native, copy=False) for block in self.values.blocks(size, start))
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The rows `indices`, in that order, [len(indices), d] in the dtype of `chunks`.
-
-        Reads these rows alone, but the whole file where it is compressed or stored by columns.
-        Raises IndexError for a row that is not there, ValueError if one is not finite.
-        """
-        wanted, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
-        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.shape[0]:
-            raise IndexError(
-                f"{self.name} has {self.shape[0]} rows: no rows {wanted[0]} to {wanted[-1]}"
-            )
-        rows = _widen(self.values.rows(wanted))
-        bad = _not_finite(rows)
-        if len(bad):
-            raise ValueError(
-                f"{self.name}: NaN or infinity in {len(bad)} of the {len(rows)} rows taken, the "
-                f"first is row {wanted[bad[0]]}"
-            )
-        return rows[places]
-
-
-def _not_finite(rows: np.ndarray) -> np.ndarray:
-    """The indices of the rows with a NaN or an infinity."""
-    finite = np.isfinite(rows)
-    return np.array([], int) if finite.all() else np.flatnonzero(~finite.all(axis=1))
-
-
-def _widen(raw: np.ndarray) -> np.ndarray:
-    """Stored values as native float32 or float64, row-major."""
-    wide = np.float64 if raw.dtype.itemsize == 8 else np.float32
-    return raw.astype(wide, order="C", copy=False)
-
 
 def open_rows(path: str | Path, *, key: str | None = None) -> RowFile:
     """Opens a file that holds a matrix [n, d] of float16, bfloat16, float32 or float64.
 
     - .pt, .pth: `torch.save` of a 2-D tensor, or of a dict or list with tensors.
-    - .npy: `numpy.save`. .npz: `numpy.savez`, or `savez_compressed` of row-major arrays.
+    - .npy: `numpy.save`.
+    - .npz: `numpy.savez` or `savez_compressed`; the matrix is read whole.
     - .safetensors.
 
-    Of several tensors the one named `key` is taken (in a list, its index: "0"), which the path may
-    give too, as PATH:KEY; without, the only one, or the only one with two dimensions.
+    `key` names one of several tensors (in a list, its index: "0"), which the path may
+    do too, as PATH:KEY; without, the only one, or the only one with two dimensions.
 
     Raises FileNotFoundError, or ValueError naming the file: a folder, another suffix, no tensor or
     several, a sparse matrix, another shape or dtype, no row or no column, a damaged or truncated
-    file, and a pickle with more in it than tensors, which is not executed.
+    file, a pickle with more in it than tensors, which is not executed, and a .pt or .safetensors
+    where the package torch or safetensors is not installed.
     """
-    path, found_key = path_and_key(path)
-    key = found_key if key is None else key
+    path, key_in_path = path_and_key(path)
+    key = key_in_path if key is None else key
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a file of rows")
     if not path.exists():
@@ -153,7 +97,9 @@ def open_rows(path: str | Path, *, key: str | None = None) -> RowFile:
             f"{label}: the dtype must be one of {', '.join(DTYPES)}, not {str(array.dtype)[:80]}"
         )
     name = label if asked else str(path)
-    return RowFile(path, key, name, array.shape, array.dtype, array.locate())
+    dtype = np.dtype(ml_dtypes.bfloat16 if array.dtype == "bfloat16" else array.dtype)
+    with clear_errors(path):
+        return RowFile(path, key, name, array.shape, dtype, array.open())
 
 
 def path_and_key(path: str | Path) -> tuple[Path, str | None]:
@@ -166,9 +112,9 @@ def path_and_key(path: str | Path) -> tuple[Path, str | None]:
     if path.exists():
         return path, None
     ends = [match.end() for match in _BEFORE_KEY.finditer(str(path))]
-    found = [(Path(str(path)[: end - 1]), str(path)[end:]) for end in ends]
-    there = [one for one in found if one[0].is_file()]
-    return next(iter(there or found), (path, None))
+    splits = [(Path(str(path)[: end - 1]), str(path)[end:]) for end in ends]
+    of_files = [split for split in splits if split[0].is_file()]
+    return next(iter(of_files or splits), (path, None))
 
 
 _BEFORE_KEY = re.compile(rf"(?:{'|'.join(map(re.escape, FORMATS))}):(?=.)", re.IGNORECASE)

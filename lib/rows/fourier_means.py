@@ -8,9 +8,9 @@ W x grows with |x|. Kernels and MMDs do not depend on the origin. So where sampl
 against their spread, give the same `offset` for all of them, such as a rough common mean.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from lib.numerics import at_least_float32, product
+from lib.numerics import product
 from lib.rff import features_of_projections, frequency_projections
 from lib.rows._rows import (
+    as_rows,
     check_bandwidths,
-    check_floating,
     fill_up,
     one_behind,
     read_ahead,
@@ -33,14 +33,17 @@ from lib.rows._rows import (
 # Chunks are filled up to a multiple of so many rows: few shapes, so few compilations.
 ROW_MULTIPLE = 256
 
+OnRows = Callable[[int], None]
+"""Told how many rows were read since the last call."""
+
 
 class StreamedMeans(NamedTuple):
-    """What `stream_mean_embeddings` finds for S bandwidths and F features; host, float64."""
+    """For S bandwidths and F features; host, float64."""
 
     means: Float[np.ndarray, "S F"]
     num_rows: int
     block_sums: Float[np.ndarray, "B S F"]  # sums of the features of each block's rows
-    block_sizes: Int[np.ndarray, " B"]
+    block_sizes: Float[np.ndarray, " B"]  # their numbers, or the sums of their weights
 
 
 def row_blocks(
@@ -64,7 +67,7 @@ def row_blocks(
 
 
 def stream_mean_embeddings(
-    chunks: Iterable[ArrayLike],
+    sample: Any,
     frequencies: Float[Array, "num_features d"],
     bandwidths: Sequence[ArrayLike] | ArrayLike,
     *,
@@ -72,89 +75,92 @@ def stream_mean_embeddings(
     offset: ArrayLike | None = None,
     num_blocks: int = 1,
     block_key: Key[Array, ""] | None = None,
+    chunk_size: int = 1024,
     devices: Sequence[jax.Device] | None = None,
-    name: str = "the sample",
+    on_rows: OnRows | None = None,
 ) -> StreamedMeans:
-    """mu_s = 1/n sum_i z_s(x_i - offset) for each bandwidth, from one pass over chunks of rows.
+    """mu_s = sum_i w_i z_s(x_i - offset) / sum_i w_i for each bandwidth, from one pass over rows.
 
-        file = open_rows(path)
-        stream_mean_embeddings(file.stored_chunks(1024), frequencies, bandwidths, name=file.name)
+        stream_mean_embeddings(open_rows(path), frequencies, bandwidths)
 
-    z_s are the features of `lib.rff.random_fourier_features` with bandwidth s, pairs (F = 2 D) or
-    with `phases` cosines (F = D). All bandwidths share the product W x. Chunks [size, d] of any
-    sizes are computed in float32, half precision too, and float64 ones in float64, within a local
-    scope; sums over chunks are float64. The rows of a chunk are shared out over `devices`, by
+    `sample` is `lib.rows.Rows` or what they are made of. z_s are the features of
+    `lib.rff.random_fourier_features` with bandwidth s, pairs (F = 2 D) or with `phases` cosines
+    (F = D). All bandwidths share the product W x. Features are computed in the dtype of the rows,
+    and sums over chunks are float64. Each chunk of `chunk_size` rows is divided over `devices`, by
     default all local ones; each holds its part of two chunks, of the D products and of one
     bandwidth's F features. A thread reads ahead meanwhile: up to five chunks lie on the host.
+    `on_rows` is told how many rows were read since the last call.
 
     With `num_blocks` B > 1 rows are put into blocks at random by `block_key` (see `row_blocks`),
     and sums are kept by block. With weights w of the blocks, multinomial or Poisson,
     sum_b w_b block_sums_b / sum_b w_b block_sizes_b is then a bootstrap draw of the means without
     a second pass. Where n <= B a block is one row or none: that is the bootstrap over rows.
 
-    Raises ValueError on no rows, unequal widths, a dtype that is not floating point, bandwidths
-    that are not positive, whatever `chunks` raises; and after the last chunk on NaN and infinity,
-    with `name`, the number of such rows and the first (a row too large to be multiplied counts).
+    Raises ValueError as `lib.rows.Rows`, on rows of another width than the frequencies and on
+    bandwidths that are not positive; and after the last chunk on NaN and infinity, with the number
+    of such rows and the first (a row too large to be multiplied counts).
     """
+    sample = as_rows(sample, "the sample", allow_weights=True)
     bandwidths, num_features = check_bandwidths(bandwidths), len(frequencies)
     if num_blocks < 1 or (num_blocks > 1 and block_key is None):
         raise ValueError(f"num_blocks must be 1, or more with a block_key: {num_blocks}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    n, width = sample.shape
+    if width != frequencies.shape[1]:
+        raise ValueError(
+            f"{sample.name}: rows of {frequencies.shape[1]} columns are needed for frequencies of "
+            f"shape {frequencies.shape}, got rows of {width}"
+        )
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("rows",))
     multiple = int(np.lcm(ROW_MULTIPLE, mesh.size))
+    size = -(-min(chunk_size, n) // multiple) * multiple
     by_rows, everywhere = NamedSharding(mesh, Spec("rows")), NamedSharding(mesh, Spec())
     frequencies, phases, block_key = jax.device_put((frequencies, phases, block_key), everywhere)
-    num_rows, size = 0, 0
+    dtype, starts = sample.dtype, range(0, n, chunk_size)
 
     def sums():
-        nonlocal num_rows, size
-        for chunk in read_ahead(chunks):
-            chunk = np.asarray(chunk)
-            check_floating(chunk, name)
-            if chunk.ndim != 2 or chunk.shape[1] != frequencies.shape[1]:
-                raise ValueError(
-                    f"{name}: rows of {frequencies.shape[1]} columns are needed for frequencies of "
-                    f"shape {frequencies.shape}, got a chunk of shape {chunk.shape}"
-                )
-            if not len(chunk):
-                continue
-            size = max(size, -(-len(chunk) // multiple) * multiple)
-            dtype = np.float64 if chunk.dtype == np.float64 else np.float32
+        chunks = read_ahead(np.asarray(sample.x[i : i + chunk_size]) for i in starts)
+        for first_row, chunk in zip(starts, chunks):
+            weights = sample.weights[first_row : first_row + len(chunk)]
             with jax.enable_x64(dtype == np.float64):
-                found = _chunk_sums(
+                chunk_sums = _chunk_sums(
                     jax.device_put(fill_up(chunk, size), by_rows),
                     len(chunk),
-                    num_rows,
+                    first_row,
                     block_key,
                     frequencies,
                     bandwidths.astype(dtype),
                     phases,
                     None if offset is None else np.asarray(offset, dtype),
+                    fill_up(weights.astype(dtype), size) if sample.weighted else None,
                     mesh=mesh,
                     num_blocks=num_blocks,
+                    transform=sample.transform,
                 )
-            num_rows += len(chunk)
+            if on_rows is not None:
+                on_rows(len(chunk))
             # Outside the scope: a generator that stops inside would leave it to its caller.
-            yield found, num_rows - len(chunk)
+            yield chunk_sums, first_row
 
     num_columns = num_features if phases is not None else 2 * num_features
     block_sums = np.zeros((num_blocks, len(bandwidths), num_columns))
-    block_sizes = np.zeros(num_blocks, np.int64)
+    block_sizes = np.zeros(num_blocks)
     bad_rows = []
     for (chunk_sums, chunk_sizes, not_finite), first_row in one_behind(sums()):
         block_sums += np.swapaxes(chunk_sums, 0, 1)
         block_sizes += chunk_sizes
         bad_rows.extend(first_row + np.flatnonzero(not_finite))
-    if not num_rows:
-        raise ValueError(f"{name} has no rows")
     if bad_rows:
         raise ValueError(
-            f"{name}: NaN or infinity in {len(bad_rows)} of {num_rows} rows, the first is row "
+            f"{sample.name}: NaN or infinity in {len(bad_rows)} of {n} rows, the first is row "
             f"{bad_rows[0]}"
         )
-    return StreamedMeans(block_sums.sum(axis=0) / num_rows, num_rows, block_sums, block_sizes)
+    means = block_sums.sum(axis=0) / (block_sizes.sum() if sample.weighted else n)
+    return StreamedMeans(means, n, block_sums, block_sizes)
 
 
-@partial(jax.jit, static_argnames=("mesh", "num_blocks"))
+@partial(jax.jit, static_argnames=("mesh", "num_blocks", "transform"))
 def _chunk_sums(
     rows,
     num_rows,
@@ -164,9 +170,11 @@ def _chunk_sums(
     bandwidths,
     phases,
     offset,
+    weights,
     *,
     mesh,
     num_blocks,
+    transform=None,
 ):
     """Of the first `num_rows` rows: sums [S, B, F], sizes of the blocks, which are not finite."""
     blocks = jnp.zeros(len(rows), int)
@@ -174,26 +182,30 @@ def _chunk_sums(
         blocks = row_blocks(block_key, first_row, len(rows), num_blocks)
     blocks = jnp.where(jnp.arange(len(rows)) < num_rows, blocks, -1)
 
-    def on_one_device(rows, blocks, frequencies, bandwidths, phases, offset):
-        rows = at_least_float32(rows)
-        rows = rows if offset is None else rows - offset[None, :]
-        projections = frequency_projections(rows, frequencies)
+    def on_one_device(rows, blocks, weights, frequencies, bandwidths, phases, offset):
+        points = rows.astype(bandwidths.dtype)
+        points = points if transform is None else transform(points)
+        points = points.reshape(len(rows), -1)
+        points = points if offset is None else points - offset[None, :]
+        projections = frequency_projections(points, frequencies)
         # A product with the blocks' indicators sums in the same order always; a scatter may not.
-        members = jax.nn.one_hot(blocks, num_blocks, axis=0, dtype=rows.dtype)
+        members = jax.nn.one_hot(blocks, num_blocks, axis=0, dtype=points.dtype)
+        members = members if weights is None else members * weights[None, :]
 
         def sums(bandwidth):
             features = features_of_projections(projections, bandwidth, phases=phases)
             return product(members, features)
 
-        sizes = jnp.sum(members, axis=1).astype(int)
+        sizes = jnp.sum(members, axis=1)
         # NaN and infinity leave no product finite, so that one of them tells.
         not_finite = ~jnp.isfinite(projections[:, 0]) & (blocks >= 0)
         return *lax.psum((lax.map(sums, bandwidths), sizes), "rows"), not_finite
 
     shared = frequencies, bandwidths, phases, offset
+    by_rows = Spec("rows")
     return jax.shard_map(
         on_one_device,
         mesh=mesh,
-        in_specs=(Spec("rows"), Spec("rows"), *(Spec(),) * len(shared)),
-        out_specs=(Spec(), Spec(), Spec("rows")),
-    )(rows, blocks, *shared)
+        in_specs=(by_rows, by_rows, by_rows, *(Spec(),) * len(shared)),
+        out_specs=(Spec(), Spec(), by_rows),
+    )(rows, blocks, weights, *shared)

@@ -2,7 +2,7 @@
 quadratic in the rows, for what `lib.rows.fourier_means` approximates in one pass; and the median
 heuristic.
 
-Samples are `lib.rows.Rows`, such as `lib.rows.files.RowFile`, or arrays [n, d].
+Samples are `lib.rows.Rows` without weights, or what they are made of: arrays, files.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from lib.rows._rows import (
     check_bandwidths,
     check_same_width,
     fill_up,
-    joined,
     one_behind,
+    pooled,
     read_ahead,
 )
 
@@ -58,7 +58,7 @@ def exact_gram_of_means(
     few [block_size, block_size] matrices. Files are read T / (2 block_size) times.
 
     Raises ValueError without a set or a target, on unequal widths, bandwidths that are not
-    positive, and as the samples do.
+    positive, and as `Rows` do, also where a sample has weights.
     """
     bandwidths = check_bandwidths(bandwidths)
     if block_size < 1:
@@ -90,17 +90,17 @@ def _kernel_sums(samples, bandwidths, block_size):
     starts = range(0, len(set_of), size)
     parts = [set_of[start : start + size] for start in starts]
     width = max(part[-1] - part[0] for part in parts) + 1  # the most sets that a block touches
-    double = any(str(rows.dtype) == "float64" for rows in samples)
-    dtype = np.float64 if double else np.float32
+    together = pooled(samples)
+    dtype = together.dtype
 
     def blocks(first):
         """Rows from block `first` on, with each row's set, counted from the block's first set."""
-        # In this order: the rows are asked for once more after the last, and checked to their end.
-        pieces = read_ahead(joined(samples, size, start=starts[first]))
-        for rows, part in zip(pieces, parts[first:]):
+        for rows, part in zip(
+            read_ahead(together.chunks(size, start=starts[first])), parts[first:]
+        ):
             labels = np.full(size, -1)
             labels[: len(part)] = part - part[0]
-            yield jnp.asarray(fill_up(rows.astype(dtype, copy=False), size)), labels
+            yield jnp.asarray(fill_up(rows, size)), labels
 
     def sums_of_blocks():
         for row in range(len(parts)):

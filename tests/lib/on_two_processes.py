@@ -18,8 +18,8 @@ from lib import gd, mmd, runs
 from lib.gmm import Mixture
 from lib.gmm.covariances import from_matrices
 from lib.gmm.em import fit
-from lib.gmm.moments import rows
 from lib.networks import MLP, classification, optimizers
+from lib.rows import Rows
 from lib.runs import console, loop, processes
 
 
@@ -69,7 +69,7 @@ def main(results: Path, mesh) -> None:
 
     x = np.random.default_rng(0).normal(size=(101, 4)) + np.arange(101)[:, None] % 3
     start = Mixture(np.array([0.4, 0.6]), x[:2], from_matrices(np.stack([np.eye(4)] * 2)))
-    data = rows(x, dtype=np.float64, chunk_size=40, devices=mesh and tuple(mesh.devices.flat))
+    data = Rows(x, dtype=np.float64, chunk_size=40, devices=mesh and tuple(mesh.devices.flat))
     result = fit(data, start, tolerance=0.0, max_iterations=4, show_progress=False)
     found["log_likelihoods"], found["means"] = result.log_likelihoods, result.mixture.means
 

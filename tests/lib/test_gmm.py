@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from chunks import stop_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,13 +49,15 @@ from lib.gmm.em import (
     maximisation,
     mean_log_likelihood,
 )
-from lib.gmm.moments import rows
 from lib.gmm.starts import (
     kmeans,
     kmeans_plus_plus,
     kmeans_start,
     responsibilities_start,
 )
+from lib.rows import Rows
+from lib.rows.files import open_rows
+from lib.rows.fourier_means import stream_mean_embeddings
 from lib.runs import open_run
 from lib.runs.console import Interrupted
 from lib.runs.files import RunFileError
@@ -96,7 +99,7 @@ def soft(x, num, seed=0):
 
 
 def start_of(x, structure, num=3, seed=0, **options):
-    data = rows(x, dtype=np.float64)
+    data = Rows(x, dtype=np.float64)
     return responsibilities_start(data, soft(x, num, seed), STRUCTURES[structure], **options)
 
 
@@ -136,7 +139,7 @@ def test_densities_agree_with_scipy(x64, structure):
     shares = np.exp(joint - density[:, None])
     np.testing.assert_allclose(responsibilities(mixture, points), shares, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(
-        mean_log_likelihood(mixture, rows(x, dtype=np.float64)), density.mean(), rtol=1e-11
+        mean_log_likelihood(mixture, Rows(x, dtype=np.float64)), density.mean(), rtol=1e-11
     )
 
 
@@ -200,7 +203,7 @@ def test_every_iteration_is_scikit_learns(structure):
     ).set_params(tol=0, max_iter=10, init_params="random_from_data", random_state=0)
     with pytest.warns(match="did not converge"):
         theirs.fit(x)
-    data = rows(x, dtype=np.float64, block_size=64, chunk_size=150)
+    data = Rows(x, dtype=np.float64, block_size=64, chunk_size=150)
     ours = quiet_fit(data, start, tolerance=0.0, max_iterations=10)
     assert not ours.converged
     assert not ours.ridges.any()
@@ -221,7 +224,7 @@ def test_start_from_responsibilities(structure):
         soft(clusters(3, n=90), 3),
         np.random.default_rng(0).random(90),
     )
-    data = rows(x, weights=weights, dtype=np.float64)
+    data = Rows(x, weights=weights, dtype=np.float64)
     start = responsibilities_start(data, shares, STRUCTURES[structure], regularisation=0.01)
     share = shares * weights[:, None]
     counts = share.sum(axis=0)
@@ -239,15 +242,13 @@ def test_start_from_responsibilities(structure):
     np.testing.assert_allclose(start.covariance.matrices(), expected, rtol=1e-10, atol=1e-12)
     # Clusters 1e8 standard deviations apart leave nothing of a second moment about the mean of all.
     one_hot = np.eye(3)[np.arange(90) % 3]
-    apart = data._replace(x=x + 1e8 * (one_hot[:, :1] - one_hot[:, 1:2]), weights=np.ones(90))
-    found = responsibilities_start(apart, one_hot, STRUCTURES[structure], regularisation=0.01)
-    own = responsibilities_start(
-        apart._replace(x=x - (one_hot @ one_hot.T @ x) / 30),
-        one_hot,
-        STRUCTURES[structure],
-        regularisation=0.01,
+    apart, own = (
+        responsibilities_start(
+            Rows(x + shift, dtype=np.float64), one_hot, STRUCTURES[structure], regularisation=0.01
+        )
+        for shift in (1e8 * (one_hot[:, :1] - one_hot[:, 1:2]), -one_hot @ one_hot.T @ x / 30)
     )
-    np.testing.assert_allclose(dense(found), dense(own), atol=1e-7)
+    np.testing.assert_allclose(dense(apart), dense(own), atol=1e-7)
 
 
 @pytest.mark.slow
@@ -261,7 +262,7 @@ def test_float32_products_beside_float64(structure):
     x[:, :3] = [0.25, 0.0, 1.0]
     start = start_of(x, structure)
     histories = [
-        quiet_fit(rows(x, dtype=dtype), start, tolerance=0.0, max_iterations=8).log_likelihoods
+        quiet_fit(Rows(x, dtype=dtype), start, tolerance=0.0, max_iterations=8).log_likelihoods
         for dtype in (np.float32, np.float64)
     ]
     assert np.abs(histories[0] - histories[1]).max() < 1e-4 * 24
@@ -278,7 +279,7 @@ def test_pure_steps_are_the_fits(x64):
     for _ in range(3):
         mixture, info = step(mixture, jnp.asarray(x), jnp.asarray(weights))
         infos.append(float(info.log_likelihood))
-    data = rows(x, weights=weights, dtype=np.float64, chunk_size=50)
+    data = Rows(x, weights=weights, dtype=np.float64, chunk_size=50)
     result = quiet_fit(data, start, tolerance=0.0, max_iterations=3)
     np.testing.assert_allclose(result.log_likelihoods, infos, rtol=1e-12)
     np.testing.assert_allclose(result.mixture.means, mixture.means, rtol=1e-10, atol=1e-12)
@@ -300,7 +301,7 @@ def test_step_without_float64():
     for _ in range(4):
         mixture, info = jax.jit(em_step)(mixture, x)
         assert info.log_likelihood.dtype == jnp.float32
-    expected = quiet_fit(rows(np.asarray(x)), start_of(np.asarray(x, float), "full"),
+    expected = quiet_fit(Rows(np.asarray(x)), start_of(np.asarray(x, float), "full"),
                          tolerance=0.0, max_iterations=4)  # fmt: skip
     np.testing.assert_allclose(info.log_likelihood, expected.log_likelihoods[-1], atol=1e-3)
 
@@ -315,7 +316,7 @@ def test_low_rank_step_by_its_formulas():
     start = start_of(x, "low rank", num=2)
     share = np.exp(numpy_joint(start, x) - logsumexp(numpy_joint(start, x), axis=1)[:, None])
     result = quiet_fit(
-        rows(x, dtype=np.float64), start, max_iterations=1, regularisation=0.0
+        Rows(x, dtype=np.float64), start, max_iterations=1, regularisation=0.0
     ).mixture
     for k in range(2):
         mean = share[:, k] @ x / share[:, k].sum()
@@ -336,16 +337,16 @@ def test_low_rank_climbs_to_factor_analysis():
     rng = np.random.default_rng(8)
     x = rng.normal(size=(500, 2)) @ rng.normal(size=(2, 12)) + 0.7 * rng.normal(size=(500, 12))
     start = responsibilities_start(
-        rows(x, dtype=np.float64), np.ones((500, 1)), STRUCTURES["low rank"]
+        Rows(x, dtype=np.float64), np.ones((500, 1)), STRUCTURES["low rank"]
     )
-    data = rows(x, dtype=np.float64)
+    data = Rows(x, dtype=np.float64)
     result = quiet_fit(data, start, regularisation=0.0, tolerance=1e-8, max_iterations=500)
     assert result.converged
     theirs = FactorAnalysis(2, svd_method="lapack", tol=1e-10, max_iter=5000).fit(x).score(x)
     np.testing.assert_allclose(mean_log_likelihood(result.mixture, data), theirs, atol=1e-6)
     x = clusters(9)
     result = quiet_fit(
-        rows(x, dtype=np.float64),
+        Rows(x, dtype=np.float64),
         start_of(x, "low rank"),
         regularisation=0.0,
         tolerance=0.0,
@@ -374,7 +375,7 @@ def test_invariances(structure, seed, block_size, shift):
     order = np.random.default_rng(seed).permutation(65)
 
     def run(x, weights, start, **options):
-        data = rows(x, weights=weights, dtype=np.float64, **options)
+        data = Rows(x, weights=weights, dtype=np.float64, **options)
         return quiet_fit(data, start, tolerance=0.0, max_iterations=3, regularisation=0.01)
 
     plain = run(x, weights, start)
@@ -393,6 +394,37 @@ def test_invariances(structure, seed, block_size, shift):
         np.testing.assert_allclose(dense(other.mixture), dense(plain.mixture), atol=1e-7)
 
 
+def test_arrays_and_files_of_the_same_rows_are_fitted_alike(tmp_path):
+    """EM from k-means, and mean embeddings: array, memory map, .npy, .pt, all in the same bits."""
+    x = clusters(3).astype("f")
+    np.save(tmp_path / "x.npy", x)
+    torch.save(torch.from_numpy(x), tmp_path / "x.pt")
+    sources = (
+        x,
+        jnp.asarray(x),
+        np.load(tmp_path / "x.npy", mmap_mode="r"),
+        open_rows(tmp_path / "x.npy"),
+        open_rows(tmp_path / "x.pt"),
+    )
+    results, frequencies = [], jax.random.normal(jax.random.key(1), (4, x.shape[1]))
+    for source in sources:
+        data = Rows(source, chunk_size=100)
+        start = kmeans_start(jax.random.key(0), data, 3, covariances.full)
+        result = quiet_fit(data, start, max_iterations=2, tolerance=0.0)
+        means = stream_mean_embeddings(data, frequencies, [1.0], chunk_size=100).means
+        results.append((start, result.mixture, result.log_likelihoods, means))
+    for result in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, result, results[0])
+    x[[7, 150]] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    for fit_or_start in (
+        lambda data: quiet_fit(data, start),
+        lambda data: kmeans(jax.random.key(0), data, 3),
+    ):
+        with pytest.raises(ValueError, match=rf"x\.npy: NaN or infinity in 2 of {len(x)} .* row 7"):
+            fit_or_start(Rows(open_rows(tmp_path / "x.npy")))
+
+
 @pytest.mark.slow
 def test_images_are_read_as_they_are():
     """uint8 on the host in chunks, scaled on the device, beside floats scaled before."""
@@ -405,9 +437,9 @@ def test_images_are_read_as_they_are():
 
     histories = []
     for data in (
-        rows(images, transform=scale, dtype=np.float64, block_size=16, chunk_size=40),
-        rows(images.reshape(130, 6) / 127.5 - 1, dtype=np.float64),
-        rows(jnp.asarray(images), transform=scale, dtype=np.float64, chunk_size=40),
+        Rows(images, transform=scale, dtype=np.float64, block_size=16, chunk_size=40),
+        Rows(images.reshape(130, 6) / 127.5 - 1, dtype=np.float64),
+        Rows(jnp.asarray(images), transform=scale, dtype=np.float64, chunk_size=40),
     ):
         start = responsibilities_start(data, shares, covariances.full)
         histories.append(quiet_fit(data, start, max_iterations=4).log_likelihoods)
@@ -418,11 +450,11 @@ SHARDED = """
 import jax, numpy as np
 from lib.gmm import Mixture, from_matrices
 from lib.gmm.em import fit
-from lib.gmm.moments import rows
+from lib.rows import Rows
 x = np.random.default_rng(0).normal(size=(101, 4)) + np.arange(101)[:, None] % 3
 start = Mixture(np.array([0.4, 0.6]), x[:2], from_matrices(np.stack([np.eye(4)] * 2)))
 for count in (1, 3):
-    data = rows(x, dtype=np.float64, chunk_size=40, devices=jax.devices()[:count])
+    data = Rows(x, dtype=np.float64, chunk_size=40, devices=jax.devices()[:count])
     result = fit(data, start, tolerance=0.0, max_iterations=4, show_progress=False)
     print(*result.log_likelihoods)
 """
@@ -458,7 +490,7 @@ def test_converges_as_scikit_learn():
         precisions_init=theirs.precisions_,
         init_params="random_from_data",
     ).fit(x)
-    result = quiet_fit(rows(x, dtype=np.float64), start)
+    result = quiet_fit(Rows(x, dtype=np.float64), start)
     assert result.converged
     assert len(result.log_likelihoods) == theirs.n_iter_ < 100
 
@@ -467,7 +499,7 @@ def test_converges_as_scikit_learn():
 def test_held_out_data_stop_the_fit():
     """Few points in many dimensions: held-out likelihood falls while training's rises."""
     x = clusters(11, n=200, d=8, num=2)
-    train, held_out = (rows(part, dtype=np.float64) for part in (x[:60], x[60:]))
+    train, held_out = (Rows(part, dtype=np.float64) for part in (x[:60], x[60:]))
     start = responsibilities_start(train, soft(x[:60], 3), covariances.full, regularisation=0.01)
     result = quiet_fit(train, start, held_out=held_out, tolerance=0.0, regularisation=0.01)
     assert result.converged
@@ -481,7 +513,7 @@ def test_held_out_data_stop_the_fit():
 
 def test_resumes_to_the_same_bits(tmp_path, monkeypatch):
     x = clusters(12)
-    start, data = start_of(x, "full"), rows(x)
+    start, data = start_of(x, "full"), Rows(x)
     options = {"tolerance": 0.0, "max_iterations": 6}
     whole = quiet_fit(data, start, **options)
     run = open_run(tmp_path, "gmm", "test", {}, seed=0)
@@ -496,7 +528,7 @@ def test_resumes_to_the_same_bits(tmp_path, monkeypatch):
     assert found == list(enumerate(whole.log_likelihoods))
     again = quiet_fit(data, start, run=run, **options)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
-    other = start._replace(means=start.means + 1), rows(x, transform=jnp.tanh)
+    other = start._replace(means=start.means + 1), Rows(x, transform=jnp.tanh)
     with pytest.raises(RunFileError, match="another start, data, tolerance,"):
         quiet_fit(other[1], other[0], run=run, **options | {"tolerance": 1e-9})
 
@@ -509,33 +541,35 @@ def test_bad_input():
     start = start_of(x, "full")
     bad = x.copy()
     bad[7, 2] = np.nan
-    with pytest.raises(ValueError, match="row 7 of the data is not finite"):
-        rows(bad)
+    with pytest.raises(
+        ValueError, match="the data: NaN or infinity in 1 of 20 rows, the first is row 7"
+    ):
+        Rows(bad)
     with pytest.raises(ValueError, match=r"got shape \(20,\)"):
-        rows(x[:, 0])
+        Rows(x[:, 0])
     with pytest.raises(ValueError, match="weights must be finite and >= 0"):
-        rows(x, weights=-np.ones(20))
+        Rows(x, weights=-np.ones(20))
     with pytest.raises(ValueError, match="float32 or float64, got int32"):
-        rows(x, dtype=np.int32)
+        Rows(x, dtype=np.int32)
     with pytest.raises(ValueError, match="3 components, but 2 points"):
-        quiet_fit(rows(x[:2]), start)
+        quiet_fit(Rows(x[:2]), start)
     with pytest.raises(ValueError, match="21 components, but 20 points"):
-        kmeans(jax.random.key(0), rows(x), 21)
+        kmeans(jax.random.key(0), Rows(x), 21)
     with pytest.raises(ValueError, match="the data have dimension 4, the start 5"):
-        quiet_fit(rows(x[:, :4]), start)
+        quiet_fit(Rows(x[:, :4]), start)
     with pytest.raises(ValueError, match="component 1 starts with no point"):
-        responsibilities_start(rows(x), np.eye(2)[np.zeros(20, int)], covariances.full)
+        responsibilities_start(Rows(x), np.eye(2)[np.zeros(20, int)], covariances.full)
     with pytest.raises(ValueError, match="regularisation must be"):
-        quiet_fit(rows(x), start, regularisation=-1.0)
+        quiet_fit(Rows(x), start, regularisation=-1.0)
     structure = covariances.low_rank(jax.random.key(0), 5)
     with pytest.raises(ValueError, match="rank must be at least 1 and below d = 5"):
-        responsibilities_start(rows(x), np.ones((20, 1)), structure)
+        responsibilities_start(Rows(x), np.ones((20, 1)), structure)
     with pytest.raises(ValueError, match="not positive definite"):
         from_matrices(-np.eye(3))
     with pytest.raises(ValueError, match="has not been fitted"):
         from_sklearn(GaussianMixture())
     with pytest.raises(FloatingPointError, match="the transform makes NaN"):
-        quiet_fit(rows(x, transform=jnp.sqrt), start)
+        quiet_fit(Rows(x, transform=jnp.sqrt), start)
     with pytest.raises(ValueError, match=r"points are \[n, 5\], got shape \(20, 3\)"):
         log_prob(start, jnp.asarray(x[:, :3], jnp.float32))
 
@@ -545,7 +579,7 @@ def test_constant_features_are_given_a_ridge(structure):
     """Without regularisation: recorded, and with it not needed."""
     x = clusters(14, n=200)
     x[:, 1] = 3.0
-    data = rows(x, dtype=np.float64)
+    data = Rows(x, dtype=np.float64)
     start = start_of(x, structure)
     assert not quiet_fit(data, start, max_iterations=3).ridges.any()
     result = quiet_fit(data, start, max_iterations=3, regularisation=0.0)
@@ -576,7 +610,7 @@ def test_a_ridge_rises_until_a_factor_exists(x64):
 def test_duplicated_points():
     """One point alone has a singular covariance; k-means wants as many points as components."""
     x = np.ones((30, 2))
-    data = rows(x, dtype=np.float64)
+    data = Rows(x, dtype=np.float64)
     with pytest.raises(ValueError, match="2 components, but 1 distinct points"):
         kmeans(jax.random.key(0), data, 2)
     start = responsibilities_start(data, np.ones((30, 1)), covariances.full, regularisation=0.0)
@@ -590,7 +624,7 @@ def test_an_emptied_component_is_kept_at_weight_0(structure):
     x = clusters(15, n=100, num=1)
     start = start_of(x, structure, num=2)
     far = start._replace(means=start.means + np.array([[0.0], [1e4]]))
-    data = rows(x, dtype=np.float64)
+    data = Rows(x, dtype=np.float64)
     result = quiet_fit(data, far, max_iterations=4, tolerance=0.0)
     np.testing.assert_array_equal(result.mixture.weights, [1, 0])
     np.testing.assert_allclose(result.mixture.means[1], far.means[1], rtol=1e-12)
@@ -603,11 +637,11 @@ def test_too_few_points_warn():
     x = clusters(16, n=40)
     start = start_of(x[:12], "full")
     with pytest.warns(match="12 points for 3 full covariances in 5 dimensions"):
-        quiet_fit(rows(x[:12]), start, max_iterations=1)
+        quiet_fit(Rows(x[:12]), start, max_iterations=1)
     light = np.concatenate([[4.0], np.full(39, 1e-3)])
     with pytest.warns(match=r"a component owns \d\.\d points in 5 dimensions"):
-        quiet_fit(rows(x, weights=light), start, max_iterations=1)
-    quiet_fit(rows(x[:12]), start_of(x[:12], "tied"), max_iterations=1)
+        quiet_fit(Rows(x, weights=light), start, max_iterations=1)
+    quiet_fit(Rows(x[:12]), start_of(x[:12], "tied"), max_iterations=1)
 
 
 # Starts
@@ -631,10 +665,10 @@ def test_kmeans_start_finds_clusters_apart():
     """Also in float32, where one of them is so far that norms say nothing of the others."""
     x = clusters(17, n=300, spread=30.0)
     far = np.float32(x + 1e6 * (np.arange(300) < 100)[:, None])
-    found = kmeans(jax.random.key(0), rows(far, chunk_size=100), 4)
+    found = kmeans(jax.random.key(0), Rows(far, chunk_size=100), 4)
     theirs = KMeans(4, init=found, n_init=1, max_iter=1).fit(np.float64(far))
     np.testing.assert_allclose(found, theirs.cluster_centers_, rtol=1e-6, atol=1e-4)
-    start = kmeans_start(jax.random.key(0), rows(x, chunk_size=100), 3, covariances.full)
+    start = kmeans_start(jax.random.key(0), Rows(x, chunk_size=100), 3, covariances.full)
     labels = responsibilities(cast(start, jnp.float32), jnp.asarray(x, jnp.float32)).argmax(axis=1)
     for k in range(3):
         members = x[np.asarray(labels) == k]
@@ -720,7 +754,7 @@ def test_samples_need_no_factor_for_each():
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_scikit_learn_and_back(x64, structure):
     x = clusters(19)
-    mixture = quiet_fit(rows(x, dtype=np.float64), start_of(x, structure), max_iterations=3).mixture
+    mixture = quiet_fit(Rows(x, dtype=np.float64), start_of(x, structure), max_iterations=3).mixture
     model = to_sklearn(mixture)
     density = log_prob(mixture, jnp.asarray(x))
     np.testing.assert_allclose(model.score_samples(x), density, rtol=1e-9)
@@ -755,7 +789,7 @@ def test_from_a_fitted_model(structure):
     model = GaussianMixture(2, covariance_type=structure, random_state=0).fit(x)
     mixture = from_sklearn(model)
     np.testing.assert_allclose(mixture.covariance.matrices(), model.covariances_, rtol=1e-9)
-    score = mean_log_likelihood(mixture, rows(x, dtype=np.float64))
+    score = mean_log_likelihood(mixture, Rows(x, dtype=np.float64))
     np.testing.assert_allclose(score, model.score(x), rtol=1e-10)
 
 

@@ -4,6 +4,7 @@ A moment of n rows in d dimensions is a sum of n terms of d products: it is off 
 m = 2 (n + 3 d + 8) roundings of the sum of the terms' absolute values, written out in each test.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from scipy.stats import multivariate_normal, norm
 
 from lib import gmm
 from lib.gmm import covariances, em, starts
-from lib.gmm import moments as row_sums
+from lib.rows import Rows, sums
 
 # (structure, points, components, dimension, dtype): each is compiled once, slowly.
 CASES = (
@@ -259,15 +260,15 @@ def test_starts_and_fits(exponent, seed):
     x[-1], weights = x[0], rng.uniform(0.2, 1, n)
     weights[3] = 0
     options = {"dtype": dtype, "block_size": 5, "chunk_size": 7}
-    data = row_sums.rows(2 * x, weights=weights, transform=halves, **options)
-    assert isinstance(data, row_sums.Rows)
-    assert (data.num_rows, row_sums.dimension(data)) == (n, d)
+    data = Rows(2 * x, weights=weights, transform=halves, **options)
+    assert isinstance(data, Rows)
+    assert data.shape == (n, d)
     key, regularisation = jax.random.key(seed), 0.1 * scale**2
     options = {"regularisation": regularisation}
 
     centres = starts.kmeans(key, data, num)
     assert (centres.dtype, centres.shape) == (np.float64, (num, d))
-    scaled = starts.kmeans(key, data._replace(x=8 * x), num)
+    scaled = starts.kmeans(key, dataclasses.replace(data, x=8 * x), num)
     np.testing.assert_array_equal(scaled, 4 * centres)
     wide = x.astype(float)
     nearest = np.square(wide[:, None] - centres).sum(axis=2).argmin(axis=1)
@@ -338,12 +339,10 @@ def test_sums_over_rows(layout, seed):
     weights, labels = rng.integers(0, 5, n).astype(float), rng.normal(size=(n, 2))
     weights[0] = 1
     computed = np.float32 if dtype == np.float32 else np.float64
-    data = row_sums.rows(
-        x, weights=weights, dtype=computed, block_size=block_size, chunk_size=chunk_size
-    )
-    found = row_sums.sum_over_rows(power_sums, np.asarray(2, computed), data, labels)
+    data = Rows(x, weights=weights, dtype=computed, block_size=block_size, chunk_size=chunk_size)
+    found = sums.sum_over_rows(power_sums, np.asarray(2, computed), data, labels)
     with jax.enable_x64(True):
-        alone = row_sums.sum_over_blocks(
+        alone = sums.sum_over_blocks(
             power_sums,
             jnp.asarray(2, computed),
             (jnp.asarray(x), jnp.asarray(weights), jnp.asarray(labels)),
@@ -353,21 +352,21 @@ def test_sums_over_rows(layout, seed):
         )
     wide = x.astype(float)
     eps = np.finfo(computed).eps
-    for sums, total in ((found, np.float64), (alone, computed)):
-        sums = {name: np.asarray(value) for name, value in sums.items()}
-        assert {value.dtype for value in sums.values()} == {np.dtype(total)}
-        np.testing.assert_allclose(sums["sum"], weights @ wide**2, rtol=(n + 3) * eps)
+    for result, total in ((found, np.float64), (alone, computed)):
+        result = {name: np.asarray(value) for name, value in result.items()}
+        assert {value.dtype for value in result.values()} == {np.dtype(total)}
+        np.testing.assert_allclose(result["sum"], weights @ wide**2, rtol=(n + 3) * eps)
         size = np.abs(weights) @ np.abs(labels)
-        assert np.all(np.abs(sums["labels"] - weights @ labels) <= (n + 3) * eps * size)
-        assert sums["weight"] == weights.sum()
+        assert np.all(np.abs(result["labels"] - weights @ labels) <= (n + 3) * eps * size)
+        assert result["weight"] == weights.sum()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_rows_are_finite_in_the_dtype_of_the_products(dtype):
     """What float64 holds is no infinity there, and is one in float32; neither warns."""
-    check = partial(row_sums.rows, np.array([[0.0], [1e39]]), dtype=dtype)
+    check = partial(Rows, np.array([[0.0], [1e39]]), dtype=dtype)
     if dtype == np.float64:
-        assert check().num_rows == 2
+        assert check().shape == (2, 1)
     else:
-        with pytest.raises(ValueError, match="row 1 of the data is not finite"):
+        with pytest.raises(ValueError, match="NaN or infinity in 1 of 2 rows, the first is row 1"):
             check()

@@ -1,25 +1,17 @@
-"""Properties of samples that are read in pieces, of their files and of their kernel means.
+"""Properties of samples that are read in pieces, and of their kernel means.
 
 The oracles are NumPy's loops in float64. A mean of kernels or features, all at most 1, is off by
 what their arguments are: eps times the terms that make up the argument, as said beside each bound.
 """
 
-import json
-import struct
-import tempfile
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import rows
-from lib.rows import _formats as formats
-from lib.rows import files as row_files
 from lib.rows import fourier_means, kernel_means
 
 DTYPES = st.sampled_from([np.float32, np.float64])
@@ -38,7 +30,7 @@ def sample(rng, n, d, exponent, dtype, same=False):
     return (np.repeat(x[:1], n, axis=0) if same else x).astype(dtype)
 
 
-# Arrays as rows, and the pipeline
+# Rows, and the pipeline
 
 
 @few(60)
@@ -51,25 +43,24 @@ def sample(rng, n, d, exponent, dtype, same=False):
     SEEDS,
 )
 def test_rows_of_an_array(n, d, dtype, size, start, seed):
-    """In order, in float32 at least, whatever the pieces; taken by any indices, also twice."""
+    """In order, in float32 at least, whatever the pieces; taken by any indices, also twice; of
+    several samples as of one."""
     rng = np.random.default_rng(seed)
     array = rng.normal(size=(n, d)).astype(dtype)
     wide = array.astype(np.float64 if dtype == np.float64 else np.float32)
     made = rows.as_rows(array, "x")
-    assert isinstance(made, rows.ArrayRows)
     assert isinstance(made, rows.Rows)
     assert rows.as_rows(made, "y") is made
-    assert (made.name, made.shape, made.dtype) == ("x", (n, d), wide.dtype)
-    pieces = list(made.chunks(size, start=start))
-    assert all(len(piece) == size for piece in pieces[:-1])
-    np.testing.assert_array_equal(np.concatenate([wide[:0], *pieces]), wide[start:])
-    indices = rng.integers(n, size=size)
-    np.testing.assert_array_equal(made.take(indices), wide[indices])
-    for whole in (rows.joined([made, made], size, start=start), made.chunks(size)):
-        ahead = list(rows.read_ahead(whole, depth=1 + seed % 3))
-        twice = np.concatenate([wide, wide])[start:]
-        expected = twice if sum(map(len, ahead)) == len(twice) else wide
-        np.testing.assert_array_equal(np.concatenate([wide[:0], *ahead]), expected)
+    assert rows.pooled([made]) is made
+    several = rows.pooled([made, rows.as_rows(array[:1], "y"), made])
+    assert several.name == "x, y, x"
+    for sample, expected in ((made, wide), (several, np.concatenate([wide, wide[:1], wide]))):
+        assert (sample.shape, sample.dtype) == (expected.shape, wide.dtype)
+        pieces = list(rows.read_ahead(sample.chunks(size, start=start), depth=1 + seed % 3))
+        assert all(len(piece) == size for piece in pieces[:-1])
+        np.testing.assert_array_equal(np.concatenate([wide[:0], *pieces]), expected[start:])
+        indices = rng.integers(len(expected), size=size)
+        np.testing.assert_array_equal(sample.take(indices), expected[indices])
     filled = rows.fill_up(wide, size)
     assert filled.dtype == wide.dtype
     np.testing.assert_array_equal(filled[:n], wide)
@@ -77,114 +68,24 @@ def test_rows_of_an_array(n, d, dtype, size, start, seed):
 
 
 @few(30)
-@given(st.lists(st.integers(0, 9), max_size=6), st.lists(st.integers(1, 3), min_size=1, max_size=4))
-def test_the_pipeline_keeps_items_and_their_order(items, widths):
+@given(st.lists(st.integers(0, 9), max_size=6))
+def test_the_pipeline_keeps_items_and_their_order(items):
     assert list(rows.read_ahead(items)) == items
     arrays = [jnp.full((2,), item, jnp.float32) for item in items]
     fetched = list(rows.one_behind(arrays))
     assert [(type(a), a.tolist()) for a in fetched] == [(np.ndarray, 2 * [1.0 * i]) for i in items]
-    samples = [rows.ArrayRows(np.ones((2, width)), f"set {i}") for i, width in enumerate(widths)]
-    if len(set(widths)) == 1:
-        rows.check_same_width(samples)
-    else:
-        with pytest.raises(ValueError, match="rows differ in length: set 0"):
-            rows.check_same_width(samples)
 
 
 @few(40)
-@given(
-    st.lists(st.floats(allow_subnormal=False), max_size=4),
-    st.sampled_from(["float16", "bfloat16", "float32", "float64", "int32", "bool", "complex64"]),
-)
-def test_the_door(values, dtype):
-    """Bandwidths are positive and finite and lose no digit; rows are real floating point."""
-    good = len(values) > 0 and all(0 < value < np.inf for value in values)
-    if good:
-        found = rows.check_bandwidths(values)
-        assert found.dtype == np.float64
-        assert found.tolist() == values
+@given(st.lists(st.floats(allow_subnormal=False), max_size=4))
+def test_bandwidths_are_positive_and_finite_and_lose_no_digit(values):
+    if len(values) > 0 and all(0 < value < np.inf for value in values):
+        checked = rows.check_bandwidths(values)
+        assert checked.dtype == np.float64
+        assert checked.tolist() == values
     else:
         with pytest.raises(ValueError, match="bandwidths must be"):
             rows.check_bandwidths(values)
-    if "float" in dtype:
-        rows.check_floating(np.ones(1, jnp.dtype(dtype)), "x")
-    else:
-        with pytest.raises(ValueError, match=f"x must be floating point, got {dtype}"):
-            rows.check_floating(np.ones(1, dtype), "x")
-
-
-# Files
-
-
-def write(path, array, order):
-    """`array` into a file of any format, by rows, by columns, or as a part of a larger array."""
-    stored = np.asfortranarray(array) if order == "columns" else array
-    if order == "part" and path.suffix == ".pt":
-        larger = np.full((2 * len(array) + 1, array.shape[1] + 2), 7, array.dtype)
-        larger[1::2, 1:-1] = array
-        torch.save({"rows": torch.from_numpy(larger)[1::2, 1:-1]}, path)
-    elif path.suffix == ".pt":
-        by_columns = torch.from_numpy(np.ascontiguousarray(array.T)).T
-        torch.save(by_columns if order == "columns" else torch.from_numpy(array), path)
-    elif path.suffix == ".npy":
-        np.save(path, stored)
-    elif path.suffix == ".npz":
-        save = np.savez_compressed if order == "part" else np.savez
-        save(path, rows=stored, names=np.array(["a", "b"]))
-    else:
-        blob, code = array.tobytes(), {2: "F16", 4: "F32", 8: "F64"}[array.itemsize]
-        entry = {"dtype": code, "shape": array.shape, "data_offsets": [0, len(blob)]}
-        header = json.dumps({"rows": entry}).encode()
-        path.write_bytes(struct.pack("<Q", len(header)) + header + blob)
-
-
-@few(60)
-@given(
-    st.sampled_from([".pt", ".npy", ".npz", ".safetensors"]),
-    st.sampled_from(["rows", "columns", "part"]),
-    st.sampled_from(["float16", "float32", "float64"]),
-    st.tuples(st.sampled_from([1, 2, 9]), st.sampled_from([1, 4])),
-    st.tuples(st.integers(1, 11), st.integers(0, 10)),
-    SEEDS,
-)
-def test_files_are_read_as_they_were_written(suffix, order, dtype, shape, piece, seed):
-    """Bit for bit, a row or a column alone too, from any row on, and any rows in any order."""
-    (n, d), (size, start), rng = shape, piece, np.random.default_rng(seed)
-    array = rng.normal(size=(n, d)).astype(dtype)
-    wide = array.astype(np.promote_types(dtype, np.float32))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"x{suffix}")
-        write(path, array, order)
-        arrays = formats.find_arrays(path)
-        key = next(name for name, found in arrays.items() if found.shape == (n, d))
-        stored = arrays[key]
-        assert isinstance(stored, formats.StoredArray)
-        assert stored.dtype == dtype
-        file = row_files.open_rows(path, key=key)
-        assert isinstance(file, row_files.RowFile)
-        assert isinstance(file, rows.Rows)
-        assert (file.shape, str(file.dtype)) == ((n, d), dtype)
-        assert file.name == (f"{path}:{key}" if key else str(path))
-        compressed = suffix == ".npz" and order == "part"
-        kind = formats.Compressed if compressed else formats.Plain
-        assert type(stored.locate()) is type(file.values) is kind
-        chunks = [np.zeros((0, d), wide.dtype), *file.chunks(size, start=start)]
-        assert {chunk.dtype for chunk in chunks} == {wide.dtype}
-        np.testing.assert_array_equal(np.concatenate(chunks), wide[start:])
-        raw = [array[:0], *file.stored_chunks(size, start=start)]
-        assert {chunk.dtype for chunk in raw} == {array.dtype}
-        np.testing.assert_array_equal(np.concatenate(raw), array[start:])
-        wanted = np.sort(rng.choice(n, rng.integers(1, n + 1), replace=False))
-        np.testing.assert_array_equal(file.values.rows(wanted), array[wanted])
-        indices = rng.integers(n, size=size - 1)
-        taken = file.take(indices)
-        assert taken.dtype == wide.dtype
-        np.testing.assert_array_equal(taken, wide[indices])
-        assert row_files.path_and_key(file.name) == (path, key or None)
-        row_files.check_distinct([file])
-        again = row_files.open_rows(Path(folder, "..", Path(folder).name, path.name), key=key)
-        with pytest.raises(ValueError, match="the same file twice"):
-            row_files.check_distinct([file, again])
 
 
 # Means
@@ -216,13 +117,14 @@ def test_streamed_means(case, exponent, size, seed):
             key = jax.random.key(seed)
             found.append(
                 fourier_means.stream_mean_embeddings(
-                    (x[i : i + size] for i in range(0, n, size)),
+                    x,
                     jnp.asarray(frequencies),
                     bandwidths,
                     phases=None if phases is None else jnp.asarray(phases),
                     offset=offset,
                     num_blocks=3,
                     block_key=key,
+                    chunk_size=size,
                 )
             )
     jax.tree.map(np.testing.assert_array_equal, *found)
@@ -314,7 +216,3 @@ def test_median_distance(case, exponent, seed):
     power = [part * dtype(4) for part in sets]
     scaled = kernel_means.streamed_median_bandwidth(jax.random.key(seed), power)
     assert scaled == 4 * found
-
-
-def test_a_pass_over_nothing_is_empty():
-    assert list(rows.joined([], 3)) == list(rows.read_ahead([])) == list(rows.one_behind([])) == []

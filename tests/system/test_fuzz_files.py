@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lib import datasets, gmm, runs
+from lib.rows import Rows
 from lib.rows.files import open_rows
 from lib.runs.files import load_arrays, load_checkpoint, save_arrays, save_checkpoint
 from xp_dataset_distillation import condensed_numpy, export
@@ -56,7 +57,7 @@ class Payload:
 
 
 def read_rows(path):
-    rows = open_rows(path)
+    rows = Rows(open_rows(path))
     whole = np.concatenate(list(rows.chunks(3)))
     np.testing.assert_array_equal(rows.take([0, rows.shape[0] - 1]), whole[[0, -1]])
     return whole

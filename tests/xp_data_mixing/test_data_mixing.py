@@ -428,7 +428,7 @@ def test_weights_of_files_are_those_of_arrays(files, caplog):
 
 def test_the_published_auto_sigma_is_the_median_of_a_sample(files, monkeypatch):
     opened = [file for side in open_files(*files) for file in side]
-    rows = np.concatenate([file.take(range(file.shape[0])) for file in opened])
+    rows = np.concatenate([file[:].astype(float) for file in opened])
     result = MMDDataMixer(auto_sigma=True).mix(*files)  # of more rows than there are: all of them
     assert result.bandwidth == pytest.approx(np.median(pdist(rows)), rel=1e-5)
     assert MMDDataMixer(sigma_sample_size=8).mix(*files).bandwidth == 3.0
@@ -528,8 +528,7 @@ def test_bad_paths_raise(files, tmp_path):
     ],
 )
 def test_bad_options_raise_before_rows_are_read(files, monkeypatch, options, words):
-    monkeypatch.setattr("lib.rows.files.RowFile._checked", None)
-    monkeypatch.setattr("lib.rows.files.RowFile.stored_chunks", None)
+    monkeypatch.setattr("lib.rows.files.RowFile.__getitem__", None)
     with pytest.raises(ValueError, match=words):
         MMDDataMixer(**options).mix(*files)
 
@@ -709,8 +708,8 @@ def test_one_source_and_a_strange_name(files, tmp_path, capsys):
 
 
 def test_matrices_of_one_file(files, tmp_path):
-    train = [next(iter(open_rows(path).chunks(99))) for path in files[0]]
-    val = np.concatenate([next(iter(open_rows(path).chunks(99))) for path in files[1]])
+    train = [open_rows(path)[:].astype(float) for path in files[0]]
+    val = np.concatenate([open_rows(path)[:].astype(float) for path in files[1]])
     names, archive, out = ["code", "web/2", "c:x"], tmp_path / "all.npz", tmp_path / "out.json"
     np.savez(archive, target=val, **dict(zip(names, train)))
     paths, target = [f"{archive}:{name}" for name in names], f"{archive}:target"

@@ -69,7 +69,7 @@ def feature_means(key, groups, num_features, bandwidths, *, phases: bool) -> np.
     frequencies = gaussian_frequencies(frequency_key, num_features, groups[0].shape[1])
     shift = uniform_phases(phase_key, num_features) if phases else None
     embeddings = [
-        stream_mean_embeddings([rows], frequencies, bandwidths, phases=shift) for rows in groups
+        stream_mean_embeddings(rows, frequencies, bandwidths, phases=shift) for rows in groups
     ]
     return np.stack([embedding.means for embedding in embeddings], axis=1)
 
