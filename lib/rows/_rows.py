@@ -99,22 +99,19 @@ class Rows:
 
     def stored(self, rows: slice | np.ndarray) -> Shaped[Any, "b *shape"]:
         """`x[rows]`. Raises ValueError on NaN or infinity."""
-        stored = self.x[rows]
-        if not isinstance(self.x, np.ndarray | jax.Array) and self._not_finite(stored).any():
-            self.check_finite()
-        return stored
+        return self._checked(self.x[rows])
 
     def take(self, rows: slice | Sequence[int] | np.ndarray) -> Float[np.ndarray, "b d"]:
         """The points of a slice or of indices, in any order. Raises IndexError for a row that is
         not there, ValueError on NaN or infinity."""
         if isinstance(rows, slice):
-            return self._points(self.stored(rows))
+            return self._points(rows)
         wanted, places = np.unique(np.asarray(rows, np.int64), return_inverse=True)
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.shape[0]:
             raise IndexError(
                 f"{self.name} has {self.shape[0]} rows: no rows {wanted[0]} to {wanted[-1]}"
             )
-        points = self._points(self.stored(wanted))
+        points = self._points(wanted)
         return points if np.array_equal(wanted, rows) else points[places]
 
     def chunks(self, size: int, *, start: int = 0) -> Iterator[Float[np.ndarray, "size d"]]:
@@ -137,6 +134,11 @@ class Rows:
                 f"{self.name}: NaN or infinity in {count} of {n} rows, the first is row {first}"
             )
 
+    def _checked(self, values):
+        if not isinstance(self.x, np.ndarray | jax.Array) and self._not_finite(values).any():
+            self.check_finite()
+        return values
+
     def _not_finite(self, stored):
         with np.errstate(over="ignore"):
             finite = np.isfinite(np.asarray(stored).astype(self.dtype, copy=False))
@@ -144,8 +146,10 @@ class Rows:
             return np.zeros(len(finite), bool)
         return ~finite.all(axis=tuple(range(1, finite.ndim)))
 
-    def _points(self, stored):
-        points = np.asarray(stored).astype(self.dtype, order="C", copy=False)
+    def _points(self, rows):
+        with np.errstate(over="ignore"):
+            values = np.asarray(self.x[rows]).astype(self.dtype, order="C", copy=False)
+        points = self._checked(values)
         if self.transform is not None:
             with jax.enable_x64(True):
                 points = np.asarray(self.transform(jnp.asarray(points)))
