@@ -191,7 +191,8 @@ class _Pooled:
         for rows, end in zip(self.samples, self.ends):
             first = end - rows.shape[0]
             if isinstance(which, slice):
-                start, stop = max(0, which.start - first), min(which.stop, end) - first
+                start, stop, _ = which.indices(self.shape[0])
+                start, stop = max(0, start - first), min(stop, end) - first
                 if start < stop:
                     parts.append(rows.take(slice(start, stop)))
             elif len(part := which[(first <= which) & (which < end)]):
