@@ -59,7 +59,7 @@ def test_made_up_sets_lie_where_they_are_said_to(seed, exponent, num):
     centres = scale * rng.normal(size=(2, 2))
     weights = draw_weights(rng, "zeros", 3)
     unit, spread, drawn = made_up(key, centres, scale, weights, num)
-    options = {"centres": centres, "radius": scale}
+    options = {"centers": centres, "radius": scale}
     for points in (rings(key, num, **options), rings_even(num, **options)):
         radii = np.linalg.norm(np.asarray(points) - centres[:, None], axis=-1)
         assert points.shape == (2, num, 2)

@@ -304,7 +304,8 @@ def test_percentile_form_against_numpy(p):
     def value_and_grad(x, levels):
         coupling = percentile_coupling(levels)
         options = {"p": p, "coupling": coupling}
-        return jax.value_and_grad(sliced_wasserstein_power)(x, y, directions, **options)
+        others = jnp.asarray(y), jnp.asarray(directions)
+        return jax.value_and_grad(sliced_wasserstein_power)(x, *others, **options)
 
     value, gradient = value_and_grad(x, levels)
     np.testing.assert_allclose(value, by_numpy(x), rtol=1e-12)
