@@ -54,7 +54,6 @@ def test_spellings():
     }.items():
         for spelling in spellings.split():
             assert datasets._canonical(spelling) == name
-    assert set(datasets.NORMALISATIONS) == set(datasets.NAMES)
 
 
 def test_digits_are_scikit_learns_split_by_every_fifth_of_a_class():

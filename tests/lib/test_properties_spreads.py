@@ -45,7 +45,9 @@ def test_one_value_has_no_spread_and_none_has_no_mean():
 
 
 def test_nothing_else_takes_standard_deviations_of_results():
-    files = [p for q in ("lib/*.py", "xp_*/*.py", "benchmarks/*.py") for p in REPOSITORY.glob(q)]
+    files = [
+        p for q in ("lib/**/*.py", "xp_*/**/*.py", "benchmarks/*.py") for p in REPOSITORY.glob(q)
+    ]
     found = {
         path.relative_to(REPOSITORY).as_posix()
         for path in [*files, *REPOSITORY.glob("notebooks/*.ipynb")]
