@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from tyro.conf import subcommand
 
 from lib import datasets
@@ -173,7 +174,7 @@ def moment_differences(
     return {name: np.reshape(values, (num_networks, -1)) for name, values in differences.items()}
 
 
-def run_moments(arguments: Moments) -> Path:
+def run_moments(arguments: Moments, mesh: Mesh | None = None) -> Path:
     shared = {field.name for field in dataclasses.fields(CondenseConfig)}
     settings = {name: value for name, value in vars(arguments).items() if name in shared}
     start: Start = "real" if arguments.factor == 1 else "mixed"
@@ -188,6 +189,7 @@ def run_moments(arguments: Moments) -> Path:
             seed=arguments.seed,
             results=arguments.results,
             data_root=arguments.data_root,
+            mesh=mesh,
         )
         sets[kernel] = run.load_arrays()["images"]
     for label, images in sets.items():
@@ -210,8 +212,10 @@ Check = Union[  # noqa: UP007  tyro's subcommands
 ]
 
 
-def main(arguments: Mmd | Moments) -> Path:
-    return run_mmd(arguments) if isinstance(arguments, Mmd) else run_moments(arguments)
+def main(arguments: Mmd | Moments, mesh: Mesh | None = None) -> Path:
+    if isinstance(arguments, Mmd):
+        return run_mmd(arguments)
+    return run_moments(arguments, mesh)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,15 @@ def test_rooms_of_lib_stand_on_lower_floors_and_few_touch_files(path):
 
 
 def test_commands_take_devices():
-    """What `run_command` parses extends `DeviceOptions`."""
+    """What `run_command` parses extends `DeviceOptions`, and `main` gets their mesh."""
     commands = [p for p in EXPERIMENTS if "lib.runs.commands.run_command" in imports(p)]
     assert len({path.parent for path in commands}) >= 5
     assert not [p for p in commands if "lib.runs.processes.DeviceOptions" not in imports(p)]
+    takers = [
+        p for p in commands if re.search(r"(?m)^def main\(arguments: .*, mesh: ", p.read_text())
+    ]
+    without = {"convert.py"}  # of no numbers
+    assert {p.name for p in set(commands) - set(takers)} <= without
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}.{path.stem}")
