@@ -55,8 +55,7 @@ def test_commands_take_devices():
     takers = [
         p for p in commands if re.search(r"(?m)^def main\(arguments: .*, mesh: ", p.read_text())
     ]
-    without = {"convert.py"}  # of no numbers
-    assert {p.name for p in set(commands) - set(takers)} <= without
+    assert takers == commands
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}.{path.stem}")
