@@ -179,7 +179,7 @@ config = AblationConfig(
 )
 experiments.run_one("ablation", config, 0, experiments.Arguments(results=results))
 """,
-        9,
+        6,
     ),
     "gmm source": (
         """
