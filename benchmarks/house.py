@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-LOOPS = {"run_steps", "advance_in_visits", "interruptible"}
-"""A function outside of `lib.runs` that calls one of these drives the loop by itself."""
+SAVE = "save_checkpoint"
+"""A function that calls this drives a loop by itself: it saves the state, and resumes from it."""
 MOST_LINES, MOST_PARAMETERS = 80, 10
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -82,8 +82,7 @@ def house(root: Path) -> dict[str, list[str] | int]:
                 long.append(f"{module}:{name} {lines}")
             if num_parameters(function) > MOST_PARAMETERS:
                 wide.append(f"{module}:{name} {num_parameters(function)}")
-            elsewhere = path.parent.name != "runs" and function.name not in LOOPS
-            if path in lib and elsewhere and called(function) & LOOPS:
+            if path in lib and function.name != SAVE and SAVE in called(function):
                 drivers.append(f"{module}:{name}")
         defined = [node for node in tree.body if isinstance(node, Function | ast.ClassDef)]
         if path in lib:
