@@ -153,7 +153,8 @@ def test_figures_of_the_house_are_those_of_a_small_one(tmp_path):
     wide = ", ".join(f"a{i}" for i in range(11))
     long = "\n".join(f"    x = {i}" for i in range(80))
     for name, text in {
-        "lib/one.py": f"def used(): ...\n\ndef idle({wide}): run.save_checkpoint()\n\ndef _long():\n{long}\n",
+        "lib/one.py": "def used(): ...\n\n"
+        f"def idle({wide}): run.save_checkpoint()\n\ndef _long():\n{long}\n",
         "lib/two/__init__.py": "from lib.one import idle  # noqa: F401\n",
         "tests/test_one.py": "from lib.one import idle\n\nidle()\n",
         "xp_one/run.py": "from lib import one\n\none.used()\n",
