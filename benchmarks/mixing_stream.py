@@ -7,7 +7,7 @@ by another process, removed at the end), then for each file in turn:
 - stream: `stream_mean_embeddings` of `open_rows(...)`, the whole pipeline;
 - disk: the same chunks read and dropped;
 - features: the mean embedding of float16 chunks that lie in memory already;
-- product: the matrix product of `features` alone, float32 rows times frequencies.
+- product: only the matrix product of `features`, float32 rows times frequencies.
 
 How: one process. Before every pass over a file, the file is dropped from the page cache where the
 system can do that (Linux), so that the disk is read. Each file is one round of all four, so that

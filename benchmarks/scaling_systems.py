@@ -161,8 +161,8 @@ def _condensation_arguments(C, n, ipc=5, side=28, channels=1, **_):
 def _condensation_function(
     mesh, C, n, width, networks=1, class_chunk=None, ipc=5, side=28, channels=1, **options
 ):
-    colours = (0.5,) * channels
-    setting = Setting(C, (side, side, channels), colours, colours, False)
+    pixel = (0.5,) * channels
+    setting = Setting(C, (side, side, channels), pixel, pixel, False)
     config = CondenseConfig(
         "benchmark",
         images_per_class=ipc,

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from lib import runs
-from lib.datasets._folders import SPLITS
+from lib.datasets import SPLITS
 from lib.runs import processes
 from lib.runs.files import make_folder, named_errors, save_arrays, write_json
 from xp_dataset_distillation import condensed_numpy

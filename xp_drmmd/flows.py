@@ -79,7 +79,7 @@ class Landmarks(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the flows of a stack aim at: one target, and each its own lambda and step size."""
+    """The target of a stack of flows, and for each flow its lambda and step size."""
 
     target: Target | Fourier | Landmarks
     lmbda: Float[Array, " C"]
@@ -101,16 +101,16 @@ def prepare(
     """The precomputed target, with the config's lambda and step size for every flow."""
     kernel = kernel_of(config)
     if config.approximation == "none":
-        target_ = drmmd.prepare_target(kernel, target, weights)
+        prepared_target = drmmd.prepare_target(kernel, target, weights)
     else:
         if config.flow not in ("mmd", "drmmd"):
             raise ValueError(f"{config.flow} has no form in features")
         if config.approximation == "rff" and config.kernel != "Gaussian":
             raise ValueError(f"random Fourier features are Gaussian here, not {config.kernel}")
         make = _landmarks if config.approximation == "nystrom" else _fourier
-        target_ = make(config, target, weights)
+        prepared_target = make(config, target, weights)
     ones = jnp.ones(num_flows, target.dtype)
-    return Prepared(target_, config.lmbda * ones, config.gamma * ones)
+    return Prepared(prepared_target, config.lmbda * ones, config.gamma * ones)
 
 
 def _fourier(config, target, weights) -> Fourier:

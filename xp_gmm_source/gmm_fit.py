@@ -92,7 +92,7 @@ def memory_needed(config: FitConfig, dimension: int) -> int:
 
 
 def check_memory(config: FitConfig, dimension: int) -> None:
-    """Raises ValueError where covariances alone need more memory than the machine has."""
+    """Raises ValueError where the covariances need more memory than the machine has."""
     needed = memory_needed(config, dimension)
     if not hasattr(os, "sysconf") or jax.default_backend() != "cpu":
         return

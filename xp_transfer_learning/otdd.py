@@ -23,7 +23,7 @@ from lib.kernels import squared_distances
 
 class Plans(NamedTuple):
     """`points` [C, n, D, k] couples all points (sums to 1); `classes` [C, D, n, k] couples class c
-    with class c' alone (each [n, k] sums to 1)."""
+    with class c' only (each [n, k] sums to 1)."""
 
     points: Array
     classes: Array

@@ -84,17 +84,17 @@ def transfer_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     for row in sorted(rows, key=_place):
         training = row["training"]
         last = 100 * np.asarray(row["accuracies"])[:, -1]
-        alone = row["method"] == "target_only"
+        unflowed = row["method"] == "target_only"
         labelling = training["labelling"]
-        labels = "-" if alone else labelling
-        if not alone and "label_agreement" in row:
+        labels = "-" if unflowed else labelling
+        if not unflowed and "label_agreement" in row:
             least, most = (f(100 * np.asarray(row["label_agreement"])) for f in (np.min, np.max))
             span = f"{least:.0f}" if round(least) == round(most) else f"{least:.0f} to {most:.0f}"
             labels += f" ({span}%)"
         published = published_transfer(row["source"], row["target"], row["k"], row["method"])
         # The paper trains for as many epochs without flowed images, and does not label by position.
         other_epochs = training["num_epochs"] != TrainingConfig.num_epochs
-        if (alone and other_epochs) or (not alone and labelling == "axis"):
+        if (unflowed and other_epochs) or (not unflowed and labelling == "axis"):
             published = None
         rate = (
             ""

@@ -262,8 +262,11 @@ def run_table(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     given |= {"decay": arguments.decay, "m": arguments.m}
     given = {name: value for name, value in given.items() if value is not None}
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
-    where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
-    where["mesh"] = mesh
+    where: dict[str, Any] = {
+        "results": arguments.results,
+        "data_root": arguments.data_root,
+        "mesh": mesh,
+    }
     num_classes = 0, 0
     if "target_only" in arguments.method:
         named = arguments.src_dataset, arguments.tgt_dataset

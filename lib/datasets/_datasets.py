@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float32, Int32, Integer, PRNGKeyArray, Real, UInt8
 
 from lib.datasets._folders import SPLITS, fingerprint, read_image_folder
-from lib.runs._folders import CONTENT
+from lib.runs import CONTENT
 
 Split = Literal["train", "test"]
 

@@ -16,20 +16,3 @@ from lib.flow_matching.training import (
     train_step,
     velocity,
 )
-
-__all__ = [
-    "Coupling",
-    "FitResult",
-    "Source",
-    "TrainState",
-    "Velocity",
-    "couple",
-    "draw_batch",
-    "fit",
-    "init",
-    "interpolate",
-    "loss",
-    "optimal_permutation",
-    "train_step",
-    "velocity",
-]

@@ -14,18 +14,3 @@ from lib.networks._networks import (
     network_by_name,
     torch_like,
 )
-
-__all__ = [
-    "MLP",
-    "VGG11",
-    "AlexNet",
-    "Conv",
-    "ConvNet",
-    "Images",
-    "LeNet5",
-    "Norm",
-    "Outputs",
-    "ResNet18",
-    "network_by_name",
-    "torch_like",
-]

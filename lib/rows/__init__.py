@@ -11,15 +11,3 @@ from lib.rows._rows import (
     pooled,
     read_ahead,
 )
-
-__all__ = [
-    "Rows",
-    "Transform",
-    "as_rows",
-    "check_bandwidths",
-    "check_same_width",
-    "fill_up",
-    "one_behind",
-    "pooled",
-    "read_ahead",
-]

@@ -127,7 +127,7 @@ def sum_over_rows(
     dtype: DTypeLike | None = None,
 ) -> PyTree:
     """The float64 sum over rows of function(parameters, points, weights, *columns), called block by
-    block; it must be a module-level function. `columns` are further arrays with a row a point;
+    block; it must be a module-level function. `columns` are further arrays with a row per point;
     points and weights come in `dtype`, that of `data` by default.
 
     On a CPU two threads add up every other chunk each, unless the sums are large: XLA's own threads

@@ -9,5 +9,3 @@ from lib.runs._folders import (
     open_run,
     provenance,
 )
-
-__all__ = ["CONTENT", "NOT_HASHED", "Run", "config_hash", "environment", "open_run", "provenance"]
