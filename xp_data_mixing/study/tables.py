@@ -11,7 +11,6 @@ from lib.report.spreads import mean_and_spread
 from lib.report.tables import Table
 from xp_data_mixing.study.config import SIGMAS
 
-
 Rows = Sequence[Mapping[str, Any]]
 
 
