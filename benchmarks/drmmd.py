@@ -1,4 +1,4 @@
-"""Times a step of the (de)-regularised MMD flows: ours against the published way.
+"""Times a step of the (de)-regularized MMD flows: ours against the published way.
 
     python benchmarks/drmmd.py [--sizes 300 600 1200] [--rounds 7] [--out FILE]
 
@@ -73,14 +73,14 @@ def contenders(name: str, config: FlowConfig, count: int):
 
     before = loop(ours, Options.steps_before)((start, flows.first_memory(prepared)))
     y, memory = before
-    (_, _, gamma), velocity, _ = (z[0] for z in value_and_grad(y[None], prepared, key, memory))
+    (_, _, step_size), velocity, _ = (z[0] for z in value_and_grad(y[None], prepared, key, memory))
     ell, fixed = config.bandwidth, config.lmbda
     if name == "mmd":
         theirs = partial(published.mmd_velocity, x=target, bandwidth=ell)
     elif name == "fixed":
-        regularised = published.inverse(target, fixed, ell)
+        regularized = published.inverse(target, fixed, ell)
         theirs = partial(
-            published.drmmd_velocity, x=target, regularised=regularised, lmbda=fixed, bandwidth=ell
+            published.drmmd_velocity, x=target, regularized=regularized, lmbda=fixed, bandwidth=ell
         )
     elif name == "adaptive":
         first = memory.first_value[0]
@@ -90,10 +90,10 @@ def contenders(name: str, config: FlowConfig, count: int):
     else:
         theirs = partial(published.kale_velocity, x=target, lmbda=fixed, bandwidth=ell)
     expected = jax.jit(theirs)(y)
-    difference = float(jnp.abs(velocity / gamma - expected).max() / jnp.abs(expected).max())
+    difference = float(jnp.abs(velocity / step_size - expected).max() / jnp.abs(expected).max())
     calls = {
         "ours": partial(loop(ours, count), before),
-        "published": partial(loop(lambda y: y - gamma * theirs(y), count), y),
+        "published": partial(loop(lambda y: y - step_size * theirs(y), count), y),
     }
     compiling = {}
     for contender, call in calls.items():

@@ -6,7 +6,7 @@
 
 On Fashion-MNIST in [-1, 1], an iteration of EM (E-step and M-step) from the same start, in float64
 and float32, and draws of the fitted mixture:
-- k2-full: K = 2, d = 784, full covariances, regularisation 1e-3.
+- k2-full: K = 2, d = 784, full covariances, regularization 1e-3.
 - k10-pca: K = 10, the first 100 principal components, full, 1e-6.
 - k10-diag: K = 10, d = 784, diagonal, 1e-3.
 - cifar10: K = 2, d = 3072, full, only ours, from uint8 images in chunks, with the peak memory of
@@ -56,7 +56,7 @@ Case = Literal["k2-full", "k10-pca", "k10-diag", "cifar10"]
 class Setting(NamedTuple):
     num_components: int
     structure: Callable
-    regularisation: float
+    regularization: float
 
 
 SETTINGS = {
@@ -129,11 +129,11 @@ def points_of(case: str, options: Options) -> np.ndarray:
     return x
 
 
-def scikit_learn_step(x: np.ndarray, start, regularisation: float):
+def scikit_learn_step(x: np.ndarray, start, regularization: float):
     """() -> (log-likelihood before the step, model after it), always from the same start."""
     fields = ("weights_", "means_", "precisions_cholesky_", "covariances_")
     begin = {name: getattr(start, name).astype(x.dtype) for name in fields}
-    start.reg_covar = regularisation
+    start.reg_covar = regularization
 
     def step():
         for name, value in begin.items():
@@ -145,19 +145,19 @@ def scikit_learn_step(x: np.ndarray, start, regularisation: float):
     return step
 
 
-def our_step(data: Rows, start, regularisation: float):
+def our_step(data: Rows, start, regularization: float):
     """As `scikit_learn_step`."""
 
     def step():
         with jax.enable_x64(True):
-            mixture, info = jax.block_until_ready(_iterate(start, data, regularisation))
+            mixture, info = jax.block_until_ready(_iterate(start, data, regularization))
             return float(info.log_likelihood), mixture
 
     return step
 
 
 def em_case(case: str, options: Options, rates: dict[str, float]) -> list[dict[str, Any]]:
-    num_components, structure, regularisation = SETTINGS[case]
+    num_components, structure, regularization = SETTINGS[case]
     x = points_of(case, options)
     data = Rows(x, dtype=np.float64, block_size=options.block_size)
     start = kmeans_start(
@@ -165,7 +165,7 @@ def em_case(case: str, options: Options, rates: dict[str, float]) -> list[dict[s
         data,
         num_components,
         structure,
-        regularisation=regularisation,
+        regularization=regularization,
         max_passes=5,
     )
     found, operations = [], 4 * len(x) * x.shape[1] ** 2 * num_components
@@ -175,8 +175,8 @@ def em_case(case: str, options: Options, rates: dict[str, float]) -> list[dict[s
         with jax.enable_x64(True):
             on_device = cast(start, jnp.float64)
         calls = {
-            "ours": our_step(data, on_device, regularisation),
-            "scikit-learn": scikit_learn_step(points, to_sklearn(start), regularisation),
+            "ours": our_step(data, on_device, regularization),
+            "scikit-learn": scikit_learn_step(points, to_sklearn(start), regularization),
         }
         (before, mixture), (their_before, model) = (call() for call in calls.values())
         after = mean_log_likelihood(mixture, Rows(x, dtype=np.float64))
@@ -231,7 +231,7 @@ def sampling_case(mixture, options: Options) -> list[dict[str, Any]]:
 
 def cifar10_case(options: Options, rates: dict[str, float]) -> list[dict[str, Any]]:
     """Two iterations on uint8 images and the memory they took."""
-    num_components, structure, regularisation = SETTINGS["cifar10"]
+    num_components, structure, regularization = SETTINGS["cifar10"]
     images = load(options.cifar10).images[: options.images]
     data = Rows(images, transform=to_unit, block_size=options.block_size, chunk_size=4096)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -241,7 +241,7 @@ def cifar10_case(options: Options, rates: dict[str, float]) -> list[dict[str, An
         data,
         num_components,
         structure,
-        regularisation=regularisation,
+        regularization=regularization,
         max_passes=5,
     )
     starting = time.perf_counter() - began
@@ -252,7 +252,7 @@ def cifar10_case(options: Options, rates: dict[str, float]) -> list[dict[str, An
     def step():
         """The next iteration, in the memory of the last one: as `fit` does it."""
         with jax.enable_x64(True):
-            held[0], info = _iterate(held[0], data, regularisation, keep=False)
+            held[0], info = _iterate(held[0], data, regularization, keep=False)
             return info
 
     times = measure({"ours": step}, options.rounds)

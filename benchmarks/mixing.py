@@ -12,11 +12,11 @@ Two times, each to weights that are not negative and sum to 1:
 - solve: of one problem that is there as arrays in each solver's own format. Ours is `solve`, with
   its certificate;
 - from means: the same and what comes before it, from the N means and the target's on. For ours
-  checks, spectrum and condition number; for the others the centred matrix with its ridge, divided
+  checks, spectrum and condition number; for the others the centered matrix with its ridge, divided
   by its largest diagonal entry because their tolerances are absolute, and the constraints.
 OSQP, Clarabel and piqp run at their defaults and (`tight`) at tolerances that bring the gap about
 as low as they go; quadprog has none. `published` is cvxpy with OSQP's defaults on A and b, not
-centred, from means. All weights get the same Frank-Wolfe gap, outside the clock, relative to
+centered, from means. All weights get the same Frank-Wolfe gap, outside the clock, relative to
 max_i H_ii and to the objective.
 
 Bootstrap: 200 replicates of the rows at N = 50, `solve_batch` beside a loop over each solver.
@@ -112,14 +112,14 @@ def feature_sampler(
     frequencies = rng.normal(size=(features, dimension))
     phases = rng.uniform(0, 2 * math.pi, features)
     sigma = math.sqrt(2 * dimension * (1 + spread**2))
-    centres = spread * rng.normal(size=(num_domains, dimension)) @ frequencies.T
+    centers = spread * rng.normal(size=(num_domains, dimension)) @ frequencies.T
     narrow = features < dimension
     root = np.linalg.cholesky(frequencies @ frequencies.T) if narrow else frequencies
     root = (root.T / sigma).astype("f")
 
     def sample(domains, rng):
         angles = rng.standard_normal((len(domains), len(root)), dtype="f") @ root
-        angles += (centres / sigma + phases).astype("f")[domains]
+        angles += (centers / sigma + phases).astype("f")[domains]
         return math.sqrt(2 / features) * np.cos(angles)
 
     return sample
@@ -177,7 +177,7 @@ def bootstrap_means(
 # its arrays and returns the call to time
 
 
-def centred(domains: Domains) -> np.ndarray:
+def centered(domains: Domains) -> np.ndarray:
     difference = domains.means - domains.target_mean
     hessian = difference @ difference.T
     hessian.flat[:: len(hessian) + 1] += RIDGE
@@ -344,7 +344,7 @@ def benchmark(
 ) -> dict[str, Any]:
     domains = make_domains(options.seed, size, kind=kind, features=features)
     problem = make_problem(from_means(domains.means, domains.target_mean), ridge=RIDGE)
-    hessian = centred(domains)
+    hessian = centered(domains)
     calls = {("ours", "solve"): partial(solve, problem), ("ours", "means"): partial(ours, domains)}
     for solver in solvers:
         if solver == "published":
@@ -357,7 +357,7 @@ def benchmark(
             name = f"{solver}, tight" if tight else solver
             calls[name, "solve"] = partial(cleaned, make(hessian, tight))
             calls[name, "means"] = lambda make=make, tight=tight: cleaned(
-                make(centred(domains), tight)
+                make(centered(domains), tight)
             )
     load = os.getloadavg()[0]
     found = measure(calls, options.repeats)

@@ -1,4 +1,4 @@
-"""Steps of the (de)-regularised MMD flow as published, rebuilt from their description to compare.
+"""Steps of the (de)-regularized MMD flow as published, rebuilt from their description to compare.
 
 Chen et al. (2025): the witness is evaluated, and differentiated, particle by particle,
 
@@ -38,27 +38,27 @@ def mmd_velocity(y, x, bandwidth):
     return jax.vmap(jax.grad(witness))(y)
 
 
-def _witness(z, y, x, regularised, k_xy, k_xx, lmbda, bandwidth):
+def _witness(z, y, x, regularized, k_xy, k_xx, lmbda, bandwidth):
     k_zx = kernel(z, x, bandwidth)
-    rows = k_zx @ regularised
+    rows = k_zx @ regularized
     f = jnp.mean(kernel(z, y, bandwidth)) - jnp.mean(k_zx)
     return 2 * (1 + lmbda) / lmbda * (f - jnp.mean(rows @ k_xy) + jnp.mean(rows @ k_xx))
 
 
-def drmmd_velocity(y, x, regularised, lmbda, bandwidth):
+def drmmd_velocity(y, x, regularized, lmbda, bandwidth):
     """grad h at every particle, given the inverse."""
     k_xy, k_xx = gram(x, y, bandwidth), gram(x, x, bandwidth)
 
     def witness(z):
-        return _witness(z, y, x, regularised, k_xy, k_xx, lmbda, bandwidth)
+        return _witness(z, y, x, regularized, k_xy, k_xx, lmbda, bandwidth)
 
     return jax.vmap(jax.grad(witness))(y)
 
 
-def drmmd(y, x, regularised, lmbda, bandwidth):
+def drmmd(y, x, regularized, lmbda, bandwidth):
     """The value: half the mean of h over the particles less that over the target."""
     k_xy, k_xx = gram(x, y, bandwidth), gram(x, x, bandwidth)
-    h = jax.vmap(lambda z: _witness(z, y, x, regularised, k_xy, k_xx, lmbda, bandwidth))
+    h = jax.vmap(lambda z: _witness(z, y, x, regularized, k_xy, k_xx, lmbda, bandwidth))
     return (jnp.mean(h(y)) - jnp.mean(h(x))) / 2
 
 
@@ -66,8 +66,8 @@ def adaptive_step(y, x, lmbda, first_lambda, first_value, bandwidth):
     """(velocity, the next lambda) with lambda_n = lambda_0 sqrt(DrMMD_n / DrMMD_0)."""
     value = drmmd(y, x, inverse(x, lmbda, bandwidth), lmbda, bandwidth)
     following = first_lambda * jnp.sqrt(value / first_value)
-    regularised = inverse(x, following, bandwidth)
-    return drmmd_velocity(y, x, regularised, following, bandwidth), following
+    regularized = inverse(x, following, bandwidth)
+    return drmmd_velocity(y, x, regularized, following, bandwidth), following
 
 
 def kale_velocity(y, x, lmbda, bandwidth, iterations=20):

@@ -198,7 +198,7 @@ def _mixture(K, d) -> Mixture:
 
 def _em_program(mesh, run, n, d, K, block_size=512, chunk_size=4096):
     """An iteration; its memory is the larger of the program that adds a chunk, beside the mixture,
-    and of the one that maximises."""
+    and of the one that maximizes."""
     devices = tuple(mesh.devices.flat) if mesh is not None else (jax.devices()[0],)
     single, size = np.dtype(np.float32), min(n, chunk_size)
     zeros, add, over = row_sums._chunk_adder(em.block_moments, None, single, block_size, devices, 0)
@@ -218,8 +218,8 @@ def _em_program(mesh, run, n, d, K, block_size=512, chunk_size=4096):
     adding = bytes_of(add.lower(total, prepared, *chunk).compile())
     adding += sum(leaf.size * 8 for leaf in jax.tree.leaves(mixture))
     sums = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), total)
-    maximise = em.maximise_in_place.lower(mixture, sums, regularisation=1e-6)
-    memory = max(adding, bytes_of(maximise.compile()))
+    maximize = em.maximize_in_place.lower(mixture, sums, regularization=1e-6)
+    memory = max(adding, bytes_of(maximize.compile()))
     if not run:
         return Program(None, memory)
     x = np.random.default_rng(0).normal(size=(n, d)).astype(single)
@@ -231,9 +231,9 @@ def _em_program(mesh, run, n, d, K, block_size=512, chunk_size=4096):
 def _em_predicted(n, d, K, block_size=512, chunk_size=4096):
     """Factors before and after a step, moments, and 8 matrices of one component; or beside the
     factors those of a chunk's sums, with 1.6 arrays [K, block, d]."""
-    maximising = 8 * d**2 * (4.6 * K + 8)
+    maximizing = 8 * d**2 * (4.6 * K + 8)
     block = 4 * (1.6 * K * min(block_size, n) * d + min(chunk_size, n) * d)
-    return max(maximising, 8 * d**2 * (4.3 * K + 1) + block)
+    return max(maximizing, 8 * d**2 * (4.3 * K + 1) + block)
 
 
 # ---- Mean embeddings in one pass, and mixing weights

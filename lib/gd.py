@@ -121,7 +121,7 @@ def wasserstein_gradient_descent(
       lr: step size, or a schedule: a function of the step number, as in optax.
       m: momentum in [0, 1); the effective step is lr / (1 - m).
       optimizer: an optax optimizer to use instead; lr and m are then not used.
-      carry: arrays that the function hands from step to step (a regularisation, a warm start): it
+      carry: arrays that the function hands from step to step (a regularization, a warm start): it
         is then called with (x, x_tgt, key, carry) and returns (value, gradient, carry).
       record_every: steps between the particles kept; x0 and the last are always kept.
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume

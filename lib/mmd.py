@@ -14,7 +14,7 @@ Wasserstein-over-Wasserstein (WoW) flow of F(P) = MMD_K^2(P, Q) / 2 carries one 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -264,30 +264,17 @@ def wow_value_and_grad(
     directions: Float[Array, "L d"],
     *,
     x_weights: Float[Array, " C"] | None = None,
-    y_weights: Float[Array, " D"] | None = None,
-    coupling: Callable[[int, int], Coupling] = exact_coupling,
-    block_size: int | None = None,
-    mesh: Mesh | None = None,
+    **options: Any,
 ) -> tuple[Float[Array, ""], Float[Array, "C n d"]]:
     """F = MMD^2 / 2 and its Wasserstein-over-Wasserstein gradient at every particle, [C, n, d].
 
     The WoW gradient at the i-th of n points of a class of weight a_c is (n / a_c) dF/dx_ci: C n
     times the Euclidean gradient for equal weights (Bonet et al., 2025). Where a weight is 0 the
-    gradient is set to 0. Arguments as `mmd_squared_measures`.
+    gradient is set to 0. Arguments and `options` as `mmd_squared_measures`.
     """
 
     def objective(x):
-        return 0.5 * mmd_squared_measures(
-            kernel,
-            x,
-            y,
-            directions,
-            x_weights=x_weights,
-            y_weights=y_weights,
-            coupling=coupling,
-            block_size=block_size,
-            mesh=mesh,
-        )
+        return 0.5 * mmd_squared_measures(kernel, x, y, directions, x_weights=x_weights, **options)
 
     value, gradient = jax.value_and_grad(objective)(x)
     num_classes, n, _ = x.shape
@@ -318,12 +305,9 @@ def target_value_and_grad(
     *,
     num_directions: int = 500,
     num_target_points: int | None = None,
-    x_weights: Float[Array, " C"] | None = None,
-    y_weights: Float[Array, " D"] | None = None,
     draw_directions: Callable[..., Array] = random_directions,
     num_levels: int | None = None,
-    block_size: int | None = None,
-    mesh: Mesh | None = None,
+    **options: Any,
 ) -> TargetValueAndGrad:
     """The function of (x [C, n, d], y [D, m, d], key) that `lib.gd` follows: F and its WoW gradient
     [C, n, d] over fresh directions, drawn by the key; see `wow_value_and_grad`.
@@ -335,11 +319,9 @@ def target_value_and_grad(
         point. The bias falls with 1/m (measured on 200 points of 2-d normals, Gaussian kernel, in
         units of the gradient at a distance: .32, .19, .10, .06, .02 for m = 10, 20, 40, 80, 160).
         To bound memory, `block_size` changes nothing but rounding.
-      x_weights, y_weights: class weights; None means equal.
       draw_directions: `random_directions`, `orthogonal_directions` or any function like them.
       num_levels: None for the exact distance; 100 is the published percentile approximation.
-      block_size: directions at a time, to bound memory.
-      mesh: devices that share the directions; not with `num_levels`.
+      options: x_weights, y_weights, block_size and mesh of `mmd_squared_measures`.
     """
 
     def value_and_grad(x, y, key):
@@ -350,17 +332,8 @@ def target_value_and_grad(
         if num_levels is not None:
             levels = jax.random.uniform(key_levels, (num_directions, num_levels), x.dtype)
             coupling = percentile_coupling(levels)
-        return wow_value_and_grad(
-            kernel,
-            x,
-            y,
-            draw_directions(key_directions, num_directions, x.shape[-1], dtype=x.dtype),
-            x_weights=x_weights,
-            y_weights=y_weights,
-            coupling=coupling,
-            block_size=block_size,
-            mesh=mesh,
-        )
+        directions = draw_directions(key_directions, num_directions, x.shape[-1], dtype=x.dtype)
+        return wow_value_and_grad(kernel, x, y, directions, coupling=coupling, **options)
 
     return value_and_grad
 

@@ -83,9 +83,9 @@ def two_sample_test(
         tolerance = 2 * 4 * jnp.finfo(values.dtype).eps * largest
         statistics.append(values)
         p_values.append(_permutation_p_values(values, tolerance))
-    each = jnp.stack(p_values)
-    aggregated = _permutation_p_values(-each.min(axis=0), 0)
-    return TwoSampleTest(jnp.stack(statistics)[:, 0], each[:, 0], aggregated[0])
+    stacked = jnp.stack(p_values)
+    aggregated = _permutation_p_values(-stacked.min(axis=0), 0)
+    return TwoSampleTest(jnp.stack(statistics)[:, 0], stacked[:, 0], aggregated[0])
 
 
 def _permutation_p_values(statistics, tolerance):

@@ -39,7 +39,7 @@ def kl_of_quantiles(quantiles: Float[np.ndarray | Array, " n"]) -> float:
 def chi_squared_kl(times: Float[np.ndarray, " T"], num_cells: int = 400) -> Float[np.ndarray, " T"]:
     """KL(mu_t || N(0, 1)) along the chi^2 flow from N(0, 1/2), by finite volumes on [-7, 7].
 
-    Mass flows between neighbouring cells at the rate pi(face) (r_i^2 - r_{i+1}^2) / width, which
+    Mass flows between neighboring cells at the rate pi(face) (r_i^2 - r_{i+1}^2) / width, which
     keeps the total and the sign; the error is of second order in the width. Integrated implicitly.
     """
     faces = np.linspace(-7.0, 7.0, num_cells + 1)

@@ -1,4 +1,4 @@
-"""Settings of the (de)-regularised MMD flows."""
+"""Settings of the (de)-regularized MMD flows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -38,10 +38,10 @@ class FlowConfig:
     """sigma, a length: exp(-|x - y|^2 / (2 sigma^2)) for the Gaussian. 0: the median distance of
     the target."""
     lmbda: float = 1e-3
-    """Regularisation; the first one where `adaptive` is not "fixed"."""
-    gamma: float = 1e-4
+    """Regularization; the first one where `adaptive` is not "fixed"."""
+    step_size: float = 1e-4
     """Step size."""
-    step_num: int = 20_000
+    num_steps: int = 20_000
     source_particle_num: int = 300
     target_particle_num: int = 300
     opt: OptimizerName = "sgd"
@@ -53,11 +53,11 @@ class FlowConfig:
     with lambda, not below 1e-4."""
     regularity: float = 1.0
     """r of the paper's rule."""
-    step_rule: Literal["fixed", "normalised"] = "fixed"
-    """normalised: gamma sqrt(lambda / DrMMD_n). The paper's bound for descent has chi^2 there, of
-    which DrMMD / (1 + lambda) is only a lower bound: no descent is guaranteed."""
-    largest_gamma: float = 0.1
-    """Of the normalised step."""
+    step_rule: Literal["fixed", "normalized"] = "fixed"
+    """normalized: step_size sqrt(lambda / DrMMD_n). The paper's bound for descent has chi^2 there,
+    of which DrMMD / (1 + lambda) is only a lower bound: no descent is guaranteed."""
+    largest_step_size: float = 0.1
+    """Of the normalized step."""
     spectral_filter: FilterName = "tikhonov"
     noise: float = 0.0
     """Standard deviation of the noise injected where the velocity is evaluated (Arbel et al.,
@@ -77,9 +77,9 @@ class FlowConfig:
     """Principal components of images."""
 
     def __post_init__(self):
-        check_positive(self, "lmbda", "largest_gamma", "regularity", "target_scale")
-        if self.gamma is not None:  # run.py: to be made from its step_size
-            check_positive(self, "gamma")
+        check_positive(
+            self, "lmbda", "step_size", "largest_step_size", "regularity", "target_scale"
+        )
         check_not_negative(self, "bandwidth", "noise", "diffusion_noise_scale")
         for name, fits, where in (
             ("distance", self.kernel == "Laplace", "--kernel Laplace"),
@@ -94,7 +94,7 @@ class FlowConfig:
         check_sizes(
             self,
             "rank",
-            "step_num",
+            "num_steps",
             "source_particle_num",
             "target_particle_num",
             "records",
@@ -118,12 +118,12 @@ class StudentConfig:
     form: Literal["particles", "dense"] = "particles"
     """dense: W is shared, as in the published code."""
     lmbda: float = 0.1
-    lr: float = 0.1
+    step_size: float = 0.1
     """Of SGD on the particles: times N the gradient of the functional."""
     noise: float = 0.0
     """Standard deviation of the noise injected at first; halved every `halve_every` epochs."""
     halve_every: int = 1000
-    n_epochs: int = 15_000
+    num_epochs: int = 15_000
     students: int = 1000
     teachers: int = 1
     num_inputs: int = 1000
@@ -132,10 +132,10 @@ class StudentConfig:
     records: int = 100
 
     def __post_init__(self):
-        check_positive(self, "lmbda", "lr")
+        check_positive(self, "lmbda", "step_size")
         check_not_negative(self, "noise")
         check_sizes(
-            self, "halve_every", "n_epochs", "students", "teachers", "batch_size", "records"
+            self, "halve_every", "num_epochs", "students", "teachers", "batch_size", "records"
         )
         if self.num_inputs % self.batch_size:
             raise ValueError(
@@ -148,41 +148,43 @@ Preset = Literal["quick", "paper"]
 # Three rings (Figure 2 of the paper), each flow beside others of the same length of step: the
 # witness of DrMMD is about twice that of KALE, and 1 / lambda times that of MMD.
 RINGS: dict[str, FlowConfig] = {
-    "DrMMD": FlowConfig(step_num=100_000),
-    "KALE": FlowConfig(flow="kale", step_num=100_000),
-    "KALE, 2 x step": FlowConfig(flow="kale", gamma=2e-4, step_num=100_000),
-    "MMD": FlowConfig(flow="mmd", step_num=100_000),
-    "MMD, 100 x step": FlowConfig(flow="mmd", gamma=1e-2, step_num=100_000),
-    "MMD, 100 x step, noise": FlowConfig(flow="mmd", gamma=1e-2, noise=0.3, step_num=100_000),
+    "DrMMD": FlowConfig(num_steps=100_000),
+    "KALE": FlowConfig(flow="kale", num_steps=100_000),
+    "KALE, 2 x step": FlowConfig(flow="kale", step_size=2e-4, num_steps=100_000),
+    "MMD": FlowConfig(flow="mmd", num_steps=100_000),
+    "MMD, 100 x step": FlowConfig(flow="mmd", step_size=1e-2, num_steps=100_000),
+    "MMD, 100 x step, noise": FlowConfig(flow="mmd", step_size=1e-2, noise=0.3, num_steps=100_000),
     "adaptive, published, from .1": FlowConfig(
-        lmbda=0.1, gamma=1e-3, adaptive="published", step_num=100_000
+        lmbda=0.1, step_size=1e-3, adaptive="published", num_steps=100_000
     ),
     "adaptive, published, from .01": FlowConfig(
-        lmbda=0.01, gamma=1e-3, adaptive="published", step_num=100_000
+        lmbda=0.01, step_size=1e-3, adaptive="published", num_steps=100_000
     ),
-    "adaptive, paper, from .1": FlowConfig(lmbda=0.1, adaptive="paper", step_num=100_000),
-    "ours: normalised step": FlowConfig(gamma=3e-3, step_rule="normalised", step_num=10_000),
-    "ours: Adam, falling": FlowConfig(gamma=1e-2, opt="adam", decay=True, step_num=10_000),
+    "adaptive, paper, from .1": FlowConfig(lmbda=0.1, adaptive="paper", num_steps=100_000),
+    "ours: normalized step": FlowConfig(step_size=3e-3, step_rule="normalized", num_steps=10_000),
+    "ours: Adam, falling": FlowConfig(step_size=1e-2, opt="adam", decay=True, num_steps=10_000),
 }
 
-_FOUR = FlowConfig(dataset="FourGaussian", bandwidth=2.0, lmbda=1e-2, gamma=1e-2, step_num=20_000)
+_FOUR = FlowConfig(
+    dataset="FourGaussian", bandwidth=2.0, lmbda=1e-2, step_size=1e-2, num_steps=20_000
+)
 FILTERS: dict[str, FlowConfig] = {
     "DrMMD, Tikhonov": _FOUR,
     "DrMMD, Showalter": replace(_FOUR, spectral_filter="showalter"),
     "DrMMD, cutoff": replace(_FOUR, spectral_filter="cutoff"),
     "KALE": replace(_FOUR, flow="kale"),
     "MMD": replace(_FOUR, flow="mmd"),
-    "MMD, 100 x step": replace(_FOUR, flow="mmd", gamma=1.0),
+    "MMD, 100 x step": replace(_FOUR, flow="mmd", step_size=1.0),
     "Langevin (knows the density)": replace(_FOUR, flow="ula"),
-    "Stein (knows the density)": replace(_FOUR, flow="svgd", gamma=0.1),
+    "Stein (knows the density)": replace(_FOUR, flow="svgd", step_size=0.1),
 }
 
 # N(0, 1/2) to N(0, 1): 3 units of time. "exact" targets are the whole of N(0, 1).
 _LINE = FlowConfig(
     dataset="Gaussian1DExact",
     bandwidth=1.0,
-    gamma=1e-3,
-    step_num=3_000,
+    step_size=1e-3,
+    num_steps=3_000,
     source_particle_num=500,
     target_particle_num=80,
 )
@@ -200,7 +202,7 @@ GAUSSIAN: dict[str, FlowConfig] = {
 }
 
 # The document's open questions, on the rings.
-_SHORT = FlowConfig(step_num=20_000)
+_SHORT = FlowConfig(num_steps=20_000)
 ABLATIONS: dict[str, FlowConfig] = {
     "Tikhonov": _SHORT,
     "Showalter": replace(_SHORT, spectral_filter="showalter"),
@@ -218,8 +220,8 @@ _IMAGES = FlowConfig(
     dataset="fashion_mnist",
     bandwidth=0.0,
     lmbda=1e-3,
-    gamma=1e-2,
-    step_num=20_000,
+    step_size=1e-2,
+    num_steps=20_000,
     source_particle_num=1000,
     target_particle_num=1000,
     records=20,
@@ -227,17 +229,17 @@ _IMAGES = FlowConfig(
 IMAGE_FLOWS: dict[str, FlowConfig] = {
     "DrMMD": _IMAGES,
     "MMD": replace(_IMAGES, flow="mmd"),
-    "MMD, 100 x step": replace(_IMAGES, flow="mmd", gamma=1.0),
-    "MMD, 1,000 x step": replace(_IMAGES, flow="mmd", gamma=10.0),
+    "MMD, 100 x step": replace(_IMAGES, flow="mmd", step_size=1.0),
+    "MMD, 1,000 x step": replace(_IMAGES, flow="mmd", step_size=10.0),
 }
 
 # lambda = .1 makes a step up to 2 (1 + lambda) / lambda = 22 times as long as that of MMD.
 STUDENTS: dict[str, StudentConfig] = {
     "MMD": StudentConfig(flow="mmd"),
-    "MMD, 5 x step": StudentConfig(flow="mmd", lr=0.5),
-    "MMD, 22 x step": StudentConfig(flow="mmd", lr=2.2),
+    "MMD, 5 x step": StudentConfig(flow="mmd", step_size=0.5),
+    "MMD, 22 x step": StudentConfig(flow="mmd", step_size=2.2),
     "MMD, noise": StudentConfig(flow="mmd", noise=1.0),
-    "MMD, 22 x step, noise": StudentConfig(flow="mmd", lr=2.2, noise=1.0),
+    "MMD, 22 x step, noise": StudentConfig(flow="mmd", step_size=2.2, noise=1.0),
     "DrMMD": StudentConfig(),
     "DrMMD, noise": StudentConfig(noise=1.0),
     "MMD, shared layer": StudentConfig(flow="mmd", form="dense"),
@@ -257,15 +259,15 @@ GROUPS: dict[str, Mapping[str, FlowConfig | StudentConfig]] = {
 def _quick(config: FlowConfig | StudentConfig) -> FlowConfig | StudentConfig:
     """Fewer steps, embedded data."""
     if isinstance(config, StudentConfig):
-        return replace(config, n_epochs=100, students=200, records=20)
+        return replace(config, num_epochs=100, students=200, records=20)
     if config.dataset in IMAGES:
         small: dict[str, Any] = {
             "source_particle_num": 300,
             "target_particle_num": 300,
             "components": 20,
         }
-        return replace(config, dataset="digits", step_num=1_000, records=5, **small)
-    return replace(config, step_num=min(config.step_num, 2_000), records=20)
+        return replace(config, dataset="digits", num_steps=1_000, records=5, **small)
+    return replace(config, num_steps=min(config.num_steps, 2_000), records=20)
 
 
 QUICK = {

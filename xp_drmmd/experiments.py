@@ -63,7 +63,7 @@ def run_group(
         row = {"label": label, "settings": asdict(config), "steps": stored[0]["steps"]}
         for name in (*tables.NAMES, "seconds"):
             if name in stored[0]:
-                row[name] = np.stack([one[name] for one in stored])
+                row[name] = np.stack([arrays[name] for arrays in stored])
         row["folders"] = [run.folder.relative_to(arguments.results).as_posix() for run in done]
         rows.append(row)
         print(f"  {tables.line(row)}", flush=True)

@@ -83,7 +83,7 @@ class Prepared(NamedTuple):
 
     target: Target | Fourier | Landmarks
     lmbda: Float[Array, " C"]
-    gamma: Float[Array, " C"]
+    step_size: Float[Array, " C"]
 
 
 class Memory(NamedTuple):
@@ -110,7 +110,7 @@ def prepare(
         make = _landmarks if config.approximation == "nystrom" else _fourier
         prepared_target = make(config, target, weights)
     ones = jnp.ones(num_flows, target.dtype)
-    return Prepared(prepared_target, config.lmbda * ones, config.gamma * ones)
+    return Prepared(prepared_target, config.lmbda * ones, config.step_size * ones)
 
 
 def _fourier(config, target, weights) -> Fourier:
@@ -151,34 +151,34 @@ def first_memory(prepared: Prepared) -> Memory:
 
 @cache
 def objective(config: FlowConfig, log_density: Callable | None = None) -> Callable:
-    """(x [C, N, d], aim, key, memory) -> (values [C, 3], velocities [C, N, d], memory), for
+    """(x [C, N, d], prepared, key, memory) -> (values [C, 3], velocities [C, N, d], memory), for
     `lib.gd.wasserstein_gradient_descent` with step size 1: velocities have the step in them, but
     for Adam, which is not told. The values are the functional, lambda and the step."""
-    one = {"ula": _langevin, "svgd": _stein}.get(config.flow, _witness_flow)
+    step = {"ula": _langevin, "svgd": _stein}.get(config.flow, _witness_flow)
 
     def value_and_grad(x, prepared, key, memory):
         keys = jax.random.split(key, len(x))
         flow = jax.vmap(
-            lambda y, lmbda, gamma, key, memory: one(
-                config, log_density, y, prepared.target, lmbda, gamma, key, memory
+            lambda y, lmbda, step_size, key, memory: step(
+                config, log_density, y, prepared.target, lmbda, step_size, key, memory
             )
         )
-        return flow(x, prepared.lmbda, prepared.gamma, keys, memory)
+        return flow(x, prepared.lmbda, prepared.step_size, keys, memory)
 
     return value_and_grad
 
 
 def optimizer(config: FlowConfig) -> optax.GradientTransformation:
-    """Of step size 1, or for Adam of `config.gamma`."""
-    rate = config.gamma if config.opt == "adam" else 1.0
+    """Of step size 1, or for Adam of `config.step_size`."""
+    rate = config.step_size if config.opt == "adam" else 1.0
     if config.decay:
-        rate = optax.linear_schedule(rate, 0.0, config.step_num)
+        rate = optax.linear_schedule(rate, 0.0, config.num_steps)
     if config.opt == "adam":
         return optax.adam(rate)
     return optax.sgd(rate, momentum=0.9 if config.opt == "momentum" else None)
 
 
-def _witness_flow(config, log_density, y, target, lmbda, gamma, key, memory):
+def _witness_flow(config, log_density, y, target, lmbda, step_size, key, memory):
     """One step of MMD, DrMMD or KALE for particles [N, d]."""
     forms: dict[type, Callable] = {
         Target: _exact,
@@ -191,7 +191,7 @@ def _witness_flow(config, log_density, y, target, lmbda, gamma, key, memory):
     if config.noise:
         spread = config.noise / jnp.sqrt(1 + memory.step)
         at = y + spread * jax.random.normal(key, y.shape, y.dtype)
-    step = _step_size(config, witness.value, lmbda, gamma, memory)
+    step = _step_size(config, witness.value, lmbda, step_size, memory)
     memory = memory._replace(step=memory.step + 1)
     factor = 1.0 if config.opt == "adam" else step
     values = jnp.stack([witness.value, lmbda, step])
@@ -295,27 +295,32 @@ def _witness(config, solve, lmbda, memory: Memory):
     return witness, following, memory
 
 
-def _step_size(config, value, lmbda, gamma, memory):
+def _step_size(config, value, lmbda, step_size, memory):
     if config.adaptive == "published":
-        # gamma is published_step * lambda_0: the step falls as lambda does.
-        return jnp.maximum(gamma * lmbda / config.lmbda, SMALLEST_PUBLISHED_STEP)
-    if config.step_rule == "normalised":
+        # step_size is published_step * lambda_0: the step falls as lambda does.
+        return jnp.maximum(step_size * lmbda / config.lmbda, SMALLEST_PUBLISHED_STEP)
+    if config.step_rule == "normalized":
         scale = jnp.sqrt(lmbda / jnp.maximum(value, jnp.finfo(value.dtype).tiny))
-        return jnp.minimum(config.largest_gamma, gamma * scale)
-    return gamma
+        return jnp.minimum(config.largest_step_size, step_size * scale)
+    return step_size
 
 
-def _langevin(config, log_density, y, target, lmbda, gamma, key, memory):
-    """Unadjusted Langevin: y + gamma grad log pi + s sqrt(2 gamma) N(0, I), s = 1 unless set."""
+def _langevin(config, log_density, y, target, lmbda, step_size, key, memory):
+    """Unadjusted Langevin: y + gamma grad log pi + s sqrt(2 gamma) N(0, I), gamma the step size and
+    s = 1 unless set."""
     score = jax.vmap(jax.grad(log_density))(y)
-    spread = config.diffusion_noise_scale * jnp.sqrt(2 / gamma)
+    spread = config.diffusion_noise_scale * jnp.sqrt(2 / step_size)
     noise = spread * jax.random.normal(key, y.shape, y.dtype)
-    return jnp.stack([jnp.zeros_like(gamma), lmbda, gamma]), -gamma * (score + noise), memory
+    return (
+        jnp.stack([jnp.zeros_like(step_size), lmbda, step_size]),
+        -step_size * (score + noise),
+        memory,
+    )
 
 
-def _stein(config, log_density, y, target, lmbda, gamma, key, memory):
+def _stein(config, log_density, y, target, lmbda, step_size, key, memory):
     """Stein variational gradient descent (Liu and Wang, NIPS 2016):
-    y_i + gamma mean_j [k(y_j, y_i) grad log pi(y_j) + grad_{y_j} k(y_j, y_i)]."""
+    y_i + step_size mean_j [k(y_j, y_i) grad log pi(y_j) + grad_{y_j} k(y_j, y_i)]."""
     kernel = kernel_of(config)
     score = jax.vmap(jax.grad(log_density))(y)
     gram, transpose = jax.vjp(lambda z: kernel(z, y), y)
@@ -323,4 +328,4 @@ def _stein(config, log_density, y, target, lmbda, gamma, key, memory):
     # sum over j of grad_{y_j} k(y_j, y_i) is minus the sum of grad_{y_i} k(y_i, y_j).
     repulsion = -transpose(jnp.ones_like(gram))[0]
     velocity = (jnp.matmul(gram, score, precision=jax.lax.Precision.HIGHEST) + repulsion) / len(y)
-    return jnp.stack([jnp.zeros_like(gamma), lmbda, gamma]), -gamma * velocity, memory
+    return jnp.stack([jnp.zeros_like(step_size), lmbda, step_size]), -step_size * velocity, memory

@@ -42,7 +42,7 @@ def curves(rows: list[dict]) -> Figure:
 
 
 def ends(rows: list[dict], root: Path) -> Figure:
-    """Where the particles of the first seed end, in two dimensions, over the target in grey."""
+    """Where the particles of the first seed end, in two dimensions, over the target in gray."""
     stored = [runs.Run(root / row["folders"][0]).load_arrays() for row in rows]
     low, high = stored[0]["target"].min(0), stored[0]["target"].max(0)
     low, high = low - 0.15 * (high - low).max(), high + 0.15 * (high - low).max()
@@ -54,8 +54,8 @@ def ends(rows: list[dict], root: Path) -> Figure:
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.ravel()[len(rows) :]:
         axis.set_axis_off()
-    for axis, row, one in zip(axes.ravel(), rows, stored):
-        plotting.scatter_classes(axis, one["particles"][-1][None], target=one["target"])
+    for axis, row, arrays in zip(axes.ravel(), rows, stored):
+        plotting.scatter_classes(axis, arrays["particles"][-1][None], target=arrays["target"])
         axis.set_title("\n".join(textwrap.wrap(row["label"], 20)), fontsize=7)
         axis.set_xlim(low[0], high[0])
         axis.set_ylim(low[1], high[1])
@@ -66,10 +66,10 @@ def kl_decay(rows: list[dict]) -> Figure:
     """KL to N(0, 1) against time on the line, beside the chi^2 flow and its exponential bound."""
     figure, axis = plt.subplots(figsize=(5.2, 3.6))
     for row in rows:
-        time = np.asarray(row["steps"]) * row["settings"]["gamma"]
+        time = np.asarray(row["steps"]) * row["settings"]["step_size"]
         style = "--" if row["settings"]["dataset"] == "Gaussian1D" else "-"
         axis.semilogy(time, np.maximum(row["kl"], 1e-12).mean(0), style, label=row["label"])
-    longest = max(row["steps"][-1] * row["settings"]["gamma"] for row in rows)
+    longest = max(row["steps"][-1] * row["settings"]["step_size"] for row in rows)
     times = np.linspace(0, longest, 60)
     kl = analytic.chi_squared_kl(times)
     axis.semilogy(times, kl, color="0.2", lw=2, alpha=0.6, label="χ² flow")
@@ -97,7 +97,7 @@ def image_sheets(rows: list[dict], root: Path, *, count: int = 12) -> Figure:
         last, target = shown[-1], stored["target"]
         nearest = target[((last[:, None] - target[None]) ** 2).sum(-1).argmin(1)]
         coordinates = np.concatenate([shown, nearest[None]])
-        pixels = stored["centre"] + coordinates @ stored["components"]
+        pixels = stored["center"] + coordinates @ stored["components"]
         plotting.show_images(axis, pixels.reshape(len(pixels), count, *stored["image_shape"]))
         axis.set_title(row["label"], fontsize=8)
     return figure

@@ -23,9 +23,9 @@ STUDENT_BOUND = 10.0
 
 
 class Basis(NamedTuple):
-    """Principal components of images: an image is `centre` + coordinates @ `components`."""
+    """Principal components of images: an image is `center` + coordinates @ `components`."""
 
-    centre: np.ndarray
+    center: np.ndarray
     components: np.ndarray
     image_shape: tuple[int, int, int]
 
@@ -46,9 +46,9 @@ def problem(config: FlowConfig, seed: int, data_root: Path | None = None) -> Pro
     key_start, key_target = jax.random.split(key_of_seed(seed))
     n, m = config.source_particle_num, config.target_particle_num
 
-    def normal(scale, centre):
-        noise = jax.random.normal(key_start, (n, len(centre)), float)
-        return jnp.asarray(centre, float)[None, :] + scale * noise
+    def normal(scale, center):
+        noise = jax.random.normal(key_start, (n, len(center)), float)
+        return jnp.asarray(center, float)[None, :] + scale * noise
 
     if config.dataset == "ThreeRing":  # equispaced: only the start is random
         if m % 3:
@@ -65,7 +65,7 @@ def problem(config: FlowConfig, seed: int, data_root: Path | None = None) -> Pro
 
         return Problem(normal(0.1, (0.0, 0.0)), target, log_density=log_density)
     if config.dataset in ("Gaussian1D", "Gaussian1DExact"):
-        # Particles at the quantiles, so that gaps between neighbours are a density.
+        # Particles at the quantiles, so that gaps between neighbors are a density.
         levels = (jnp.arange(n) + 0.5) / n
         start = START_VARIANCE**0.5 * jax.scipy.stats.norm.ppf(levels)[:, None]
         if config.dataset == "Gaussian1D":

@@ -1,7 +1,7 @@
 """One flow of particles, with the published flags.
 
     python xp_drmmd/run.py --dataset ThreeRing --flow drmmd --kernel Gaussian --lmbda 0.001 \\
-        --step_size 0.1 --bandwidth 0.15 --step_num 20000 --source_particle_num 300 --opt sgd \\
+        --step_size 0.1 --bandwidth 0.15 --num_steps 20000 --source_particle_num 300 --opt sgd \\
         --seed 42
 
 The published code's other flags are taken too, as aliases, or refused with a line that says why;
@@ -42,8 +42,8 @@ def run_flow(
     mesh: Mesh | None = None,
 ) -> runs.Run:
     """Runs one flow, or finds it done. Its folder holds particles [records, N, d], steps, target,
-    the seconds it took, values, lambdas and gammas [T], mmd2, w1, w2 (and on the line kl)
-    [records], the bandwidth, and of images centre, components and image_shape."""
+    the seconds it took, values, lambdas and step_sizes [T], mmd2, w1, w2 (and on the line kl)
+    [records], the bandwidth, and of images center, components and image_shape."""
     name = f"{config.dataset}-{config.flow}"
     exclude = (*NOT_HASHED, *config.without_effect())
     run = runs.open_run(results, EXPERIMENT, name, config, seed=seed, exclude=exclude)
@@ -58,14 +58,14 @@ def run_flow(
         )
         resolved = replace(config, bandwidth=bandwidth)
         prepared = flows.prepare(resolved, setup.target, setup.weights)
-        every = max(1, config.step_num // config.records)
+        every = max(1, config.num_steps // config.records)
         began = time.perf_counter()
         values, particles = wasserstein_gradient_descent(
             setup.start[None],
             prepared,
             flows.objective(resolved, setup.log_density),
             key_of_seed(seed, shift=1_000_000),
-            n_epochs=config.step_num,
+            n_epochs=config.num_steps,
             optimizer=flows.optimizer(resolved),
             carry=flows.first_memory(prepared),
             record_every=every,
@@ -78,17 +78,17 @@ def run_flow(
             metrics.evaluate(x, setup.target, bandwidth, setup.weights) for x in particles[:, 0]
         ]
         if config.dataset == "Gaussian1d":  # the KL is that to the whole of N(0, 1)
-            measured = [{k: v for k, v in one.items() if k != "kl"} for one in measured]
+            measured = [{k: v for k, v in distances.items() if k != "kl"} for distances in measured]
     run.finish(
         particles=particles[:, 0],
-        steps=recorded_steps(config.step_num, every),
+        steps=recorded_steps(config.num_steps, every),
         target=np.asarray(setup.target),
         bandwidth=np.asarray(bandwidth),
         seconds=np.asarray(seconds),
         values=values[:, 0, 0],
         lambdas=values[:, 0, 1],
-        gammas=values[:, 0, 2],
-        **{name: np.asarray([one[name] for one in measured]) for name in measured[0]},
+        step_sizes=values[:, 0, 2],
+        **{name: np.asarray([distances[name] for distances in measured]) for name in measured[0]},
         **({} if setup.basis is None else setup.basis._asdict()),
     )
     return run
@@ -112,9 +112,13 @@ class Arguments(DeviceOptions, FlowConfig):
     """The same as --adaptive published."""
     nystrom: int = 0
     """K: the same as --approximation nystrom --rank K; 0: no approximation."""
-    gamma: float | None = None  # type: ignore[assignment]  # `config_of` makes it a number
-    """Step size; None: step_size times lmbda."""
+    num_steps: Annotated[int, tyro.conf.arg(aliases=("--step-num",))] = 20_000
     step_size: float = 0.1
+    """As published, a factor of `lmbda`: the step is step_size lmbda, unless `gamma` is given."""
+    gamma: float | None = None
+    """The step itself."""
+    largest_step_size: Annotated[float, tyro.conf.arg(aliases=("--largest-gamma",))] = 0.1
+    """Of the normalized step."""
     seed: int = 0
     results: Annotated[Path, tyro.conf.arg(aliases=("--save-path",))] = Path("results")
     data_root: Path | None = None
@@ -145,8 +149,9 @@ def config_of(arguments: Arguments) -> FlowConfig:
                 f"{arguments.nystrom}, --approximation {arguments.approximation}"
             )
         values |= {"approximation": "nystrom", "rank": arguments.nystrom}
-    if arguments.gamma is None:
-        values["gamma"] = arguments.step_size * arguments.lmbda
+    values["step_size"] = arguments.step_size * arguments.lmbda
+    if arguments.gamma is not None:
+        values["step_size"] = arguments.gamma
     return FlowConfig(**values)
 
 
@@ -162,7 +167,8 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
         mesh=mesh,
     )
     stored = run.load_arrays()
-    print(f"{config.dataset}, {config.flow}, lambda {config.lmbda:g}, gamma {config.gamma:g}")
+    sizes = f"lambda {config.lmbda:g}, step size {config.step_size:g}"
+    print(f"{config.dataset}, {config.flow}, {sizes}")
     for i in np.unique(np.linspace(0, len(stored["steps"]) - 1, 11).round().astype(int)):
         shown = ", ".join(f"{name} {stored[name][i]:.3e}" for name in ("mmd2", "w1", "w2"))
         print(f"  step {stored['steps'][i]:7d}: {shown}")

@@ -132,7 +132,7 @@ def run_student(
         return run
     students, train, validation = lessons(config, seed)
     batches = config.num_inputs // config.batch_size
-    steps = config.n_epochs * batches
+    steps = config.num_epochs * batches
     every = max(1, steps // config.records)
     began = time.perf_counter()
     losses, particles = wasserstein_gradient_descent(
@@ -141,7 +141,7 @@ def run_student(
         objective(config),
         key_of_seed(seed, shift=1_000_000),
         n_epochs=steps,
-        optimizer=optax.sgd(config.lr),
+        optimizer=optax.sgd(config.step_size),
         carry=jnp.zeros((), jnp.int32),
         record_every=every,
         run=run,
@@ -168,7 +168,9 @@ class Arguments(DeviceOptions, StudentConfig):
     noise: Annotated[float, tyro.conf.arg(aliases=("--noise-level",))] = 0.0
     """Standard deviation of the noise injected at first; halved every `halve_every` epochs."""
     halve_every: Annotated[int, tyro.conf.arg(aliases=("--noise-decay-freq",))] = 1000
-    n_epochs: Annotated[int, tyro.conf.arg(aliases=("--total-epochs",))] = 15_000
+    num_epochs: Annotated[int, tyro.conf.arg(aliases=("--n-epochs", "--total-epochs"))] = 15_000
+    step_size: Annotated[float, tyro.conf.arg(aliases=("--lr",))] = 0.1
+    """Of SGD on the particles: times N the gradient of the functional."""
     with_noise: Literal["true", "false"] | None = None
     """As published: true is a noise of 1 unless `noise` says another, false is none."""
     device: int = 0

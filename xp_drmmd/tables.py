@@ -46,8 +46,8 @@ def table(
     for row in rows:
         settings = row["settings"]
         lmbda = f"{settings['lmbda']:g}" if settings["flow"] in ("drmmd", "kale") else "-"
-        size = settings["gamma"] if "gamma" in settings else settings["lr"]
-        cells = [row["label"], lmbda, f"{size:g}", f"{row['steps'][-1]:,.0f}"]
+        size = f"{settings['step_size']:g}"
+        cells = [row["label"], lmbda, size, f"{row['steps'][-1]:,.0f}"]
         cells += [_spread(np.asarray(row[name])[:, -1]) for name in names]
         if w1 is not None:
             step = first_below(row, "w1", w1)

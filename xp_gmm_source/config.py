@@ -70,7 +70,7 @@ class FlowConfig:
     """A data set's name, or the path of a folder or zip of images."""
     source: SourceName = "gaussian"
     """gaussian: N(0, I). norm_aligned: N(0, s^2 I), as long as the images on average. gmm: a
-    mixture fitted to the training images, standardised. dct: N(0, I) without the frequencies that
+    mixture fitted to the training images, standardized. dct: N(0, I) without the frequencies that
     the images hardly have."""
     coupling: Coupling = "optimal"
     """Of x0 and x1. optimal: exact optimal transport within the minibatch. mode: x0 from the

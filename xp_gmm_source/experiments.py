@@ -120,26 +120,26 @@ Mixtures = dict[str, tuple[FlowConfig, Split, ImageMixture]]
 
 def fitted_mixtures(flows: dict[str, FlowConfig], arguments: Arguments) -> Mixtures:
     """Every mixture that a flow started from, by its number of components and covariance type."""
-    found = {}
+    mixtures = {}
     for config in flows.values():
         name = f"{config.n_components}_{config.covariance_type}"
-        if config.source == "gmm" and name not in found:
+        if config.source == "gmm" and name not in mixtures:
             split = read(config, arguments.data_root)
             config = known_by_content(config, arguments.data_root)
-            found[name] = config, split, fitted_mixture(config, split.train, arguments.results)
-    return found
+            mixtures[name] = config, split, fitted_mixture(config, split.train, arguments.results)
+    return mixtures
 
 
 def mixtures_alone(mixtures: Mixtures, results: Path) -> dict[str, dict[str, float]]:
     """What draws of the mixtures are worth as images, before any flow: the measures of
     `metrics.evaluate`."""
-    found = {}
+    values = {}
     for name, (config, split, stored) in mixtures.items():
         source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
         draws = source.sample(jax.random.key(2), config.num_samples)
         measured = metrics.evaluate(draws, reference(config, split, results))
-        found[name] = {measure: float(value) for measure, value in measured.items()}
-    return found
+        values[name] = {measure: float(value) for measure, value in measured.items()}
+    return values
 
 
 def mixture_figures(mixtures: Mixtures, summary: Path) -> list[Path]:

@@ -59,7 +59,7 @@ PATHS, PATH_STEPS = 500, 40
 """Paths whose straightness is measured, and their Euler steps."""
 MEASURE_OF = {
     "value": "straightness",
-    "normalised": "normalised_straightness",
+    "normalized": "normalised_straightness",
     "length_ratio": "length_ratio",
     "transport_cost": "transport_cost",
 }
@@ -126,8 +126,8 @@ def fitted_mixture(
     if path.exists():
         stored = gmm_files.load(path)
     else:
-        found = fit_images(wanted, train.images, run=run, show_progress=show_progress, mesh=mesh)
-        stored = image_mixture(found, train.image_shape)
+        fitted = fit_images(wanted, train.images, run=run, show_progress=show_progress, mesh=mesh)
+        stored = image_mixture(fitted, train.image_shape)
         gmm_files.save(path, stored)
     if not run.finished:
         run.finish(log_likelihoods=np.asarray(stored.about["log_likelihoods"]))
@@ -198,9 +198,9 @@ def sampling_sources(
     sqrt(3072 / d): .01 of data with an axis by that factor, .048 of draws to the same quantile.
     Says so, and leaves it out, where pruning accepts less than `LEAST_ACCEPTANCE` of the draws.
     """
-    found = {"own": source}
+    sources = {"own": source}
     if not config.prune:
-        return found
+        return sources
     assert isinstance(source, Gaussian)  # `FlowConfig` prunes no other
     d = int(np.prod(train.image_shape))
     source = pruned(
@@ -212,10 +212,10 @@ def sampling_sources(
     key = named_key(jax.random.key(2), "acceptance")
     accepted = float(acceptance(key, source, 10_000))
     if accepted >= LEAST_ACCEPTANCE:
-        return found | {"pruned": source}
+        return sources | {"pruned": source}
     if show_progress:
         print(f"no pruning: {len(source.axes)} axes leave {accepted:.1e} of the draws")
-    return found
+    return sources
 
 
 @cache
@@ -313,23 +313,23 @@ def evaluate_flow(
     samplers = [("euler", num) for num in config.euler] + [("heun", num) for num in config.heun]
     order = np.random.default_rng(1).permutation(len(train.images))[: config.num_samples]
     floor = metrics.evaluate(to_unit(train.images[order]), reference_images)
-    found: dict[str, list] = {name: [] for name in (*floor, "samples", "paths", *MEASURES)}
+    measured: dict[str, list] = {name: [] for name in (*floor, "samples", "paths", *MEASURES)}
     basis, starts = _two_components(reference_images.points), None
     for i, source in enumerate(sources.values()):
         x0 = _draw(jax.random.fold_in(key, i), source, config.num_samples)
         starts = x0[:SHOWN] if starts is None else starts
-        rows, kept = [], []
+        rows, images = [], []
         for method, num in samplers:
             x1 = _integrate(parameters, x0, model=model, shape=shape, num=num, method=method)
             rows.append(metrics.evaluate(x1, reference_images))
-            kept.append(_pixels(x1[:SHOWN], shape))
+            images.append(_pixels(x1[:SHOWN], shape))
         for name in floor:
-            found[name].append([row[name] for row in rows])
-        found["samples"].append(np.stack(kept))
+            measured[name].append([row[name] for row in rows])
+        measured["samples"].append(np.stack(images))
         path = _euler_path(parameters, x0[:PATHS], model=model, shape=shape)
         for name, value in sampling.straightness(path)._asdict().items():
-            found[MEASURE_OF[name]].append(value)
-        found["paths"].append(np.asarray(path[:, :SHOWN]) @ basis)
+            measured[MEASURE_OF[name]].append(value)
+        measured["paths"].append(np.asarray(path[:, :SHOWN]) @ basis)
     about = {
         "evaluations": [num for _, num in samplers],
         "methods": [method for method, _ in samplers],
@@ -344,7 +344,7 @@ def evaluate_flow(
             about["pruned_axes"] = len(source.axes)
             # 99: after the numbers of the sources, of which there are two at most.
             about["acceptance"] = acceptance(jax.random.fold_in(key, 99), source, 10_000)
-    return {name: np.asarray(value) for name, value in (found | about).items()}
+    return {name: np.asarray(value) for name, value in (measured | about).items()}
 
 
 @partial(jax.jit, static_argnames="num")
@@ -371,9 +371,9 @@ def _pixels(points, shape) -> np.ndarray:
 
 
 def _two_components(points) -> np.ndarray:
-    centred = np.asarray(points, np.float64)
-    centred = centred - centred.mean(axis=0)
-    return np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1].astype(np.float32)
+    centered = np.asarray(points, np.float64)
+    centered = centered - centered.mean(axis=0)
+    return np.linalg.eigh(centered.T @ centered)[1][:, :-3:-1].astype(np.float32)
 
 
 # ---- The command

@@ -44,7 +44,7 @@ class ImageMixture(NamedTuple):
     """A mixture of images in [-1, 1] as rows of H W channels numbers, and how it came about.
 
     With a projection the mixture lives in its coordinates. `mean` and `std` [d] are those of the
-    mixture's draws as pixels, by which a source is standardised; `about` is of JSON's own types.
+    mixture's draws as pixels, by which a source is standardized; `about` is of JSON's own types.
     """
 
     mixture: gmm.Mixture
@@ -75,7 +75,7 @@ def save(path: Path, stored: ImageMixture) -> None:
     arrays = {name: getattr(stored.mixture.covariance, name) for name in _FACTORS[kind]}
     if stored.projection is not None:
         arrays |= {"pca_components": stored.projection.components}
-        arrays |= {"pca_centre": stored.projection.centre}
+        arrays |= {"pca_centre": stored.projection.center}
     header = {"format": FORMAT, "kind": kind, "about": stored.about}
     save_arrays(
         path,
@@ -157,7 +157,7 @@ def _structure(kind: str, arrays: dict[str, np.ndarray]) -> gmm.Covariance:
 # ---- The published pair
 
 
-def published(stored: ImageMixture, *, regularisation: float = 1e-6) -> dict[str, Any]:
+def published(stored: ImageMixture, *, regularization: float = 1e-6) -> dict[str, Any]:
     """{'gmm': GaussianMixture, 'pca': PCA or None} in the order [channels, H, W]; low rank +
     diagonal is written out as full."""
     order = channels_first(stored.image_shape)
@@ -165,12 +165,12 @@ def published(stored: ImageMixture, *, regularisation: float = 1e-6) -> dict[str
         mixture, pca = gmm.permuted(stored.mixture, order), None
     else:
         mixture, pca = stored.mixture, _to_sklearn_pca(stored.projection, order)
-    return {"gmm": gmm.to_sklearn(mixture, regularization=regularisation), "pca": pca}
+    return {"gmm": gmm.to_sklearn(mixture, regularization=regularization), "pca": pca}
 
 
-def save_published(path: Path, stored: ImageMixture, *, regularisation: float = 1e-6) -> None:
+def save_published(path: Path, stored: ImageMixture, *, regularization: float = 1e-6) -> None:
     """Writes the published .pkl, atomically."""
-    content = published(stored, regularisation=regularisation)
+    content = published(stored, regularization=regularization)
     with atomic_file(path) as file:
         joblib.dump(content, file)
 
@@ -222,8 +222,8 @@ def check_stats(stats: Any, name: str) -> None:
     mean, std = stats["mean"], stats["std"]
     for key, tensor in (("mean", mean), ("std", std)):
         if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or len(tensor) != 1:
-            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
-            raise ValueError(f"{name}: '{key}' must be (1, channels, H, W), not {found}")
+            shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
+            raise ValueError(f"{name}: '{key}' must be (1, channels, H, W), not {shape}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: '{key}' holds NaN or infinity")
     if mean.shape != std.shape:
@@ -237,7 +237,7 @@ def load_published(
 ) -> ImageMixture:
     """A published .pkl as our own `ImageMixture`, with exact mean and std.
 
-    `image_shape` (H, W, channels): by default 32 x 32 color at 3072 pixels, and square grey.
+    `image_shape` (H, W, channels): by default 32 x 32 color at 3072 pixels, and square gray.
     Raises ValueError without `trust_pickle`, and on a file that is damaged or holds something else.
     """
     if not trust_pickle:
@@ -298,6 +298,6 @@ def _to_sklearn_pca(projection: Projection, order: np.ndarray) -> Any:
 
     components = np.asarray(projection.components)[:, order]
     pca = PCA(n_components=len(components))
-    pca.components_, pca.mean_ = components, np.asarray(projection.centre)[order]
+    pca.components_, pca.mean_ = components, np.asarray(projection.center)[order]
     pca.n_components_, pca.n_features_in_ = components.shape
     return pca

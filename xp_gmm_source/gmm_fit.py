@@ -192,7 +192,7 @@ def _same_coordinates(images: np.ndarray, projection: Projection | None, data: R
     if projection is None:
         return dataclasses.replace(data, x=images, weights=None)
     pixels = to_unit(np.float64(images.reshape(len(images), -1)))
-    points = (pixels - projection.centre) @ projection.components.T
+    points = (pixels - projection.center) @ projection.components.T
     return Rows(points.astype(data.dtype), dtype=data.dtype, devices=data.devices)
 
 
@@ -208,9 +208,9 @@ def _fit_with_jax(config, data: Rows, run, show_progress) -> tuple[gmm.Mixture, 
                 data,
                 config.n_components,
                 structure_of(config),
-                regularisation=config.reg_covar,
+                regularization=config.reg_covar,
             ),
-            regularisation=config.reg_covar,
+            regularization=config.reg_covar,
             tolerance=config.tol,
             max_iterations=config.max_iter,
             run=run,
@@ -281,8 +281,8 @@ def sampled_moments(
     # About the exact mean, so that no digits are lost in the difference of squares.
     first = second = np.zeros_like(stored.mean)
     for part in draws(key, stored, num, batch):
-        centred = part.astype(np.float64) - stored.mean
-        first, second = first + centred.sum(axis=0), second + np.square(centred).sum(axis=0)
+        centered = part.astype(np.float64) - stored.mean
+        first, second = first + centered.sum(axis=0), second + np.square(centered).sum(axis=0)
     variance = (second - np.square(first) / num) / (num - 1)
     return stored.mean + first / num, np.sqrt(np.maximum(variance, 0))
 
@@ -341,7 +341,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
         key = keys_of(config).draws
         mean, std = sampled_moments(key, stored, config.n_stat_samples, config.batch_size)
     stats = path.with_name(f"{path.stem}_stats.pt")
-    gmm_files.save_published(path.with_suffix(".pkl"), stored, regularisation=config.reg_covar)
+    gmm_files.save_published(path.with_suffix(".pkl"), stored, regularization=config.reg_covar)
     gmm_files.save_stats(stats, mean, std, train.image_shape)
     gmm_files.save(path, stored)
     run.finish(log_likelihoods=np.asarray(stored.about["log_likelihoods"]))

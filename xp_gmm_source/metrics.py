@@ -47,8 +47,8 @@ def moments(features: Float[AnyArray, "n d"]) -> Moments:
     if not finite.all():
         raise ValueError(f"features are not finite in row {int(np.argmin(finite))}")
     mean = features.mean(axis=0)
-    centred = features - mean
-    return Moments(mean, centred.T @ centred / (len(features) - 1))
+    centered = features - mean
+    return Moments(mean, centered.T @ centered / (len(features) - 1))
 
 
 def frechet_distance_of_moments(first: Moments, second: Moments) -> float:

@@ -58,9 +58,9 @@ def sample_grid(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure
     figure, axes = plt.subplots(
         len(rows), len(numbers), figsize=size, squeeze=False, layout="constrained"
     )
-    for line, row, one in zip(axes, rows, stored):
+    for line, row, arrays in zip(axes, rows, stored):
         for axis, j in zip(line, numbers):
-            images = one["samples"][row["variant"], j, :SHOWN_IMAGES]
+            images = arrays["samples"][row["variant"], j, :SHOWN_IMAGES]
             plotting.show_images(axis, images.reshape(2, -1, *images.shape[1:]) / 255)
         line[0].text(
             -0.05,
@@ -91,9 +91,9 @@ def paths(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure:
     )
     for axis in axes.ravel()[len(rows) :]:
         axis.set_axis_off()
-    for axis, row, one in zip(axes.ravel(), rows, stored):
-        path = one["paths"][row["variant"]][:, :SHOWN_PATHS]
-        axis.scatter(*one["targets"].T, s=2, color="0.8", lw=0, zorder=0)
+    for axis, row, arrays in zip(axes.ravel(), rows, stored):
+        path = arrays["paths"][row["variant"]][:, :SHOWN_PATHS]
+        axis.scatter(*arrays["targets"].T, s=2, color="0.8", lw=0, zorder=0)
         axis.plot(path[..., 0], path[..., 1], color="0.4", lw=0.5)
         axis.scatter(*path[0].T, s=6, color=plotting.CLASS_COLORS[0], zorder=3, lw=0)
         axis.scatter(*path[-1].T, s=6, color=plotting.CLASS_COLORS[1], zorder=3, lw=0)
@@ -111,7 +111,7 @@ def mixture(stored: gmm_files.ImageMixture, draws: np.ndarray, title: str) -> Fi
     order = np.argsort(-stored.mixture.weights)[:MOST_COMPONENTS]
     means = stored.mixture.means[order]
     if stored.projection is not None:
-        means = means @ stored.projection.components + stored.projection.centre
+        means = means @ stored.projection.components + stored.projection.center
     columns = max(10, len(order))
     figure, axes = plt.subplots(
         2, 1, figsize=(0.75 * columns, 4.2), height_ratios=(1, 4), layout="constrained"

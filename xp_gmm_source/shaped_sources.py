@@ -313,8 +313,8 @@ def _principal_components(images: Images, dimension: int) -> Float[np.ndarray, "
     mean = sum(rows.sum(axis=0) for rows in _directions(images)) / len(images)
     covariance = np.zeros((dimension, dimension))
     for rows in _directions(images):
-        centred = rows - mean
-        covariance += centred.T @ centred / len(images)
+        centered = rows - mean
+        covariance += centered.T @ centered / len(images)
     variances, vectors = np.linalg.eigh(covariance)
     # A variance is off by rounding of the data's squared norms, which are 1.
     varying = variances > dimension * np.finfo(np.float64).eps

@@ -104,10 +104,10 @@ def norm_aligned(images: Images) -> Gaussian:
 
 
 class Projection(NamedTuple):
-    """A mixture's coordinates: x = centre + coordinates @ components, orthonormal rows [p, d]."""
+    """A mixture's coordinates: x = center + coordinates @ components, orthonormal rows [p, d]."""
 
     components: Float[AnyArray, "p d"]
-    centre: Float[AnyArray, " d"]
+    center: Float[AnyArray, " d"]
 
 
 class GMMSource(NamedTuple):
@@ -119,7 +119,7 @@ class GMMSource(NamedTuple):
     projection: Projection | None = None
 
     def sample(self, key: Key[Array, ""], num: int) -> Points:
-        return self.standardise(gmm.sample(key, self.mixture, num)[0])
+        return self.standardize(gmm.sample(key, self.mixture, num)[0])
 
     def couple(self, key: Key[Array, ""], x1: Points) -> Points:
         check_points(x1, len(self.mean))
@@ -130,21 +130,21 @@ class GMMSource(NamedTuple):
         check_points(x1, len(self.mean))
         if self.projection is None:
             return x1
-        centred = x1 - self.projection.centre[None, :]
-        return jnp.matmul(centred, self.projection.components.T, precision=lax.Precision.HIGHEST)
+        centered = x1 - self.projection.center[None, :]
+        return jnp.matmul(centered, self.projection.components.T, precision=lax.Precision.HIGHEST)
 
-    def standardise(self, draws: Float[Array, "B p"]) -> Points:
+    def standardize(self, draws: Float[Array, "B p"]) -> Points:
         """Draws of the mixture as points of the source."""
         if self.projection is not None:
-            components, centre = self.projection
-            draws = jnp.matmul(draws, components, precision=lax.Precision.HIGHEST) + centre[None, :]
+            components, center = self.projection
+            draws = jnp.matmul(draws, components, precision=lax.Precision.HIGHEST) + center[None, :]
         return (draws - self.mean[None, :]) / self.std[None, :]
 
 
 class ModeCoupledSource(NamedTuple):
     """As `GMMSource`, coupled: x0 is of the component responsible for x1 (elsewhere MM-FM).
 
-    Component k is drawn with probability p(k | x1), x0 from N(mu_k, Sigma_k), then standardised.
+    Component k is drawn with probability p(k | x1), x0 from N(mu_k, Sigma_k), then standardized.
     """
 
     source: GMMSource
@@ -154,7 +154,7 @@ class ModeCoupledSource(NamedTuple):
 
     def couple(self, key: Key[Array, ""], x1: Points) -> Points:
         coordinates = self.source.coordinates(x1)
-        return self.source.standardise(gmm.sample_coupled(key, self.source.mixture, coordinates)[0])
+        return self.source.standardize(gmm.sample_coupled(key, self.source.mixture, coordinates)[0])
 
 
 def moments_of(
@@ -168,7 +168,7 @@ def moments_of(
     weights, means = (np.asarray(array, np.float64) for array in mixture[:2])
     pca = None if pca is None else Projection(*(np.asarray(part, np.float64) for part in pca))
     if pca is not None:
-        means = pca.centre + means @ pca.components
+        means = pca.center + means @ pca.components
     variances = [_pixel_variances(mixture.covariance, k, pca) for k in range(len(weights))]
     mean = weights @ means
     return mean, np.sqrt(weights @ (np.stack(variances) + np.square(means - mean)))
@@ -220,9 +220,9 @@ def mixture_source(
     if pca is not None:
         pca = Projection(*(jnp.asarray(part, jnp.float32) for part in pca))
         p, d = pca.components.shape
-        if mixture.means.shape[1] != p or pca.centre.shape != (d,):
+        if mixture.means.shape[1] != p or pca.center.shape != (d,):
             raise ValueError(
-                f"components [{p}, {d}] and a centre {pca.centre.shape} fit no mixture "
+                f"components [{p}, {d}] and a center {pca.center.shape} fit no mixture "
                 f"of means {mixture.means.shape}"
             )
     d = mixture.means.shape[1] if pca is None else pca.components.shape[1]

@@ -25,13 +25,13 @@ def rows_of(label: str, stored: list[dict[str, np.ndarray]]) -> list[dict[str, A
         row["methods"] = [str(method) for method in stored[0]["methods"]]
         row["evaluations"] = stored[0]["evaluations"]
         for name in (*MEASURES, "mmd2_pixels", "class_entropy_gap"):
-            row[name] = np.stack([one[name][i] for one in stored])
+            row[name] = np.stack([arrays[name][i] for arrays in stored])
         for name in (*PATHS, "straightness"):
-            row[name] = np.stack([one[name][i] for one in stored])
-        row["train_seconds"] = np.stack([one["train_seconds"] for one in stored])
+            row[name] = np.stack([arrays[name][i] for arrays in stored])
+        row["train_seconds"] = np.stack([arrays["train_seconds"] for arrays in stored])
         if i > 0:
             row["pruned_axes"] = stored[0]["pruned_axes"]
-            row["acceptance"] = np.stack([one["acceptance"] for one in stored])
+            row["acceptance"] = np.stack([arrays["acceptance"] for arrays in stored])
         rows.append(row)
     return rows
 

@@ -1,4 +1,4 @@
-"""`GMM_TORCH`: standardised draws of a fitted mixture for PyTorch code, from the published files.
+"""`GMM_TORCH`: standardized draws of a fitted mixture for PyTorch code, from the published files.
 
     model_data = joblib.load('data/cifar10_gmm2_pca3072_full.pkl')
     stats = torch.load('data/cifar10_gmm2_pca3072_full_stats.pt')
@@ -94,7 +94,7 @@ class GMM_TORCH:
         if stored.projection is None:
             mixture = mixtures.permuted(mixture, order)
         else:
-            projection = stored.projection.components[:, order], stored.projection.centre[order]
+            projection = stored.projection.components[:, order], stored.projection.center[order]
         sampler = cls.__new__(cls)
         sampler._set(mixture, projection, stats, device, dtype, seed, per_channel)
         return sampler
@@ -131,7 +131,7 @@ class GMM_TORCH:
         self.weights = torch.tensor(np.asarray(mixture.weights), device=device)
         self.means, self.n_cluster = tensor(mixture.means), len(mixture.weights)
         self._structure = jax.tree.map(tensor, mixture.covariance)
-        self._projection = None if projection is None else [tensor(one) for one in projection]
+        self._projection = None if projection is None else [tensor(part) for part in projection]
         self.mu = mean.to(self.device, dtype)
         # A pixel that hardly varies stays at 0: rounding errors are not blown up.
         smallest = SMALLEST_DEVIATION * std.square().mean().sqrt()
@@ -143,7 +143,7 @@ class GMM_TORCH:
     def sample(
         self, num_samples: int, return_cluster: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """(num_samples, channels, H, W): standardised draws on the device; with `return_cluster`
+        """(num_samples, channels, H, W): standardized draws on the device; with `return_cluster`
         also the components (num_samples,) that they come from."""
         _check_number(num_samples)
         owners = torch.multinomial(
@@ -156,7 +156,7 @@ class GMM_TORCH:
         self, num_samples: int, cluster_idx: int | torch.Tensor
     ) -> torch.Tensor:
         """(num_samples, channels, H, W): draws of one component, or of one each. As published they
-        are pixels, not standardised: `(x - gmm.mu) / gmm.std` does it."""
+        are pixels, not standardized: `(x - gmm.mu) / gmm.std` does it."""
         _check_number(num_samples)
         owners = torch.as_tensor(cluster_idx, device=self.device)
         if owners.is_floating_point() or owners.shape not in ((), (num_samples,)):
@@ -171,8 +171,8 @@ class GMM_TORCH:
         """Draws of the components `owners`, as pixels."""
         draws = self.means[owners] + self._color(owners)
         if self._projection is not None:
-            components, centre = self._projection
-            draws = draws @ components + centre
+            components, center = self._projection
+            draws = draws @ components + center
         return draws.reshape(len(owners), *self.shape)
 
     def _noise(self, *shape: int) -> torch.Tensor:

@@ -124,7 +124,7 @@ class FlowSettings:
     noise: float = 0.0
     """only mmd_product: injected where the gradient is evaluated."""
     epsilon: float = 0.0
-    """only otdd: entropic regularisation, relative to the mean cost."""
+    """only otdd: entropic regularization, relative to the mean cost."""
 
 
 METHODS: dict[str, FlowSettings] = {

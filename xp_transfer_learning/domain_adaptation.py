@@ -199,7 +199,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
             for seed in range(tries)
         ]
         stored = [runs.Run(folder).load_arrays() for folder in folders]
-        accuracies = np.stack([one["accuracies"] for one in stored])
+        accuracies = np.stack([arrays["accuracies"] for arrays in stored])
         pair = summary_name(config.source, config.target, arguments.data_root)
         path = arguments.results / EXPERIMENT / f"adaptation_{pair}.json"
         table = tables.adaptation_table(
@@ -211,8 +211,8 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
                 "config": config,
                 "steps": stored[0]["steps"],
                 "accuracies": accuracies,
-                "losses": [one["losses"][[0, -1]] for one in stored],
-                "matched": [one["matched"] for one in stored],
+                "losses": [arrays["losses"][[0, -1]] for arrays in stored],
+                "matched": [arrays["matched"] for arrays in stored],
                 "classifier_accuracy": stored[0]["classifier_accuracy"],
             },
             [table],

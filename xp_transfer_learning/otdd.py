@@ -30,7 +30,7 @@ class Plans(NamedTuple):
 
 
 def _plan(cost: Float[Array, "a b"], epsilon: float, max_iterations: int) -> Array:
-    """Entropic plan between uniform weights, the regularisation `epsilon` times the mean cost."""
+    """Entropic plan between uniform weights, the regularization `epsilon` times the mean cost."""
     mean = jnp.mean(cost)
     # All points at one place, as where a class has arrived at its only target point, cost nothing.
     problem = geometry.Geometry(cost / jnp.where(mean > 0, mean, 1), epsilon=epsilon)
@@ -92,7 +92,7 @@ def otdd_value_and_grad(
     """OTDD^2 between two labelled sets, and C n times its gradient in x: the plans held fixed, as
     the envelope theorem allows, both the points' own cost and that of their class move them.
 
-    `key` is not used; it is there because flows hand one to what they minimise.
+    `key` is not used; it is there because flows hand one to what they minimize.
     """
     cost, plans = lax.stop_gradient(
         otdd_plans(x, y, epsilon=epsilon, max_iterations=max_iterations, mesh=mesh)

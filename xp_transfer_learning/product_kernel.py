@@ -48,16 +48,16 @@ def with_moments(
     pooled = np.concatenate(
         [np.asarray(points, np.float64).reshape(-1, x.shape[2]) for points in (x, y)]
     )
-    centre = pooled.mean(axis=0)
-    covariance = (pooled - centre).T @ (pooled - centre)
+    center = pooled.mean(axis=0)
+    covariance = (pooled - center).T @ (pooled - center)
     _, vectors = np.linalg.eigh(covariance)
     components = vectors[:, -2:]
 
     def extended(points):
-        projected = (np.asarray(points, np.float64) - centre) @ components
+        projected = (np.asarray(points, np.float64) - center) @ components
         mean = projected.mean(axis=1, keepdims=True)
-        centred = projected - mean
-        second = np.einsum("cni,cnj->cij", centred, centred) / points.shape[1]
+        centered = projected - mean
+        second = np.einsum("cni,cnj->cij", centered, centered) / points.shape[1]
         moments = np.concatenate([mean[:, 0], second.reshape(-1, 4)], axis=1)
         columns = np.repeat(moments[:, None], points.shape[1], axis=1)
         return jnp.concatenate([points, jnp.asarray(columns, points.dtype)], axis=2)

@@ -54,7 +54,7 @@ from xp_transfer_learning.labels import agreement, label_particles
 
 def data(seed: int, config: TransferConfig, data_root: Path | None):
     """(x0 [C, n, d], x_tgt [D, k, d], image shape): a draw of its own for every seed, the same for
-    every method. Images take the source's size, grey if one of the two is."""
+    every method. Images take the source's size, gray if one of the two is."""
     source = resized(load(config.source, "train", data_root), config.size)
     target = load(config.target, "train", data_root)
     shape = (*source.image_shape[:2], min(source.image_shape[2], target.image_shape[2]))
@@ -253,7 +253,7 @@ def preset(arguments: Arguments) -> list[Arguments]:
 
 def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs what the preset or the arguments say; returns the summaries' paths."""
-    return [run_table(one, mesh) for one in preset(arguments)]
+    return [run_table(table, mesh) for table in preset(arguments)]
 
 
 def run_table(arguments: Arguments, mesh: Mesh | None = None) -> Path:

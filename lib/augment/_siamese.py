@@ -188,7 +188,7 @@ def apply(parameters: Parameters, images: Images) -> Images:
         return _apply(parameters, images)
     if shapes != {(len(images),)}:
         raise ValueError(f"parameters of shapes {sorted(shapes)} for {len(images)} images")
-    return jax.vmap(lambda each, image: _apply(each, image[None])[0])(parameters, images)
+    return jax.vmap(lambda change, image: _apply(change, image[None])[0])(parameters, images)
 
 
 def augment(key: Array, images: Images, augmentation: Augmentation, *, siamese: bool) -> Images:

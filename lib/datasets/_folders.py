@@ -32,7 +32,7 @@ _FORMATS = (
     "DIB", "PCX", "QOI", "SGI", "XBM",
 )  # fmt: skip
 _PHONES = (".heic", ".heif", ".hif", ".avif")  # pictures that Pillow may not be able to read
-_GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes
+_GRAY, _COLOR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes
 _EXPECTED = "expected train/CLASS/FILE and test/CLASS/FILE, or CLASS/FILE"
 _BLOCK = 1 << 20  # bytes
 
@@ -165,8 +165,8 @@ def _walk(path: Path) -> list[str]:
     while pending:
         folder, above = pending.pop()
         try:
-            with os.scandir(path / folder) as found:
-                for item in found:
+            with os.scandir(path / folder) as items:
+                for item in items:
                     entry = folder + item.name
                     if not os.path.isdir(path / entry):  # a link to itself is neither
                         entries.append(entry)
@@ -275,7 +275,7 @@ def _find_pictures(where: Path, entries: Iterable[str]) -> _Pictures:
     # Classes of both splits, so that a label means the same in either.
     class_names = sorted({f[1] for f in folders.values() if len(f) > 1})
     places = [(folders[entry], entry) for entry in images if entry in folders]
-    places.sort(key=lambda found: (found[0], _composed(found[1]), found[1]))
+    places.sort(key=lambda pair: (pair[0], _composed(pair[1]), pair[1]))
     return _Pictures(class_names, places, has_splits)
 
 
@@ -299,9 +299,9 @@ def _files_of(
 
 
 def _decode(image: Image.Image) -> UInt8[np.ndarray, "height width channels"]:
-    if image.mode not in _GREY + _COLOUR:
+    if image.mode not in _GRAY + _COLOR:
         raise ValueError(f"its pixels ({image.mode}) are not 8-bit gray or color")
-    mode = "L" if image.mode in _GREY else "RGB"
+    mode = "L" if image.mode in _GRAY else "RGB"
     if image.has_transparency_data:
         image = image.convert("LA" if mode == "L" else "RGBA")
         if np.asarray(image.getchannel("A")).min() < 255:

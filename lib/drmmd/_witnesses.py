@@ -280,7 +280,7 @@ def witness_function(
     return witness.particle_scale * towards - away
 
 
-# Regularisation and step size along a flow
+# Regularization and step size along a flow
 
 
 def adaptive_lambda(

@@ -97,7 +97,7 @@ class Straightness(NamedTuple):
     constant speed: 0, 0 and 1. The two ratios are NaN where no point moves."""
 
     value: Float[Array, ""]
-    normalised: Float[Array, ""]
+    normalized: Float[Array, ""]
     length_ratio: Float[Array, ""]
     transport_cost: Float[Array, ""]
 
@@ -107,7 +107,7 @@ def straightness(path: Float[Array, "*shape"]) -> Straightness:
 
     value is S = E int_0^1 |(x(1) - x(0)) - x'(t)|^2 dt (Liu et al., 2023, section 2.2), in squared
     units of the data and summed over coordinates, of the piecewise linear path: exactly that of an
-    Euler path, and to order 1 / steps that of the flow. normalised is S / E|x(1) - x(0)|^2,
+    Euler path, and to order 1 / steps that of the flow. normalized is S / E|x(1) - x(0)|^2,
     length_ratio E length / E|x(1) - x(0)|, and transport_cost E|x(1) - x(0)|^2 / d.
     """
     if path.ndim != 3 or len(path) < 2:

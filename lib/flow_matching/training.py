@@ -105,7 +105,7 @@ def loss(
 
 
 def optimal_permutation(x0: Float[Array, "B d"], x1: Float[Array, "B d"]) -> Int[Array, " B"]:
-    """The permutation p that minimises sum_i |x0[p_i] - x1_i|^2, [B]: exact optimal transport.
+    """The permutation p that minimizes sum_i |x0[p_i] - x1_i|^2, [B]: exact optimal transport.
 
     SciPy's assignment solver on the host, O(B^3), through a callback: it works inside jit and
     loops. Where a distance is NaN or infinite the identity comes back.

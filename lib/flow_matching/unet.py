@@ -18,7 +18,7 @@ from lib.numerics import product
 Images = Float[Array, "n height width channels"]
 Times = Float[Array, " n"]
 
-# Normalisation groups, where they divide the channels.
+# Normalization groups, where they divide the channels.
 GROUPS = 8
 # The sinusoids' slowest period is MAX_PERIOD / TIME_SCALE times the unit of time.
 TIME_SCALE = 1000.0

@@ -117,7 +117,7 @@ def factorize(
 ) -> tuple[Float[Array, "d d"], Float[Array, "d d"], Float[Array, ""]]:
     """(L, L^-1, ridge) with L L' = covariance + ridge I; of the covariance the lower half is read.
 
-    The ridge is 0 unless the factorisation fails or a pivot is no larger than its rounding error,
+    The ridge is 0 unless the factorization fails or a pivot is no larger than its rounding error,
     d eps of the variance; then it rises tenfold from there until neither is so. NaN stays NaN.
     """
     d = len(covariance)
@@ -182,7 +182,7 @@ def distances_from_nearest(
     """|x_i - c_k|^2 from residuals r_i = x_i - c_j, j = `nearest[i]`.
 
     |r|^2 - 2 <r, c_k - c_j> + |c_k - c_j|^2, of which no term is far above the result where c_j is
-    about the nearest. Centres may have any origin, best their middle.
+    about the nearest. Centers may have any origin, best their middle.
     """
     norms, own = row_sums(jnp.square(residuals))[:, None], _one_hot(nearest, centers)
     gaps = jnp.sum(jnp.square(centers[:, None] - centers[None]), axis=2)

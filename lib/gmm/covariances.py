@@ -71,7 +71,7 @@ class Covariance(Protocol):
         rounding: ScalarLike,
     ) -> tuple[Array, "Covariance", Array]:
         """The new means, covariances and ridges [K] from moments and counts [K]; see
-        `lib.gmm.em.maximisation`."""
+        `lib.gmm.em.maximization`."""
 
     def sample_noise(self, key: Key[Array, ""], components: Int[Array, " B"]) -> Array:
         """Draws of N(0, Sigma_k), [B, d], k = `components[i]`."""
@@ -298,7 +298,7 @@ class Spherical(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """Sigma_k = W_k W_k' + diag(scales_k^2), a mixture of factor analysers.
+    """Sigma_k = W_k W_k' + diag(scales_k^2), a mixture of factor analyzers.
 
     `loadings` W [K, d, r], `scales` [K, d]. A point of component k is mu_k + W_k u + noise with
     u ~ N(0, I_r); `projections` B = W' Sigma^-1 [K, r, d] gives the mean of u at a point. The

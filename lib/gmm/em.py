@@ -1,12 +1,12 @@
-"""Gaussian mixtures by expectation-maximisation, streamed: starts, steps, fits.
+"""Gaussian mixtures by expectation-maximization, streamed: starts, steps, fits.
 
     moments = expectation(mixture, x)                  sums over rows: those of parts add up
-    mixture, ridge = maximisation(mixture, moments)
+    mixture, ridge = maximization(mixture, moments)
     mixture, info = em_step(mixture, x)                both
 
 are pure functions of arrays, to be jitted by their caller, in the dtypes of their arguments: points
 may be float32 beside a float64 mixture. `fit` is the driver for data of any size
-(`lib.rows.Rows`): it adds up moments in float64 over chunks and devices and maximises in
+(`lib.rows.Rows`): it adds up moments in float64 over chunks and devices and maximizes in
 float64, whatever the dtype of the products. Responsibilities are never stored: beside the data a
 fit holds O(K d^2 + K block_size d). Starts are in `lib.gmm.starts`.
 """
@@ -102,16 +102,16 @@ def expectation(
     )
 
 
-def maximisation(
+def maximization(
     mixture: Mixture,
     moments: Moments,
     *,
-    regularisation: ScalarLike = 1e-6,
+    regularization: ScalarLike = 1e-6,
     rounding: ScalarLike | None = None,
 ) -> tuple[Mixture, Float[Array, " K"]]:
     """The M-step from moments under `mixture`, and the ridges [K] that it had to add.
 
-    `regularisation` is added to every variance, as scikit-learn's reg_covar. A ridge is 0 but where
+    `regularization` is added to every variance, as scikit-learn's reg_covar. A ridge is 0 but where
     a covariance is singular all the same (`lib.gmm._linalg.factorize`). A component that has
     lost all its points (a share below 10 eps) keeps its mean and covariance, at weight 0.
 
@@ -129,7 +129,7 @@ def maximisation(
         counts,
         moments.first,
         moments.second,
-        regularisation,
+        regularization,
         eps if rounding is None else rounding,
     )
     return Mixture(counts / jnp.sum(counts), means, covariance), ridge
@@ -140,13 +140,13 @@ def em_step(
     x: Float[Array, "n d"],
     weights: Float[Array, " n"] | None = None,
     *,
-    regularisation: ScalarLike = 1e-6,
+    regularization: ScalarLike = 1e-6,
     block_size: int = 512,
 ) -> tuple[Mixture, StepInfo]:
-    """One iteration of EM: `expectation`, then `maximisation`."""
+    """One iteration of EM: `expectation`, then `maximization`."""
     moments = expectation(mixture, x, weights, block_size=block_size)
-    mixture, ridge = maximisation(
-        mixture, moments, regularisation=regularisation, rounding=jnp.finfo(x.dtype).eps
+    mixture, ridge = maximization(
+        mixture, moments, regularization=regularization, rounding=jnp.finfo(x.dtype).eps
     )
     return mixture, StepInfo(moments.log_likelihood / moments.weight, moments.counts, ridge)
 
@@ -161,7 +161,7 @@ class FitResult(NamedTuple):
     scikit-learn's lower_bounds_; `held_out[t]` the held-out data's, [T + 1], the last entry after
     the last step, or empty. `counts[t]` [K] are the weights that the components own in step t, and
     `ridges[t]` [K] what step t had to add to a singular covariance: 0 where nothing was repaired,
-    infinity where it kept the covariance of a mean that moved too far (`maximisation`).
+    infinity where it kept the covariance of a mean that moved too far (`maximization`).
     """
 
     mixture: Mixture
@@ -174,26 +174,26 @@ class FitResult(NamedTuple):
     @property
     def repairs(self) -> list[str]:
         """What was repaired on the way, in words."""
-        found = []
+        repairs = []
         kept = np.isinf(self.ridges)
         ridges = np.where(kept, 0, self.ridges)
         for k in np.flatnonzero(ridges.any(axis=0)):
             steps = np.flatnonzero(ridges[:, k])
-            found.append(
+            repairs.append(
                 f"component {k}: a ridge of at most {ridges[:, k].max():.1e} was added to a "
                 f"singular covariance in {len(steps)} steps, the last being step {steps[-1]}"
             )
         for k in np.flatnonzero(kept.any(axis=0)):
             steps = np.flatnonzero(kept[:, k])
             last = " and is not that of its points: take more steps" * bool(kept[-1, k])
-            found.append(
+            repairs.append(
                 f"component {k}: its mean moved too far for the rounding of the products in "
                 f"{len(steps)} steps, the last being step {steps[-1]}, where its covariance stayed "
                 f"as it was{last}"
             )
         for k in np.flatnonzero(np.asarray(self.mixture.weights) == 0):
-            found.append(f"component {k} lost all its points: it has weight 0 and its last shape")
-        return found
+            repairs.append(f"component {k} lost all its points: it has weight 0 and its last shape")
+        return repairs
 
 
 def mean_log_likelihood(mixture: Mixture, data: Rows) -> float:
@@ -209,7 +209,7 @@ def fit(
     start: Mixture,
     *,
     held_out: Rows | None = None,
-    regularisation: float = 1e-6,
+    regularization: float = 1e-6,
     tolerance: float = 1e-3,
     max_iterations: int = 100,
     run: Run | None = None,
@@ -224,14 +224,14 @@ def fit(
       start: from `lib.gmm.starts`, or `lib.gmm.from_sklearn`.
       held_out: rows that decide instead of the training data: the fit ends when a step gains less
         than `tolerance` on them, with the better of the mixtures before and after it.
-      regularisation: added to every variance, in the squared units of the data (reg_covar).
+      regularization: added to every variance, in the squared units of the data (reg_covar).
       run: a run folder to save into and, if it holds a checkpoint, to resume from, to the same
         bits. SIGINT and SIGTERM then save after the iteration and raise `Interrupted`.
 
     Full covariances cost 4 n d^2 K operations an iteration, of which panels save 3/8 at most, and
     about 7 d^3 K in float64.
 
-    Warns where a full covariance has fewer points than dimensions: the regularisation alone then
+    Warns where a full covariance has fewer points than dimensions: the regularization alone then
     decides the density off their span.
 
     Raises:
@@ -239,7 +239,7 @@ def fit(
       FloatingPointError: NaN or infinity on the way.
       RunFileError: the folder's checkpoint is of another start, other data or options.
     """
-    _check_fit(data, held_out, start, regularisation, tolerance, max_iterations)
+    _check_fit(data, held_out, start, regularization, tolerance, max_iterations)
     crowded = _warn_if_crowded(data, start)
     log_likelihoods = np.full(max_iterations, np.nan)
     held_outs = np.full(max_iterations + 1, np.nan)
@@ -264,7 +264,7 @@ def fit(
         if held_out and done == 0:
             held_outs[0] = mean_log_likelihood(mixture, held_out)
         # Of held-out data the better of two mixtures is kept.
-        following, info = _iterate(mixture, data, regularisation, keep=held_out is not None)
+        following, info = _iterate(mixture, data, regularization, keep=held_out is not None)
         log_likelihoods[done] = _finite(following, float(info.log_likelihood), done)
         counts[done], ridges[done] = info.counts, info.ridge
         shown = {"log_likelihood": log_likelihoods[done]}
@@ -288,7 +288,7 @@ def fit(
                 "start": started_from,
                 "data": _identity(data),
                 "held-out data": held_out and _identity(held_out),
-                "regularisation": regularisation,
+                "regularization": regularization,
                 "tolerance": tolerance,
                 "max_iterations": max_iterations,
             },
@@ -307,18 +307,18 @@ def fit(
 
 
 prepare_jit = jax.jit(prepare, static_argnums=1)
-maximise_jit = jax.jit(maximisation)
-maximise_in_place = jax.jit(maximisation, donate_argnums=0)
+maximize_jit = jax.jit(maximization)
+maximize_in_place = jax.jit(maximization, donate_argnums=0)
 
 
 def _iterate(
-    mixture: Mixture, data: Rows, regularisation: float, *, keep: bool = True
+    mixture: Mixture, data: Rows, regularization: float, *, keep: bool = True
 ) -> tuple[Mixture, StepInfo]:
     """`em_step` over rows; unless `keep`, the new mixture takes the memory of the old one."""
     moments = sum_over_rows(block_moments, prepare_jit(mixture, data.dtype), data)
-    maximise = maximise_jit if keep else maximise_in_place
+    maximize = maximize_jit if keep else maximize_in_place
     rounding = float(np.finfo(data.dtype).eps)
-    mixture, ridge = maximise(mixture, moments, regularisation=regularisation, rounding=rounding)
+    mixture, ridge = maximize(mixture, moments, regularization=regularization, rounding=rounding)
     return mixture, StepInfo(moments.log_likelihood / moments.weight, moments.counts, ridge)
 
 
@@ -345,7 +345,7 @@ def _warn_if_crowded(data: Rows, start: Mixture) -> bool:
     if crowded:
         warnings.warn(
             f"{present} points for {num_components} full covariances in {d} dimensions: at least "
-            "one is singular but for the regularisation; use tied, diagonal or low_rank",
+            "one is singular but for the regularization; use tied, diagonal or low_rank",
             stacklevel=3,
         )
     return crowded
@@ -356,12 +356,12 @@ def _warn_if_singular(mixture: Mixture, counts: np.ndarray) -> None:
     if isinstance(mixture.covariance, Full) and 0 < counts[counts > 0].min() <= d:
         warnings.warn(
             f"a component owns {counts[counts > 0].min():.1f} points in {d} dimensions: its full "
-            "covariance is singular but for the regularisation; use tied, diagonal or low_rank",
+            "covariance is singular but for the regularization; use tied, diagonal or low_rank",
             stacklevel=3,
         )
 
 
-def _check_fit(data, held_out, start, regularisation, tolerance, max_iterations) -> None:
+def _check_fit(data, held_out, start, regularization, tolerance, max_iterations) -> None:
     num_components, d = start.means.shape
     present = np.count_nonzero(data.weights)
     if num_components > present:
@@ -371,8 +371,8 @@ def _check_fit(data, held_out, start, regularisation, tolerance, max_iterations)
             raise ValueError(f"{name} have dimension {rows.shape[1]}, the start {d}")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(start)):
         raise ValueError("the start holds NaN or infinity")
-    if not 0 <= regularisation < np.inf:
-        raise ValueError(f"regularisation must be >= 0 and finite, got {regularisation}")
+    if not 0 <= regularization < np.inf:
+        raise ValueError(f"regularization must be >= 0 and finite, got {regularization}")
     if not tolerance >= 0 or max_iterations < 1:
         raise ValueError(
             f"tolerance must be >= 0 and max_iterations >= 1: {tolerance}, {max_iterations}"

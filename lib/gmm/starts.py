@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, Shaped
 from lib.gmm._linalg import distances_from_nearest, expanded_distances, row_sums
 from lib.gmm._mixture import Mixture, cast
 from lib.gmm.covariances import Covariance
-from lib.gmm.em import block_moments, maximise_in_place, prepare_jit
+from lib.gmm.em import block_moments, maximize_in_place, prepare_jit
 from lib.numerics import AnyArray, product, uniform_weights
 from lib.rows import Rows
 from lib.rows.sums import sum_over_rows
@@ -36,7 +36,7 @@ def responsibilities_start(
     responsibilities: Shaped[AnyArray, "n K"],
     structure: Structure,
     *,
-    regularisation: float = 1e-6,
+    regularization: float = 1e-6,
 ) -> Mixture:
     """The M-step from given responsibilities, such as one-hot labels: where scikit-learn starts.
 
@@ -53,12 +53,12 @@ def responsibilities_start(
     empty = data.weights @ responsibilities <= 0
     if empty.any():
         raise ValueError(f"component {int(np.argmax(empty))} starts with no point")
-    return _maximised(
-        data, num_components, structure, regularisation, _given_moments, (), responsibilities
+    return _maximized(
+        data, num_components, structure, regularization, _given_moments, (), responsibilities
     )
 
 
-def _maximised(data, num_components, structure, regularisation, function, parameters, *columns):
+def _maximized(data, num_components, structure, regularization, function, parameters, *columns):
     """The M-step from the moments that `function` takes of blocks, in float64."""
     dtype = np.dtype(np.float64)
     with jax.enable_x64(True):
@@ -77,8 +77,8 @@ def _maximised(data, num_components, structure, regularisation, function, parame
             moments = sum_over_rows(function, (prepared, parameters), data, *columns, dtype=dtype)
             del prepared
             gc.collect()  # jaxlib lets go of what it borrowed from numpy as garbage is collected
-            start, ridge = maximise_in_place(
-                start, moments, regularisation=regularisation, rounding=START_ROUNDING
+            start, ridge = maximize_in_place(
+                start, moments, regularization=regularization, rounding=START_ROUNDING
             )
             # Clusters very far from the mean of all: once more, about their own means.
             if not np.isinf(ridge).any():
@@ -95,8 +95,8 @@ def _given_moments(parameters, points, weights, responsibilities):
 
 
 def _nearest_moments(parameters, points, weights):
-    prepared, centres = parameters
-    nearest = _nearest(points, centres.astype(points.dtype))[1]
+    prepared, centers = parameters
+    nearest = _nearest(points, centers.astype(points.dtype))[1]
     return block_moments(prepared, points, weights, nearest)
 
 
@@ -115,21 +115,21 @@ def kmeans_start(
     num_components: int,
     structure: Structure,
     *,
-    regularisation: float = 1e-6,
+    regularization: float = 1e-6,
     max_passes: int = 30,
 ) -> Mixture:
     """The M-step from the clusters of `kmeans`: one component a cluster."""
-    centres = kmeans(key, data, num_components, max_passes=max_passes)
-    return _maximised(data, num_components, structure, regularisation, _nearest_moments, centres)
+    centers = kmeans(key, data, num_components, max_passes=max_passes)
+    return _maximized(data, num_components, structure, regularization, _nearest_moments, centers)
 
 
 def kmeans(
     key: Key[Array, ""], data: Rows, num_components: int, *, max_passes: int = 30
 ) -> Float[np.ndarray, "K d"]:
-    """Centres [K, d], float64, after Lloyd's passes from k-means++ seeds.
+    """Centers [K, d], float64, after Lloyd's passes from k-means++ seeds.
 
     Seeds come from at most `SEED_POINTS` rows drawn by weight without replacement; passes are over
-    all rows and end when the mean squared distance falls by less than 1e-4 of itself. A centre that
+    all rows and end when the mean squared distance falls by less than 1e-4 of itself. A center that
     loses its points stays where it is. Raises ValueError with more components than points, or than
     distinct points among those drawn.
     """
@@ -142,24 +142,24 @@ def kmeans(
     with jax.enable_x64(True):
         points = jnp.asarray(data.take(present))
         weights = jnp.asarray(data.weights[present], data.dtype)
-        centres = jax.jit(kmeans_plus_plus, static_argnums=2)(
+        centers = jax.jit(kmeans_plus_plus, static_argnums=2)(
             seeding_key, points, num_components, weights
         )
-        distinct = len(np.unique(np.asarray(centres), axis=0))
+        distinct = len(np.unique(np.asarray(centers), axis=0))
         if distinct < num_components:
             raise ValueError(
                 f"{num_components} components, but {distinct} distinct points among the "
                 f"{len(present)} looked at"
             )
-        centres, before = centres.astype(jnp.float64), np.inf
+        centers, before = centers.astype(jnp.float64), np.inf
         for _ in range(max_passes):
-            inertia, counts, sums = sum_over_rows(_block_clusters, centres, data)
+            inertia, counts, sums = sum_over_rows(_block_clusters, centers, data)
             moved = sums / jnp.where(counts > 0, counts, 1)[:, None]
-            centres = jnp.where(counts[:, None] > 0, moved, centres)
+            centers = jnp.where(counts[:, None] > 0, moved, centers)
             if not before - inertia > 1e-4 * inertia:
                 break
             before = inertia
-        return np.asarray(centres)
+        return np.asarray(centers)
 
 
 def kmeans_plus_plus(
@@ -189,25 +189,25 @@ def kmeans_plus_plus(
     return jnp.concatenate([points[index][None, :], others])
 
 
-def _nearest(points, centres):
-    """Squared distances to the nearest centre [b], and which it is, one-hot [b, K]."""
-    middle = jnp.mean(centres, axis=0, keepdims=True)
-    centred, shifted = points - middle, centres - middle
-    distances = expanded_distances(centred, shifted)
-    # A distance far below the norms is not what they leave: it is taken from the nearest centre.
-    close = jnp.min(distances, axis=1) < CLOSE * row_sums(jnp.square(centred))
+def _nearest(points, centers):
+    """Squared distances to the nearest center [b], and which it is, one-hot [b, K]."""
+    middle = jnp.mean(centers, axis=0, keepdims=True)
+    centered, shifted = points - middle, centers - middle
+    distances = expanded_distances(centered, shifted)
+    # A distance far below the norms is not what they leave: it is taken from the nearest center.
+    close = jnp.min(distances, axis=1) < CLOSE * row_sums(jnp.square(centered))
 
     def refined():
         nearest = jnp.argmin(distances, axis=1)
-        exact = distances_from_nearest(points - centres[nearest], nearest, shifted)
+        exact = distances_from_nearest(points - centers[nearest], nearest, shifted)
         return jnp.where(close[:, None], exact, distances)
 
     distances = lax.cond(jnp.any(close), refined, lambda: distances)
     nearest = jnp.argmin(distances, axis=1)
-    return jnp.min(distances, axis=1), jax.nn.one_hot(nearest, len(centres), dtype=points.dtype)
+    return jnp.min(distances, axis=1), jax.nn.one_hot(nearest, len(centers), dtype=points.dtype)
 
 
-def _block_clusters(centres, points, weights):
-    squared, nearest = _nearest(points, centres.astype(points.dtype))
+def _block_clusters(centers, points, weights):
+    squared, nearest = _nearest(points, centers.astype(points.dtype))
     shares = nearest * weights[:, None]
     return product(weights, squared), jnp.sum(shares, axis=0), product(shares.T, points)

@@ -26,7 +26,7 @@ from lib.runs.loop import Chunk, run_steps, traced, traced_optimizer
 
 Parameters = Any
 # transform(key, images [B, H, W, channels], targets [B, classes]) -> (images, targets): augments,
-# mixes, normalises. A pure function, known to jit by its hash: make it once.
+# mixes, normalizes. A pure function, known to jit by its hash: make it once.
 Transform = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 NEVER = np.iinfo(np.int32).max
@@ -198,13 +198,13 @@ def _steps(
         batch = images[chosen]
         if transform is None:
             logits = network.apply(parameters, batch)
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen])
         else:
             num_classes = jax.eval_shape(network.apply, parameters, batch).shape[1]
             targets = jax.nn.one_hot(labels[chosen], num_classes, dtype=images.dtype)
             batch, targets = transform(jax.random.fold_in(key_transform, step), batch, targets)
-            each = optax.softmax_cross_entropy(network.apply(parameters, batch), targets)
-        return jnp.sum(present * each) / jnp.sum(present)
+            losses = optax.softmax_cross_entropy(network.apply(parameters, batch), targets)
+        return jnp.sum(present * losses) / jnp.sum(present)
 
     def body(step, carry):
         state, order, _, first_bad = carry
@@ -274,10 +274,12 @@ def _advance(
         return jax.vmap(of_seeds, (0, 0, None, 0))(images, labels, keys, own)
 
     if images.ndim == 5:
-        found = devices.over_devices(of_sets, mesh, replicated=1)(keys, images, labels, state[:3])
+        results = devices.over_devices(of_sets, mesh, replicated=1)(keys, images, labels, state[:3])
     else:
-        found = devices.over_devices(of_seeds, mesh, replicated=2)(images, labels, keys, state[:3])
-    following, losses, first_bad = found
+        results = devices.over_devices(of_seeds, mesh, replicated=2)(
+            images, labels, keys, state[:3]
+        )
+    following, losses, first_bad = results
     following = devices.constrain(TrainState._make((*following, state.step + num_steps)), mesh)
     return following, losses, first_bad
 

@@ -1,4 +1,4 @@
-"""Optimisers for training networks, one object for each setting.
+"""Optimizers for training networks, one object for each setting.
 
 A jitted training loop takes its optimizer as a static argument, and jit tells functions apart by
 identity: with two objects of the same setting it would compile twice.

@@ -59,13 +59,13 @@ def smaller(png: bytes, largest: int) -> bytes:
 
 def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested objects as one, its names joined by dots."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in document.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
+            fields |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            fields[prefix + name] = value
+    return fields
 
 
 def words(value: Any) -> str:

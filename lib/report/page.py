@@ -89,9 +89,7 @@ class _Reader:
         return {
             "results": self.results.resolve().as_posix(),
             "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "experiments": [
-                one for one in experiments if one["sections"] or one["runs"] or one["problems"]
-            ],
+            "experiments": [e for e in experiments if e["sections"] or e["runs"] or e["problems"]],
             "environments": Table(
                 ["", *ENVIRONMENT],
                 [[str(number), *row] for row, number in self.environments.items()],
@@ -102,19 +100,19 @@ class _Reader:
     def experiment(self, folder: Path) -> dict[str, Any]:
         self.problems = []
         sections = self.sections(folder)
-        found = []
+        run_rows = []
         for path in _files(folder, "*/seed*"):
             if path.is_dir():
-                found.append(self.run(path))
+                run_rows.append(self.run(path))
                 sections += self.sections(path, f"{path.parent.name}, {path.name}")
-        spans = [run["span"] for run in found if run["span"]]
+        spans = [run["span"] for run in run_rows if run["span"]]
         return {
             "name": folder.name,
             "problems": self.problems,
             "sections": sections,
             "num_figures": sum(len(section["figures"]) for section in sections),
-            "runs": found,
-            "unfinished": [run for run in found if not run["finished"]],
+            "runs": run_rows,
+            "unfinished": [run for run in run_rows if not run["finished"]],
             "time": html.duration(covered(spans)) if spans else "–",
             "size": size_of(folder),
         }
@@ -124,15 +122,15 @@ class _Reader:
 
         In a run's folder with one summary all figures are that one's.
         """
-        found = {}
+        sections = {}
         for path in _files(folder, "*.json"):
             if path.name not in ("config.json", "env.json"):
                 title = f"{run}: {path.stem}" if run else path.stem
-                found[path.stem] = {"title": title, "figures": [], **self.summary(path)}
-        others = next(iter(found)) if run and len(found) == 1 else ""
+                sections[path.stem] = {"title": title, "figures": [], **self.summary(path)}
+        others = next(iter(sections)) if run and len(sections) == 1 else ""
         for path in _files(folder, "*.png", "*.gif", "figures/*.png", "figures/*.gif"):
             stem = max(
-                (stem for stem in found if path.stem.startswith(stem)), key=len, default=others
+                (stem for stem in sections if path.stem.startswith(stem)), key=len, default=others
             )
             title = f"{run}: figures" if run else "Other figures"
             if figure := self.figure(path):
@@ -142,8 +140,8 @@ class _Reader:
                     "source": None,
                     "tables": [],
                 }
-                found.setdefault(stem, empty)["figures"].append(figure)
-        return list(found.values())
+                sections.setdefault(stem, empty)["figures"].append(figure)
+        return list(sections.values())
 
     def summary(self, path: Path) -> dict[str, Any]:
         document = self.json(path)
@@ -244,11 +242,11 @@ class _Reader:
     def json(self, path: Path) -> dict[str, Any]:
         """The object in a file; an empty one where there is none or it cannot be read."""
         try:
-            found = json.loads(path.read_bytes())
-            if not isinstance(found, dict):
+            document = json.loads(path.read_bytes())
+            if not isinstance(document, dict):
                 raise ValueError("it holds no JSON object")
-            html.flat(found)  # or it nests deeper than can be shown
-            return found
+            html.flat(document)  # or it nests deeper than can be shown
+            return document
         except FileNotFoundError:
             pass
         except (OSError, ValueError, RecursionError) as error:
@@ -267,8 +265,8 @@ class _Reader:
 
 def _files(folder: Path, *patterns: str) -> list[Path]:
     """What matches and is not hidden, seed2 before seed10."""
-    found = (path for pattern in patterns for path in folder.glob(pattern))
-    return sorted((path for path in found if not path.name.startswith(".")), key=_natural)
+    paths = (path for pattern in patterns for path in folder.glob(pattern))
+    return sorted((path for path in paths if not path.name.startswith(".")), key=_natural)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

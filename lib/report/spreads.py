@@ -13,9 +13,9 @@ import numpy as np
 def spread(values: Any, axis: int | tuple[int, ...] | None = None) -> Any:
     """The sample standard deviation over all values, or along `axis`, float64; 0 of one value."""
     values = np.asarray(values, np.float64)
-    kept = np.mean(values, axis=axis)
-    if values.size == np.size(kept):
-        return np.zeros_like(kept)
+    mean = np.mean(values, axis=axis)
+    if values.size == np.size(mean):
+        return np.zeros_like(mean)
     return np.std(values, axis=axis, ddof=1)
 
 

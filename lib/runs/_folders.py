@@ -272,10 +272,10 @@ def open_run(
     if not path.exists():
         write_json(path, wanted)
     try:
-        found = json.loads(path.read_bytes())
+        stored = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        found = None
-    if found != wanted:
+        stored = None
+    if stored != wanted:
         raise RunFileError(
             f"{path} is not this run's configuration: it was edited, or two configurations share a "
             f"hash. Restore it, or move {folder} away"

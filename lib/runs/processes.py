@@ -77,8 +77,8 @@ def agreed(proposed: NextChunk) -> NextChunk:
     a stop where any was asked to. Clocks and signals differ between processes."""
     if not several_processes():
         return proposed
-    found = multihost_utils.process_allgather(np.array(proposed, np.int32))
-    return NextChunk(int(found[0, 0]), bool(found[:, 1].any()), bool(found[0, 2]))
+    proposals = multihost_utils.process_allgather(np.array(proposed, np.int32))
+    return NextChunk(int(proposals[0, 0]), bool(proposals[:, 1].any()), bool(proposals[0, 2]))
 
 
 def own_share(count: int) -> range:
@@ -96,10 +96,10 @@ def gathered(rows: Sequence[np.ndarray], count: int) -> np.ndarray:
     most = -(-count // jax.process_count())
     own = np.stack([*rows, *[rows[-1]] * (most - len(rows))])
     bits = np.frombuffer(own.tobytes(), np.uint8)
-    found = multihost_utils.process_allgather(bits)
-    found = np.frombuffer(np.asarray(found).tobytes(), own.dtype)
-    found = found.reshape(-1, *own.shape)  # [processes, most, ...]
-    return np.swapaxes(found, 0, 1).reshape(-1, *own.shape[1:])[:count]
+    gathered_bits = multihost_utils.process_allgather(bits)
+    gathered_bits = np.frombuffer(np.asarray(gathered_bits).tobytes(), own.dtype)
+    gathered_bits = gathered_bits.reshape(-1, *own.shape)  # [processes, most, ...]
+    return np.swapaxes(gathered_bits, 0, 1).reshape(-1, *own.shape[1:])[:count]
 
 
 # ---- Commands

@@ -103,12 +103,12 @@ def main(arguments: Arguments, template: list[str]) -> int:
             print(f"submitted: {entry}  (job {job.job_id}, {entry.log})")
         return 0
     with console.interruptible() as stop_requested:
-        found = _workers.run(missing, slurm, workers=workers, stop_requested=stop_requested)
-        missing = [entry for entry in missing if found.get(entry) != "finished"]
+        outcomes = _workers.run(missing, slurm, workers=workers, stop_requested=stop_requested)
+        missing = [entry for entry in missing if outcomes.get(entry) != "finished"]
         print(f"{len(entries) - len(missing)} of {len(entries)} finished")
         for entry in missing:
-            print(f"  {entry}\n    {found.get(entry, 'not started')}")
-            if entry in found:
+            print(f"  {entry}\n    {outcomes.get(entry, 'not started')}")
+            if entry in outcomes:
                 print(f"    {entry.log}: {_workers.last_line(entry.log)}")
         if missing:
             print("the same sweep again runs what is missing")

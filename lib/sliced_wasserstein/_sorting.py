@@ -28,7 +28,7 @@ MOST_VALUES_A_PASS = 2**20
 
 def _stages(n: int) -> Iterator[tuple[int, bool]]:
     """(distance, mirrored) of each stage: runs of `distance` are merged by a mirrored comparison
-    of two neighbours, then cleaned at halving distances. All comparisons point the same way."""
+    of two neighbors, then cleaned at halving distances. All comparisons point the same way."""
     run = 1
     while run < n:
         yield run, True
