@@ -18,7 +18,7 @@ ROOT = Path.cwd()
 
 
 def holds_array(value: Any, depth: int = 2) -> bool:
-    """Whether a value is a matrix, a batch of images, ..., or a tuple or an object of ours of one."""
+    """Whether a value is a matrix or a batch of images, or holds one."""
     if getattr(value, "ndim", 0) in (2, 3, 4, 5):
         return True
     if depth and isinstance(value, tuple | list):

@@ -149,7 +149,8 @@ def wasserstein_gradient_descent(
     if optimizer is None:
         optimizer = _heavy_ball(lr, float(m))
     carried = () if carry is None else (without_weak_types(carry),)
-    returned = jax.eval_shape(target_value_and_grad, x0, x_tgt, rng, *carried)
+    value_and_grad = _traced_once(target_value_and_grad)
+    returned = value_and_grad.eval_shape(x0, x_tgt, rng, *carried)
     if len(returned) != 2 + len(carried):
         names = "(value, gradient, carry)" if carried else "(value, gradient)"
         raise ValueError(f"target_value_and_grad must return {names}, it returned {len(returned)}")
@@ -164,7 +165,7 @@ def wasserstein_gradient_descent(
 
     target, key = devices.device_put((x_tgt, rng), mesh)
     max_steps = _max_steps(x0.nbytes, record_every)
-    compiled = _advance(target_value_and_grad, optimizer, record_every, mesh)
+    compiled = _advance(value_and_grad, optimizer, record_every, mesh)
     slots = -(-max_steps // record_every) + 1
     by_particles = PartitionSpec(None, *_where(x0, x0.shape, mesh))
     buffers = (
@@ -252,6 +253,13 @@ def wasserstein_gradient_descent_lbfgs(
 
 
 # The compiled loop
+
+
+@lru_cache(maxsize=32)
+def _traced_once(target_value_and_grad):
+    """The function itself to JAX, which keeps its trace: the check of its shapes is the trace that
+    is compiled."""
+    return jax.jit(target_value_and_grad, inline=True)
 
 
 @lru_cache(maxsize=32)

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from lib import runs
 from lib.report import _html as html
-from lib.report import plotting
 from lib.rows.files import RowFile, path_and_key
 from lib.runs.files import write_bytes
 from xp_data_mixing.mixing import MixingResult
@@ -145,8 +142,12 @@ def text(document: dict[str, Any]) -> str:
     return "\n".join(lines + [f"warning: {warning}" for warning in document["warnings"]])
 
 
-def figure(document: dict[str, Any]) -> Figure:
+def figure(document: dict[str, Any]) -> Any:
     """Weights with intervals, what each source is worth, and MMD^2 of the mixtures."""
+    from matplotlib import pyplot as plt
+
+    from lib.report import plotting
+
     rows = sorted(document["mixing_ratios"].items(), key=lambda item: -item[1]["weight"])
     rows = rows[:LARGEST_FIGURE]
     total = sum(row["rows"] for row in document["mixing_ratios"].values())
@@ -198,6 +199,8 @@ def figure(document: dict[str, Any]) -> Figure:
 
 def page(document: dict[str, Any]) -> str:
     """One self-contained HTML page."""
+    from lib.report import plotting
+
     with tempfile.TemporaryDirectory() as folder:
         image = plotting.save_figure(figure(document), Path(folder, "figure.png")).read_bytes()
     shown = {
@@ -211,6 +214,8 @@ def page(document: dict[str, Any]) -> str:
 
 def write(document: dict[str, Any], path: Path) -> None:
     """The page where the suffix is .html, else the figure; atomically."""
+    from lib.report import plotting
+
     if path.suffix == ".html":
         write_bytes(path, page(document).encode())
     else:

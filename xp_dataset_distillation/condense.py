@@ -26,7 +26,7 @@ from lib.numerics import key_of_seed
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
-from xp_dataset_distillation import export, plot
+from xp_dataset_distillation import export
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, dm, mmdsw
 from xp_dataset_distillation.factor import check_factor, encode
 from xp_dataset_distillation.objectives import Target, objective, optimizer, step_of
@@ -163,6 +163,8 @@ class Arguments(DeviceOptions, CondenseConfig):
 
 def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Condenses, exports, draws; returns the folder of the exported set."""
+    from xp_dataset_distillation import plot
+
     config = settings_of(CondenseConfig, arguments)
     run = condense(
         config,

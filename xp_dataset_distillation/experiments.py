@@ -24,7 +24,7 @@ from lib.report.tables import write_summary
 from lib.runs import settings
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
-from xp_dataset_distillation import baselines, plot, tables
+from xp_dataset_distillation import baselines, tables
 from xp_dataset_distillation.condense import condense
 from xp_dataset_distillation.config import (
     EXPERIMENT,
@@ -199,7 +199,7 @@ def run_group(name: str, group: Comparison, arguments: Arguments, mesh: Mesh | N
         path,
         summary,
         tables.tables(summary),
-        figures=lambda path: [plot.summary_figure(path), *image_figures(group, path, arguments)],
+        figures=lambda path: figures(group, path, arguments),
     )
 
 
@@ -208,10 +208,12 @@ def row_of(label: str, method: Method, evaluator: str) -> dict[str, Any]:
     return {"label": label, "images_per_class": number, "evaluator": evaluator}
 
 
-def image_figures(group: Comparison, summary: Path, arguments: Arguments) -> list[Path]:
-    """The first seed's condensed images at the largest number per class, and how they came to
-    be."""
-    saved = []
+def figures(group: Comparison, summary: Path, arguments: Arguments) -> list[Path]:
+    """The accuracies; the first seed's condensed images at the largest number per class, and how
+    they came to be."""
+    from xp_dataset_distillation import plot
+
+    saved = [plot.summary_figure(summary)]
     where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
     for label, method in group.at(max(group.images_per_class)).items():
         if isinstance(method, BaselineConfig):

@@ -21,7 +21,7 @@ from lib.report.tables import write_summary
 from lib.runs import settings
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
-from xp_drmmd import plot, tables
+from xp_drmmd import tables
 from xp_drmmd.config import EXPERIMENT, FlowConfig, Preset, StudentConfig, presets
 from xp_drmmd.run import run_flow
 from xp_drmmd.student_teacher import run_student
@@ -56,6 +56,8 @@ def run_group(
 ) -> Path:
     """Runs the flows of a group and returns its summary: for each label its settings, steps
     (epochs of students), distances [seeds, records], seconds [seeds] and folders."""
+    from xp_drmmd import plot
+
     rows = []
     for label, config in flows.items():
         done = [run_one(config, seed, arguments, mesh) for seed in arguments.seeds]

@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ot
 from jaxtyping import Array, Float
 
 from lib import mmd
@@ -23,6 +22,8 @@ def wasserstein(
     y_weights: Float[AnyArray, " m"] | None = None,
 ) -> float:
     """W_p = (min E |x - y|^p)^(1/p), p in {1, 2}, exact (POT); equal weights unless given."""
+    import ot
+
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     cost = ot.dist(x, y, metric="sqeuclidean" if p == 2 else "euclidean")
     # POT takes no weights for equal ones.

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from sklearn.decomposition import PCA
 
 from lib import datasets
 from lib.datasets import synthetic
@@ -108,6 +107,8 @@ def _images(config, normal, key_target, data_root) -> Problem:
     chosen = jax.random.choice(
         key_target, len(images), (config.target_particle_num,), replace=False
     )
+    from sklearn.decomposition import PCA
+
     pca = PCA(config.components, svd_solver="full").fit(images[chosen])
     target = pca.transform(images[chosen])
     start = normal(np.sqrt(target.var(axis=0).mean()), (0.0,) * config.components)

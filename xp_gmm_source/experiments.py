@@ -17,16 +17,14 @@ import jax
 import numpy as np
 import tyro
 from jax.sharding import Mesh
-from matplotlib import pyplot as plt
 
 from lib import runs
 from lib.datasets import file_stem
-from lib.report import plotting
 from lib.report.tables import write_summary
 from lib.runs import settings
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
-from xp_gmm_source import metrics, plot, tables
+from xp_gmm_source import metrics, tables
 from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
 from xp_gmm_source.flow import (
     Split,
@@ -111,7 +109,7 @@ def run_group(
         path,
         summary,
         tables.tables(summary),
-        figures=lambda path: (*plot.figures(path), *mixture_figures(mixtures, path)),
+        figures=lambda path: figures(mixtures, path),
     )
 
 
@@ -142,9 +140,12 @@ def mixtures_alone(mixtures: Mixtures, results: Path) -> dict[str, dict[str, flo
     return values
 
 
-def mixture_figures(mixtures: Mixtures, summary: Path) -> list[Path]:
-    """Means and draws of every mixture that a flow started from."""
-    saved = []
+def figures(mixtures: Mixtures, summary: Path) -> list[Path]:
+    """Those of `plot`; means and draws of every mixture that a flow started from."""
+    from lib.report import plotting
+    from xp_gmm_source import plot
+
+    saved = plot.figures(summary)
     for name, (config, split, stored) in mixtures.items():
         source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
         draws = np.asarray(source.sample(jax.random.key(0), 80))
@@ -154,7 +155,6 @@ def mixture_figures(mixtures: Mixtures, summary: Path) -> list[Path]:
             figure = plot.mixture(stored, draws, title)
             path = summary.with_name(f"{summary.stem}_mixture_{name}.png")
             saved.append(plotting.save_figure(figure, path))
-            plt.close(figure)
     return saved
 
 

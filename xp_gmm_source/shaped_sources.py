@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
-from scipy.stats import beta
 
 from lib.numerics import to_blocks, uniform_weights
 from xp_gmm_source.sources import (
@@ -247,15 +246,19 @@ def acceptance(key: Key[Array, ""], source: PrunedSource, num: int) -> Float[Arr
 def cosine_quantile(threshold: float, dimension: int) -> float:
     """P(cos <= threshold) of Gaussian noise with one fixed axis: (1 + cos) / 2 has the law
     Beta((d - 1) / 2, (d - 1) / 2). The published .048 at d = 3072 is the .9961 quantile."""
+    from scipy.special import betainc
+
     half = (dimension - 1) / 2
-    return float(beta.cdf((1 + threshold) / 2, half, half))
+    return float(betainc(half, half, (1 + threshold) / 2))
 
 
 def cosine_threshold(quantile: float, dimension: int) -> float:
     """The inverse of `cosine_quantile`: a threshold for other dimensions than the published one,
     as cosines of noise shrink as 1 / sqrt(d)."""
+    from scipy.special import betaincinv
+
     half = (dimension - 1) / 2
-    return float(2 * beta.ppf(quantile, half, half) - 1)
+    return float(2 * betaincinv(half, half, quantile) - 1)
 
 
 def pruned(

@@ -25,7 +25,7 @@ from lib.networks import LeNet5, classification, optimizers
 from lib.report.tables import write_summary
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
-from xp_transfer_learning import methods, plot, tables
+from xp_transfer_learning import methods, tables
 from xp_transfer_learning.config import (
     ADAPTATION,
     EXPERIMENT,
@@ -185,6 +185,8 @@ def chosen(arguments: Arguments) -> list[AdaptationConfig]:
 
 def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs the flows, prints accuracies along them, draws the figure; returns the summaries."""
+    from xp_transfer_learning import plot
+
     tries = arguments.ntry or (1 if arguments.preset == "quick" else 3)
     summaries = []
     for config in chosen(arguments):

@@ -24,7 +24,6 @@ from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.report.tables import Table, write_summary
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
-from xp_transfer_learning import plot
 from xp_transfer_learning.config import (
     EXPERIMENT,
     IMAGE_FLOWS,
@@ -115,6 +114,8 @@ def arrival(particles: np.ndarray, x_tgt: np.ndarray) -> dict:
 
 def report(run: runs.Run, config: ImageFlowConfig, seed: int) -> None:
     """Writes the finished run's summary.json and figures into its folder, and prints them."""
+    from xp_transfer_learning import plot
+
     arrays = run.load_arrays()
     losses, arrived = arrays["losses"], arrival(arrays["particles"][-1], arrays["x_tgt"])
     shown = {str(i): losses[i] for i in np.linspace(0, len(losses) - 1, 11).astype(int)}

@@ -5,9 +5,7 @@ which one is its own choice: labels are read off afterwards.
 """
 
 import numpy as np
-import ot
 from jaxtyping import Float, Int
-from sklearn.metrics import pairwise_distances_argmin_min
 
 from xp_transfer_learning.config import Labelling
 
@@ -16,6 +14,8 @@ def class_costs(
     x: Float[np.ndarray, "C n d"], y: Float[np.ndarray, "D k d"]
 ) -> Float[np.ndarray, "C D"]:
     """W_2^2 between every class of x and every class of y, exact (POT), in float64."""
+    import ot
+
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     costs = np.empty((len(x), len(y)))
     for i, points in enumerate(x):
@@ -28,6 +28,8 @@ def class_costs(
 def match_classes(costs: Float[np.ndarray, "C D"]) -> Int[np.ndarray, "C"]:
     """The target class of every source class: the largest entry of its row of the optimal transport
     plan between classes of equal weight. One to one where C = D."""
+    import ot
+
     num_x, num_y = costs.shape
     plan = ot.emd(np.full(num_x, 1 / num_x), np.full(num_y, 1 / num_y), costs)
     return plan.argmax(axis=1)
@@ -37,6 +39,8 @@ def nearest(
     x: Float[np.ndarray, "C n d"], y: Float[np.ndarray, "D k d"]
 ) -> tuple[Int[np.ndarray, "C n"], Float[np.ndarray, "C n"]]:
     """(class * k + place of every particle's nearest point of y, Euclidean distance to it)."""
+    from sklearn.metrics import pairwise_distances_argmin_min
+
     index, distances = pairwise_distances_argmin_min(
         x.reshape(-1, x.shape[2]), y.reshape(-1, y.shape[2])
     )
@@ -74,6 +78,8 @@ def label_particles(
     if labelling == "transport":
         return np.repeat(match_classes(class_costs(x, y))[:, None], n, axis=1)
     if labelling == "particles":
+        import ot
+
         squared = ot.dist(
             np.asarray(x, np.float64).reshape(-1, d), np.asarray(y, np.float64).reshape(-1, d)
         )

@@ -22,7 +22,7 @@ from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.report.tables import write_summary
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
-from xp_transfer_learning import plot, tables
+from xp_transfer_learning import tables
 from xp_transfer_learning.config import EXPERIMENT, RINGS, Preset, RingsConfig
 
 # Last losses of Bonet et al. (2025), one run each, seed and draw unknown.
@@ -159,6 +159,8 @@ class Arguments(DeviceOptions):
 def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Runs the preset, prints the last losses beside the published ones, draws the figures, and
     returns the path of the summary."""
+    from xp_transfer_learning import plot
+
     seeds = arguments.seeds or ((0,) if arguments.preset == "quick" else (0, 1, 2, 3, 4))
     rows = []
     for config in RINGS[arguments.preset]:

@@ -29,7 +29,7 @@ from lib.report.spreads import mean_and_spread, spread
 from lib.report.tables import write_summary
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
-from xp_transfer_learning import methods, plot, tables
+from xp_transfer_learning import methods, tables
 from xp_transfer_learning.config import (
     EXPERIMENT,
     METHODS,
@@ -258,6 +258,8 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
 
 def run_table(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Runs every k and method, prints and stores accuracies; returns the summary's path."""
+    from xp_transfer_learning import plot
+
     given: dict[str, Any] = {"num_steps": arguments.n_epochs_wgd, "step_size": arguments.lr}
     given |= {"decay": arguments.decay, "m": arguments.m}
     given = {name: value for name, value in given.items() if value is not None}

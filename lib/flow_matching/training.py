@@ -22,7 +22,6 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, Num, PyTree
-from scipy.optimize import linear_sum_assignment
 
 from lib import devices
 from lib.kernels import squared_distances
@@ -116,6 +115,8 @@ def optimal_permutation(x0: Float[Array, "B d"], x1: Float[Array, "B d"]) -> Int
 
 
 def _assign(costs) -> np.ndarray:
+    from scipy.optimize import linear_sum_assignment
+
     costs = np.asarray(costs)
     if not np.isfinite(costs).all():
         return np.arange(len(costs), dtype=np.int32)

@@ -9,3 +9,4 @@ from lib.runs._folders import (
     open_run,
     provenance,
 )
+from lib.runs._programs import keep_compiled_programs

@@ -1,6 +1,7 @@
 """What every command does around its `main`: devices, checks, and errors in one line."""
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 
 from lib.numerics import check_seed
-from lib.runs import console, files, processes
+from lib.runs import console, files, keep_compiled_programs, processes
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
 
@@ -54,11 +55,14 @@ def run_command(main: Callable[..., Any], parse: Callable[[], Any], *, lower: st
 
 @contextlib.contextmanager
 def _started(arguments: Any) -> Iterator[tuple]:
-    """What `main` gets after the arguments: the mesh, if they extend `DeviceOptions`. What
-    benchmarks run on they choose themselves."""
+    """What `main` gets after the arguments: the mesh, if they extend `DeviceOptions`. Benchmarks
+    choose themselves what they run on, and compile anew."""
     if not isinstance(arguments, DeviceOptions):
         yield ()
         return
+    # For programs that must be fast to start: POT then does not import torch, which takes seconds.
+    os.environ.setdefault("POT_BACKEND_DISABLE_PYTORCH", "1")
+    keep_compiled_programs()
     with processes.started(settings_of(DeviceOptions, arguments)) as mesh:
         yield (mesh,)
 

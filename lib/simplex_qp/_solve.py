@@ -33,10 +33,6 @@ from lib.simplex_qp._problem import (
     penalties,
 )
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
-    import jaxopt
-
 # From this many domains on, a single problem starts with projected gradient steps.
 FIRST_PHASE = 200
 # More steps cost as much as the pivots they save, from N = 150 to 1000; they end before where the
@@ -175,6 +171,9 @@ def projected_gradient(problems: Sequence[Problem]) -> Float[np.ndarray, "b n"]:
 @functools.cache
 def _gradient_engine(factored):
     """The compiled run on H - diagonal as it is [B, N, N] or by its factor [B, N, D]."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
+        import jaxopt
 
     def value_and_gradient(w, form, diagonal, linear):
         product = form @ (w @ form) if factored else form @ w

@@ -23,7 +23,7 @@ from lib.runs import settings
 from lib.runs.commands import run_command
 from lib.runs.files import rounded
 from lib.runs.processes import DeviceOptions
-from xp_data_mixing.study import coverage, downstream, plot, recovery, solvers, tables
+from xp_data_mixing.study import coverage, downstream, recovery, solvers, tables
 from xp_data_mixing.study.config import EXPERIMENT, Config, Group, Preset, presets
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
@@ -64,6 +64,8 @@ def run_one(group: str, config: Config, seed: int, arguments: Arguments) -> runs
 def run_group(name: str, group: Group, arguments: Arguments) -> Path:
     """Runs a group and returns its summary: for each label its settings and, of every array of its
     runs except the weights, the list over seeds."""
+    from xp_data_mixing.study import plot
+
     seeds, rows = arguments.seeds or tuple(range(group.seeds)), []
     for label, config in group.settings.items():
         stored = []
