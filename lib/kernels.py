@@ -28,6 +28,7 @@ from lib.numerics import (
     as_sample,
     at_least_float32,
     map_blocks,
+    map_leading,
     pairwise_sum,
     plain_number,
     product,
@@ -227,7 +228,8 @@ def gram_product(
             return total + product(gram, weight_block).astype(dtype), None
 
         start = jnp.zeros((x_block.shape[0], *weights.shape[1:]), dtype)
-        return lax.scan(add_columns, start, (y_blocks, weight_blocks))[0]
+        blocks = y_blocks, weight_blocks
+        return lax.scan(add_columns, start, blocks, unroll=len(y_blocks) == 1)[0]
 
     return map_blocks(product_of_rows, x, block_size)
 
@@ -258,12 +260,12 @@ def kernel_mean(
     if y is None:
         if y_weights is not None:
             raise ValueError("y_weights without y")
-        return pairwise_sum(lax.map(_sum_of_block(kernel, x_blocks), _upper_blocks(x_blocks)))
+        return pairwise_sum(map_leading(_sum_of_block(kernel, x_blocks), _upper_blocks(x_blocks)))
     y_weights = uniform_weights(y) if y_weights is None else y_weights
     y_blocks = to_blocks(y, y_weights, block_size)
     rows, columns = np.indices((len(x_blocks[0]), len(y_blocks[0]))).reshape(2, -1)
     pairs = rows, columns, np.ones_like(rows)
-    return pairwise_sum(lax.map(_sum_of_block(kernel, x_blocks, y_blocks), pairs))
+    return pairwise_sum(map_leading(_sum_of_block(kernel, x_blocks, y_blocks), pairs))
 
 
 def kernel_mean_and_largest(
@@ -279,7 +281,7 @@ def kernel_mean_and_largest(
     """
     blocks = to_blocks(x, x_weights, block_size)
     sum_of_block = _sum_of_block(kernel, blocks, with_largest=True)
-    sums, largest = lax.map(sum_of_block, _upper_blocks(blocks))
+    sums, largest = map_leading(sum_of_block, _upper_blocks(blocks))
     return pairwise_sum(sums), jnp.max(largest)
 
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lib.kernels import Kernel, kernel_diagonal, kernel_mean
-from lib.numerics import PRNGKey, as_sample, plain_number, uniform_weights
+from lib.numerics import PRNGKey, as_sample, normalized_weights, plain_number
 from lib.sliced_wasserstein import (
     Coupling,
     exact_coupling,
@@ -44,10 +44,6 @@ def _as_samples(x, y, x_weights=None, y_weights=None):
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have one dimension, got shapes {x.shape} and {y.shape}")
     return x, y, x_weights, y_weights
-
-
-def _normalized(points, weights):
-    return uniform_weights(points) if weights is None else weights / jnp.sum(weights)
 
 
 def _num_weighted(points, weights):
@@ -75,7 +71,7 @@ def mmd_squared(
     NaN, infinity and negative weights.
     """
     x, y, x_weights, y_weights = _as_samples(x, y, x_weights, y_weights)
-    w, v = _normalized(x, x_weights), _normalized(y, y_weights)
+    w, v = normalized_weights(x, x_weights), normalized_weights(y, y_weights)
     within_x = kernel_mean(kernel, x, x_weights=w, block_size=block_size)
     between = kernel_mean(kernel, x, y, x_weights=w, y_weights=v, block_size=block_size)
     within_y = kernel_mean(kernel, y, x_weights=v, block_size=block_size)
@@ -102,7 +98,7 @@ def mmd_squared_unbiased(
     sizes = _num_weighted(x, x_weights), _num_weighted(y, y_weights)
     if min(sizes) < 2:
         raise ValueError(f"two points of each sample are needed, got {sizes[0]} and {sizes[1]}")
-    w, v = _normalized(x, x_weights), _normalized(y, y_weights)
+    w, v = normalized_weights(x, x_weights), normalized_weights(y, y_weights)
 
     def within(points, weights):
         mean = kernel_mean(kernel, points, x_weights=weights, block_size=block_size)

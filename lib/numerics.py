@@ -129,6 +129,13 @@ def uniform_weights(x: Float[Array, "n d"]) -> Float[Array, " n"]:
     return jnp.full(x.shape[0], 1 / x.shape[0], jnp.promote_types(x.dtype, jnp.float32))
 
 
+def normalized_weights(
+    x: Float[Array, "n d"], weights: Float[Array, " n"] | None
+) -> Float[Array, " n"]:
+    """The weights divided by their sum; 1/n where there are none."""
+    return uniform_weights(x) if weights is None else weights / jnp.sum(weights)
+
+
 def to_blocks(
     x: Shaped[Array, "n d"], weights: Float[Array, "n *columns"], block_size: int
 ) -> tuple[Shaped[Array, "blocks size d"], Float[Array, "blocks size *columns"]]:
@@ -138,8 +145,8 @@ def to_blocks(
     that moves no mean, meets no point that the data does not have, and adds nothing to a sum.
     """
     x = _blocks(x, block_size)
-    padding = (0, x.shape[0] * x.shape[1] - len(weights))
-    weights = jnp.pad(weights, (padding,) + ((0, 0),) * (weights.ndim - 1))
+    if missing := x.shape[0] * x.shape[1] - len(weights):
+        weights = jnp.pad(weights, ((0, missing),) + ((0, 0),) * (weights.ndim - 1))
     return x, weights.reshape(*x.shape[:2], *weights.shape[1:])
 
 
@@ -152,7 +159,15 @@ def map_blocks(function: Callable, x: Shaped[Array, "n d"], block_size: int) -> 
     def join(values):
         return values.reshape(-1, *values.shape[2:])[: len(x)]
 
-    return jax.tree.map(join, lax.map(function, _blocks(x, block_size)))
+    return jax.tree.map(join, map_leading(function, _blocks(x, block_size)))
+
+
+def map_leading(function: Callable, items: PyTree) -> PyTree:
+    """`lax.map(function, items)` over the leading axis, without a loop where it has length 1."""
+    if len(jax.tree.leaves(items)[0]) > 1:
+        return lax.map(function, items)
+    only = jax.tree.map(lambda leaf: leaf[0], items)
+    return jax.tree.map(lambda leaf: leaf[None], function(only))
 
 
 def _blocks(x, block_size):
@@ -160,6 +175,8 @@ def _blocks(x, block_size):
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if x.shape[0] == 0:
         raise ValueError(f"an empty sample: shape {x.shape}")
+    if x.shape[0] <= block_size:
+        return x.reshape(1, x.shape[0], -1)
     blocks = -(-x.shape[0] // block_size)
     size = -(-x.shape[0] // blocks)
     x = jnp.pad(x, ((0, blocks * size - x.shape[0]), (0, 0)), mode="edge")

@@ -20,19 +20,19 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Key, ScalarLike
 
 from lib.numerics import (
     as_sample,
     at_least_float32,
     cos_sin,
+    map_leading,
+    normalized_weights,
     orthonormal_rows,
     pairwise_sum,
     plain_number,
     product,
     to_blocks,
-    uniform_weights,
 )
 
 # Frequencies
@@ -120,7 +120,7 @@ def mean_embedding(
     O((block_size + n / block_size) D). Raises ValueError as `lib.numerics.as_sample` does.
     """
     x, weights = as_sample("x", x, weights)
-    weights = uniform_weights(x) if weights is None else weights / jnp.sum(weights)
+    weights = normalized_weights(x, weights)
 
     @jax.checkpoint
     def block_sum(block):
@@ -128,7 +128,7 @@ def mean_embedding(
         features = random_fourier_features(points, frequencies, bandwidth, phases=phases)
         return product(point_weights, features)
 
-    return pairwise_sum(lax.map(block_sum, to_blocks(x, weights, block_size)))
+    return pairwise_sum(map_leading(block_sum, to_blocks(x, weights, block_size)))
 
 
 # Maximum mean discrepancy

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, ScalarLike
 
 from lib.kernels import Kernel, gram_product
-from lib.numerics import as_sample, plain_number, product, uniform_weights
+from lib.numerics import as_sample, normalized_weights, plain_number, product, uniform_weights
 
 # The target
 
@@ -126,7 +126,7 @@ def particle_statistics(
     `block_size` memory is O(block_size^2) and they are computed again.
     """
     y, x = particles, target.points
-    v = uniform_weights(y) if weights is None else weights / jnp.sum(weights)
+    v = normalized_weights(y, weights)
     if block_size is None:
         (gram_y, gram_x), transpose = jax.vjp(lambda z: (kernel(z, y), kernel(z, x)), y)
 
@@ -272,7 +272,7 @@ def witness_function(
     block_size: int = 1024,
 ) -> Float[Array, " n"]:
     """h at any points."""
-    v = uniform_weights(particles) if weights is None else weights / jnp.sum(weights)
+    v = normalized_weights(particles, weights)
     towards = gram_product(kernel, points, particles, v, block_size=block_size)
     away = gram_product(
         kernel, points, target.points, witness.target_weights, block_size=block_size

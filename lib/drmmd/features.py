@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, ScalarLike
 
 from lib.drmmd._witnesses import SpectralFilter, as_target, check_lambda, tikhonov
-from lib.numerics import map_blocks, product, to_blocks, uniform_weights
+from lib.numerics import map_blocks, normalized_weights, product, to_blocks
 
 Features = Callable[[Float[Array, "n d"]], Float[Array, "n D"]]
 
@@ -49,7 +49,7 @@ def feature_moments(
 
     Weights are normalized. Without `second` the other is None and costs nothing.
     """
-    weights = uniform_weights(points) if weights is None else weights / jnp.sum(weights)
+    weights = normalized_weights(points, weights)
     size = jax.eval_shape(features, points[:1])
     zeros = jnp.zeros(size.shape[1], size.dtype)
 
@@ -62,7 +62,8 @@ def feature_moments(
         return (mean, total[1] + product(weighted.T, block_features)), None
 
     start = zeros, (jnp.zeros((len(zeros),) * 2, size.dtype) if second else None)
-    return lax.scan(add, start, to_blocks(points, weights, block_size))[0]
+    blocks = to_blocks(points, weights, block_size)
+    return lax.scan(add, start, blocks, unroll=len(blocks[0]) == 1)[0]
 
 
 def prepare_target_features(

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -77,9 +78,7 @@ def _whole(content: bytes) -> bool:
     """JAX compresses by zstandard where that is installed, else by zlib."""
     try:
         if content.startswith(b"\x28\xb5\x2f\xfd"):
-            import zstandard
-
-            zstandard.ZstdDecompressor().decompress(content)
+            importlib.import_module("zstandard").ZstdDecompressor().decompress(content)
         else:
             zlib.decompress(content)
     except Exception:
