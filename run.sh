@@ -7,6 +7,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # allocate tens of MiB at every call spend a fifth of their time on page faults without.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+RESULTS=${RESULTS:-results}
+# PyTorch's own wheels without CUDA, which PyPI does not have for Linux on x86-64.
+TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+# The quick presets in their order, the first picture first, with seconds on two quiet cores.
+QUICK="xp_transfer_learning:110 xp_drmmd:60 xp_dataset_distillation:60 xp_gmm_source:90 xp_data_mixing:60"
+
 experiments() { for script in xp_*/run.sh; do dirname "$script"; done; }
 
 help() {
@@ -27,9 +33,13 @@ presets:
   paper   the published setting, with real data from \$DATA_ROOT (default ./data)
 
 environment:
-  DATA_ROOT   a torchvision root with the data sets; what is missing is downloaded into it
-  RESULTS     where runs, figures and numbers go (default ./results)
-  PYTHON      the Python to make .venv with (default: the first of python3.13 ... python3 that is 3.11+)
+  DATA_ROOT    a torchvision root with the data sets; what is missing is downloaded into it
+  RESULTS      where runs, figures and numbers go (default ./results)
+  PYTHON       the Python to make .venv with (default: the first of python3, python3.13 ... python
+               that is 3.11 or newer)
+  ACCELERATOR  cpu, cuda12 or cuda13: what .venv is made for (default: what it was made for before;
+               else what this machine has)
+  LATEST       1: the newest packages that the requirements allow, not those of constraints/
 EOF
 }
 
@@ -46,11 +56,46 @@ find_python() {
   exit 1
 }
 
+# cpu, or the CUDA family that this machine's driver takes: 13 from 580 on.
+accelerator() {
+  local driver
+  if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L >/dev/null 2>&1; then
+    echo cpu
+    return
+  fi
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+  if ((${driver%%.*} >= 580)); then echo cuda13; else echo cuda12; fi
+}
+
+pip_install() {
+  if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; then
+    echo "run.sh: pip failed; what was installed before is kept, the same command goes on" >&2
+    exit 1
+  fi
+}
+
+# JAX and torch share one CUDA family, 13; beside CUDA 12, and without a GPU, torch goes without.
+install_torch() {
+  local wanted installed
+  wanted=$(grep -E '^torch(vision)?==' requirements.txt)
+  installed=$(.venv/bin/python -m pip freeze | grep -oE '^torch(vision)?==[0-9.]+' || true)
+  if [[ $1 == cuda13 || $(uname -sm) != "Linux x86_64" || $installed == "$wanted" ]]; then return; fi
+  if .venv/bin/python -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
+    "$TORCH_INDEX/torch/" 2>/dev/null; then
+    # shellcheck disable=SC2086
+    pip_install --index-url "$TORCH_INDEX" $wanted
+  else
+    echo "run.sh: $TORCH_INDEX cannot be reached: torch comes with CUDA libraries, 3.4 GB more"
+  fi
+}
+
 # setup FILE: installs FILE into .venv unless that very installation is there already.
 setup() {
-  local requirements=$1 stamp=".venv/installed-$1" wanted
-  if [[ $requirements == requirements.txt ]] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    requirements=requirements-cuda.txt
+  local requirements=$1 stamp=".venv/installed-$1" kind constraints wanted
+  kind=${ACCELERATOR:-$(cat .venv/accelerator 2>/dev/null || accelerator)}
+  if [[ ! $kind =~ ^(cpu|cuda12|cuda13)$ ]]; then
+    echo "run.sh: ACCELERATOR is cpu, cuda12 or cuda13, not $kind" >&2
+    exit 2
   fi
   # A .venv without pip was interrupted while it was made.
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
@@ -59,14 +104,32 @@ setup() {
     echo "run.sh: making .venv with $("$python" --version)"
     "$python" -m venv --clear .venv
   fi
-  wanted=$(cat requirements*.txt pyproject.toml; echo "$requirements"; pwd; experiments)
+  constraints=constraints/python$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
+  if [[ -n ${LATEST:-} || ! -f $constraints ]]; then constraints=/dev/null; fi
+  wanted=$(cat requirements*.txt pyproject.toml "$constraints"; echo "$kind"; pwd; experiments)
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
-    echo "run.sh: installing $requirements (the first time takes a few minutes)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+    echo "run.sh: installing $requirements for $kind (the first time takes some minutes)"
+    install_torch "$kind"
+    if [[ $kind == cpu ]]; then
+      pip_install -c "$constraints" -r "$requirements"
+    else
+      pip_install -c "$constraints" -r "$requirements" -r "requirements-$kind.txt"
+    fi
+    pip_install --no-deps --editable .
+    echo "$kind" >.venv/accelerator
     printf '%s\n' "$wanted" >"$stamp"
   fi
   export PATH="$PWD/.venv/bin:$PATH"
+}
+
+# How long a part took here the last time, or takes on two quiet cores; nothing where not known.
+seconds_of() {
+  local last
+  last=$(grep -s "^$1 $2 " "$RESULTS/.seconds" | tail -n 1 | cut -d ' ' -f 3) || true
+  if [[ -z $last && $2 == quick ]]; then
+    last=$(tr ' ' '\n' <<<"$QUICK" | grep "^$1:" | cut -d : -f 2) || true
+  fi
+  echo "$last"
 }
 
 run_experiment() {
@@ -75,9 +138,27 @@ run_experiment() {
     exit 2
   fi
   # Also where an experiment fails or is interrupted: the page says how to go on.
-  trap 'status=$?; python -m lib.report.page "${RESULTS:-results}"; exit $status' EXIT
-  echo "=== $1, $2"
-  bash "$1/run.sh" "$2"
+  trap 'status=$?; python -m lib.report.page "$RESULTS"; exit $status' EXIT
+  local about began=$SECONDS
+  about=$(seconds_of "$1" "$2")
+  echo "=== $1, $2${about:+: about $about s}"
+  RESULTS=$RESULTS bash "$1/run.sh" "$2"
+  mkdir -p "$RESULTS"
+  echo "$1 $2 $((SECONDS - began))" >>"$RESULTS/.seconds"
+}
+
+run_all() {
+  local names name about total=0 parts=()
+  names=$(tr ' ' '\n' <<<"$QUICK" | cut -d : -f 1)
+  names+=" $(comm -13 <(sort <<<"$names") <(experiments | sort))"
+  for name in $names; do
+    about=$(seconds_of "$name" quick)
+    parts+=("$name${about:+ $about s}")
+    total=$((total + ${about:-60}))
+  done
+  echo "run.sh: quick presets, about $((total / 60)) min $((total % 60)) s: $(IFS=, && echo "${parts[*]}")"
+  for name in $names; do run_experiment "$name" quick; done
+  echo "=== done: figures and numbers lie in $RESULTS/, and all on one page"
 }
 
 case "${1:-all}" in
@@ -91,12 +172,11 @@ case "${1:-all}" in
   sweep)
     shift
     setup requirements.txt
-    exec python -m lib.runs.sweeps --results "${RESULTS:-results}" "$@"
+    exec python -m lib.runs.sweeps --results "$RESULTS" "$@"
     ;;
   all)
     setup requirements.txt
-    for name in $(experiments); do run_experiment "$name" quick; done
-    echo "=== done: figures and numbers lie in ${RESULTS:-results}/, and all on one page"
+    run_all
     ;;
   *)
     preset=${2:-quick}

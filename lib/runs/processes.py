@@ -137,7 +137,7 @@ def missing_platforms() -> str | None:
     return (
         f"JAX_PLATFORMS={asked}: JAX finds no such device here, only {count} of the platform "
         f"{there}. Unset it, set JAX_PLATFORMS={there}, or install what JAX needs for that "
-        "platform (NVIDIA: requirements-cuda.txt)"
+        "platform (NVIDIA: requirements-cuda13.txt)"
     )
 
 
