@@ -1,9 +1,13 @@
-"""What the tests of loops in chunks (`lib.runs.loop`) share: counts, and stops at a step."""
+"""Of the tests of loops in chunks (`lib.runs.loop`): counts, stops at a step, and equal bits."""
 
 import contextlib
 import signal
 
+import jax
 import numpy as np
+import pytest
+
+from lib.runs.console import Interrupted
 
 
 def record_chunks(monkeypatch, after=lambda done: None, *, seconds=0.0):
@@ -33,3 +37,17 @@ def stop_after(monkeypatch, step, number=signal.SIGINT):
             signal.raise_signal(number)
 
     return record_chunks(monkeypatch, after)
+
+
+def assert_same_bits(tree, other):
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+
+
+def interrupt(monkeypatch, train, *steps):
+    """Runs `train` again and again, stopped after these steps."""
+    for step in steps:
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(Interrupted, match=f"after step {step};"):
+                train()

@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import settings
 
 # n, m, d: one point, one dimension, and distances in both of their ways (d <= 8 and above).
 SHAPES = ((1, 4, 1), (6, 5, 2), (5, 7, 9))
@@ -18,6 +19,11 @@ SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([np.float32, np.float64])
 # Powers of ten.
 EXPONENTS = st.floats(-6, 6)
+DECADES = st.integers(-6, 6)
+
+
+def few(examples):
+    return settings(max_examples=examples, deadline=None)
 
 
 class Clouds(NamedTuple):
@@ -121,45 +127,8 @@ def assert_finite(tree, dtype):
             assert np.isfinite(np.asarray(leaf)).all()
 
 
-# Clouds on the line
-
-
-def walk(u, v, a, b, p):
-    """W_p^p on the line of masses a, b, and its slope in every u, by plain loops."""
-    u_order, v_order = np.argsort(u), np.argsort(v)
-    cost, slope, i, j = 0.0, np.zeros(len(u)), 0, 0
-    left, right = a[u_order[0]], b[v_order[0]]
-    while True:
-        mass, difference = min(left, right), u[u_order[i]] - v[v_order[j]]
-        cost += mass * abs(difference) ** p
-        slope[u_order[i]] += mass * p * abs(difference) ** (p - 1) * np.sign(difference)
-        left, right = left - mass, right - mass
-        if left <= right:
-            i += 1
-            if i == len(u):
-                return cost, slope
-            left = a[u_order[i]]
-        else:
-            j += 1
-            if j == len(v):
-                return cost, slope
-            right = b[v_order[j]]
-
-
-def equal(n):
-    return np.full(n, 1 / n)
-
-
-def projection_rounding(x, y, directions, p, eps, pairs):
-    """The bound of `test_properties_sliced` for equal weights, and D^p."""
-    u, v = x @ directions.T, y @ directions.T
-    largest = np.abs(u[:, None] - v[None]).max()
-    longest = max(np.linalg.norm(z, axis=1).max() for z in (x, y))
-    delta = 2 * (x.shape[1] + 2) * eps * longest
-    bound = p * largest ** (p - 1) * delta + delta**p
-    return bound + (pairs + len(directions) + 6) * eps * largest**p, largest**p
-
-
-def draw_directions(seed, num, d, dtype):
-    normal = np.random.default_rng(seed).normal(size=(num, d))
-    return (normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(dtype)
+def sample(rng, n, d, exponent, dtype, same=False):
+    """Rows at a scale, half of them twice, or all the same one."""
+    x = 10.0**exponent * rng.normal(size=(n, d))
+    x[n // 2 :] = x[: n - n // 2]
+    return (np.repeat(x[:1], n, axis=0) if same else x).astype(dtype)

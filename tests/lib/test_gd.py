@@ -1,30 +1,16 @@
 """The flow engine against plain loops; records, chunks, and what survives a stop."""
 
-import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
-from chunks import record_chunks, stop_after
+from chunks import assert_same_bits, interrupt, record_chunks
 
-from lib import gd, gd_images, runs
-from lib.gd import (
-    FlowResult,
-    flow_init,
-    flow_step,
-    recorded_steps,
-    wasserstein_gradient_descent,
-    wasserstein_gradient_descent_lbfgs,
-)
-from lib.runs import files
-from lib.runs.console import Interrupted
+from lib import gd, gd_images
 from lib.runs.files import RunFileError
 from lib.runs.loop import DivergedError
 
@@ -51,23 +37,8 @@ def start(shape=(2, 3, 2), seed=0, dtype=np.float32):
 
 def flow(target=noisy, n_epochs=13, lr=0.1, m=0.5, x0=None, y=None, rng=KEY, **options):
     x, z = start()
-    return wasserstein_gradient_descent(
-        x if x0 is None else jnp.asarray(x0),
-        z if y is None else y,
-        target,
-        rng,
-        n_epochs,
-        lr,
-        m,
-        **options,
-    )
-
-
-def assert_same_bits(a, b):
-    for u, v in zip(a, b):
-        assert isinstance(u, np.ndarray)
-        assert u.dtype == v.dtype
-        np.testing.assert_array_equal(u, v)
+    x0, y = x if x0 is None else jnp.asarray(x0), z if y is None else y
+    return gd.wasserstein_gradient_descent(x0, y, target, rng, n_epochs, lr, m, **options)
 
 
 @pytest.fixture(scope="module")
@@ -76,45 +47,35 @@ def whole():
     return flow()
 
 
-@pytest.fixture
-def run(tmp_path):
-    return runs.open_run(tmp_path, "xp", "flow", {"m": 0.5}, seed=0)
-
-
 # What a step is
-
-
-@x64
-@pytest.mark.parametrize("m", [0.0, 0.9])
-@pytest.mark.parametrize("lr", [0.1, lambda step: 0.1 / (1 + step)])
-def test_heavy_ball_against_a_numpy_loop(m, lr):
-    x0, y = start(dtype=np.float64)
-    losses, particles = wasserstein_gradient_descent(x0, y, quadratic, KEY, 20, lr, m)
-    x, target, v, curvature = np.array(x0), np.array(y), 0.0, np.array([1.0, 2.0])
-    for step in range(20):
-        np.testing.assert_allclose(particles[step], x, rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(losses[step], 0.5 * np.sum(curvature * (x - target) ** 2))
-        v = curvature * (x - target) + m * v
-        x = x - (lr(step) if callable(lr) else lr) * v
-    np.testing.assert_allclose(particles[20], x, rtol=1e-12, atol=1e-14)
-    assert losses.dtype == particles.dtype == np.float64
 
 
 @x64
 def test_gradient_descent_on_a_quadratic_in_closed_form():
     x0, y = start(dtype=np.float64)
-    particles = wasserstein_gradient_descent(x0, y, quadratic, KEY, 20, 0.1).particles
+    particles = gd.wasserstein_gradient_descent(x0, y, quadratic, KEY, 20, 0.1).particles
     shrink = (1 - 0.1 * np.array([1.0, 2.0])) ** np.arange(21)[:, None, None, None]
     x0, y = np.asarray(x0), np.asarray(y)
     np.testing.assert_allclose(particles, y + shrink * (x0 - y), rtol=1e-12)
 
 
+@pytest.mark.usefixtures("unannotated")
+def test_keys_of_both_kinds_and_starts_that_are_numpy_arrays(whole):
+    assert isinstance(whole, gd.FlowResult)
+    assert all(isinstance(array, np.ndarray) for array in whole)
+    assert (whole.losses.shape, whole.particles.shape) == ((13,), (14, 2, 3, 2))
+    x0, y = map(np.asarray, start())
+    np.testing.assert_array_equal(whole.particles[0], x0)
+    for key in (KEY, jax.random.PRNGKey(0)):
+        assert_same_bits(gd.wasserstein_gradient_descent(x0, y, noisy, key, 13, 0.1, 0.5), whole)
+    assert np.abs(flow(rng=jax.random.key(1)).losses - whole.losses).max() > 0.1
+
+
 def test_defaults_are_the_published_ones():
     x0, y = start()
     x0 = y + 0.25 * x0
-    losses, particles = wasserstein_gradient_descent(x0, y, quadratic, KEY)
-    assert losses.shape == (101,)
-    assert particles.shape == (102, 2, 3, 2)
+    losses, particles = gd.wasserstein_gradient_descent(x0, y, quadratic, KEY)
+    assert (losses.shape, particles.shape) == ((101,), (102, 2, 3, 2))
     # lr = 1 and m = 0: curvature 1 is solved in one step, curvature 2 swings for ever.
     np.testing.assert_allclose(particles[1, ..., 0], y[..., 0], atol=1e-6)
     np.testing.assert_allclose(particles[101, ..., 1], (2 * y - x0)[..., 1], atol=1e-5)
@@ -125,66 +86,29 @@ def test_defaults_are_the_published_ones():
 )
 def test_any_optax_optimizer(optimizer):
     x, y = start()
-    losses, particles = flow(optimizer=optimizer, lr=7.0)
-    state = optimizer.init(x)
-    for step in range(13):
+    found, state = flow(optimizer=optimizer, lr=7.0), optimizer.init(x)
+    for step, (loss, following) in enumerate(zip(found.losses, found.particles[1:])):
         value, gradient = noisy(x, y, jax.random.fold_in(KEY, step))
-        np.testing.assert_allclose(losses[step], value, rtol=1e-5)
+        np.testing.assert_allclose(loss, value, rtol=1e-5)
         updates, state = optimizer.update(gradient, state, x)
         x = optax.apply_updates(x, updates)
-        np.testing.assert_allclose(particles[step + 1], x, rtol=1e-5, atol=1e-6)
-
-
-def test_flow_step_in_a_loop_of_ones_own(whole):
-    x0, y = start()
-    optimizer = optax.sgd(0.1, momentum=0.5)
-    step, state = jax.jit(flow_step(noisy, optimizer)), flow_init(optimizer, x0)
-    for i in range(13):
-        assert state.step == i
-        state, value = step(KEY, state, y)
-        np.testing.assert_allclose(value, whole.losses[i], rtol=1e-5)
-        np.testing.assert_allclose(state.particles, whole.particles[i + 1], rtol=1e-5, atol=1e-6)
-
-
-def test_both_kinds_of_key(whole):
-    assert_same_bits(flow(rng=jax.random.PRNGKey(0)), whole)
-    assert np.abs(flow(rng=jax.random.key(1)).losses - whole.losses).max() > 0.1
-
-
-def test_result(whole):
-    assert isinstance(whole, FlowResult)
-    assert whole.losses.shape == (13,)
-    assert whole.particles.shape == (14, 2, 3, 2)
-    np.testing.assert_array_equal(whole.particles[0], start()[0])
-
-
-def test_start_may_be_a_numpy_array(monkeypatch, whole):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    x0, y = map(np.asarray, start())
-    assert_same_bits(wasserstein_gradient_descent(x0, y, noisy, KEY, 13, 0.1, 0.5), whole)
+        np.testing.assert_allclose(following, x, rtol=1e-5, atol=1e-6)
 
 
 def test_target_is_any_pytree(whole):
-    x0, y = start()
-
     def target(x, tree, key):
         return noisy(x, tree["points"][0] * tree["scale"], key)
 
-    tree = {"points": (2 * np.asarray(y), None), "scale": 0.5}
-    result = wasserstein_gradient_descent(x0, tree, target, KEY, 13, 0.1, 0.5)
-    for a, b in zip(result, whole):
+    tree = {"points": (2 * np.asarray(start()[1]), None), "scale": 0.5}
+    for a, b in zip(flow(target, y=tree), whole):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_flows_in_a_batch_are_single_flows():
     xs, ys = start((4, 2, 3, 2))
-
-    def target(x, y, key):
-        return jax.vmap(noisy, in_axes=(0, 0, None))(x, y, key)
-
-    losses, particles = flow(target, x0=xs, y=ys, record_every=4)
-    assert losses.shape == (13, 4)
-    assert particles.shape == (5, 4, 2, 3, 2)
+    batched = jax.vmap(noisy, in_axes=(0, 0, None))
+    losses, particles = flow(batched, x0=xs, y=ys, record_every=4)
+    assert (losses.shape, particles.shape) == ((13, 4), (5, 4, 2, 3, 2))
     for i in range(4):
         single = flow(x0=xs[i], y=ys[i], record_every=4)
         np.testing.assert_allclose(losses[:, i], single.losses, rtol=1e-5)
@@ -200,38 +124,25 @@ def test_second_flow_with_the_same_functions_compiles_nothing():
 
     first = flow(target)
     traces.clear()
-    # Another start, target, key and length.
-    flow(target, 29, x0=start(seed=3)[0], y=start(seed=3)[1], rng=jax.random.key(9))
-    assert traces == []
+    x0, y = start(seed=3)
+    flow(target, 29, x0=x0, y=y, rng=jax.random.key(9))
     assert_same_bits(flow(target), first)
+    assert traces == []
     flow(target, lr=0.2)
     assert traces != []
 
 
-# Records and chunks
-
-
-@pytest.mark.parametrize("n_epochs", [1, 2, 9, 10, 11])
-@pytest.mark.parametrize("record_every", [1, 2, 5, 10, 100])
-def test_recorded_steps(n_epochs, record_every):
-    expected = [s for s in range(n_epochs + 1) if s % record_every == 0 or s == n_epochs]
-    np.testing.assert_array_equal(recorded_steps(n_epochs, record_every), expected)
-
-
 # (n_epochs, record_every): a multiple, no multiple, longer than the run, the run itself.
-@pytest.mark.parametrize(("n_epochs", "record_every"), [(12, 4), (13, 4), (13, 40), (13, 13)])
-@pytest.mark.parametrize("max_steps", [1024, 3])
+# (n_epochs, record_every): all, a multiple, no multiple, longer than the run, the run itself.
+@pytest.mark.parametrize(
+    ("n_epochs", "record_every"), [(13, 1), (12, 4), (13, 4), (13, 40), (13, 13)]
+)
+@pytest.mark.parametrize("max_steps", [1024, 5, 3, 1])
 def test_records_are_slices_of_the_whole_run(monkeypatch, whole, n_epochs, record_every, max_steps):
     monkeypatch.setattr(gd, "MAX_STEPS_PER_CHUNK", max_steps)
-    losses, particles = flow(n_epochs=n_epochs, record_every=record_every)
-    steps = [s for s in range(n_epochs + 1) if s % record_every == 0 or s == n_epochs]
-    assert_same_bits((losses, particles), (whole.losses[:n_epochs], whole.particles[steps]))
-
-
-@pytest.mark.parametrize("max_steps", [1, 5])
-def test_chunks_leave_the_bits(monkeypatch, whole, max_steps):
-    monkeypatch.setattr(gd, "MAX_STEPS_PER_CHUNK", max_steps)
-    assert_same_bits(flow(), whole)
+    found = flow(n_epochs=n_epochs, record_every=record_every)
+    steps = gd.recorded_steps(n_epochs, record_every)
+    assert_same_bits(found, (whole.losses[:n_epochs], whole.particles[steps]))
 
 
 def test_record_buffer_is_bounded(monkeypatch, whole):
@@ -242,37 +153,6 @@ def test_record_buffer_is_bounded(monkeypatch, whole):
     np.testing.assert_array_equal(kept, whole.particles[[0, 2, 4, 6, 8, 10, 12, 13]])
     assert max(sizes) == 4
 
-
-# The documented example
-
-SNIPPET = """
-import jax
-from lib.gd import wasserstein_gradient_descent
-from lib.mmd import target_value_and_grad_riesz
-
-rng = jax.random.PRNGKey(0)
-master_key, key, key_x0, key_tgt = jax.random.split(rng, num=4)
-
-# x0 and X_data are of shape (C, n, d), see Ring notebook for an example
-x0 = jax.random.normal(key_x0, shape=(3, 80, 2))
-X_data = jax.random.normal(key_tgt, shape=(3, 80, 2))
-
-n_epochs = 501
-L_loss, L_particles = wasserstein_gradient_descent(x0, X_data, jax.jit(target_value_and_grad_riesz), key, n_epochs=n_epochs, lr=0.1)
-"""  # noqa: E501  as printed
-
-
-def test_the_documented_example_runs_as_printed():
-    names = {}
-    exec(SNIPPET, names)
-    losses, particles = names["L_loss"], names["L_particles"]
-    assert losses.shape == (501,)
-    assert particles.shape == (502, 3, 80, 2)
-    np.testing.assert_array_equal(particles[0], names["x0"])
-    assert losses[-20:].mean() < 0.2 * losses[0]
-
-
-# Input validation
 
 NAN, INF = float("nan"), float("inf")
 
@@ -296,13 +176,8 @@ BAD_INPUTS = {
         r"x0 \(2, 3, 2\) and x_tgt \(2, 3, 5\) differ in dimension",
     ),
     "no step": ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
-    "step size 0": ({"lr": 0.0}, r"lr must be positive, got 0\.0"),
-    "negative step size": ({"lr": -0.1}, "lr must be positive, got -0.1"),
-    "infinite step size": ({"lr": INF}, "lr must be positive, got inf"),
-    "NaN step size": ({"lr": NAN}, "lr must be positive, got nan"),
-    "momentum 1": ({"m": 1.0}, r"m must lie in \[0, 1\), got 1\.0"),
-    "negative momentum": ({"m": -0.1}, r"m must lie in \[0, 1\), got -0.1"),
-    "NaN momentum": ({"m": NAN}, r"m must lie in \[0, 1\), got nan"),
+    **{f"lr {x}": ({"lr": x}, f"lr must be positive, got {x}") for x in (0.0, -0.1, INF, NAN)},
+    **{f"m {x}": ({"m": x}, rf"m must lie in \[0, 1\), got {x}") for x in (1.0, -0.1, NAN)},
     "record_every": ({"record_every": 0}, "record_every must be at least 1, got 0"),
     "too much to keep": (
         {
@@ -318,15 +193,12 @@ BAD_INPUTS = {
 @pytest.mark.parametrize("bad", BAD_INPUTS)
 def test_bad_input_raises_before_any_step(bad, run):
     options, message = BAD_INPUTS[bad]
-    calls = []
 
     def target(x, y, key):
-        calls.append(x)
-        return noisy(x, y, key)
+        raise AssertionError("no step may be taken")
 
     with pytest.raises(ValueError, match=message):
         flow(target, run=run, **options)
-    assert calls == []
     assert not run.checkpoint.exists()
 
 
@@ -337,15 +209,6 @@ def test_nan_in_a_pytree_of_targets_is_named_before_any_step():
     y = {"points": start()[1], "weights": [np.ones(2), np.array([0.5, NAN])], "key": KEY}
     with pytest.raises(ValueError, match=r"x_tgt\.weights\.1 holds NaN .* first at index \(1,\)"):
         flow(target, y=y)
-
-
-def test_gradient_of_another_shape_raises():
-    def target(x, y, key):
-        return jnp.sum(x), x[:, :1]
-
-    message = r"gradient \(2, 1, 2\) is not of the particles' shape \(2, 3, 2\)"
-    with pytest.raises(ValueError, match=message):
-        flow(target)
 
 
 # What a function hands from step to step
@@ -367,10 +230,8 @@ def test_a_carry_goes_from_step_to_step():
     mean, velocity, losses = np.zeros_like(x), np.zeros_like(x), []
     for count in range(13):
         losses.append(np.sum(mean**2))
-        gradient = np.cos(x) + mean - y / (1 + count)
-        mean = mean + (x - mean) / (count + 1)
-        velocity = gradient + 0.5 * velocity
-        x = x - 0.1 * velocity
+        velocity = np.cos(x) + mean - y / (1 + count) + 0.5 * velocity
+        mean, x = mean + (x - mean) / (count + 1), x - 0.1 * velocity
     found = flow(remembering, carry=first_carry())
     np.testing.assert_allclose(found.losses, losses, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.particles[-1], x, rtol=1e-4, atol=1e-5)
@@ -378,14 +239,28 @@ def test_a_carry_goes_from_step_to_step():
 
 def test_a_carry_survives_a_stop(monkeypatch, run):
     expected = flow(remembering, carry=first_carry())
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(Interrupted):
-            flow(remembering, carry=first_carry(), run=run)
+    interrupt(monkeypatch, partial(flow, remembering, carry=first_carry(), run=run), 6)
     assert_same_bits(flow(remembering, carry=first_carry(), run=run), expected)
-    other = first_carry() | {"mean": jnp.ones((2, 3, 2))}
     with pytest.raises(RunFileError, match="another"):
-        flow(remembering, carry=other, run=run)
+        flow(remembering, carry=first_carry() | {"mean": jnp.ones((2, 3, 2))}, run=run)
+
+
+@pytest.mark.parametrize(
+    ("target", "carry", "message"),
+    [
+        (
+            lambda x, y, key: (jnp.sum(x), x[:, :1]),
+            False,
+            r"gradient \(2, 1, 2\) is not of the particles' shape \(2, 3, 2\)",
+        ),
+        (lambda x, y, key, carry: (x[0, 0, 0], x), True, r"gradient, carry\), it returned 2"),
+        (lambda x, y, key: (x[0, 0, 0], x, x), False, r"\(value, gradient\), it returned 3"),
+        (lambda x, y, key, carry: (x[0, 0, 0], x, 1), True, "carry that comes back"),
+    ],
+)
+def test_functions_that_return_too_little_or_another_shape_or_carry_raise(target, carry, message):
+    with pytest.raises(ValueError, match=message):
+        flow(target, **({"carry": first_carry()} if carry else {}))
 
 
 def test_functions_that_return_too_little_or_another_carry_raise():
@@ -395,9 +270,6 @@ def test_functions_that_return_too_little_or_another_carry_raise():
         flow(lambda x, y, key: (jnp.sum(x), x, x))
     with pytest.raises(ValueError, match="carry that comes back"):
         flow(lambda x, y, key, carry: (jnp.sum(x), x, carry["count"]), carry=first_carry())
-
-
-# NaN on the way
 
 
 def doubling(x, y, key):
@@ -413,28 +285,24 @@ def doubling_into_infinity(x, y, key):
 ONES = np.ones((1, 2, 1), np.float32)
 
 
-@pytest.mark.parametrize("target", [doubling, doubling_into_infinity])
-def test_divergence_keeps_the_last_good_state(monkeypatch, run, target):
-    record_chunks(monkeypatch)
-    with pytest.raises(DivergedError, match=r"NaN or infinity in step 5 \(counted") as caught:
-        flow(target, 50, 1.0, 0.0, ONES, ONES, run=run)
-    error = caught.value
-    assert isinstance(error, FloatingPointError)
-    assert str(run.checkpoint) in str(error)
-    assert error.step == error.state.step == 5
-    np.testing.assert_array_equal(error.state.particles, 32 * ONES)
-    # The same command stops at the same place.
-    with pytest.raises(DivergedError, match="in step 5 "):
-        flow(target, 50, 1.0, 0.0, ONES, ONES, run=run)
-
-
-def test_divergence_within_a_chunk(monkeypatch):
-    """Chunks of 1, 2, 4 steps: the state is that after 3, the step still the first bad one."""
-    record_chunks(monkeypatch, seconds=1e9)
-    with pytest.raises(DivergedError, match=r"in step 5 .*lower the step size$") as caught:
-        flow(doubling, 50, 1.0, 0.0, ONES, ONES)
-    assert caught.value.step == 3
-    np.testing.assert_array_equal(caught.value.state.particles, 8 * ONES)
+@pytest.mark.parametrize(
+    ("target", "seconds", "last_good"),
+    [(doubling, 0.0, (5, 5)), (doubling_into_infinity, 0.0, (5, 5)), (doubling, 1e9, (3, 4))],
+)
+def test_divergence_keeps_the_last_good_state(monkeypatch, run, target, seconds, last_good):
+    """Of chunks of single steps, or of 1, 2, 4: the step named is still the first bad one."""
+    record_chunks(monkeypatch, seconds=seconds)
+    for good in last_good:  # the same command stops at the same step
+        with pytest.raises(DivergedError, match=r"NaN or infinity in step 5 \(counted") as caught:
+            flow(target, 50, 1.0, 0.0, ONES, ONES, run=run)
+        error = caught.value
+        assert str(run.checkpoint) in str(error)
+        assert error.step == error.state.step == good
+        np.testing.assert_array_equal(error.state.particles, 2.0**good * ONES)
+    run.discard_saved()
+    assert not run.checkpoint.exists()
+    with pytest.raises(DivergedError, match=r"in step 5 .*lower the step size$"):
+        flow(target, 50, 1.0, 0.0, ONES, ONES)
 
 
 def test_a_flow_may_be_told_to_run_on():
@@ -443,67 +311,15 @@ def test_a_flow_may_be_told_to_run_on():
     np.testing.assert_array_equal(particles[:, 0, 0, 0], 2.0 ** np.arange(9))
 
 
-# Stops and resumes
-
-
 @pytest.mark.parametrize("record_every", [1, 4])
 def test_a_second_call_resumes_and_a_third_extends(monkeypatch, run, record_every):
     """10 is no multiple of 4: the last record of the first run is none of the third's."""
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(Interrupted, match="after step 6;"):
-            flow(n_epochs=10, run=run, record_every=record_every)
+    interrupt(monkeypatch, partial(flow, n_epochs=10, run=run, record_every=record_every), 6)
     sizes = record_chunks(monkeypatch)
     for n_epochs in (10, 10, 13):
         found = flow(n_epochs=n_epochs, run=run, record_every=record_every)
         assert_same_bits(found, flow(n_epochs=n_epochs, record_every=record_every))
     assert len(sizes) == 4 + 10 + 10 + 3 + 13
-
-
-KILLED = """
-import sys
-from pathlib import Path
-import jax
-from lib import gd
-from lib.mmd import target_value_and_grad_riesz
-from lib.runs import Run, loop
-
-def target(x, y, key):
-    return target_value_and_grad_riesz(x, y, key, n_projs=20)
-
-def flow(folder):
-    x0, y = jax.random.normal(jax.random.key(1), (2, 3, 10, 2))
-    return gd.wasserstein_gradient_descent(
-        x0, y, target, jax.random.key(2), 300, 0.1, 0.9,
-        record_every=7, run=folder and Run(Path(folder)), checkpoint_seconds=0.0,
-    )
-
-if __name__ == "__main__":
-    loop.SECONDS_PER_CHUNK = 0.0
-    flow(sys.argv[1])
-"""
-
-
-def test_a_killed_process_resumes_in_the_same_bits(tmp_path):
-    checkpoint, step = tmp_path / "checkpoint.npz", 0
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        try:
-            while step < 30 and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-                step = int(files.load_arrays(checkpoint)["step"]) if checkpoint.exists() else 0
-        finally:
-            process.kill()
-    assert process.returncode == -signal.SIGKILL
-    names = {"__name__": "resumed"}
-    exec(KILLED, names)
-    expected = names["flow"](None)
-    step = int(files.load_arrays(checkpoint)["step"])
-    assert 30 <= step < 300
-    assert_same_bits(names["flow"](tmp_path), expected)
-    assert np.all(np.isfinite(expected.losses))
-    assert expected.losses[-50:].mean() < 0.5 * expected.losses[0]
 
 
 OTHERS = {
@@ -527,34 +343,24 @@ def test_the_checkpoint_of_another_flow_is_refused(run, other):
         flow(target, run=run, **OTHERS[other])
 
 
-# The published results of image flows
-
-
 @pytest.mark.parametrize(
     ("n_epochs", "interval", "steps"),
     [(13, 4, (0, 4, 8, 13)), (12, 4, (0, 4, 8, 12)), (3, 4, (3,))],
 )
-def test_image_flows_may_save_some_particles_on_the_way(n_epochs, interval, steps, whole):
-    """As many as the published function has, n_epochs // save_interval + 1."""
-    x0, y = start()
-    saved = gd_images.wasserstein_gradient_descent_save(
-        x0, y, noisy, KEY, n_epochs, 0.1, 0.5, interval
-    )
-    assert_same_bits(saved, (whole.losses[:n_epochs], whole.particles[list(steps)]))
-
-
-def test_image_flows_return_the_last_particles(whole):
-    x0, y = start()
-    for losses, last in (
-        gd_images.wasserstein_gradient_descent(x0, y, noisy, KEY, 13, 0.1, 0.5),
+def test_image_flows_save_as_many_particles_as_published_or_the_last(
+    n_epochs, interval, steps, whole
+):
+    arguments = *start(), noisy, KEY
+    saved = gd_images.wasserstein_gradient_descent_save(*arguments, n_epochs, 0.1, 0.5, interval)
+    losses = whole.losses[:n_epochs]
+    assert_same_bits(saved, (losses, whole.particles[list(steps)]))
+    for last in (
+        gd_images.wasserstein_gradient_descent(*arguments, n_epochs, 0.1, 0.5),
         gd_images.wasserstein_gradient_descent_optax(
-            x0, y, noisy, KEY, optax.sgd(0.1, momentum=0.5), 13
+            *arguments, optax.sgd(0.1, momentum=0.5), n_epochs
         ),
     ):
-        assert_same_bits((losses, last), (whole.losses, whole.particles[-1]))
-
-
-# L-BFGS
+        assert_same_bits(last, (losses, whole.particles[n_epochs]))
 
 
 class Landscape(NamedTuple):
@@ -596,7 +402,7 @@ def test_lbfgs_takes_the_published_steps_on_a_convex_target_and_better_ones_else
     x0, y = (100 * z for z in start(dtype=np.float64))
 
     def ours(x0, parts):
-        return wasserstein_gradient_descent_lbfgs(x0, parts, landscape, KEY, 60, 0.3).particles
+        return gd.wasserstein_gradient_descent_lbfgs(x0, parts, landscape, KEY, 60, 0.3).particles
 
     convex = Landscape(y, square=1.0)
     np.testing.assert_allclose(ours(x0, convex), published_lbfgs(x0, convex), rtol=0, atol=1e-6)
