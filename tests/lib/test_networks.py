@@ -5,20 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lib.networks import (
-    MLP,
-    VGG11,
-    AlexNet,
-    ConvNet,
-    LeNet5,
-    ResNet18,
-    network_by_name,
-    torch_like,
-)
+from lib.networks import MLP, VGG11, AlexNet, ConvNet, LeNet5, ResNet18, network_by_name, torch_like
+from lib.networks.optimizers import adam, adamw, sgd
 
 x64 = pytest.mark.usefixtures("x64")
 
@@ -47,6 +40,29 @@ def value_and_gradients(network, parameters, images, weights):
         return logits, *pullback(jnp.asarray(weights))
 
     return run(parameters, jnp.asarray(images))
+
+
+def assert_as_torch(network, function, shape, num_classes=4):
+    """Logits and gradients, up to rounding on the scale of the largest entry: biases before a norm
+    have gradient 0."""
+    images, weights = normal(0, *shape), normal(1, shape[0], num_classes)
+    parameters = random_parameters(network, images)
+    results = value_and_gradients(network, parameters, images, weights)
+    expected = by_torch(function, parameters, images, weights)
+    assert results[0].shape == weights.shape
+    assert jax.tree.structure(results) == jax.tree.structure(expected)
+    for part, references in zip(results, expected):
+        scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(references))
+        for result, reference in zip(jax.tree.leaves(part), jax.tree.leaves(references)):
+            assert result.dtype == jnp.float64
+            np.testing.assert_allclose(result, reference, rtol=1e-10, atol=1e-13 * scale)
+
+
+def mlp(parameters, x, num_hidden):
+    x = flat(x)
+    for i in range(num_hidden):
+        x = F.relu(dense(x, parameters[f"Dense_{i}"]))
+    return dense(x, parameters[f"Dense_{num_hidden}"])
 
 
 def by_torch(function, parameters, images, weights):
@@ -135,31 +151,6 @@ def resnet(parameters, x, widths):
     return dense(x.mean(dim=(2, 3)), parameters["Dense_0"])
 
 
-def assert_same(results, expected):
-    """Up to rounding on the scale of the largest entry: biases before a norm have gradient 0."""
-    assert jax.tree.structure(results) == jax.tree.structure(expected)
-    for part, references in zip(results, expected):
-        scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(references))
-        for result, reference in zip(jax.tree.leaves(part), jax.tree.leaves(references)):
-            assert result.dtype == jnp.float64
-            np.testing.assert_allclose(result, reference, rtol=1e-10, atol=1e-13 * scale)
-
-
-@pytest.mark.parametrize(
-    ("network", "shape", "count"),
-    [
-        (LeNet5(), (28, 28, 1), 61_562),
-        (LeNet5(first_kernel=5), (28, 28, 1), 61_706),
-        (LeNet5(num_classes=3), (28, 28, 1), 61_562 - 7 * 85),
-        (ConvNet(), (28, 28, 1), 317_706),
-        (ConvNet(), (32, 32, 3), 320_010),
-        (ConvNet(norm="none"), (32, 32, 3), 320_010 - 3 * 2 * 128),
-    ],
-)
-def test_number_of_parameters(network, shape, count):
-    assert number_of_parameters(network, shape) == count
-
-
 def number_of_parameters(network, shape):
     parameters = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))
     return sum(leaf.size for leaf in jax.tree.leaves(parameters))
@@ -194,51 +185,32 @@ def test_number_of_parameters_by_name(name):
     ("first_kernel", "shape"), [(1, (3, 28, 28, 1)), (5, (2, 17, 22, 3)), (3, (1, 16, 19, 2))]
 )
 def test_lenet_and_its_gradients(first_kernel, shape):
-    network, images, weights = LeNet5(first_kernel=first_kernel), normal(0, *shape), normal(1, 10)
-    weights = np.tile(weights, (shape[0], 1)) * (1 + np.arange(shape[0]))[:, None]
-    parameters = random_parameters(network, images)
-    results = value_and_gradients(network, parameters, images, weights)
-    expected = by_torch(
-        lambda p, x: lenet(p, x, padding=first_kernel // 2), parameters, images, weights
-    )
-    assert results[0].shape == (shape[0], 10)
-    assert_same(results, expected)
+    network = LeNet5(first_kernel=first_kernel)
+    assert_as_torch(network, partial(lenet, padding=first_kernel // 2), shape, 10)
 
 
 @x64
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 6)])
 def test_mlp_and_its_gradients(hidden):
-    network, images = MLP(num_classes=4, hidden=hidden), normal(0, 5, 3, 4, 2)
-    weights, parameters = normal(1, 5, 4), random_parameters(network, images)
-
-    def layers(p, x):
-        x = x.permute(0, 2, 3, 1).flatten(1)
-        for i in range(len(hidden)):
-            x = F.relu(dense(x, p[f"Dense_{i}"]))
-        return dense(x, p[f"Dense_{len(hidden)}"])
-
-    results = value_and_gradients(network, parameters, images, weights)
-    assert_same(results, by_torch(layers, parameters, images, weights))
+    network = MLP(num_classes=4, hidden=hidden)
+    assert_as_torch(network, partial(mlp, num_hidden=len(hidden)), (5, 3, 4, 2))
 
 
 @x64
 @pytest.mark.parametrize(
-    ("options", "shape"),
+    ("depth", "norm", "shape", "convolution"),
     [
-        ({"depth": 3, "norm": "instance"}, (2, 28, 28, 1)),
-        ({"depth": 2, "norm": "instance"}, (3, 11, 14, 3)),
-        ({"depth": 2, "norm": "none"}, (1, 12, 9, 3)),
-        ({"depth": 1, "norm": "layer"}, (2, 5, 4, 3)),
-        ({"depth": 2, "norm": "instance", "convolution": "patches"}, (2, 9, 8, 1)),
+        (3, "instance", (2, 28, 28, 1), None),
+        (2, "instance", (3, 11, 14, 3), None),
+        (2, "none", (1, 12, 9, 3), None),
+        (1, "layer", (2, 5, 4, 3), None),
+        (2, "instance", (2, 9, 8, 1), "patches"),
     ],
 )
-def test_convnet_and_its_gradients(options, shape):
-    network, images = ConvNet(num_classes=4, width=6, **options), normal(0, *shape)
-    weights, parameters = normal(1, shape[0], 4), random_parameters(network, images)
-    results = value_and_gradients(network, parameters, images, weights)
-    depth, norm = options["depth"], options["norm"]
-    expected = by_torch(lambda p, x: convnet(p, x, depth, norm), parameters, images, weights)
-    assert_same(results, expected)
+def test_convnet_and_its_gradients(depth, norm, shape, convolution):
+    options = {"convolution": convolution} if convolution else {}
+    network = ConvNet(num_classes=4, width=6, depth=depth, norm=norm, **options)
+    assert_as_torch(network, partial(convnet, depth=depth, norm=norm), shape)
 
 
 @x64
@@ -252,32 +224,23 @@ def test_convnet_and_its_gradients(options, shape):
     ids=["resnet", "alexnet", "vgg"],
 )
 def test_deep_networks_and_their_gradients(network, function, shape, convolution):
-    network = network.clone(convolution=convolution)
-    images, weights = normal(0, *shape), normal(1, shape[0], 4)
-    parameters = random_parameters(network, images)
-    results = value_and_gradients(network, parameters, images, weights)
-    assert_same(results, by_torch(function, parameters, images, weights))
+    assert_as_torch(network.clone(convolution=convolution), function, shape)
 
 
 @x64
 @pytest.mark.parametrize(
-    ("network", "last"),
-    [
-        (MLP(3, hidden=(5,)), "Dense_1"),
-        (LeNet5(3), "Dense_2"),
-        (ConvNet(3, depth=1, width=2, norm="none"), "Dense_0"),
-    ],
+    "network",
+    [MLP(3, hidden=(5,)), LeNet5(3), ConvNet(3, depth=1, width=2, norm="none")],
     ids=["mlp", "lenet", "convnet"],
 )
-def test_features_are_what_the_last_layer_takes(network, last):
+def test_features_are_what_the_last_layer_takes(network):
     images = jnp.asarray(normal(0, 2, 12, 12, 1))
     parameters = random_parameters(network, images)
-    features, logits = jax.jit(
-        lambda p: (network.clone(num_classes=None).apply(p, images), network.apply(p, images))
-    )(parameters)
-    layer = parameters["params"][last]
-    expected = np.asarray(features) @ layer["kernel"] + layer["bias"]
-    np.testing.assert_allclose(logits, expected, rtol=1e-12)
+    features = jax.jit(network.clone(num_classes=None).apply)(parameters, images)
+    layers = parameters["params"]
+    last = layers[max(name for name in layers if name.startswith("Dense"))]
+    expected = np.asarray(features) @ last["kernel"] + last["bias"]
+    np.testing.assert_allclose(network.apply(parameters, images), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -305,3 +268,76 @@ def test_initial_weights_are_uniform_as_those_of_torch():
         weights = np.asarray(torch_like(jax.random.key(0), shape))
         assert 0.999 < np.abs(weights).max() * np.sqrt(fan_in) <= 1
         np.testing.assert_allclose(weights.var() * 3 * fan_in, 1, rtol=0.02)
+
+
+# Optimizers against the published formulas and torch's
+
+
+def descents(optimizer, by_torch, x0, num_steps):
+    """Paths [num_steps, d] from x0 on sum x^4 / 4 + x, by optax and by torch."""
+    x, state, path = jnp.asarray(x0), optimizer.init(jnp.asarray(x0)), []
+    point = torch.tensor(x0, requires_grad=True)
+    step, expected = by_torch(point), []
+    for _ in range(num_steps):
+        updates, state = optimizer.update(x**3 + 1, state, x)
+        x = optax.apply_updates(x, updates)
+        point.grad = point.detach() ** 3 + 1
+        step()
+        path.append(np.asarray(x))
+        expected.append(point.detach().numpy().copy())
+    return np.stack(path), np.stack(expected)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "weight_decay", "milestones"),
+    [(0.0, 0.0, ()), (0.9, 0.3, ()), (0.9, 0.05, (2, 3)), (0.0, 0.1, (1,))],
+)
+def test_sgd_is_that_of_torch(x64, momentum, weight_decay, milestones):
+    """5 epochs of 3 steps, torch's schedule stepping once an epoch."""
+    settings = {"momentum": momentum, "weight_decay": weight_decay}
+    optimizer = sgd(0.1, **settings, milestones=milestones, factor=0.2, steps_per_epoch=3)
+
+    def by_torch(point):
+        reference = torch.optim.SGD([point], lr=0.1, **settings)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(reference, milestones, gamma=0.2)
+        done = 0
+
+        def step():
+            nonlocal done
+            reference.step()
+            done += 1
+            if done % 3 == 0:
+                schedule.step()
+
+        return step
+
+    path, expected = descents(optimizer, by_torch, np.array([1.0, -0.5, 0.2]), 15)
+    np.testing.assert_allclose(path, expected, rtol=1e-12)
+
+
+def test_optimizers_are_one_object_a_setting_and_milestones_increase():
+    assert adam(0.1) is adam(0.1)
+    assert adam(0.1) is not adam(0.2)
+    assert sgd(0.1, momentum=0.9) is sgd(0.1, momentum=0.9)
+    assert sgd(0.1, momentum=0.9) is not sgd(0.1, momentum=0.8)
+    assert adamw(0.1) is adamw(0.1)
+    assert adamw(0.1) is not adamw(0.1, weight_decay=0.2)
+    for milestones in ((0,), (3, 3), (4, 2)):
+        with pytest.raises(ValueError, match="milestones must be positive and increase"):
+            sgd(0.1, milestones=milestones)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reference", "options"),
+    [
+        (adam, torch.optim.Adam, {}),
+        (adamw, torch.optim.AdamW, {}),
+        (adamw, torch.optim.AdamW, {"weight_decay": 0.4}),
+    ],
+)
+def test_adam_and_adamw_are_those_of_torch(x64, optimizer, reference, options):
+    def by_torch(point):
+        return reference([point], lr=0.05, **options).step
+
+    path, expected = descents(optimizer(0.05, **options), by_torch, np.array([1.0, -0.5]), 8)
+    np.testing.assert_allclose(path, expected, rtol=1e-12)

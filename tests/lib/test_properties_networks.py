@@ -3,20 +3,22 @@
 from functools import partial
 from itertools import product
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+import pytest
+import torch
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from strategies import DECADES, DTYPES, SEEDS, few
 
 from lib import networks
 from lib.flow_matching import unet
+from lib.flow_matching.unet import UNet, _Attention, _Norm, depth_to_space, space_to_depth
 from lib.networks import classification, convolution
 
-DTYPES = st.sampled_from([np.float32, np.float64])
-EXPONENTS = st.integers(-6, 6)
-SEEDS = st.integers(0, 2**31)
 KEY = jax.random.key(0)
 
 # Small ones of each kind, and the least images that they take; the first few are run, too.
@@ -34,26 +36,11 @@ NETWORKS = (
 RUN = 3
 
 
-def few(examples):
-    return settings(max_examples=examples, deadline=None)
-
-
-# Convolutions
-
-
-def by_loops(x, kernel, stride):
-    """The convolution, padded by half of the kernel's size, and the sum of absolute terms."""
-    size, _, _, features = kernel.shape
-    n, height, width, _ = x.shape
-    padded = np.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
-    rows, columns = range(0, height, stride), range(0, width, stride)
-    value, terms = np.zeros((2, n, len(rows), len(columns), features))
-    for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
-            patch = padded[:, row : row + size, column : column + size]
-            value[:, i, j] = np.einsum("nabc,abcf->nf", patch, kernel)
-            terms[:, i, j] = np.einsum("nabc,abcf->nf", np.abs(patch), np.abs(kernel))
-    return value, terms
+def by_torch(x, kernel, stride):
+    """The convolution, padded by half of the kernel's size."""
+    x, kernel = torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(kernel).permute(3, 2, 0, 1)
+    value = torch.nn.functional.conv2d(x, kernel, stride=stride, padding=kernel.shape[2] // 2)
+    return value.permute(0, 2, 3, 1).numpy()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -66,13 +53,12 @@ def convolved(module, parameters, x, weights):
 @given(
     st.sampled_from([("patches", 3, 1), ("patches", 1, 2), ("xla", 3, 2)]),
     DTYPES,
-    EXPONENTS,
+    DECADES,
     st.booleans(),
     SEEDS,
 )
 def test_convolutions(case, dtype, exponent, conv, seed):
-    """A sum of k^2 c products and a bias. The gradients are the transpose in each argument: their
-    inner product with the argument is that of the value with the weights."""
+    """A sum of k^2 c products and a bias; the gradients are the transpose in each argument."""
     (method, size, stride), rng = case, np.random.default_rng(seed)
     on_cpu = jax.devices()[0].platform == "cpu"
     assert convolution.fastest() == ("patches" if on_cpu else "xla")
@@ -81,7 +67,8 @@ def test_convolutions(case, dtype, exponent, conv, seed):
     x = 10.0**exponent * rng.normal(size=(2, 5, 4, 3))
     x[1] = x[0] * (seed % 2)
     kernel, bias = rng.normal(size=(size, size, 3, 2)), rng.normal(size=2)
-    value, terms = by_loops(x.astype(dtype).astype(float), kernel.astype(dtype), stride)
+    rounded = [array.astype(dtype).astype(float) for array in (x, kernel)]
+    value, terms = by_torch(*rounded, stride), by_torch(*map(np.abs, rounded), stride)
     weights = rng.normal(size=value.shape).astype(dtype)
     with jax.enable_x64(True):
         started = jax.eval_shape(module.init, KEY, jnp.asarray(x, dtype))["params"]
@@ -139,10 +126,9 @@ def inputs(network, images):
 
 
 @few(12)
-@given(st.sampled_from(NETWORKS[:RUN]), EXPONENTS, st.booleans(), SEEDS)
+@given(st.sampled_from(NETWORKS[:RUN]), DECADES, st.booleans(), SEEDS)
 def test_networks_of_float32(case, exponent, constant, seed):
-    """Under float64 float32 stays, and all is finite, also of images that are one color. Images do
-    not see each other: equal ones have equal outputs, to rounding."""
+    """All is finite, also of images that are one color; equal ones have equal outputs."""
     (network, shape), rng = case, np.random.default_rng(seed)
     images = 10.0**exponent * rng.normal(size=(3, *shape))
     images[1:] = images[:1]
@@ -161,8 +147,7 @@ def test_networks_of_float32(case, exponent, constant, seed):
         assert leaf.dtype == np.float32
         assert np.isfinite(leaf).all()
     outputs, gradient = found
-    assert gradient.shape == images.shape
-    assert len(outputs) == 3
+    assert (gradient.shape, len(outputs)) == (images.shape, 3)
     scale = np.abs(outputs).max() + np.finfo(np.float32).tiny
     np.testing.assert_allclose(outputs[1:] / scale, outputs[:2] / scale, rtol=0, atol=1e-5)
 
@@ -204,11 +189,139 @@ def test_sinusoids(shape, dtype, seed):
     assert np.all(np.abs(found - expected) <= bound)
 
 
-# Training
-
-
 @few(40)
 @given(st.integers(1, 500), st.integers(1, 600))
 def test_steps_per_epoch_are_the_batches_of_a_range(num_images, batch_size):
     batches = range(0, num_images, min(batch_size, num_images))
     assert classification.steps_per_epoch(num_images, batch_size) == len(batches)
+
+
+# The U-Net
+
+
+SMALL = {"width": 8, "multipliers": (1, 2)}
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+@few(16)
+@given(
+    st.sampled_from([((1, 1, 1, 1), 1), ((2, 4, 6, 3), 2), ((1, 6, 3, 1), 3)]),
+    st.sampled_from([np.float32, np.float64, np.float16]),
+    SEEDS,
+)
+def test_pixels_become_channels_and_come_back(case, dtype, seed):
+    (shape, factor), rng = case, np.random.default_rng(seed)
+    images = rng.normal(size=shape).astype(dtype)
+    n, height, width, channels = shape
+    with jax.enable_x64(True):
+        blocks = space_to_depth(jnp.asarray(images), factor)
+        back = depth_to_space(blocks, factor)
+        blocks, back = np.asarray(blocks), np.asarray(back)
+    assert blocks.shape == (n, height // factor, width // factor, factor**2 * channels)
+    split = images.reshape(n, height // factor, factor, width // factor, factor, channels)
+    np.testing.assert_array_equal(blocks, split.swapaxes(2, 3).reshape(blocks.shape))
+    assert blocks.dtype == back.dtype == dtype
+    np.testing.assert_array_equal(back, images)
+
+
+def test_blocks_that_do_not_fit_raise():
+    with pytest.raises(ValueError, match="5 x 4 images do not split into blocks of 2"):
+        space_to_depth(jnp.zeros((1, 5, 4, 1)), 2)
+    with pytest.raises(ValueError, match="6 channels do not hold blocks of 2 x 2"):
+        depth_to_space(jnp.zeros((1, 2, 2, 6)), 2)
+
+
+@pytest.mark.parametrize("channels", [pytest.param(12, marks=pytest.mark.slow), 16])
+def test_norm_is_the_group_norm_of_flax(channels):
+    x = 3 * normal(0, 3, 5, 4, channels) + 1
+    parameters = {"params": {"scale": normal(1, channels), "bias": normal(2, channels)}}
+    groups = {12: 4, 16: 8}[channels]
+    expected = jax.jit(nn.GroupNorm(groups, epsilon=1e-5).apply)(parameters, x)
+    np.testing.assert_allclose(jax.jit(_Norm().apply)(parameters, x), expected, atol=2e-5)
+    scale, shift = normal(3, 3, channels), normal(4, 3, channels)
+    moved = jax.jit(_Norm().apply)(parameters, x, scale, shift)
+    expected = expected * (1 + scale)[:, None, None] + shift[:, None, None]
+    np.testing.assert_allclose(moved, expected, atol=5e-5)
+
+
+def test_attention_against_numpy():
+    x = normal(0, 2, 3, 2, 64)
+    parameters = _Attention().init(jax.random.key(1), x)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, float), parameters["params"])
+    y = np.asarray(_Norm().apply({"params": parameters["params"]["_Norm_0"]}, x), float)
+    qkv = y.reshape(2, 6, 64) @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
+    mixed = np.zeros((2, 6, 64))
+    for head in range(2):
+        q, k, v = (qkv[:, :, 64 * i + 32 * head :][:, :, :32] for i in range(3))
+        logits = np.einsum("bqc,bkc->bqk", q, k) / np.sqrt(32)
+        weights = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+        mixed[:, :, 32 * head : 32 * head + 32] = weights @ v
+    expected = np.asarray(x) + (mixed @ p["Dense_1"]["kernel"]).reshape(x.shape)
+    np.testing.assert_allclose(_Attention().apply(parameters, x), expected, atol=2e-5)
+
+
+def drawn_parameters(network, images, times):
+    """Parameters of the network's shapes, none of them 0."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images, times)
+    return jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype("f"), shapes)
+
+
+def test_velocities_have_the_images_shape():
+    for shape, settings in (
+        ((8, 8, 1), {}),
+        ((28, 28, 1), {"patch": 2}),
+        ((32, 32, 3), {"patch": 2, "multipliers": (1, 2, 2), "attention": (2,)}),
+        ((7, 5, 2), {"patch": 2, "multipliers": (1, 2, 3), "blocks": 2}),
+        ((1, 2, 1), {"attention": (0, 1)}),
+    ):
+        network, images, times = UNet(**SMALL | settings), jnp.zeros((3, *shape)), jnp.zeros(3)
+        out, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), images, times)
+        assert out.shape == images.shape
+
+
+@pytest.mark.slow
+def test_gradient_reaches_every_parameter():
+    """Groups of the norms hold two channels: alone, a channel's bias before its norm is lost."""
+    network = UNet(width=16, patch=2, attention=(1,))
+    images, times = normal(0, 2, 7, 5, 2), jnp.array([0.2, 0.7])
+    parameters = drawn_parameters(network, images, times)
+
+    def objective(parameters):
+        return jnp.sum((network.apply(parameters, images, times) - images) ** 2)
+
+    gradient = jax.jit(jax.grad(objective))(parameters)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.isfinite(leaf).all()
+        assert np.abs(leaf).max() > 1e-5, jax.tree_util.keystr(path)
+
+
+def test_images_do_not_meet_times_count_and_convolutions_agree():
+    images, times = normal(0, 3, 8, 8, 1), jnp.array([0.2, 0.7, 0.7])
+    networks = [UNet(**SMALL, convolution=method) for method in ("patches", "xla")]
+    parameters = drawn_parameters(networks[0], images, times)
+    apply, apply_xla = (jax.jit(network.apply) for network in networks)
+    out = apply(parameters, images, times)
+    scale = np.abs(out).max()
+    np.testing.assert_allclose(apply_xla(parameters, images, times), out, atol=1e-5 * scale)
+    other = apply(parameters, images.at[0].add(1.0), times.at[0].set(0.9))
+    np.testing.assert_allclose(other[1:], out[1:], atol=1e-5 * scale)
+    same = apply(parameters, images[:1].repeat(3, axis=0), times)
+    np.testing.assert_allclose(same[1], same[2], atol=1e-5 * scale)
+    assert np.abs(same[0] - same[1]).max() > 1e-2 * scale
+
+
+def test_bad_settings_raise():
+    for settings, message in (
+        ({"multipliers": ()}, "multipliers must be"),
+        ({"width": 7}, "width must be even"),
+        ({"blocks": 0}, "blocks and patch"),
+        ({"patch": 0}, "blocks and patch"),
+        ({"attention": (2,)}, r"attention \(2,\) names levels other than 0 to 1"),
+    ):
+        network = UNet(**SMALL | settings)
+        with pytest.raises(ValueError, match=message):
+            network.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1))

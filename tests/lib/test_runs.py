@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lib import runs
-from lib.runs import files
+from lib.runs import files, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +65,17 @@ def test_hash_is_the_same_in_another_process_and_version():
     assert runs.config_hash({"b": "x", "a": 1, "seed": 5}) == "ecf9e98ec0"
 
 
-def test_hash_rejects_what_has_no_canonical_form():
-    with pytest.raises(TypeError, match="function"):
-        runs.config_hash({"kernel": lambda x: x})
-    with pytest.raises(TypeError, match="dataclass or a mapping"):
-        runs.config_hash([1, 2])
-    with pytest.raises(TypeError, match="no JSON"):
-        runs.config_hash({"a": {1: 2}})
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kernel": lambda x: x}, "function"),
+        ([1, 2], "dataclass or a mapping"),
+        ({"a": {1: 2}}, "no JSON"),
+    ],
+)
+def test_hash_rejects_what_has_no_canonical_form(config, message):
+    with pytest.raises(TypeError, match=message):
+        runs.config_hash(config)
 
 
 def test_open_run_writes_the_configuration_and_the_environment(tmp_path, x64):
@@ -79,14 +83,12 @@ def test_open_run_writes_the_configuration_and_the_environment(tmp_path, x64):
     digest = runs.config_hash(Config())
     assert run.folder == tmp_path / "xp" / f"flow-{digest}" / "seed4"
     config = json.loads((run.folder / "config.json").read_text())
-    assert config["seed"] == 4
-    assert config["bandwidths"] == [1.0, "Infinity"]
+    assert (config["seed"], config["bandwidths"]) == (4, [1.0, "Infinity"])
     assert runs.config_hash(config) == digest
     environment = json.loads((run.folder / "env.json").read_text())
-    versions, device = environment["versions"], environment["device"]
+    versions, device, here = environment["versions"], environment["device"], jax.devices()[0]
     assert (versions["jax"], versions["numpy"]) == (jax.__version__, np.__version__)
-    assert device["platform"] == jax.devices()[0].platform
-    assert device["kind"] == jax.devices()[0].device_kind
+    assert (device["platform"], device["kind"]) == (here.platform, here.device_kind)
     assert environment["cpu"]["cores"] >= 1
     assert environment["cpu"]["model"]
     assert environment["x64"] is True
@@ -121,11 +123,13 @@ def test_every_committed_summary_says_where_it_comes_from():
 
 
 def test_reopening_keeps_what_is_there(run, tmp_path):
-    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.folder.iterdir()}
+    def content():
+        return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.folder.iterdir()}
+
+    before = content()
     assert set(before) == {".lock", "config.json", "env.json"}
     assert runs.open_run(tmp_path, "xp", "flow", Config(), seed=0) == run
-    after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.folder.iterdir()}
-    assert after == before
+    assert content() == before
 
 
 @pytest.mark.parametrize("edit", [lambda t: t.replace("100", "99"), lambda t: t[:-9]])
@@ -147,9 +151,6 @@ def test_finished_only_with_the_final_result(run):
     np.testing.assert_array_equal(run.load_arrays()["x"], np.arange(3), strict=True)
 
 
-SAVED = ("checkpoint.npz", "checkpoint.previous.npz")
-
-
 @pytest.mark.parametrize("operations", range(5))
 def test_finish_discards_what_was_saved_wherever_it_is_killed(
     run, tmp_path, monkeypatch, operations
@@ -169,14 +170,14 @@ def test_finish_discards_what_was_saved_wherever_it_is_killed(
 
         return call
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         for name in ("replace", "unlink"):
             patch.setattr(os, name, counted(getattr(os, name)))
-        with contextlib.suppress(KeyboardInterrupt):
-            run.finish(x=np.arange(3))
+        run.finish(x=np.arange(3))
     reopened = runs.open_run(tmp_path, "xp", "flow", Config(), seed=0)
     remaining = {path.name for path in run.folder.glob("*.npz")}
-    assert remaining == ({"arrays.npz"} if reopened.finished else set(SAVED))
+    saved = {"checkpoint.npz", "checkpoint.previous.npz"}
+    assert remaining == ({"arrays.npz"} if reopened.finished else saved)
     assert reopened.finished == (operations > 0)
     assert not list(run.folder.glob("*.tmp"))
 
@@ -189,12 +190,12 @@ def rows(start, stop):
 
 
 def test_a_resumed_file_is_that_of_an_uninterrupted_run(tmp_path):
-    whole = runs.open_run(tmp_path, "xp", "whole", Config(), seed=0)
+    whole, resumed = (
+        runs.open_run(tmp_path, "xp", name, Config(), seed=0) for name in ("whole", "resumed")
+    )
     whole.truncate_metrics(0)
     whole.append_metrics(rows(0, 10))
-    resumed = runs.open_run(tmp_path, "xp", "resumed", Config(), seed=0)
-    resumed.append_metrics(rows(0, 6))
-    resumed.append_metrics([{"step": 4, "loss": 0.0}])
+    resumed.append_metrics([*rows(0, 6), {"step": 4, "loss": 0.0}])
     with open(resumed.metrics, "ab") as file:
         file.write(b'{"step": 3, "lo')
     resumed.truncate_metrics(4)
@@ -249,22 +250,65 @@ def test_bad_rows_are_refused_and_broken_lines_named(run):
             run.read_metrics()
 
 
-# Environment
-
-
 def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
+    def commit():
+        environment = runs.environment()
+        return environment["commit"], environment["dirty"]
+
     monkeypatch.setattr("lib.runs._folders.__file__", str(tmp_path / "runs.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    environment = runs.environment()
-    assert (environment["commit"], environment["dirty"]) == (None, None)
+    assert commit() == (None, None)
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "start")
-    environment = runs.environment()
-    assert (environment["commit"], environment["dirty"]) == (git("rev-parse", "HEAD"), False)
+    assert commit() == (git("rev-parse", "HEAD"), False)
     (tmp_path / "new.py").write_text("")
-    assert runs.environment()["dirty"] is True
+    assert commit() == (git("rev-parse", "HEAD"), True)
+
+
+# Checks of settings, and choices among names
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    size: int = 1
+    rate: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Numbers):
+    seed: int = 0
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad", "said"),
+    [
+        (settings.check_sizes, (1, 7), (0, -1, float("nan")), "at least 1"),
+        (settings.check_positive, (1e-9, 3.0), (0.0, -1.0, float("inf"), float("nan")), "positive"),
+        (settings.check_not_negative, (0.0, 3.0), (-1.0, float("inf"), float("nan")), "at least 0"),
+    ],
+)
+def test_checks_name_the_field_and_its_value(check, good, bad, said):
+    for value in good:
+        check(Numbers(rate=value), "rate", "size")
+    for value in bad:
+        with pytest.raises(ValueError, match=f"rate must be {said}.*got {value}"):
+            check(Numbers(rate=value), "size", "rate")
+
+
+def test_a_commands_arguments_hold_its_settings():
+    found = settings.settings_of(Numbers, Arguments(size=3, rate=0.25, seed=9))
+    assert type(found) is Numbers
+    assert found == Numbers(3, 0.25)
+
+
+def test_names_that_are_chosen():
+    there = {"b": 1, "a": 2}
+    assert settings.chosen((), there, kind="group") == ("b", "a")
+    assert settings.chosen(("a",), there, kind="group") == ("a",)
+    with pytest.raises(ValueError, match="no group x, y; there are b, a"):
+        settings.chosen(("y", "a", "x"), there, kind="group")

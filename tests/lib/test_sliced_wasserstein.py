@@ -1,44 +1,32 @@
 """Sliced-Wasserstein distances against POT, scipy and plain loops in float64."""
 
-from fractions import Fraction
-
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import ot
 import pytest
 
+from lib.sliced_wasserstein import _sorting as sorting
 from lib.sliced_wasserstein import (
     exact_coupling,
     orthogonal_directions,
     pairwise_cost,
     percentile_coupling,
     random_directions,
-    self_pairwise_cost,
     sliced_wasserstein,
     sliced_wasserstein_power,
+    sort_columns,
+    sort_with_permutation,
 )
 
 
 def on_device(function):
-    """`function` of JAX arrays, for numpy ones. Compiled as a whole without weights; with weights
-    operation by operation, which compiles less here."""
+    """`function` of JAX arrays, for numpy ones."""
     compiled = jax.jit(function, static_argnames=("p", "block_size"))
-
-    def call(*arrays, x_weights=None, y_weights=None, **options):
-        arrays = map(jnp.asarray, arrays)
-        if x_weights is None and y_weights is None:
-            return compiled(*arrays, **options)
-        weights = {"x_weights": x_weights, "y_weights": y_weights}
-        weights = {k: v if v is None else jnp.asarray(v) for k, v in weights.items()}
-        return function(*arrays, **weights, **options)
-
-    return call
+    return lambda *arrays, **options: compiled(*map(jnp.asarray, arrays), **options)
 
 
 power = on_device(sliced_wasserstein_power)
-distance = on_device(sliced_wasserstein)
 power_and_grad = on_device(jax.value_and_grad(sliced_wasserstein_power, argnums=(0, 1)))
 distance_and_grad = on_device(jax.value_and_grad(sliced_wasserstein, argnums=(0, 1)))
 
@@ -62,13 +50,9 @@ def mass(n, seed=0):
     return np.random.default_rng(seed).uniform(0.2, 1.0, n)
 
 
-def normalised(weights):
-    return None if weights is None else weights / weights.sum()
-
-
 def by_pot(x, y, directions, p, a=None, b=None):
     """Mean of POT's W_p^p over the directions."""
-    a, b = normalised(a), normalised(b)
+    a, b = (None if weights is None else weights / weights.sum() for weights in (a, b))
     return np.mean([ot.wasserstein_1d(x @ t, y @ t, a, b, p=p) for t in directions])
 
 
@@ -79,9 +63,6 @@ def finite_differences(function, x, step=1e-6):
         moved[index] = step
         gradient[index] = (function(x + moved) - function(x - moved)) / (2 * step)
     return gradient
-
-
-# Directions
 
 
 def test_orthogonal_directions_are_orthonormal_in_blocks():
@@ -96,84 +77,34 @@ def test_directions_are_uniform_on_the_sphere(draw):
     """At each place of a block: mean 0, covariance I/d, fourth moments of the sphere (5 sigma)."""
     blocks, d = 4000, 3
     directions = np.asarray(draw(jax.random.key(2), blocks * d, d)).reshape(blocks, d, d)
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=2), 1, rtol=1e-6)
     sigma = 1 / np.sqrt(blocks)
     assert np.abs(directions.mean(axis=0)).max() < 5 * sigma / np.sqrt(d)
     covariance = np.einsum("kla,klb->lab", directions, directions) / blocks
     assert np.abs(covariance - np.eye(d) / d).max() < 5 * sigma * np.sqrt(4 / 45)
     fourth = (directions**4).mean(axis=0)
     assert np.abs(fourth - 3 / (d * (d + 2))).max() < 5 * sigma * np.sqrt(1 / 9 - 1 / 25)
-
-
-# Couplings on the line
+    with jax.enable_x64(True):
+        for dtype in (np.float32, np.float64):
+            line = draw(jax.random.key(0), 5, 1, dtype=dtype)
+            np.testing.assert_array_equal(np.abs(line), np.ones((5, 1), dtype), strict=True)
 
 
 @pytest.mark.parametrize("n", [1, 4, 6, 12])
 @pytest.mark.parametrize("m", [1, 5, 6, 9])
 def test_exact_coupling_is_the_monotone_one(n, m):
+    """As POT's: entry by entry, and no entry that is 0."""
     coupling = exact_coupling(n, m)
-    rows = [np.arange(float(k))[:, None] for k in (n, m)]
-    i = np.asarray(coupling.source(jnp.asarray(rows[0])))[:, 0].astype(int)
-    j = np.asarray(coupling.target(jnp.asarray(rows[1])))[:, 0].astype(int)
-    masses = np.asarray(coupling.mass, np.float64)
-    assert len(i) == len(j) == len(masses) == n + m - np.gcd(n, m)
-    # The north-west corner rule, in fractions.
-    a, b, expected = [Fraction(1, n)] * n, [Fraction(1, m)] * m, []
-    s = t = 0
-    while s < n and t < m:
-        step = min(a[s], b[t])
-        expected.append((s, t, step))
-        a[s], b[t] = a[s] - step, b[t] - step
-        s, t = s + (a[s] == 0), t + (b[t] == 0)
-    np.testing.assert_array_equal(i, [e[0] for e in expected])
-    np.testing.assert_array_equal(j, [e[1] for e in expected])
-    np.testing.assert_allclose(masses, [float(e[2]) for e in expected], rtol=1e-6)
-
-
-def by_percentiles(projection, levels, num_percentiles=100):
-    """Quantiles read off equally spaced percentiles, [K]."""
-    grid = np.linspace(0, 1, num_percentiles)
-    return np.interp(levels, grid, np.percentile(projection, 100 * grid))
-
-
-# Sums over pairs of measures
-
-
-@x64
-@pytest.mark.parametrize("p", [1, 2])
-def test_pairwise_costs_and_their_gradients(p):
-    rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((3, 5, 4)), rng.standard_normal((2, 5, 4))
-    weights, slope = mass(5), rng.standard_normal((3, 2))
-    square = rng.standard_normal((3, 3))
-
-    def naive(x, y, w):
-        return jnp.einsum("abkl,k->ab", jnp.abs(x[:, None] - y[None]) ** p, w)
-
-    def value_and_grads(between, within):
-        """A slope that is not symmetric: the halves of the pairs (a, b) and (b, a) differ."""
-
-        def both(x, y, w):
-            return between(x, y, w), within(x, w)
-
-        def scalar(x, y, w):
-            a, b = both(x, y, w)
-            return jnp.sum(slope * a) + jnp.sum((square * b)[~np.eye(3, dtype=bool)])
-
-        return jax.jit(lambda *args: (both(*args), jax.grad(scalar, (0, 1, 2))(*args)))(
-            x, y, weights
-        )
-
-    costs, gradients = value_and_grads(
-        lambda x, y, w: pairwise_cost(x, y, w, p), lambda x, w: self_pairwise_cost(x, w, p)
+    i, j = (
+        np.asarray(side(jnp.arange(float(size))[:, None]))[:, 0].astype(int)
+        for side, size in ((coupling.source, n), (coupling.target, m))
     )
-    naive_costs, naive_gradients = value_and_grads(naive, lambda x, w: naive(x, x, w))
-    for a, b in zip(costs, naive_costs):
-        np.testing.assert_allclose(a, b, rtol=1e-12)
-    assert np.all(np.diag(costs[1]) == 0)
-    for a, b in zip(gradients[:2], naive_gradients[:2]):
-        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
-    # The mass is a constant, as documented.
-    assert np.all(np.asarray(gradients[2]) == 0)
+    assert len(i) == len(j) == len(coupling.mass) == n + m - np.gcd(n, m)
+    plan = np.zeros((n, m))
+    plan[i, j] = coupling.mass
+    assert np.all(np.diff(i) + np.diff(j) > 0)
+    expected = ot.emd_1d(np.arange(float(n)), np.arange(float(m)))
+    np.testing.assert_allclose(plan, expected, rtol=1e-6, atol=1e-15)
 
 
 def test_small_costs_keep_their_digits():
@@ -181,8 +112,12 @@ def test_small_costs_keep_their_digits():
     x = 1000 + np.float32(np.random.default_rng(0).standard_normal((1, 16, 4)))
     y = (x + np.float32(1e-3)).astype(np.float32)
     expected = np.mean((x.astype(np.float64) - y) ** 2) * 4
-    cost = pairwise_cost(jnp.asarray(x), jnp.asarray(y), jnp.full(16, 1 / 16), 2)
-    np.testing.assert_allclose(cost[0, 0], expected, rtol=1e-5)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    cost, slope = jax.value_and_grad(lambda mass: pairwise_cost(x, y, mass, 2)[0, 0])(
+        jnp.full(16, 1 / 16)
+    )
+    np.testing.assert_allclose(cost, expected, rtol=1e-5)
+    assert np.all(np.asarray(slope) == 0)  # the mass is a constant, as documented
 
 
 # Distances
@@ -196,28 +131,6 @@ def test_exact_for_any_two_sizes(n, m):
         ours = power(x, y, directions, p=p)
         assert ours.dtype == jnp.float64
         np.testing.assert_allclose(ours, by_pot(x, y, directions, p), rtol=1e-12)
-
-
-@x64
-def test_distance_is_the_root_of_the_power():
-    x, y, directions = clouds(5, 6)
-    a, b = mass(5), mass(6, 1)
-    for p in (1, 2):
-        expected = ot.sliced_wasserstein_distance(x, y, projections=directions.T, p=p)
-        np.testing.assert_allclose(distance(x, y, directions, p=p), expected, rtol=1e-12)
-    expected = np.sqrt(by_pot(x, y, directions, 2, a, b))
-    ours = distance(x, y, directions, x_weights=a, y_weights=b)
-    np.testing.assert_allclose(ours, expected, rtol=1e-12)
-
-
-@x64
-@pytest.mark.parametrize(("n", "m"), [(5, 6), pytest.param(1, 6, marks=pytest.mark.slow)])
-def test_exact_with_weights(n, m):
-    x, y, directions = clouds(n, m)
-    for a, b in ((mass(n), mass(m, 1)), (mass(n), None), (None, 7 * mass(m, 1))):
-        for p in (1, 2):
-            ours = power(x, y, directions, p=p, x_weights=a, y_weights=b)
-            np.testing.assert_allclose(ours, by_pot(x, y, directions, p, a, b), rtol=1e-12)
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -244,11 +157,7 @@ def test_identical_clouds(p):
         for options in ({}, {"x_weights": a, "y_weights": a}):
             value, gradients = function(x, x, directions, p=p, **options)
             assert value == 0
-            for gradient in gradients:
-                assert np.all(np.asarray(gradient) == 0)
-
-
-# 3 does not divide the 8 directions, 4 does; 100 takes them at once.
+            assert all(np.all(np.asarray(gradient) == 0) for gradient in gradients)
 
 
 @x64
@@ -275,50 +184,28 @@ def test_gradient_of_the_root():
 
 
 @x64
-@pytest.mark.parametrize("weighted", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_block_size_changes_only_rounding(weighted):
-    """3 does not divide the 8 directions."""
-    x, y, directions = clouds(5, 6)
-    options = {"x_weights": mass(5), "y_weights": mass(6, 1)} if weighted else {}
-    value, gradients = power_and_grad(x, y, directions, p=2, **options)
-    blocked, in_blocks = power_and_grad(x, y, directions, p=2, block_size=3, **options)
-    np.testing.assert_allclose(blocked, value, rtol=1e-13)
-    for a, b in zip(in_blocks, gradients):
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
-
-
-@x64
 @pytest.mark.parametrize("p", [1, 2])
 def test_percentile_form_against_numpy(p):
     x, y, directions = clouds(5, 6)
-    levels = np.random.default_rng(7).uniform(size=(8, 20))
+    levels, grid = np.random.default_rng(7).uniform(size=(8, 20)), np.linspace(0, 1, 100)
+
+    def quantiles(points, t, row):
+        return np.interp(row, grid, np.percentile(points @ t, 100 * grid))
 
     def by_numpy(x):
-        gaps = [
-            by_percentiles(x @ t, row) - by_percentiles(y @ t, row)
-            for t, row in zip(directions, levels)
-        ]
+        pairs = zip(directions, levels)
+        gaps = [quantiles(x, t, row) - quantiles(y, t, row) for t, row in pairs]
         return np.mean(np.abs(gaps) ** p)
 
     @jax.jit
     def value_and_grad(x, levels):
-        coupling = percentile_coupling(levels)
-        options = {"p": p, "coupling": coupling}
+        options = {"p": p, "coupling": percentile_coupling(levels)}
         others = jnp.asarray(y), jnp.asarray(directions)
         return jax.value_and_grad(sliced_wasserstein_power)(x, *others, **options)
 
     value, gradient = value_and_grad(x, levels)
     np.testing.assert_allclose(value, by_numpy(x), rtol=1e-12)
     np.testing.assert_allclose(gradient, finite_differences(by_numpy, x), rtol=1e-6, atol=1e-9)
-
-
-# What raises
-
-
-@pytest.fixture
-def unannotated(monkeypatch):
-    """Without the shape checks of these tests, as a user meets the functions."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.mark.parametrize("function", [sliced_wasserstein, sliced_wasserstein_power])
@@ -339,3 +226,118 @@ def test_errors(function):
         function(x, y, directions, coupling=coupling, block_size=4)
     with pytest.raises(ValueError, match="block_size must be at least 1"):
         function(x, y, directions, block_size=0)
+
+
+# Sorting, against NumPy
+
+
+LENGTHS = (1, 2, 3, 7, 8, 17, 100, 4097)
+
+
+def hard_columns(n, dtype=np.float32):
+    """[2, n, 4]: random, ties, ascending, descending, -0.0 with 0.0, infinite, constant, spread."""
+    rng = np.random.default_rng(n)
+    columns = [
+        rng.standard_normal(n),
+        rng.integers(0, 3, n),
+        np.arange(n),
+        -np.arange(n),
+        rng.choice([-0.0, 0.0], n),
+        rng.choice([-np.inf, np.inf, 1.0, np.finfo(dtype).max], n),
+        np.full(n, 2.5),
+        rng.standard_normal(n) * 10.0 ** rng.integers(-30, 30, n),
+    ]
+    columns = np.stack(columns, axis=1).astype(dtype)
+    return np.stack([columns[:, :4], columns[:, 4:]])
+
+
+def check_sorted(x, values, permutation):
+    values, permutation = np.asarray(values), np.asarray(permutation)
+    assert (values.dtype, permutation.dtype) == (x.dtype, np.int32)
+    np.testing.assert_array_equal(values, np.sort(x, axis=-2))
+    rows = np.broadcast_to(np.arange(x.shape[-2])[:, None], x.shape)
+    np.testing.assert_array_equal(np.sort(permutation, axis=-2), rows)
+    np.testing.assert_array_equal(np.take_along_axis(x, permutation, axis=-2), values)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_network_sorts_every_kind_of_column(n, dtype):
+    x = hard_columns(n, dtype)
+    if dtype == np.float64:  # below float32's resolution
+        x[0, :, 0] = 1 + 1e-15 * np.random.default_rng(0).permutation(n)
+    check_sorted(x, *sort_with_permutation(x))
+    np.testing.assert_array_equal(sort_columns(x), np.sort(x, axis=-2), strict=True)
+
+
+def test_long_columns_take_the_platform_sort(monkeypatch):
+    monkeypatch.setattr(sorting, "_by_network", None)
+    monkeypatch.setattr(sorting, "LONGEST_NETWORK", 34)
+    x = hard_columns(35)  # compiled nowhere else
+    check_sorted(x, *sort_with_permutation(x))
+    np.testing.assert_array_equal(sort_columns(x), np.sort(x, axis=-2))
+
+
+@pytest.mark.parametrize("most", [1, 60, 100, 10**6])
+def test_wide_matrices_are_cut_into_columns(monkeypatch, most):
+    monkeypatch.setattr(sorting, "MOST_VALUES_A_PASS", most)
+    x = np.concatenate([hard_columns(33), hard_columns(33)[::-1, :, :3]], axis=2)
+    check_sorted(x, *sorting._by_network(jnp.asarray(x), True))
+    np.testing.assert_array_equal(sorting._by_network(jnp.asarray(x), False)[0], np.sort(x, axis=1))
+
+
+def test_nan_stays_in_its_column():
+    x = hard_columns(16)
+    x[0, 3, 1] = np.nan
+    x[1, 5, 2] = -np.nan
+    packed, permutation = map(np.asarray, sort_with_permutation(x))
+    spoilt = np.isnan(x).any(axis=1)
+    for values in (np.asarray(sort_columns(x)), packed):
+        np.testing.assert_array_equal(np.isnan(values).any(axis=1), spoilt)
+        for b, column in np.argwhere(~spoilt):
+            expected = np.sort(x[b, :, column])
+            np.testing.assert_array_equal(values[b, :, column], expected)
+    np.testing.assert_array_equal(np.take_along_axis(x, permutation, axis=1), packed)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
+def test_nothing_to_sort_gives_nothing(shape):
+    x = np.zeros(shape, np.float32)
+    check_sorted(x, *sort_with_permutation(x))
+    assert sort_columns(x).shape == shape
+
+
+def test_vmap_over_any_axis():
+    x = np.random.default_rng(1).standard_normal((5, 3, 4)).astype(np.float32)
+    values, permutation = jax.vmap(sort_with_permutation, in_axes=1, out_axes=1)(x)
+    check_sorted(x.swapaxes(0, 1), values.swapaxes(0, 1), permutation.swapaxes(0, 1))
+    tangent = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+    out = jax.vmap(lambda a, t: jax.jvp(sort_columns, (a,), (t,)), in_axes=1, out_axes=1)(
+        x, tangent
+    )
+    order = np.argsort(x, axis=0)
+    np.testing.assert_array_equal(out[0], np.take_along_axis(x, order, axis=0))
+    np.testing.assert_array_equal(out[1], np.take_along_axis(tangent, order, axis=0))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4), (2, 1, 5, 4)])
+def test_derivatives_carry_tangents_with_the_values(shape):
+    rng = np.random.default_rng(3)
+    x, tangent, cotangent = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
+    order, back = np.argsort(x, axis=-2), np.zeros_like(x)
+    np.put_along_axis(back, order, cotangent, axis=-2)
+    for function in (sort_columns, lambda x: sort_with_permutation(x)[0]):
+        values, moved = jax.jvp(function, (jnp.asarray(x),), (jnp.asarray(tangent),))
+        np.testing.assert_array_equal(values, np.sort(x, axis=-2))
+        np.testing.assert_array_equal(moved, np.take_along_axis(tangent, order, axis=-2))
+        values, pull_back = jax.vjp(function, jnp.asarray(x))
+        np.testing.assert_array_equal(values, np.sort(x, axis=-2))
+        np.testing.assert_array_equal(pull_back(cotangent)[0], back)
+
+
+def test_derivative_at_ties_is_that_of_a_permutation():
+    x = np.zeros((2, 5, 4), np.float32)
+    cotangent = np.random.default_rng(5).standard_normal(x.shape).astype(np.float32)
+    back = np.asarray(jax.vjp(sort_columns, x)[1](cotangent)[0])
+    np.testing.assert_array_equal(np.sort(back, axis=1), np.sort(cotangent, axis=1))
