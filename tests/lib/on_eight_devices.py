@@ -1,4 +1,4 @@
-"""What `tests/test_meshes.py` runs in a process of its own that has eight devices: prints, as JSON,
+"""What `test_devices.py` runs in a process of its own that has eight devices: prints, as JSON,
 how far results are from those of one device, and what memory a device needs."""
 
 import json
@@ -13,8 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lib import devices, flow_matching, gd, mmd, networks, runs
+from lib import devices, flow_matching, gd, gmm, mmd, networks, runs
+from lib.gmm.em import fit
 from lib.networks import classification, optimizers
+from lib.rff import gaussian_frequencies, uniform_phases
+from lib.rows import Rows
+from lib.rows.fourier_means import stream_mean_embeddings
 from xp_dataset_distillation import condense, config, objectives
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
@@ -40,8 +44,21 @@ def difference(one, other) -> float:
     return max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(a).max() for a, _ in pairs)
 
 
-def temporaries(function, *arguments) -> int:
-    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+def on_both(function):
+    """What `function` of a mesh returns without one and on eight devices."""
+    return function(None), function(MESH)
+
+
+def temporaries(make, *arguments) -> float:
+    """The temporary memory of `make(mesh=mesh)` on a device of eight, relative to one alone."""
+
+    def size(mesh):
+        placed = devices.device_put(arguments, mesh)
+        lowered = jax.jit(make(mesh=mesh)).lower(*placed)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    one, eight = on_both(size)
+    return eight / one
 
 
 def normal(seed, *shape):
@@ -61,11 +78,22 @@ def rows():
 
     for count in cases(5, 1, 16):
         x, keys = normal(count, count, 3), jax.random.split(jax.random.key(7), count)
-        one, eight = (
-            jax.jit(jax.value_and_grad(partial(total, mesh), (0, 1), has_aux=True))(2.0, x, keys)
-            for mesh in (None, MESH)
-        )
-        FOUND[f"rows, {count}"] = difference(one, eight)
+
+        def slope(mesh, x=x, keys=keys):
+            value_and_grad = jax.value_and_grad(partial(total, mesh), (0, 1), has_aux=True)
+            return jax.jit(value_and_grad)(2.0, x, keys)
+
+        FOUND[f"rows, {count}"] = difference(*on_both(slope))
+
+
+def flow(start, target, num_epochs, mesh, num_directions=20, run=None, **options):
+    function = mmd.target_value_and_grad(
+        mmd.sliced_riesz(), num_directions=num_directions, mesh=mesh
+    )
+    options |= {"lr": 0.1, "m": 0.9, "run": run, "show_progress": False, "mesh": mesh}
+    return gd.wasserstein_gradient_descent(
+        start, target, function, jax.random.key(4), num_epochs, **options
+    )
 
 
 def rectangles():
@@ -77,94 +105,57 @@ def sliced():
     """The WoW gradient, with fewer directions than devices too, and flows in `lib.gd` of particles
     that are divided along points, along classes, and not at all."""
     x, y = normal(0, 5, 16, 9), 1 + normal(1, 4, 11, 9)
-    for num_directions, block_size in cases((101, None), (5, None), (64, 3)):
-        function = partial(
-            mmd.target_value_and_grad,
-            mmd.sliced_laplace(0.5),
-            num_directions=num_directions,
-            block_size=block_size,
-        )
-        one, eight = (
-            jax.jit(function(mesh=mesh))(x, y, jax.random.key(2)) for mesh in (None, MESH)
-        )
-        FOUND[f"WoW gradient, {num_directions} directions"] = difference(one, eight)
+    for count, block_size in cases((101, None), (5, None), (64, 3)):
+        options = {"num_directions": count, "block_size": block_size}
+
+        def gradient(mesh, options=options):
+            function = mmd.target_value_and_grad(mmd.sliced_laplace(0.5), mesh=mesh, **options)
+            return jax.jit(function)(x, y, jax.random.key(2))
+
+        FOUND[f"WoW gradient, {count} directions"] = difference(*on_both(gradient))
     for shape in cases((5, 16, 9), (8, 11, 9), (3, 5, 9)):
-        start, one = normal(3, *shape), None
-        for mesh in (None, MESH):
-            found = gd.wasserstein_gradient_descent(
-                start,
-                y,
-                mmd.target_value_and_grad(mmd.sliced_riesz(), num_directions=40, mesh=mesh),
-                jax.random.key(4),
-                n_epochs=12,
-                lr=0.5,
-                m=0.9,
-                record_every=5,
-                show_progress=False,
-                mesh=mesh,
-            )
-            FOUND[f"flow of {shape}"] = 0.0 if one is None else difference(one, found)
-            one = found
+        run = partial(flow, normal(3, *shape), y, 12, num_directions=40, record_every=5)
+        FOUND[f"flow of {shape}"] = difference(*on_both(lambda mesh, run=run: run(mesh=mesh)))
 
 
 def labelled():
-    """The baselines between labelled sets: classes of OTDD by pairs, its points and those of the
-    product kernel by rows."""
+    """OTDD, its classes by pairs and points by rows, and the product kernel by rows."""
     x, y = normal(12, 3, 16, 9), 1 + normal(13, 4, 5, 9)
     for method in cases("mmd_product", "otdd"):
-        one, eight = (
-            jax.jit(partial(LABELLED[method], mesh=mesh))(x, y, jax.random.key(2))
-            for mesh in (None, MESH)
-        )
-        FOUND[f"labelled, {method}"] = difference(one, eight)
+
+        def gradient(mesh, method=method):
+            return jax.jit(partial(LABELLED[method], mesh=mesh))(x, y, jax.random.key(2))
+
+        FOUND[f"labelled, {method}"] = difference(*on_both(gradient))
 
 
 def resumed():
     """A flow saved on eight devices ends on one as if it had never left it, to rounding."""
-
-    def flow(run, mesh, n_epochs):
-        return gd.wasserstein_gradient_descent(
-            normal(5, 2, 8, 3),
-            normal(6, 2, 8, 3),
-            partial(mmd.target_value_and_grad_riesz, n_projs=20),
-            jax.random.key(4),
-            n_epochs=n_epochs,
-            lr=0.1,
-            m=0.9,
-            run=run,
-            show_progress=False,
-            mesh=mesh,
-        )
-
+    ends = normal(5, 2, 8, 3), normal(6, 2, 8, 3)
     with tempfile.TemporaryDirectory() as folder:
         run = runs.open_run(folder, "test", "flow", {}, seed=0)
-        flow(run, MESH, 6)
-        FOUND["resumed on one device"] = difference(flow(None, None, 12), flow(run, None, 12))
+        flow(*ends, 6, MESH, run=run)
+        whole = flow(*ends, 12, None)
+        FOUND["resumed on one device"] = difference(whole, flow(*ends, 12, None, run=run))
 
 
 def drmmd():
     target = normal(8, 30, 2)
-    for flow in cases("drmmd", "kale", "mmd", "svgd"):
+    for name in cases("drmmd", "kale", "mmd", "svgd"):
         settings = FlowConfig(
-            flow=flow, source_particle_num=40, bandwidth=0.5, adaptive="paper", step_num=20
+            flow=name, source_particle_num=40, bandwidth=0.5, adaptive="paper", step_num=20
         )
-        log_density = (lambda z: -jnp.sum(z**2) / 2) if flow == "svgd" else None
+        log_density = (lambda z: -jnp.sum(z**2) / 2) if name == "svgd" else None
         prepared = flows.prepare(settings, target)
+        objective = flows.objective(settings, log_density)
+        options = {"n_epochs": 20, "optimizer": flows.optimizer(settings), "show_progress": False}
+        options |= {"carry": flows.first_memory(prepared)}
+        arguments = 0.1 * normal(9, 1, 40, 2), prepared, objective, jax.random.key(1)
         one, eight = (
-            gd.wasserstein_gradient_descent(
-                0.1 * normal(9, 1, 40, 2),
-                prepared,
-                flows.objective(settings, log_density),
-                jax.random.key(1),
-                n_epochs=20,
-                optimizer=flows.optimizer(settings),
-                carry=flows.first_memory(prepared),
-                show_progress=False,
-                mesh=mesh,
-            )
+            gd.wasserstein_gradient_descent(*arguments, **options, mesh=mesh).particles
             for mesh in (None, MESH)
         )
-        FOUND[f"xp_drmmd, {flow}"] = difference(one.particles, eight.particles)
+        FOUND[f"xp_drmmd, {name}"] = difference(one, eight)
 
 
 def condensation():
@@ -180,39 +171,29 @@ def condensation():
         keys = jax.random.split(jax.random.key(0), 3)
         x = condense.start(keys[0], settings, posed.real)
         x = jnp.asarray(x).reshape(*x.shape[:2], -1)
-        target = objectives.Target(posed.real, jax.random.key_data(keys[1]))
-        found = []
-        for mesh in (None, MESH):
+        arguments = x, objectives.Target(posed.real, jax.random.key_data(keys[1])), keys[2]
+
+        def compiled(mesh, settings=settings, posed=posed, arguments=arguments):
             function = objectives.objective(settings, posed.setting, mesh)
-            arguments = devices.device_put((x, target, keys[2], np.int32(0)), mesh)
-            compiled = jax.jit(function).lower(*arguments).compile()
-            memory = compiled.memory_analysis().temp_size_in_bytes
-            found.append((compiled(*arguments)[:2], memory))
-        FOUND[f"condensation, {name}"] = difference(found[0][0], found[1][0])
-        FOUND[f"memory: condensation, {name}"] = found[1][1] / found[0][1]
+            placed = devices.device_put((*arguments, np.int32(0)), mesh)
+            program = jax.jit(function).lower(*placed).compile()
+            return program(*placed)[:2], program.memory_analysis().temp_size_in_bytes
+
+        (one, whole), (eight, share) = on_both(compiled)
+        FOUND[f"condensation, {name}"] = difference(one, eight)
+        FOUND[f"memory: condensation, {name}"] = share / whole
 
 
 def classifiers():
     network = networks.ConvNet(3, width=4, depth=2)
     listed = ("at once", (), True), ("in turn", (), False), ("sets", (3,), True)
+    options = {"optimizer": optimizers.sgd(0.01, momentum=0.9), "num_epochs": 2, "batch_size": 8}
+    fit = partial(classification.fit_seeds, show_progress=False, **options)
     for name, sets, at_once in cases(*listed):
         images = normal(10, *sets, 20, 8, 8, 1)
         labels = jax.random.randint(jax.random.key(1), (*sets, 20), 0, 3)
-        one, eight = (
-            classification.fit_seeds(
-                jax.random.split(jax.random.key(3), 5),
-                network,
-                images,
-                labels,
-                optimizer=optimizers.sgd(0.01, momentum=0.9),
-                num_epochs=2,
-                batch_size=8,
-                at_once=at_once,
-                show_progress=False,
-                mesh=mesh,
-            )
-            for mesh in (None, MESH)
-        )
+        arguments = jax.random.split(jax.random.key(3), 5), network, images, labels
+        one, eight = (fit(*arguments, at_once=at_once, mesh=mesh) for mesh in (None, MESH))
         FOUND[f"classifiers, {name}"] = difference(one, eight)
 
 
@@ -225,62 +206,59 @@ class Network(nn.Module):
 
 def matching():
     images = jnp.clip(normal(11, 40, 4, 4, 1), -1, 1)
+    arguments = jax.random.key(1), Network(), Gaussian(jnp.ones(16)), images
+    options = {"optimizer": optax.sgd(0.1), "num_steps": 10, "batch_size": 30}
+    fit = partial(flow_matching.fit, *arguments, show_progress=False, **options)
     for coupling in cases("optimal", "independent"):
-        one, eight = (
-            flow_matching.fit(
-                jax.random.key(1),
-                Network(),
-                Gaussian(jnp.ones(16)),
-                images,
-                optimizer=optax.sgd(0.1),
-                num_steps=10,
-                batch_size=30,
-                coupling=coupling,
-                show_progress=False,
-                mesh=mesh,
-            )
-            for mesh in (None, MESH)
-        )
+        one, eight = (fit(coupling=coupling, mesh=mesh) for mesh in (None, MESH))
         FOUND[f"flow matching, {coupling}"] = difference(one, eight)
+
+
+def streams():
+    """EM and mean embeddings of rows that are read in chunks: on one device, on some, on all."""
+    x = np.random.default_rng(0).normal(size=(101, 4)) + np.arange(101)[:, None] % 3
+    start = gmm.Mixture(np.array([0.4, 0.6]), x[:2], gmm.from_matrices(np.stack([np.eye(4)] * 2)))
+    rows, key = np.random.default_rng(0).normal(size=(1413, 8)), jax.random.key(2)
+    options = {"num_blocks": 5, "block_key": key, "phases": uniform_phases(key, 20)}
+    arguments, found = (rows, gaussian_frequencies(key, 20, 8), [1.0, 3.0]), []
+    for count in (1, 3, 8):
+        some = jax.devices()[-count:]
+        data = Rows(x, dtype=np.float64, chunk_size=40, devices=some)
+        result = fit(data, start, tolerance=0.0, max_iterations=4, show_progress=False)
+        means = stream_mean_embeddings(*arguments, devices=some, chunk_size=700, **options)
+        found.append((result.log_likelihoods, means.block_sums, means.block_sizes))
+    for i, name in enumerate(("EM", "sums of features", "sizes of blocks")):
+        one, *others = (np.asarray(arrays[i]) for arrays in found)
+        scale = np.abs(one).max() if name == "EM" else 1
+        FOUND[f"streams, {name}"] = max(np.abs(other - one).max() for other in others) / scale
 
 
 def memory():
     """What lies on a device beside the arguments: sliced-Wasserstein temporaries go with the
     directions, DrMMD's Gram matrices with the particles, costs and plans of OTDD with its rows."""
-    x = normal(0, 10, 200, 16)
-    one, eight = (
-        temporaries(
-            mmd.target_value_and_grad(mmd.sliced_riesz(), num_directions=2048, mesh=mesh),
-            *devices.device_put((x, x + 1, jax.random.key(0)), mesh),
-        )
-        for mesh in (None, MESH)
-    )
-    FOUND["memory: WoW gradient"] = eight / one
+    x, make = normal(0, 10, 200, 16), partial(mmd.target_value_and_grad, mmd.sliced_riesz())
+    many = partial(make, num_directions=2048)
+    FOUND["memory: WoW gradient"] = temporaries(many, x, x + 1, jax.random.key(0))
     if ALL:
-        arguments = normal(3, 8, 64, 9), normal(4, 8, 50, 9)
-        one, eight = (
-            temporaries(
-                partial(otdd_value_and_grad, mesh=mesh), *devices.device_put(arguments, mesh)
-            )
-            for mesh in (None, MESH)
-        )
-        FOUND["memory: otdd"] = eight / one
+        otdd = partial(partial, otdd_value_and_grad)
+        FOUND["memory: otdd"] = temporaries(otdd, normal(3, 8, 64, 9), normal(4, 8, 50, 9))
     settings = FlowConfig(flow="drmmd", source_particle_num=1600, bandwidth=0.3)
-    prepared = flows.prepare(settings, normal(1, 400, 2))
-    start = normal(2, 1, 1600, 2)
-    one, eight = (
-        temporaries(
-            flows.objective(settings),
-            devices.device_put(start, mesh, devices.partition_spec(start.shape, (-2, -3), mesh)),
-            *devices.device_put((prepared, jax.random.key(0), flows.first_memory(prepared)), mesh),
-        )
-        for mesh in (None, MESH)
-    )
+    prepared, start = flows.prepare(settings, normal(1, 400, 2)), normal(2, 1, 1600, 2)
+    rest = prepared, jax.random.key(0), flows.first_memory(prepared)
+
+    def size(mesh):
+        spec = devices.partition_spec(start.shape, (-2, -3), mesh)
+        placed = devices.device_put(start, mesh, spec), *devices.device_put(rest, mesh)
+        program = jax.jit(flows.objective(settings)).lower(*placed).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    one, eight = on_both(size)
     FOUND["memory: DrMMD"] = eight / one
 
 
 if __name__ == "__main__":
-    for part in (condensation, classifiers, matching) if ALL else ():  # in float32
+    # In float32, but for what is streamed.
+    for part in (streams, *((condensation, classifiers, matching) if ALL else ())):
         part()
     with jax.enable_x64(True):
         for part in (rows, rectangles, sliced, labelled, resumed, drmmd, memory):

@@ -17,8 +17,6 @@ from lib.runs import commands, console, processes
 
 ROOT = Path(__file__).parents[2]
 
-# Interruption
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_asks_for_a_stop(number):
@@ -102,9 +100,6 @@ def test_off_the_main_thread_nothing_happens():
     assert seen == [(False, True)]
 
 
-# Progress
-
-
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -149,9 +144,6 @@ def test_log_files_get_a_line_now_and_then(capsys):
     assert all(line.startswith("flow: ") for line in lines)
     assert "100/100" in lines[-1]
     assert "loss=0.5" in lines[-1]
-
-
-# Errors
 
 
 def test_one_line_errors_name_the_kind_and_leave_the_status(capsys):

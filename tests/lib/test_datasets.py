@@ -9,8 +9,6 @@ import pickle
 import stat
 import statistics
 import struct
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -25,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
+from subprocesses import run_python
 
 from lib.datasets import Dataset, synthetic, transforms
 from lib.datasets import _datasets as datasets
@@ -38,37 +37,34 @@ def toy(counts=(7, 5, 9), shape=(3, 2, 1), seed=0) -> Dataset:
     return Dataset("toy", images, labels, tuple("abcdefgh"[: len(counts)]))
 
 
-# ---- Named data sets
+# Named data sets
 
 
-def test_spellings():
-    for name, spellings in {
-        "mnist": "MNIST mnist",
-        "fashion_mnist": "FMNIST FashionMNIST Fashion-MNIST",
-        "kmnist": "KMNIST",
-        "usps": "USPS",
-        "svhn": "SVHN",
-        "cifar10": "CIFAR10 CIFAR-10",
-        "cifar100": "cifar_100",
-        "digits": "Digits",
-    }.items():
-        for spelling in spellings.split():
-            assert datasets._canonical(spelling) == name
+@pytest.mark.parametrize(
+    ("name", "spellings"),
+    [
+        ("mnist", "MNIST mnist"),
+        ("fashion_mnist", "FMNIST FashionMNIST Fashion-MNIST"),
+        ("kmnist", "KMNIST"),
+        ("usps", "USPS"),
+        ("svhn", "SVHN"),
+        ("cifar10", "CIFAR10 CIFAR-10"),
+        ("cifar100", "cifar_100"),
+        ("digits", "Digits"),
+    ],
+)
+def test_spellings(name, spellings):
+    assert {datasets._canonical(spelling) for spelling in spellings.split()} == {name}
 
 
 def test_digits_are_scikit_learns_split_by_every_fifth_of_a_class():
     bunch = load_digits()
-    seen = [0] * 10
-    expected = {"train": [], "test": []}
-    for i, label in enumerate(bunch.target):
-        expected["test" if seen[label] % 5 == 4 else "train"].append(i)
-        seen[label] += 1
-    for split, indices in expected.items():
+    rank = np.array([np.sum(bunch.target[:i] == label) for i, label in enumerate(bunch.target)])
+    for split, chosen in (("train", rank % 5 < 4), ("test", rank % 5 == 4)):
         dataset = datasets.load("Digits", split=split)
-        np.testing.assert_array_equal(dataset.labels, bunch.target[indices])
-        np.testing.assert_array_equal(
-            np.rint(dataset.images[..., 0] * (16 / 255)), bunch.images[indices]
-        )
+        np.testing.assert_array_equal(dataset.labels, bunch.target[chosen])
+        sixteenths = np.rint(dataset.images[..., 0] * (16 / 255))
+        np.testing.assert_array_equal(sixteenths, bunch.images[chosen])
         assert (dataset.images.min(), dataset.images.max()) == (0, 255)
         assert dataset.image_shape == (8, 8, 1)
         assert dataset.class_names == tuple("0123456789")
@@ -87,15 +83,12 @@ def read_idx(path: Path) -> np.ndarray:
     [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")],
 )
 def test_idx_files_byte_for_byte(data_root, name, folder, split):
-    prefix = {"train": "train", "test": "t10k"}[split]
     dataset = datasets.load(name, split=split, data_root=data_root)
-    raw = data_root / folder / "raw"
-    np.testing.assert_array_equal(
-        dataset.images[..., 0], read_idx(raw / f"{prefix}-images-idx3-ubyte")
-    )
+    raw, prefix = data_root / folder / "raw", {"train": "train", "test": "t10k"}[split]
+    images = read_idx(raw / f"{prefix}-images-idx3-ubyte")
+    np.testing.assert_array_equal(dataset.images[..., 0], images)
     np.testing.assert_array_equal(dataset.labels, read_idx(raw / f"{prefix}-labels-idx1-ubyte"))
-    assert dataset.images.dtype == np.uint8
-    assert dataset.labels.dtype == np.int32
+    assert (dataset.images.dtype, dataset.labels.dtype) == (np.uint8, np.int32)
     assert dataset.name == name
     assert dataset.class_names[9] == {"MNIST": "9", "FashionMNIST": "Ankle boot"}.get(folder, "wo")
 
@@ -124,10 +117,10 @@ def test_data_root_defaults_to_the_environment(tmp_path, monkeypatch):
 
 def test_torch_is_not_imported_before_it_is_needed():
     code = "import sys, lib.datasets; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    run_python("-W", "ignore", "-c", code)
 
 
-# ---- torchvision's files, made small
+# torchvision's files, made small
 
 
 def write_idx(root: Path, name: str, *, images: int = 6, labels: int | None = None) -> Path:
@@ -135,13 +128,12 @@ def write_idx(root: Path, name: str, *, images: int = 6, labels: int | None = No
     raw = root / name / "raw"
     raw.mkdir(parents=True)
     count = images if labels is None else labels
+    pixels = struct.pack(">4I", 0x803, images, 28, 28)
+    pixels += np.arange(images, dtype=np.uint8).repeat(784).tobytes()
+    classes = struct.pack(">2I", 0x801, count) + bytes(i % 10 for i in range(count))
     for prefix in ("train", "t10k"):
-        pixels = b"".join(bytes([i]) * 784 for i in range(images))
-        header = struct.pack(">4I", 0x803, images, 28, 28)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels)
-        classes = bytes(i % 10 for i in range(count))
-        header = struct.pack(">2I", 0x801, count)
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + classes)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(pixels)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(classes)
     return raw
 
 
@@ -157,28 +149,29 @@ def torchvision_datasets():
 @pytest.fixture
 def cifar_root(tmp_path, monkeypatch, torchvision_datasets):
     """A CIFAR-10 of two images a batch, with its checksums; channel c of image i is 10 i + c."""
-    folder = tmp_path / "cifar-10-batches-py"
+    folder, cifar = tmp_path / "cifar-10-batches-py", torchvision_datasets.CIFAR10
     folder.mkdir()
-    rows = np.concatenate(
-        [np.repeat(np.uint8([10 * i, 10 * i + 1, 10 * i + 2]), 1024)[None] for i in (0, 1)]
-    )
+    rows = np.uint8([[0, 1, 2], [10, 11, 12]]).repeat(1024, axis=1)
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
         (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [3, 9]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    cifar = torchvision_datasets.CIFAR10
     for entry in ("train_list", "test_list"):
         sums = [[name, md5(folder / name)] for name, _ in getattr(cifar, entry)]
         monkeypatch.setattr(cifar, entry, sums)
-    meta = dict(cifar.meta, md5=md5(folder / "batches.meta"))
-    monkeypatch.setattr(cifar, "meta", meta)
+    monkeypatch.setattr(cifar, "meta", dict(cifar.meta, md5=md5(folder / "batches.meta")))
     return tmp_path
+
+
+def png_bytes() -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(gray(7)).save(stream, "png")
+    return stream.getvalue()
 
 
 def test_cifar_has_channels_last_and_a_corrupt_batch_is_named(cifar_root):
     train = datasets.load("CIFAR-10", data_root=cifar_root)
     test = datasets.load("cifar10", split="test", data_root=cifar_root)
-    assert train.images.shape == (10, 32, 32, 3)
-    assert test.images.shape == (2, 32, 32, 3)
+    assert (train.images.shape, test.images.shape) == ((10, 32, 32, 3), (2, 32, 32, 3))
     np.testing.assert_array_equal(test.images[1, 5, 7], [10, 11, 12])
     np.testing.assert_array_equal(test.labels, [3, 9])
     assert test.class_names == tuple("abcdefghij")
@@ -242,7 +235,7 @@ def test_truncated_bz2_names_the_file(tmp_path, kept):
         datasets.load("usps", data_root=tmp_path)
 
 
-# ---- Missing files, downloads
+# Missing files, downloads
 
 
 @pytest.fixture
@@ -315,7 +308,7 @@ def test_downloads_land_complete_or_leave_nothing(tmp_path, mirror):
     assert len(datasets.load("mnist", data_root=tmp_path / "archives").labels) == 6
 
 
-# ---- Folders and zips of images
+# Folders and zips of images
 
 
 def write_images(root: Path, files: dict[str, np.ndarray]) -> Path:
@@ -403,10 +396,10 @@ def test_other_pixel_formats(tmp_path):
         picture.save(root / f"{i}.png")
     rgb.convert("CMYK").save(root / "3.jpg")
     Image.fromarray(pixels).save(root / "4.png")
-    found = datasets.load(root.parent).images
-    np.testing.assert_array_equal(found[:3], 200)
-    np.testing.assert_allclose(found[3], np.full((4, 3, 3), 200), atol=2)
-    np.testing.assert_array_equal(found[4], pixels)
+    images = datasets.load(root.parent).images
+    np.testing.assert_array_equal(images[:3], 200)
+    np.testing.assert_allclose(images[3], np.full((4, 3, 3), 200), atol=2)
+    np.testing.assert_array_equal(images[4], pixels)
 
     bilevel = write_images(tmp_path / "y", {"a/0.png": gray(255)})
     Image.fromarray(gray(255)).convert("1").save(bilevel / "a" / "1.png")
@@ -425,62 +418,54 @@ def test_other_pixel_formats(tmp_path):
             datasets.load(root.parent)
 
 
-def cut(path: Path, size: int) -> None:
-    path.write_bytes(path.read_bytes()[:size])
-
-
+# A file of the folder, its content (None for a folder), and what is said.
 DAMAGE = {
-    "no png": (
-        lambda root: (root / "train/cat/0.png").write_bytes(b"no png"),
-        r"cannot read the image train/cat/0\.png",
-    ),
-    "truncated": (
-        lambda root: cut(root / "train/dog/1.png", 50),
-        r"cannot read the image train/dog/1\.png",
-    ),
-    "empty": (
-        lambda root: (root / "train/cat/2 \U0001f600.png").write_bytes(b""),
-        "cannot read the image train/cat/2 \U0001f600",
-    ),
+    "no png": ("train/cat/0.png", b"no png", r"cannot read the image train/cat/0\.png"),
+    "truncated": ("train/dog/1.png", png_bytes()[:50], r"cannot read the image train/dog/1\.png"),
+    "empty": ("train/cat/2 \U0001f600.png", b"", "cannot read the image train/cat/2 \U0001f600"),
     "size": (
-        lambda root: write_images(root, {"train/dog/2.png": gray(1, (5, 3))}),
+        "train/dog/2.png",
+        gray(1, (5, 3)),
         r"differ .*train/dog/2\.png is \(5, 3, 1\) .*train/cat/9\.PNG is \(4, 3, 1\)",
     ),
     "color": (
-        lambda root: write_images(root, {"train/dog/2.png": color(1)}),
+        "train/dog/2.png",
+        color(1),
         r"differ .*train/dog/2\.png is \(4, 3, 3\) .*train/cat/9\.PNG is \(4, 3, 1\)",
     ),
-    "empty class": (
-        lambda root: (root / "train/emu").mkdir(),
-        r"class 'emu' has no image in the .*'train'",
-    ),
-    "class of test": (
-        lambda root: write_images(root, {"test/emu/2.png": gray(1)}),
-        r"class 'emu' has no image in the split 'train'",
-    ),
-    "too deep": (
-        lambda root: write_images(root, {"train/dog/deep/2.png": gray(1)}),
-        r"train/dog/deep/2\.png is out of place: expected",
-    ),
-    "HEIC": (
-        lambda root: (root / "train/cat/IMG_1.HEIC").write_bytes(b"ftypheic"),
-        r"train/cat/IMG_1\.HEIC is in a format .* convert it to",
-    ),
-    "heif": (
-        lambda root: (root / "train/cat/a.heif").write_bytes(b"ftypheic"),
-        r"train/cat/a\.heif is in a format .* convert it to",
-    ),
+    "empty class": ("train/emu", None, r"class 'emu' has no image in the .*'train'"),
+    "class of test": ("test/emu/2.png", gray(1), "class 'emu' has no image in the split 'train'"),
+    "too deep": ("train/dog/deep/2.png", gray(1), r"deep/2\.png is out of place: expected"),
+    "HEIC": ("train/cat/I1.HEIC", b"heic", r"train/cat/I1\.HEIC is in a format .* convert it to"),
+    "heif": ("train/cat/a.heif", b"heic", r"train/cat/a\.heif is in a format .* convert it to"),
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_folders(folder, kind):
-    damage, message = DAMAGE[kind]
-    damage(folder)
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_folders(folder, name, content, message):
+    if content is None:
+        (folder / name).mkdir()
+    elif isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        write_images(folder, {name: content})
     for path in forms(folder):
         with pytest.raises(ValueError, match=message) as info:
             datasets.load(path)
         assert "pets" in str(info.value)
+
+
+# What undoes the turn of the metadata 1 to 8 (TIFF 6.0, tag 274).
+TURNS = [
+    lambda x: x,
+    lambda x: x[:, ::-1],
+    lambda x: x[::-1, ::-1],
+    lambda x: x[::-1],
+    lambda x: x.T,
+    np.rot90,
+    lambda x: x[::-1, ::-1].T,
+    lambda x: np.rot90(x, -1),
+]
 
 
 # As cameras, phones, editors and file managers leave them
@@ -503,47 +488,34 @@ def test_every_picture_that_pillow_knows_is_read(tmp_path, suffix):
 def test_pictures_are_turned_as_their_metadata_say(tmp_path, orientation, suffix):
     """What is stored turned beside what is upright, against the standard's table of corners."""
     upright = np.repeat(np.arange(6, dtype=np.uint8).reshape(3, 2) * 40, 16, axis=0).repeat(16, 1)
-    # The turn that undoes the one of the metadata (TIFF 6.0, tag 274).
-    turned = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.T,
-        6: np.rot90(upright),
-        7: upright[::-1, ::-1].T,
-        8: np.rot90(upright, -1),
-    }[orientation]
-    exif = Image.Exif()
+    exif, mode = Image.Exif(), "RGB" if suffix == "webp" else "L"
     exif[274] = orientation
-    mode = "RGB" if suffix == "webp" else "L"
     root = write_images(
         tmp_path / "x", {"a/0.png": np.asarray(Image.fromarray(upright).convert(mode))}
     )
-    picture = Image.fromarray(np.ascontiguousarray(turned)).convert(mode)
-    picture.save(root / "a" / f"1.{suffix}", exif=exif, quality=100, lossless=True)
+    turned = np.ascontiguousarray(TURNS[orientation - 1](upright))
+    path = root / "a" / f"1.{suffix}"
+    Image.fromarray(turned).convert(mode).save(path, exif=exif, quality=100, lossless=True)
     for path in forms(root):
-        found = datasets.load(path).images[..., 0].astype(int)
-        np.testing.assert_allclose(found[1], upright, atol=3)
+        stored = datasets.load(path).images[1, ..., 0].astype(int)
+        np.testing.assert_allclose(stored, upright, atol=3)
 
 
 def test_names_that_differ_in_unicode_form_alone_are_one_class(tmp_path):
     composed, apart = "caf\u00e9", "cafe\u0301"
-    root = write_images(
-        tmp_path / "x",
-        {
-            f"train/{composed}/1.png": gray(1),
-            f"train/{apart}/2.png": gray(2),
-            f"test/{apart}/0.png": gray(3),
-            "train/dog/0.png": gray(4),
-            "test/dog/0.png": gray(5),
-        },
-    )
+    names = [
+        f"train/{composed}/1",
+        f"train/{apart}/2",
+        f"test/{apart}/0",
+        "train/dog/0",
+        "test/dog/0",
+    ]
+    root = write_images(tmp_path / "x", {f"{name}.png": gray(1) for name in names})
     for path in forms(root):
         for split, labels in (("train", [0, 0, 1]), ("test", [0, 1])):
-            found = datasets.load(path, split=split)
-            assert found.class_names == (composed, "dog")
-            np.testing.assert_array_equal(found.labels, labels)
+            dataset = datasets.load(path, split=split)
+            assert dataset.class_names == (composed, "dog")
+            np.testing.assert_array_equal(dataset.labels, labels)
 
 
 def test_links_are_followed_and_those_upwards_are_named(tmp_path):
@@ -623,8 +595,8 @@ def test_of_several_frames_the_first_is_read_and_they_are_counted(tmp_path, caps
     frames[0].save(root / "a" / f"1.{suffix}", form, save_all=True, append_images=frames[1:])
     said = "{}: took the first frame of 1 animated or many-paged image: a/1.{}\n"
     for path in forms(root):
-        found = datasets.load(path).images[:, 0, 0, 0].astype(int)
-        np.testing.assert_allclose(found, [1, 10], atol=2 if form else 0)
+        values = datasets.load(path).images[:, 0, 0, 0].astype(int)
+        np.testing.assert_allclose(values, [1, 10], atol=2 if form else 0)
         assert capsys.readouterr().err == ("" if form else said.format(path, suffix))
 
 
@@ -635,14 +607,8 @@ def zip_of(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def zipped_png() -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(gray(7)).save(stream, "png")
-    return stream.getvalue()
-
-
 def test_names_in_zips(tmp_path):
-    png = zipped_png()
+    png = png_bytes()
     for prefix, separator in (("", "\\"), ("C:\\pets\\", "\\"), ("/", "/"), ("./", "/")):
         plain = [f"{split}/{name}/0.png" for split in ("train", "test") for name in "ab"]
         names = [prefix + name.replace("/", separator) for name in plain]
@@ -657,7 +623,7 @@ def test_names_in_zips(tmp_path):
 
 
 def test_an_encrypted_zip_names_the_file(tmp_path):
-    path = zip_of(tmp_path / "x.zip", {"a/0.png": zipped_png()})
+    path = zip_of(tmp_path / "x.zip", {"a/0.png": png_bytes()})
     content = bytearray(path.read_bytes())
     for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         content[content.index(signature) + offset] |= 1  # the flag of encryption
@@ -680,14 +646,13 @@ def test_no_class_at_all_and_no_zip(tmp_path, folder):
         datasets.load(path)
 
 
-# ---- Points
+# Points
 
 
 def test_flat_and_as_images_are_inverse():
     dataset = toy(shape=(3, 2, 3))
     rows = datasets.flat(dataset)
-    assert rows.shape == (21, 18)
-    assert rows.dtype == jnp.float32
+    assert (rows.shape, rows.dtype) == ((21, 18), jnp.float32)
     np.testing.assert_allclose(rows[4], dataset.images[4].ravel() / 255, rtol=1e-6)
     images = datasets.as_images(rows, dataset.image_shape)
     np.testing.assert_array_equal(np.rint(images * 255), dataset.images)
@@ -746,20 +711,55 @@ def test_every_image_is_as_likely():
 
 def test_draw_errors():
     dataset, key = toy(), jax.random.key(0)
-    with pytest.raises(ValueError, match=r"class 'b' of toy has 5 images, fewer than the 6"):
-        datasets.draw(key, dataset, 6)
     assert datasets.draw(key, dataset, 6, classes=["a", 2]).shape == (2, 6, 6)
-    with pytest.raises(ValueError, match="at least 1 image of every class, not 0"):
-        datasets.draw(key, dataset, 0)
-    for unknown in ("z", 3, -1):
-        with pytest.raises(ValueError, match=rf"toy has no class {unknown!r}: it has a, b, c"):
-            datasets.draw(key, dataset, 1, classes=[unknown])
-    for wrong in ([], ["a", 0]):
-        with pytest.raises(ValueError, match="one or more different ones"):
-            datasets.draw(key, dataset, 1, classes=wrong)
+    for n, classes, message in (
+        (6, None, "class 'b' of toy has 5 images, fewer than the 6"),
+        (0, None, "at least 1 image of every class, not 0"),
+        *((1, [label], f"toy has no class {label!r}: it has a, b, c") for label in ("z", 3, -1)),
+        (1, [], "one or more different ones"),
+        (1, ["a", 0], "one or more different ones"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            datasets.draw(key, dataset, n, classes=classes)
 
 
-# ---- One data set from another
+def test_rings_are_uniform_on_their_circles(x64):
+    points = synthetic.rings(jax.random.key(0), 500)
+    assert points.shape == (3, 500, 2)
+    offsets = np.asarray(points) - np.array([[0, 0], [-0.75, 0], [-1.5, 0]])[:, None]
+    np.testing.assert_allclose(np.linalg.norm(offsets, axis=-1), 0.3, rtol=1e-14)
+    # Uniform angles: the mean of cos t and sin t is 0, with deviation sqrt(1 / 2n) = .032.
+    assert np.abs(offsets.mean(axis=1) / 0.3).max() < 0.13
+    assert np.abs(offsets[0] - offsets[1]).max() > 0.1
+    assert not np.array_equal(points, synthetic.rings(jax.random.key(1), 500))
+    points = synthetic.rings_even(4, centers=((1.0, 2.0),), radius=2.0)
+    np.testing.assert_allclose(points, [[[3, 2], [1, 4], [-1, 2], [1, 0]]], atol=1e-15)
+
+
+@pytest.mark.parametrize("exponent", [-6, 0, 6])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_synthetic_sets_scale_with_their_lengths_in_the_dtype_that_jax_works_in(dtype, exponent):
+    centres, key, scale = np.array([[1.0, 2.0], [-3.0, 4.0]]), jax.random.key(0), 10.0**exponent
+
+    def sets(scale):
+        means, widths = scale * centres, np.full(2, scale)
+        covariances = scale**2 * np.tile(np.diag([2.0, 3.0]), (2, 1, 1))
+        return [
+            synthetic.rings(key, 5, centers=means, radius=scale),
+            synthetic.rings_even(5, centers=means, radius=scale),
+            synthetic.gaussians(key, means, 5, scale=widths),
+            synthetic.gaussians(key, means, 5, covariances=covariances),
+            synthetic.gaussian_mixture(key, np.array([0.0, 3.0]), means, widths, 5),
+        ]
+
+    with jax.enable_x64(dtype == np.float64):
+        for unit, scaled in zip(sets(1.0), sets(scale)):
+            assert scaled.dtype == dtype
+            bound = 32 * np.finfo(dtype).eps * np.abs(unit).max()
+            np.testing.assert_allclose(scaled / scale, unit, rtol=0, atol=bound)
+
+
+# One data set from another
 
 
 @pytest.mark.parametrize("size", [16, (5, 12), 4])
@@ -802,9 +802,6 @@ def test_rotate_and_invert():
     np.testing.assert_array_equal(inverted.labels, dataset.labels)
 
 
-# ---- Normalization
-
-
 def test_normalization_constants_by_a_loop():
     dataset = toy(shape=(3, 2, 3))
     for channel, (mean, std) in enumerate(zip(*transforms.normalization_constants(dataset))):
@@ -813,36 +810,16 @@ def test_normalization_constants_by_a_loop():
         assert std == pytest.approx(statistics.pstdev(values), rel=1e-12)
 
 
-# ---- Synthetic sets
-
-
-def test_rings_lie_on_their_circles(x64):
-    points = synthetic.rings(jax.random.key(0), 500)
-    assert points.shape == (3, 500, 2)
-    centers = np.array([[0, 0], [-0.75, 0], [-1.5, 0]])
-    offsets = np.asarray(points) - centers[:, None]
-    np.testing.assert_allclose(np.linalg.norm(offsets, axis=-1), 0.3, rtol=1e-14)
-    # Uniform angles: the mean of cos t and sin t is 0, with deviation sqrt(1 / 2n) = .032.
-    assert np.abs(offsets.mean(axis=1) / 0.3).max() < 0.13
-    assert np.abs(offsets[0] - offsets[1]).max() > 0.1
-    assert not np.array_equal(points, synthetic.rings(jax.random.key(1), 500))
-    points = synthetic.rings_even(4, centers=((1.0, 2.0),), radius=2.0)
-    np.testing.assert_allclose(points, [[[3, 2], [1, 4], [-1, 2], [1, 0]]], atol=1e-15)
-
-
 def test_gaussians_have_their_moments():
     means = np.array([[0.0, 1.0], [5.0, -2.0]])
     covariances = np.array([[[2.0, 0.6], [0.6, 0.5]], [[1.0, -0.9], [-0.9, 1.0]]])
     gaussians = partial(synthetic.gaussians, jax.random.key(0), means)
     points = gaussians(20_000, covariances=covariances)
-    assert points.shape == (2, 20_000, 2)
     np.testing.assert_allclose(points.mean(axis=1), means, atol=0.05)
-    for c in range(2):
-        np.testing.assert_allclose(np.cov(points[c].T), covariances[c], atol=0.08)
+    for cloud, covariance in zip(points, covariances, strict=True):
+        np.testing.assert_allclose(np.cov(cloud.T), covariance, atol=0.08)
     scaled = gaussians(20_000, scale=np.array([0.5, 3.0]))
     np.testing.assert_allclose(scaled.std(axis=1), [[0.5, 0.5], [3, 3]], rtol=0.03)
-    diagonal = np.array([0.25, 9.0])[:, None, None] * np.eye(2)
-    np.testing.assert_allclose(gaussians(20_000, covariances=diagonal), scaled, atol=1e-4)
     np.testing.assert_array_equal(gaussians(3, scale=0.0), np.repeat(means[:, None], 3, 1))
     for spread in ({}, {"scale": 1.0, "covariances": covariances}):
         with pytest.raises(ValueError, match="either scale or covariances"):

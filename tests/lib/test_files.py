@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import signal
 
 import jax
@@ -24,9 +23,6 @@ def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-# Atomic writes
-
-
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     arrays, told = tmp_path / "arrays.npz", tmp_path / "told.json"
     files.save_arrays(arrays, x=np.arange(3))
@@ -39,9 +35,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert json.loads(told.read_text()) == {"steps": 100}
     assert same_bits(files.load_arrays(arrays)["x"], np.arange(3))
     assert sorted(os.listdir(tmp_path)) == ["arrays.npz", "told.json"]
-
-
-# Arrays
 
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
@@ -88,8 +81,7 @@ def test_typed_keys_round_trip(tmp_path, impl, shape):
     raw = jax.random.PRNGKey(5)
     files.save_arrays(tmp_path / "a.npz", keys=keys, raw=raw)
     loaded = files.load_arrays(tmp_path / "a.npz")
-    assert loaded["keys"].dtype == keys.dtype
-    assert loaded["keys"].shape == shape
+    assert (loaded["keys"].dtype, loaded["keys"].shape) == (keys.dtype, shape)
     assert same_bits(jax.random.key_data(loaded["keys"]), jax.random.key_data(keys))
     assert isinstance(loaded["raw"], np.ndarray)
     assert same_bits(loaded["raw"], raw)
@@ -107,9 +99,6 @@ def test_what_cannot_be_saved_is_named(tmp_path, arrays):
     with pytest.raises(TypeError, match=next(iter(arrays))):
         files.save_arrays(tmp_path / "a.npz", **arrays)
     assert list(tmp_path.iterdir()) == []
-
-
-# Checkpoints
 
 
 @pytest.fixture
@@ -166,26 +155,6 @@ def test_a_checkpoint_of_another_state_is_one_clear_error(path, like, words):
         files.load_checkpoint(path, like)
     for word in [str(path), "delete it", *words]:
         assert word in str(error.value)
-
-
-def test_a_flipped_bit_is_found_or_harmless(path):
-    state = {"x": np.arange(4.0), "b": jnp.ones(2, jnp.bfloat16)}
-    files.save_checkpoint(path, state, step=3)
-    content = path.read_bytes()
-    found = 0
-    generator = random.Random(0)
-    for place in generator.sample(range(len(content)), 300):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << generator.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            loaded, step = files.load_checkpoint(path, state)
-        except files.RunFileError:
-            found += 1
-        else:
-            assert step == 3
-            assert same_trees(loaded, state)
-    assert found > 150
 
 
 def test_other_archives_and_keys_are_refused(path):
