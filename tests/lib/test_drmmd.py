@@ -17,7 +17,6 @@ from lib.drmmd import (
     prepare_target,
     showalter,
     tikhonov,
-    witness_function,
 )
 from lib.kernels import gaussian, laplace, riesz
 
@@ -45,43 +44,23 @@ def setup(weighted=False, kernel=KERNEL, **options):
     return (y, x, v, w), target, statistics, evaluate
 
 
-def direct(y, x, v, w, lmbda, at):
-    """h at `at`: 2 (1 + lambda) (S + lambda)^-1 f by one dense solve,
-    (S + lambda)^-1 f = (f - sum_j c_j k_xj) / lambda with (W K + lambda) c = W f(X)."""
-    f = gram(x, y) @ v - gram(x, x) @ w
-    c = linalg.solve(w[:, None] * gram(x, x) + lmbda * np.eye(len(x)), w * f)
-    return 2 * (1 + lmbda) / lmbda * (gram(at, y) @ v - gram(at, x) @ (w + c))
+FILTERS = {"tikhonov": tikhonov, "showalter": showalter, "cutoff": cutoff}
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("lmbda", LAMBDAS)
-def test_witness_is_that_of_the_direct_formula(lmbda, weighted):
-    (y, x, v, w), target, statistics, evaluate = setup(weighted)
-    witness = drmmd_witness(target, statistics, lmbda)
-    at = np.random.default_rng(1).normal(size=(5, 2))
-    expected = [direct(y, x, v, w, lmbda, z) for z in (y, x, at)]
-    found = (
-        evaluate(witness)[0],
-        witness.at_target,
-        witness_function(KERNEL, witness, target, jnp.asarray(y), jnp.asarray(at), jnp.asarray(v)),
-    )
-    for a, b in zip(found, expected):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10 * np.abs(b).max())
-    value = (v @ expected[0] - w @ expected[1]) / 2
-    np.testing.assert_allclose(witness.value, value, rtol=1e-9)
+def witness_of(kind, target, statistics):
+    if kind == "mmd":
+        return mmd_witness(target, statistics)
+    if kind == "kale":
+        return kale_witness(target, statistics, 0.05, jnp.zeros(len(target.points)))[0]
+    return drmmd_witness(target, statistics, 0.05, spectral_filter=FILTERS[kind])
 
 
-@pytest.mark.parametrize("spectral_filter", [tikhonov, showalter, cutoff])
+@pytest.mark.parametrize("spectral_filter", FILTERS.values())
 def test_witness_is_the_filter_of_the_covariance_in_feature_space(spectral_filter):
-    """In the coordinates of all points' kernels, S and f are a matrix and a vector."""
     (y, x, v, w), target, statistics, evaluate = setup(weighted=True)
-    lmbda = 0.03
-    points = np.concatenate([x, y])
-    half = linalg.sqrtm(gram(points, points)).real  # column i: features of point i
-    features_x, features_y = half[:, : len(x)], half[:, len(x) :]
-    covariance = features_x @ np.diag(w) @ features_x.T
+    lmbda, (features_x, features_y) = 0.03, in_features(x, y)
     f = features_y @ v - features_x @ w
-    rho, basis = linalg.eigh(covariance)
+    rho, basis = linalg.eigh(features_x @ np.diag(w) @ features_x.T)
     g = {
         tikhonov: lambda r: 1 / (r + lmbda),
         showalter: lambda r: -np.expm1(-np.maximum(r, 1e-300) / lmbda) / np.maximum(r, 1e-300),
@@ -94,33 +73,30 @@ def test_witness_is_the_filter_of_the_covariance_in_feature_space(spectral_filte
     np.testing.assert_allclose(witness.value, f @ h / 2, rtol=1e-7)
 
 
-def values(kind, target):
-    if kind == "mmd":
-        return lambda statistics: mmd_witness(target, statistics)
-    if kind == "kale":
-        start = jnp.zeros(len(target.points))
-        return lambda statistics: kale_witness(target, statistics, 0.05, start)[0]
-    spectral_filter = {"tikhonov": tikhonov, "showalter": showalter, "cutoff": cutoff}[kind]
-    return lambda s: drmmd_witness(target, s, 0.05, spectral_filter=spectral_filter)
-
-
-@pytest.mark.parametrize("kind", ["mmd", "kale", "tikhonov", "showalter", "cutoff"])
+@pytest.mark.parametrize("kind", ["mmd", "kale", *FILTERS])
 @pytest.mark.parametrize("kernel", [gaussian(0.8), laplace(1.0)])
 def test_velocity_is_the_gradient_of_the_value(kind, kernel):
     """By central differences, weights apart: dF / dy_i = v_i grad h(y_i)."""
     (y, _, v, _), target, statistics, evaluate = setup(weighted=True, kernel=kernel)
-    solve = values(kind, target)
 
     @jax.jit
     def value(y):
-        return solve(particle_statistics(kernel, y, target, jnp.asarray(v))[0]).value
+        moved, _ = particle_statistics(kernel, y, target, jnp.asarray(v))
+        return witness_of(kind, target, moved).value
 
-    gradient = evaluate(solve(statistics))[1]
+    gradient = evaluate(witness_of(kind, target, statistics))[1]
     for i, j in [(0, 0), (3, 1), (8, 0)]:
         step = np.zeros_like(y)
         step[i, j] = 1e-5
         slope = (value(jnp.asarray(y + step)) - value(jnp.asarray(y - step))) / 2e-5
         np.testing.assert_allclose(v[i] * gradient[i, j], slope, rtol=1e-5, atol=1e-8)
+
+
+def in_features(points, particles):
+    """Features of both in coordinates of their own, [n + m, n] each: columns are points."""
+    both = np.concatenate([points, particles])
+    root = linalg.sqrtm(gram(both, both)).real
+    return root[:, : len(points)], root[:, len(points) :]
 
 
 def test_at_the_target_nothing_moves():
@@ -138,28 +114,23 @@ def test_at_the_target_nothing_moves():
     np.testing.assert_allclose(log_ratio, 0, atol=1e-10)
 
 
-# KALE
-
-
 @pytest.mark.parametrize("lmbda", [1e-2, 1.0])
 def test_kale_is_the_maximum_over_functions(lmbda):
     """The primal over h = sum of kernels at all points, by SciPy; no gap to our dual."""
     (y, x, v, w), target, statistics, evaluate = setup(weighted=True)
     witness, log_ratio = kale_witness(target, statistics, lmbda, jnp.zeros(len(x)))
-    points = np.concatenate([x, y])
-    root = linalg.sqrtm(gram(points, points)).real
-    features_x, features_y = root[:, : len(x)], root[:, len(x) :]
+    features_x, features_y = in_features(x, y)
 
     def loss(theta):
         e = w * np.exp(features_x.T @ theta)
         value = -(1 + v @ features_y.T @ theta - e.sum() - lmbda / 2 * theta @ theta)
         return value, -(features_y @ v - features_x @ e - lmbda * theta)
 
-    best = optimize.minimize(loss, np.zeros(len(points)), jac=True, tol=1e-14)
+    best = optimize.minimize(loss, np.zeros(len(features_x)), jac=True, tol=1e-14)
     np.testing.assert_allclose(witness.value, -(1 + lmbda) * best.fun, rtol=1e-8)
-    h = (1 + lmbda) * root.T @ best.x
-    np.testing.assert_allclose(witness.at_target, h[: len(x)], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(evaluate(witness)[0], h[len(x) :], rtol=1e-4, atol=1e-5)
+    h = (1 + lmbda) * best.x
+    np.testing.assert_allclose(witness.at_target, features_x.T @ h, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(evaluate(witness)[0], features_y.T @ h, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose((1 + lmbda) * log_ratio, witness.at_target, rtol=1e-6, atol=1e-8)
 
 
@@ -174,9 +145,6 @@ def test_kale_from_a_good_start_takes_few_iterations_and_from_a_bad_one_arrives(
         np.testing.assert_allclose(far.value, exact.value, rtol=1e-9)
 
 
-# Blocks
-
-
 def test_filters_without_float64():
     """Their series have integers past int32."""
     with jax.enable_x64(False):
@@ -186,35 +154,45 @@ def test_filters_without_float64():
     assert slope.dtype == jnp.float32
 
 
-# Rules
+@pytest.mark.parametrize(
+    ("value", "first", "options", "expected"),
+    [
+        (2.0, 2.0, {}, 0.1),
+        (2.0 / 8, 2.0, {"regularity": 0.5}, 0.1 / 4),
+        (2e4, 2.0, {}, 1.0),
+        (2e4, 2.0, {"largest": np.inf}, 10),
+        # At the target a value is 0, or next to it on either side.
+        (-1e-18, 2.0, {}, 0.0),
+        (0.0, 2.0, {}, 0.0),
+        (-1e-9, -1e-9, {}, 0.0),
+        (0.0, 0.0, {}, 0.0),
+    ],
+)
+def test_adaptive_lambda_starts_where_told_and_follows_the_value(value, first, options, expected):
+    assert adaptive_lambda(value, first, 0.1, **options) == pytest.approx(expected)
 
 
-def test_adaptive_lambda_starts_where_told_and_follows_the_value():
-    assert adaptive_lambda(2.0, 2.0, 0.1) == pytest.approx(0.1)
-    assert adaptive_lambda(0.5, 2.0, 0.1) == pytest.approx(0.1 / 2)
-    assert adaptive_lambda(2.0 / 8, 2.0, 0.1, regularity=0.5) == pytest.approx(0.1 / 4)
-    assert adaptive_lambda(2e4, 2.0, 0.1) == 1.0
-    assert adaptive_lambda(2e4, 2.0, 0.1, largest=np.inf) == pytest.approx(10)
-    assert adaptive_lambda(-1e-18, 2.0, 0.1) == 0.0
+RIESZ, PLACES = riesz(1.0), jnp.arange(14.0).reshape(7, 2)
 
 
-# Input validation
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((RIESZ, PLACES), "not positive semi-definite"),
+        ((KERNEL, PLACES, jnp.ones(7).at[2].set(0)), "leave out points of weight 0"),
+        ((KERNEL, PLACES.at[3, 1].set(jnp.nan)), "target is not finite in row 3"),
+        ((KERNEL, PLACES[:0]), "target must be"),
+    ],
+)
+def test_targets_that_are_none(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_target(*arguments)
 
 
-def test_bad_input():
-    y, x, _, _ = map(jnp.asarray, samples())
-    target = prepare_target(KERNEL, x)
-    statistics, _ = particle_statistics(KERNEL, y, target)
-    with pytest.raises(ValueError, match="not positive semi-definite"):
-        prepare_target(riesz(1.0), x)
-    with pytest.raises(ValueError, match="leave out points of weight 0"):
-        prepare_target(KERNEL, x, jnp.ones(7).at[2].set(0))
-    with pytest.raises(ValueError, match="target is not finite in row 3"):
-        prepare_target(KERNEL, x.at[3, 1].set(jnp.nan))
-    with pytest.raises(ValueError, match="target must be"):
-        prepare_target(KERNEL, x[:0])
-    for bad in (0.0, -1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="lambda must be positive and finite"):
-            drmmd_witness(target, statistics, bad)
-        with pytest.raises(ValueError, match="lambda must be positive and finite"):
-            kale_witness(target, statistics, bad, jnp.zeros(7))
+@pytest.mark.parametrize("lmbda", [0.0, -1.0, np.nan, np.inf])
+def test_impossible_lambdas(lmbda):
+    _, target, statistics, _ = setup()
+    with pytest.raises(ValueError, match="lambda must be positive and finite"):
+        drmmd_witness(target, statistics, lmbda)
+    with pytest.raises(ValueError, match="lambda must be positive and finite"):
+        kale_witness(target, statistics, lmbda, jnp.zeros(7))

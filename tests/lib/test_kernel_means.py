@@ -1,23 +1,17 @@
-"""Exact kernel means between samples against `lib.mmd` and double loops; the median distance."""
-
-from functools import partial
+"""Exact kernel means between samples against SciPy, and the median distance."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.spatial.distance import cdist, pdist
+from strategies import DECADES, DTYPES, SEEDS, few, sample
 
-from lib.kernels import gaussian, median_bandwidth
-from lib.mmd import mmd_squared, mmd_squared_unbiased
-from lib.rows import Rows
+from lib.rows import Rows, kernel_means
 from lib.rows.files import open_rows
-from lib.rows.kernel_means import (
-    exact_gram_of_means,
-    noise_of_means,
-    streamed_median_bandwidth,
-)
+from lib.rows.kernel_means import exact_gram_of_means, noise_of_means, streamed_median_bandwidth
 
 BANDWIDTHS = [0.3, 1.0, 4.0]
 
@@ -27,32 +21,59 @@ def samples(dimension, sizes=(7, 1, 12, 30), dtype=np.float64):
     return [(rng.normal(size=(n, dimension)) + i / 3).astype(dtype) for i, n in enumerate(sizes)]
 
 
-def by_loops(sets, target, bandwidth):
-    def mean(x, y):
-        total = 0.0
-        for p in x.astype(float):
-            for q in y.astype(float):
-                total += np.exp(-np.sum((p - q) ** 2) / (2 * bandwidth**2))
-        return total / (len(x) * len(y))
-
-    a = [[mean(x, y) for y in sets] for x in sets]
-    return np.array(a), np.array([mean(x, target) for x in sets]), mean(target, target)
+SETS = samples(3)
+TARGET, OTHER = SETS.pop(), np.ones((2, 4))
+INFINITE = SETS[0].copy()
+INFINITE[[2, 5]] = np.inf
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 5, 13, 1000])
-@pytest.mark.parametrize("dimension", [3, 20])
-def test_means_by_loops(dimension, block_size):
-    *sets, target = samples(dimension)
-    found = exact_gram_of_means(sets, target, BANDWIDTHS, block_size=block_size)
-    for s, bandwidth in enumerate(BANDWIDTHS):
-        a, b, q = by_loops(sets, target, bandwidth)
-        np.testing.assert_allclose(found.a[s], a, rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(found.b[s], b, rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(found.q[s], q, rtol=1e-12)
-    np.testing.assert_array_equal(found.a, np.swapaxes(found.a, 1, 2))
-    assert list(found.sizes) == [7, 1, 12]
-    assert found.target_size == 30
-    assert not jax.config.jax_enable_x64
+@few(15)
+@given(
+    st.sampled_from([((1,), 1, 1), ((3, 1, 5), 4, 2), ((2, 2), 3, 11)]),
+    DTYPES,
+    DECADES,
+    st.booleans(),
+    st.sampled_from([2, 64]),
+    SEEDS,
+)
+def test_exact_means(shape, dtype, exponent, same, block_size, seed):
+    """A squared distance is off by 16 roundings of |x|^2 + |y|^2 at most, as its module says (above
+    eight dimensions; below by d + 2 of its own), the kernel by that over 2 s^2 and a few of its
+    own. Equal samples have equal means, in any order; the diagonal without noise is a mean
+    over pairs."""
+    (sizes, m, d), rng = shape, np.random.default_rng(seed)
+    parts = [sample(rng, n, d, exponent, dtype, same) for n in (*sizes, m)]
+    *sets, target = parts
+    bandwidths = 10.0**exponent * np.array([0.7, 3.0])
+    gram = kernel_means.exact_gram_of_means(sets, target, bandwidths, block_size=block_size)
+    assert isinstance(gram, kernel_means.GramOfMeans)
+    assert {a.dtype for a in gram[:3]} == {np.dtype(np.float64)}
+    assert (gram.sizes.tolist(), gram.target_size) == (list(sizes), m)
+    found = [np.block([[a, b[:, None]], [b[None], q]]) for a, b, q in zip(*gram[:3])]
+    owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    members = (owners == np.arange(len(parts))[:, None]) / np.bincount(owners)[:, None]
+    x = np.concatenate(parts).astype(float)
+    distances = np.square(x[:, None] - x[None]).sum(axis=2)
+    norms = np.square(x - x.mean(axis=0)).sum(axis=1).max() + np.square(x).sum(axis=1).max()
+    off = 16 * np.finfo(dtype).eps * (norms if d > 8 else distances.max())
+    for mean, bandwidth in zip(found, bandwidths):
+        kernel = np.exp(-distances / (2 * bandwidth**2))
+        bound = off / bandwidth**2 + 8 * np.finfo(dtype).eps
+        np.testing.assert_allclose(mean, members @ kernel @ members.T, rtol=0, atol=bound)
+        if same:
+            np.testing.assert_allclose(mean.diagonal(), 1, rtol=0, atol=1e-14)
+    shuffled = [rng.permutation(part) for part in parts]
+    again = kernel_means.exact_gram_of_means(shuffled[:-1], shuffled[-1:], bandwidths)
+    for one, other in zip(gram[:3], again[:3]):
+        np.testing.assert_allclose(one, other, rtol=0, atol=bound)
+    noise = kernel_means.noise_of_means(gram.a[-1], sizes)
+    for k, part in enumerate(sets):
+        if len(part) == 1:
+            np.testing.assert_allclose(noise[k], 0, atol=1e-14)
+            continue
+        chosen = owners == k
+        pairs = kernel[chosen][:, chosen][~np.eye(len(part), dtype=bool)]
+        np.testing.assert_allclose(gram.a[-1, k, k] - noise[k], pairs.mean(), atol=2 * bound)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -65,40 +86,6 @@ def test_single_precision(dtype):
         np.testing.assert_allclose(found.a[s, 0, 1], values.mean(), rtol=2e-4 if s == 0 else 1e-5)
     wide = exact_gram_of_means([x.astype("f") for x in sets], target, BANDWIDTHS, block_size=256)
     np.testing.assert_array_equal(found.a, wide.a)
-
-
-def mixture(sets, weights):
-    rows = jnp.concatenate([jnp.asarray(x) for x in sets])
-    each = np.concatenate([np.full(len(x), w / len(x)) for x, w in zip(sets, weights)])
-    return rows, jnp.asarray(each)
-
-
-def test_mmd_of_a_mixture(x64):
-    """w' a w - 2 b' w + q is the MMD^2 of the weighted sample that the mixture is."""
-    *sets, target = samples(11)
-    found = exact_gram_of_means(sets, target, BANDWIDTHS, block_size=8)
-    weights = np.array([0.5, 0.2, 0.3])
-    rows, each = mixture(sets, weights)
-    for s, bandwidth in enumerate(BANDWIDTHS):
-        value = weights @ found.a[s] @ weights - 2 * found.b[s] @ weights + found.q[s]
-        expected = mmd_squared(gaussian(bandwidth), rows, jnp.asarray(target), x_weights=each)
-        np.testing.assert_allclose(value, expected, rtol=1e-10)
-
-
-@pytest.mark.slow
-def test_unbiased_statistics(x64):
-    *sets, target = samples(11, (7, 5, 12, 30))
-    found = exact_gram_of_means(sets, target, BANDWIDTHS, block_size=8)
-    for s, bandwidth in enumerate(BANDWIDTHS):
-        pairs_of_target = found.q[s] - noise_of_means(found.q[s][None, None], [30])[0]
-        for i, (x, noise) in enumerate(zip(sets, noise_of_means(found.a[s], found.sizes))):
-            pairs_of_set = found.a[s, i, i] - noise
-            value = pairs_of_set - 2 * found.b[s, i] + pairs_of_target
-            unbiased = partial(mmd_squared_unbiased, gaussian(bandwidth))
-            expected = unbiased(jnp.asarray(x), jnp.asarray(target))
-            np.testing.assert_allclose(value, expected, rtol=1e-10, atol=1e-15)
-            pairs = np.exp(-pdist(x, "sqeuclidean") / (2 * bandwidth**2))
-            np.testing.assert_allclose(pairs_of_set, pairs.mean(), rtol=1e-9, atol=1e-16)
 
 
 def test_a_single_row_has_no_noise():
@@ -127,15 +114,6 @@ def test_a_target_in_several_parts():
         np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_blocks_across_many_small_sets():
-    sets = samples(3, [1, 2, 1, 3, 1] * 8)
-    found = exact_gram_of_means(sets, sets[0], [1.0], block_size=16)
-    i, j = 3, 38
-    expected = np.exp(-cdist(sets[i], sets[j], "sqeuclidean") / 2).mean()
-    np.testing.assert_allclose(found.a[0, i, j], expected, rtol=1e-12)
-    np.testing.assert_allclose(found.a[0, :, 0], found.b[0], rtol=1e-12)
-
-
 def test_files(tmp_path):
     *sets, target = samples(9, dtype=np.float32)
     for i, rows in enumerate([*sets, target]):
@@ -162,47 +140,29 @@ def test_files_with_rows_that_are_not_finite(tmp_path, which):
         streamed_median_bandwidth(jax.random.key(0), files)
 
 
-def test_bad_input(tmp_path):
-    *sets, target = samples(3)
-    other = np.ones((2, 4))
+@pytest.mark.parametrize(
+    ("sets", "target", "options", "message"),
+    [
+        ([], TARGET, {}, "0 sets and 1 targets"),
+        (SETS, [], {}, "3 sets and 0 targets"),
+        ([*SETS, OTHER], TARGET, {}, r"set 0 has shape \(7, 3\), set 3 has .* 4\)"),
+        (SETS, [TARGET, OTHER], {}, "target 1 has shape"),
+        ([INFINITE], TARGET, {}, "set 0: NaN or infinity in 2 of 7 rows, the .* row 2"),
+        ([TARGET[0]], TARGET, {}, r"set 0 must be rows .* \(3,\)"),
+        ([Rows(TARGET, weights=np.arange(30))], TARGET, {}, "data has weights"),
+        (SETS, TARGET, {"bandwidths": [-1.0]}, "bandwidths must be positive"),
+        (SETS, TARGET, {"block_size": 0}, "block_size must be at least 1"),
+    ],
+)
+def test_bad_input(sets, target, options, message):
+    with pytest.raises(ValueError, match=message):
+        exact_gram_of_means(sets, target, **({"bandwidths": [1.0]} | options))
+
+
+def test_a_file_of_another_width_is_named(tmp_path):
     torch.save(torch.ones(3, 4), tmp_path / "other.pt")
-    bad = sets[0].copy()
-    bad[[2, 5]] = np.inf
-    find = exact_gram_of_means
-    for call, message in (
-        (lambda: find([], target, [1.0]), "0 sets and 1 targets"),
-        (lambda: find(sets, [], [1.0]), "3 sets and 0 targets"),
-        (
-            lambda: find([*sets, other], target, [1.0]),
-            r"set 0 has shape \(7, 3\), set 3 has .* 4\)",
-        ),
-        (lambda: find(sets, open_rows(tmp_path / "other.pt"), [1.0]), r"set 0 .*other\.pt has"),
-        (lambda: find(sets, [target, other], [1.0]), "target 1 has shape"),
-        (lambda: find([bad], target, [1.0]), "set 0: NaN or infinity in 2 of 7 rows, the .* row 2"),
-        (lambda: find([target[0]], target, [1.0]), r"set 0 must be rows .* \(3,\)"),
-        (lambda: find([Rows(target, weights=np.arange(30))], target, [1.0]), "data has weights"),
-        (lambda: find(sets, target, [-1.0]), "bandwidths must be positive"),
-        (lambda: find(sets, target, [1.0], block_size=0), "block_size must be at least 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-# Bandwidths
-
-
-def test_median_over_all_rows():
-    """Of as many rows as are wanted or fewer, all count: the median over pairs, by SciPy."""
-    sets = samples(5, (20, 30, 30))
-    expected = np.median(pdist(np.concatenate(sets)))
-    for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-6)):
-        cast = [x.astype(dtype) for x in sets]
-        found = streamed_median_bandwidth(jax.random.key(0), cast, num_points=90)
-        assert isinstance(found, float)
-        np.testing.assert_allclose(found, expected, rtol=tolerance)
-    pooled = jnp.asarray(np.concatenate(sets), jnp.float32)
-    same = median_bandwidth(jax.random.key(1), pooled)
-    np.testing.assert_allclose(found, same, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"set 0 .*other\.pt has"):
+        exact_gram_of_means(SETS, open_rows(tmp_path / "other.pt"), [1.0])
 
 
 class Counting:
@@ -237,18 +197,20 @@ def test_the_subsample_is_uniform():
     assert np.abs(counts - 40).max() < 4 * np.sqrt(100 * 0.4 * 0.6)
 
 
-def test_medians_that_do_not_exist():
-    key, x = jax.random.key(0), samples(3)[0]
-    for sets, num_points, message in (
+@pytest.mark.parametrize(
+    ("sets", "num_points", "message"),
+    [
         ([], 1000, "no pair in 1000 points of 0 sets"),
-        ([x], 1, "no pair in 1 points of 1 sets"),
-        ([x[:1]], 1000, "no pair in 1 points"),
-        ([x, np.ones((3, 2))], 1000, r"set 0 has shape \(7, 3\), set 1 has shape \(3, 2\)"),
+        (SETS[:1], 1, "no pair in 1 points of 1 sets"),
+        ([SETS[0][:1]], 1000, "no pair in 1 points"),
+        ([SETS[0], OTHER], 1000, r"set 0 has shape \(7, 3\), set 1 has shape \(2, 4\)"),
         (
-            [np.ones((5, 3)), np.ones((2, 3))],
+            [OTHER, OTHER],
             1000,
             "all rows of set 0, set 1 are equal, .*give a number in place of auto",
         ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            streamed_median_bandwidth(key, sets, num_points=num_points)
+    ],
+)
+def test_medians_that_do_not_exist(sets, num_points, message):
+    with pytest.raises(ValueError, match=message):
+        streamed_median_bandwidth(jax.random.key(0), sets, num_points=num_points)

@@ -9,13 +9,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+import pytest
+from gaussian_mixtures import dense, in_float64, restricted
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import solve_triangular
 from scipy.special import logsumexp
+from strategies import DECADES, DTYPES, SEEDS, few
 
 from lib import gmm
 from lib.gmm import _linalg as linalg
+from lib.gmm import covariances
 
 # (structure, points, components, dimension): each is compiled once for a dtype.
 CASES = (
@@ -26,16 +30,9 @@ CASES = (
     ("spherical", 8, 3, 2),
     ("low_rank", 6, 2, 4),
 )
-DRAWN = (*zip(CASES[::2], (np.float32, np.float64, np.float32)), (CASES[5], np.float64))
 WIDE = CASES[0], CASES[3], CASES[5]
 EVALUATED = *((case, np.float32) for case in CASES), *((case, np.float64) for case in WIDE)
 EXPANDED = ("tied", "spherical")
-EXPONENTS = st.integers(-6, 6)
-SEEDS = st.integers(0, 2**31)
-
-
-def few(examples):
-    return settings(max_examples=examples, deadline=None)
 
 
 def triangles(rng, *shape):
@@ -76,24 +73,6 @@ def random_points(rng, mixture, n):
     points = points + np.abs(means).mean() * rng.normal(size=points.shape)
     points[-2:-1], points[-1] = points[:1], means[-1]
     return points.astype(means.dtype)
-
-
-def in_float64(tree):
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-
-
-def dense(mixture):
-    """The covariances [K, d, d] from the factors."""
-    (num, d), structure = mixture.means.shape, in_float64(mixture.covariance)
-    match structure:
-        case gmm.Full():
-            return structure.cholesky @ np.swapaxes(structure.cholesky, 1, 2)
-        case gmm.Tied():
-            return np.stack([structure.cholesky @ structure.cholesky.T] * num)
-        case gmm.Diagonal() | gmm.Spherical():
-            scales = np.broadcast_to(structure.scales.reshape(num, -1), (num, d))
-            return np.stack([np.diag(s**2) for s in scales])
-    return np.stack([w @ w.T + np.diag(s**2) for w, s in zip(*structure[:2])])
 
 
 def absolute_factor(mixture, k):
@@ -146,7 +125,7 @@ def evaluate(mixture, points, block_size):
 
 
 @few(20)
-@given(st.sampled_from(EVALUATED), EXPONENTS, SEEDS)
+@given(st.sampled_from(EVALUATED), DECADES, SEEDS)
 def test_densities_and_their_gradients(case_and_dtype, exponent, seed):
     """Squares are off by 3 d + 2 roundings of their terms, logarithms and sums by fewer. An
     expanded square that is clipped at 0 is right to rounding, its gradient to the root of that."""
@@ -182,7 +161,7 @@ def test_densities_and_their_gradients(case_and_dtype, exponent, seed):
 @few(10)
 @given(st.sampled_from(WIDE), SEEDS)
 def test_order_of_rows_components_and_coordinates(case, seed):
-    """Each only permutes the densities; nor do they change by way of scikit-learn."""
+    """Each only permutes the densities."""
     (structure, n, num, d), rng = case, np.random.default_rng(seed)
     mixture = random_mixture(rng, structure, num, d, 1.0, np.float64)
     points = random_points(rng, mixture, n)
@@ -198,88 +177,106 @@ def test_order_of_rows_components_and_coordinates(case, seed):
         ):
             found = np.asarray(evaluate(gmm.cast(moved, np.float64), jnp.asarray(x), 4)[1])
             np.testing.assert_allclose(found, density[rows], rtol=1e-10, atol=1e-10)
-    model = gmm.to_sklearn(mixture)
-    positive = mixture.weights > 0
-    if positive.all():  # scikit-learn warns of the logarithm of 0
-        np.testing.assert_allclose(model.score_samples(points), density, rtol=1e-9, atol=1e-9)
-    back = gmm.from_sklearn(model)
-    np.testing.assert_array_equal(back.weights, mixture.weights)
-    np.testing.assert_array_equal(back.means, mixture.means)
-    np.testing.assert_allclose(dense(back), dense(mixture), rtol=1e-9, atol=1e-12)
-    assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {np.dtype(np.float64)}
 
 
-# Draws
+# Covariance structures and their linear algebra
 
 
-@jax.jit
-def draws(key, mixture, components, points):
-    return (
-        gmm.sample_components(key, mixture, components),
-        gmm.sample(key, mixture, len(points)),
-        gmm.sample_coupled(key, mixture, points),
-    )
+NAMES = "full", "tied", "diagonal", "spherical"
 
 
-@few(10)
-@given(st.sampled_from(DRAWN), EXPONENTS, SEEDS)
-def test_draws_are_the_components_factors_times_one_noise(case_and_dtype, exponent, seed):
-    """The noise is what the same key draws of a standard normal: L z + mu, row by row."""
-    case, dtype = case_and_dtype
-    (structure, n, num, d), rng = case, np.random.default_rng(seed)
-    mixture = random_mixture(rng, structure, num, d, 10.0**exponent, dtype)
-    points = random_points(rng, mixture, n)
-    key, asked = jax.random.key(seed), rng.integers(num, size=n)
-    plain = mixture.covariance
-    match plain:
-        case gmm.Full() | gmm.Tied():
-            plain = jax.tree.map(lambda leaf: np.zeros_like(leaf) + np.eye(d), plain)
-        case gmm.Diagonal() | gmm.Spherical():
-            plain = plain._replace(scales=np.ones_like(plain.scales))
-        case gmm.LowRank():
-            plain = None
+@partial(jax.jit, static_argnums=2)
+def structures(key, variances, num):
+    """Of each name the structure; one dimension has none of low rank."""
+    makers = {name: getattr(covariances, name) for name in NAMES}
+    if len(variances) > 1:
+        makers["low_rank"] = covariances.low_rank(key, 1)
+    return {name: make(num, variances) for name, make in makers.items()}
+
+
+@few(15)
+@given(
+    st.sampled_from([(1, 1, np.float32), (3, 2, np.float64), (2, 5, np.float32)]), DECADES, SEEDS
+)
+def test_structures_of_variances(case, exponent, seed):
+    """Every covariance is diag(variances), their mean, or half of it and random loadings."""
+    (num, d, dtype), rng = case, np.random.default_rng(seed)
+    variances = (10.0 ** (2 * exponent) * rng.uniform(0.5, 2, d)).astype(dtype)
+    wide, eps = variances.astype(float), np.finfo(dtype).eps
     with jax.enable_x64(True):
-        mixture = gmm.cast(mixture, dtype)
-        found = draws(key, mixture, jnp.asarray(asked), jnp.asarray(points))
-        drawn, *pairs = jax.tree.map(np.asarray, found)
-        if plain is not None:
-            standard = gmm.cast(gmm.Mixture(*mixture[:2], plain), dtype)
-            standard = standard._replace(means=0 * mixture.means)
-            noise = in_float64(draws(key, standard, jnp.asarray(asked), jnp.asarray(points))[0])
-            factors = np.linalg.cholesky(dense(mixture))
-    assert drawn.dtype == dtype
-    assert drawn.shape == (n, d)
-    for x, components in pairs:
-        assert (x.dtype, x.shape, components.shape) == (dtype, (n, d), (n,))
-        assert np.isfinite(x).all()
-        assert np.all(np.asarray(mixture.weights)[components] > 0)
-    if plain is None:
-        assert np.isfinite(drawn).all()
+        found = structures(jax.random.key(seed), jnp.asarray(variances), num)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(dtype)}
+    low = found.pop("low_rank", None)
+    for name, structure in found.items():
+        expected = restricted(name, np.stack([np.diag(wide)] * num), np.full(num, 1 / num))
+        np.testing.assert_allclose(structure.matrices(), expected, rtol=(d + 5) * eps)
+    if low is None:
         return
-    means = in_float64(mixture.means)[asked]
-    expected = means + np.einsum("nij,nj->ni", factors[asked], noise)
-    size = np.abs(means) + np.einsum("nij,nj->ni", np.abs(factors[asked]), np.abs(noise))
-    assert np.all(np.abs(drawn - expected) <= 2 * (d + 3) * np.finfo(dtype).eps * size)
+    np.testing.assert_allclose(in_float64(low.scales) ** 2, [wide / 2] * num, rtol=5 * eps)
+    for w, s, projection in zip(*in_float64(low)):
+        # Sherman and Morrison's formula: of as many terms as there are dimensions, all positive.
+        expected = (w.T / s**2) / (1 + np.sum(w[:, 0] ** 2 / s**2))
+        np.testing.assert_allclose(projection, expected, rtol=(2 * d + 12) * eps)
 
 
-@few(12)
-@given(st.sampled_from([(1, 1, 1), (300, 2, 2), (40, 7, 3)]), st.booleans(), SEEDS)
-def test_draws_by_component_meet_their_own_factor(case, one, seed):
-    """Whatever the sizes of the groups, also where one component asks for all rows; noise comes in
-    the order of the sorted rows."""
-    (n, num, d), rng = case, np.random.default_rng(seed)
-    factors, noise = rng.normal(size=(num, d, d)), rng.normal(size=(n, d))
-    components = np.full(n, num - 1) if one else rng.integers(num, size=n)
+@few(25)
+@given(st.sampled_from([(1, 1), (3, 2), (2, 6)]), DECADES, st.booleans(), SEEDS)
+def test_structures_of_matrices_and_triangles(case, exponent, isotropic, seed):
+    """From Sigma to L, L^-1 and back; rounding makes no zero of a rotated matrix asymmetric."""
+    (num, d), rng = case, np.random.default_rng(seed)
+    scale = 10.0**exponent
+    bases = [np.linalg.qr(rng.normal(size=(d, d)))[0] for _ in range(num)]
+    spectrum = np.full(d, 2.0) if isotropic else np.geomspace(1, 100, d)
+    matrices = np.stack([np.linalg.inv((q / (scale**2 * spectrum)) @ q.T) for q in bases])
+    for given_, kind in ((matrices, gmm.Full), (matrices[0], gmm.Tied)):
+        structure = gmm.from_matrices(given_)
+        assert type(structure) is kind
+        cholesky, inverse = structure
+        np.testing.assert_allclose(
+            cholesky @ np.swapaxes(cholesky, -1, -2), given_, atol=1e-12 * 100 * scale**2
+        )
+        identity = np.broadcast_to(np.eye(d), given_.shape)
+        np.testing.assert_allclose(inverse @ cholesky, identity, atol=1e-11)
+        np.testing.assert_array_equal(covariances.invert_triangles(cholesky), inverse)
+        np.testing.assert_array_equal(gmm.from_cholesky(cholesky).inverse, inverse)
+    if d > 1:
+        matrices[0, 0, 1] += 1e-4 * np.sqrt(matrices[0, 0, 0] * matrices[0, 1, 1])
+        with pytest.raises(ValueError, match="not symmetric"):
+            gmm.from_matrices(matrices)
+
+
+jit_factorize = jax.jit(linalg.factorize)
+jit_floor = jax.jit(linalg.floor_variances)
+
+
+@few(20)
+@given(st.sampled_from([1, 2, 5]), DTYPES, DECADES, st.integers(0, 5), SEEDS)
+def test_factors_exist_whatever_the_rank(d, dtype, exponent, rank, seed):
+    """L L' is the covariance and the ridge on its diagonal, and L^-1 its inverse. No pivot is
+    within its rounding, d eps of the variance. The ridge is 0 where a matrix is well conditioned,
+    and no more than two steps of ten beyond the first where it is singular."""
+    rng, eps, rank = np.random.default_rng(seed), np.finfo(dtype).eps, min(rank, d)
+    basis = np.linalg.qr(rng.normal(size=(d, d)))[0][:, :rank]
+    covariance = 10.0 ** (2 * exponent) * (basis * rng.uniform(0.1, 1, rank)) @ basis.T
+    covariance = covariance.astype(dtype)
+    variances = np.diagonal(covariance)[None]
     with jax.enable_x64(True):
-        drawn = by_component(jnp.asarray(factors), jnp.asarray(noise), jnp.asarray(components))
-    order = np.argsort(components, kind="stable")
-    expected = np.einsum("nij,nj->ni", factors[components[order]], noise)
-    np.testing.assert_allclose(drawn[order], expected, rtol=1e-12, atol=1e-12)
-
-
-@jax.jit
-def by_component(factors, noise, components):
-    def draw(k, z):
-        return z @ factors[k].T
-
-    return linalg.draw_by_component(draw, (noise,), components, len(factors))
+        found = jit_factorize(jnp.asarray(covariance))
+        floored = jit_floor(jnp.asarray(variances), jnp.zeros((), dtype))
+    assert {leaf.dtype for leaf in (*found, *floored)} == {np.dtype(dtype)}
+    cholesky, inverse, ridge = in_float64(found)
+    assert ridge == 0 or rank < d
+    pivots = np.square(np.diagonal(cholesky))
+    assert np.all(pivots > 0.99 * d * eps * (np.diagonal(covariance) + ridge))
+    largest = np.diagonal(covariance).astype(float).mean() if rank else 1.0
+    assert ridge <= 1000 * d * eps * largest
+    size = np.abs(cholesky) @ np.abs(cholesky).T
+    error = np.abs(np.tril(cholesky @ cholesky.T - covariance - ridge * np.eye(d)))
+    assert np.all(error <= (d + 4) * eps * size)
+    residual = np.abs(inverse @ cholesky - np.eye(d))
+    assert np.all(residual <= 4 * d * eps * (np.abs(inverse) @ np.abs(cholesky)))
+    variances, extra = in_float64(floored)
+    assert np.all(variances > 0)
+    np.testing.assert_allclose(variances[0], np.diagonal(covariance) + extra[0], rtol=4 * eps)
+    if rank == d:
+        assert extra[0] == 0

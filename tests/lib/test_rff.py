@@ -25,9 +25,6 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-# Frequencies
-
-
 def test_gaussian_frequencies_depend_on_key_and_shape_alone():
     key = jax.random.key(0)
     draw = gaussian_frequencies(key, 500, 7)
@@ -69,34 +66,6 @@ def test_phases_are_uniform():
     assert kstest(draw / (2 * np.pi), "uniform").pvalue > 0.01
 
 
-@pytest.mark.parametrize("orthogonal", [False, True])
-def test_features_approximate_the_kernel(orthogonal):
-    """Within five standard errors of 9,000 frequencies, each term at most 1, or 2 with phases."""
-    x, num_features = jnp.asarray(normal(0, 12, 3), jnp.float32), 9000
-    frequency_key, phase_key = jax.random.split(jax.random.key(1))
-    frequencies = gaussian_frequencies(frequency_key, num_features, 3, orthogonal=orthogonal)
-    phases, kernel = uniform_phases(phase_key, num_features), gaussian(1.5)
-    for form, bound in ((None, 1), (phases, 2)):
-        features = random_fourier_features(x, frequencies, 1.5, phases=form)
-        error = np.abs(features @ features.T - kernel(x, x)).max()
-        assert error < 5 * np.sqrt(bound / 2 / num_features)
-
-
-# Features
-
-
-def test_dtype_follows_the_data():
-    """In float64 with float32 frequencies, and from half precision in float32."""
-    x, frequencies = normal(0, 5, 3), jnp.asarray(normal(1, 6, 3), jnp.float32)
-    half = random_fourier_features(jnp.asarray(x, jnp.bfloat16), frequencies, 1.0)
-    assert half.dtype == jnp.float32
-    with jax.enable_x64(True):
-        features = random_fourier_features(jnp.asarray(x), frequencies, 1.0)
-        expected = np.cos(x @ np.asarray(frequencies, float).T) / np.sqrt(6)
-        assert features.dtype == jnp.float64
-        np.testing.assert_allclose(features[:, :6], expected, rtol=1e-12)
-
-
 def test_cos_and_sin_in_single_precision():
     """To 1e-7 up to 1e4; after that to the rounding of the angle, and never past 1."""
     near = np.linspace(-30, 30, 20_001)
@@ -119,15 +88,13 @@ def test_cos_and_sin_in_single_precision():
 
 def test_derivatives_of_cos_and_sin(x64):
     angles = np.linspace(-9, 9, 50)
-    for order, (cos, sin) in ((1, (-np.sin(angles), np.cos(angles))),
-                              (2, (-np.cos(angles), -np.sin(angles)))):  # fmt: skip
-        for which, expected in ((0, cos), (1, sin)):
-            derivative = lambda angle, which=which: cos_sin(angle)[which]  # noqa: E731
-            for _ in range(order):
-                derivative = jax.grad(derivative)
+    cos, sin = np.cos(angles), np.sin(angles)
+    for which, expected in ((0, (-sin, -cos)), (1, (cos, -sin))):
+        first = jax.grad(lambda angle, which=which: cos_sin(angle)[which])
+        for derivative, values in zip((first, jax.grad(first)), expected):
             for dtype, tolerance in ((np.float32, 1e-6), (np.float64, 1e-14)):
                 found = jax.jit(jax.vmap(derivative))(angles.astype(dtype))
-                np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+                np.testing.assert_allclose(found, values, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("phased", [False, True])
@@ -158,9 +125,6 @@ def test_orthogonal_frequencies_lower_the_variance(orthogonal_draws):
     assert orthogonal.var() < 0.7 * independent.var()
 
 
-# Mean embeddings
-
-
 def test_gradient_of_the_embedding(x64):
     x, y, frequencies = normal(0, 5, 2), normal(1, 4, 2), jnp.asarray(normal(2, 6, 2))
 
@@ -186,9 +150,6 @@ def test_bad_samples_raise():
         mean_embedding(jnp.ones((3, 2)).at[2, 1].set(jnp.nan), frequencies, 1.0)
     with pytest.raises(ValueError, match="x_weights must be >= 0"):
         mean_embedding(jnp.ones((2, 2)), frequencies, 1.0, weights=jnp.array([1.0, -1.0]))
-
-
-# Maximum mean discrepancy
 
 
 def test_mmd_of_embeddings_over_draws():
