@@ -1,7 +1,9 @@
 """Augmentation against torch (sampling, slices, gradients), loops over pixels and drawing laws."""
 
+import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,14 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.ndimage import map_coordinates
+from strategies import DECADES, SEEDS, few
 
 from lib.augment import OPERATIONS, Parameters, apply, augment, draw, parse
-from lib.augment._warps import rotate
+from lib.augment import _warps as warps
+from lib.augment.cutmix import cutmix
 
 x64 = pytest.mark.usefixtures("x64")
 ALL = "color_crop_cutout_flip_scale_rotate"
@@ -35,18 +42,10 @@ def random_images(seed, *shape, dtype=float):
     return np.random.default_rng(seed).uniform(size=shape).astype(dtype)
 
 
+@jax.jit
 def value_and_gradient(parameters, images, weights):
-    def run(parameters, images, weights):
-        value, pullback = jax.vjp(lambda images: apply(parameters, images), images)
-        return value, pullback(weights)[0]
-
-    return run(parameters, jnp.asarray(images), jnp.asarray(weights))
-
-
-jit_value_and_gradient = jax.jit(value_and_gradient)
-
-
-# The reference: one image [channels, H, W] at a time, in torch
+    value, pullback = jax.vjp(lambda images: apply(parameters, images), images)
+    return value, pullback(weights)[0]
 
 
 def by_affine_grid(x, theta):
@@ -72,16 +71,13 @@ def shifted(x, rows, columns):
 
 
 def with_hole(x, share, positions):
-    mask = torch.ones_like(x)
-    sides = [int(share * size + 0.5) for size in x.shape[1:]]
-    centres = [
-        int(u * (size + (1 - side % 2))) for u, size, side in zip(positions, x.shape[1:], sides)
-    ]
-    for a in range(sides[0]):
-        for b in range(sides[1]):
-            row = min(max(a + centres[0] - sides[0] // 2, 0), x.shape[1] - 1)
-            column = min(max(b + centres[1] - sides[1] // 2, 0), x.shape[2] - 1)
-            mask[:, row, column] = 0
+    """Pixels that the hole would have outside of the image lie on its edge."""
+    mask, places = torch.ones_like(x), []
+    for u, size in zip(positions, x.shape[1:]):
+        side = int(share * size + 0.5)
+        centre = int(u * (size + (1 - side % 2)))
+        places.append(np.clip(np.arange(side) + centre - side // 2, 0, size - 1))
+    mask[:, places[0][:, None], places[1]] = 0
     return x * mask
 
 
@@ -109,46 +105,22 @@ def by_torch(parameters, images, weights):
     return outputs.detach().numpy(), inputs.grad.numpy()
 
 
+def happened(parameters, name):
+    """In which draws the field changes something."""
+    return np.asarray(getattr(parameters, name)) != NEUTRAL[name]
+
+
 @x64
 @pytest.mark.parametrize("shape", [(8, 8, 1), (7, 10, 3)])
-def test_values_and_gradients_are_those_of_torch(shape):
-    images, weights = random_images(0, 24, *shape), random_images(1, 24, *shape)
-    for dialect in ("idc", "dsa"):
-        parameters = jit_draw(jax.random.key(2), parse(ALL, dialect=dialect), 24)
-        # One comparison sees each operation.
-        assert all(
-            np.any(np.asarray(getattr(parameters, name)) != value)
-            for name, value in NEUTRAL.items()
-        )
-        results = jit_value_and_gradient(parameters, images, weights)
-        expected = by_torch(parameters, images, weights)
-        for result, target in zip(results, expected):
-            assert result.dtype == jnp.float64
-            np.testing.assert_allclose(result, target, rtol=0, atol=1e-12)
-
-
-@x64
-def test_rotations_by_any_angle_and_their_transpose():
-    """The transpose looks at 3 x 3 outputs for each pixel, at any angle."""
-    angles = np.deg2rad([0, 15, -15, 30, 44.9, 45, 46, 90, 135, 180, -77, 200])
-    images, weights = random_images(3, 12, 6, 9, 2), random_images(4, 12, 6, 9, 2)
-
-    @jax.jit
-    def run(angles, images, weights):
-        def each(images):
-            return jax.vmap(lambda image, angle: rotate(image[None], angle)[0])(images, angles)
-
-        value, pullback = jax.vjp(each, images)
-        return value, pullback(weights)[0]
-
-    results = run(jnp.asarray(angles), jnp.asarray(images), jnp.asarray(weights))
-    inputs = torch.tensor(images, requires_grad=True)
-    outputs = torch.stack(
-        [rotation(x, a).permute(1, 2, 0) for x, a in zip(inputs.permute(0, 3, 1, 2), angles)]
-    )
-    (outputs * torch.tensor(weights)).sum().backward()
-    np.testing.assert_allclose(results[0], outputs.detach(), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(results[1], inputs.grad, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("dialect", ["idc", "dsa"])
+def test_values_and_gradients_are_those_of_torch(shape, dialect):
+    images, weights = (random_images(seed, 24, *shape) for seed in (0, 1))
+    parameters = jit_draw(jax.random.key(2), parse(ALL, dialect=dialect), 24)
+    assert all(happened(parameters, name).any() for name in NEUTRAL)
+    results = value_and_gradient(parameters, images, weights)
+    for result, target in zip(results, by_torch(parameters, images, weights)):
+        assert result.dtype == jnp.float64
+        np.testing.assert_allclose(result, target, rtol=0, atol=1e-12)
 
 
 # Siamese
@@ -200,56 +172,83 @@ def test_augment_is_a_draw_and_its_application():
 NUM = 4096
 
 
-def changed(parameters, names):
-    """Shares of the draws that change something, by field."""
-    return {name: np.asarray(getattr(parameters, name)) != NEUTRAL[name] for name in names}
-
-
-def assert_frequency(happened, probability):
-    assert scipy.stats.binomtest(int(happened.sum()), len(happened), probability).pvalue > 1e-3
+def assert_frequency(drawn, probability):
+    assert scipy.stats.binomtest(int(drawn.sum()), len(drawn), probability).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("strategy", [ALL, "flip_crop_rotate_brightness"])
 def test_idc_does_everything_named_and_one_of_the_geometry(strategy):
     parameters = jit_draw(jax.random.key(21), parse(strategy, dialect="idc"), NUM)
     full = strategy == ALL
-    for name in ("cutout_share", "saturation", "contrast") if full else ():
-        assert changed(parameters, [name])[name].mean() > 0.999
-    assert changed(parameters, ["brightness"])["brightness"].mean() > 0.999
+    for name in ("brightness", *(("cutout_share", "saturation", "contrast") if full else ())):
+        assert happened(parameters, name).mean() > 0.999
     assert_frequency(np.asarray(parameters.flip), 0.5)
-    geometry = ["crop_share", "scale_rows", "angle"] if full else ["crop_share", "angle"]
-    drawn = changed(parameters, geometry)
-    np.testing.assert_array_equal(sum(happened.astype(int) for happened in drawn.values()), 1)
-    for happened in drawn.values():
-        assert_frequency(happened, 1 / len(geometry))
-    if not full:
-        assert parameters.scale_rows is parameters.contrast is parameters.cutout_share is None
+    geometry = ["crop_share", "angle", *(["scale_rows"] if full else [])]
+    drawn = np.array([happened(parameters, name) for name in geometry])
+    np.testing.assert_array_equal(drawn.sum(axis=0), 1)
+    for operation in drawn:
+        assert_frequency(operation, 1 / len(geometry))
+    if full:
+        np.testing.assert_array_equal(drawn[2], happened(parameters, "scale_columns"))
     else:
-        np.testing.assert_array_equal(drawn["scale_rows"], parameters.scale_columns != 1)
+        assert parameters.scale_rows is parameters.contrast is parameters.cutout_share is None
 
 
 def test_dsa_does_one_thing_and_colour_is_one():
     parameters = jit_draw(jax.random.key(22), parse(ALL, dialect="dsa"), NUM)
     names = ["crop_share", "scale_rows", "angle", "cutout_share", "brightness"]
-    drawn = changed(parameters, names)
-    for happened in drawn.values():
-        assert_frequency(happened, 1 / 6)
+    drawn = np.array([happened(parameters, name) for name in names])
+    for operation in drawn:
+        assert_frequency(operation, 1 / 6)
     assert_frequency(np.asarray(parameters.flip), 1 / 12)
-    total = sum(happened.astype(int) for happened in drawn.values()) + np.asarray(parameters.flip)
+    total = drawn.sum(axis=0) + np.asarray(parameters.flip)
     assert total.max() == 1
     assert_frequency(total == 0, 1 / 12)
     for name in ("saturation", "contrast"):
-        assert np.mean(drawn["brightness"] == (np.asarray(getattr(parameters, name)) != 1)) > 0.999
+        assert np.mean(drawn[-1] == happened(parameters, name)) > 0.999
 
 
 def test_dsa_counts_operations_of_colour_apart_where_they_are_named_apart():
-    strategy = "brightness_contrast_saturation"
-    drawn = changed(
-        jit_draw(jax.random.key(23), parse(strategy, dialect="dsa"), NUM), strategy.split("_")
-    )
-    np.testing.assert_array_equal(sum(happened.astype(int) for happened in drawn.values()), 1)
-    for happened in drawn.values():
-        assert_frequency(happened, 1 / 3)
+    names = ["brightness", "contrast", "saturation"]
+    parameters = jit_draw(jax.random.key(23), parse("_".join(names), dialect="dsa"), NUM)
+    drawn = np.array([happened(parameters, name) for name in names])
+    np.testing.assert_array_equal(drawn.sum(axis=0), 1)
+    for operation in drawn:
+        assert_frequency(operation, 1 / 3)
+
+
+def idc():
+    return parse(ALL, dialect="idc")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        *(
+            (partial(parse, strategy, dialect="idc"), message)
+            for strategy, message in (
+                ("color_crops", "no operation 'crops'; there are flip"),
+                ("crop_", "no operation ''"),
+                ("flip_crop_flip", "flip is named more than once"),
+                ("color_contrast", "contrast is named more than once"),
+            )
+        ),
+        (lambda: replace(idc(), flip_probability=1.5), "flip_probability must be .* got 1.5"),
+        (lambda: replace(idc(), crop_share=-0.1), "crop_share must be .* got -0.1"),
+        (lambda: replace(idc(), scale_ratio=0.9), "scale_ratio must be .* got 0.9"),
+        (lambda: replace(idc(), scale_ratio=math.inf), "scale_ratio must be .* got inf"),
+        (lambda: replace(idc(), rotation_degrees=181.0), "rotation_degrees must be .* got 181.0"),
+        (lambda: replace(idc(), cutout_share=2.0), "cutout_share must be .* got 2.0"),
+        (lambda: replace(idc(), contrast=math.nan), "contrast must be .* got nan"),
+        (
+            lambda: apply(draw(jax.random.key(28), idc(), 3), jnp.zeros((2, 4, 4, 1))),
+            r"shapes \[\(3,\)\] for 2 images",
+        ),
+    ],
+)
+def test_what_raises(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_values_are_uniform_on_their_ranges():
@@ -272,16 +271,10 @@ def test_values_are_uniform_on_their_ranges():
         values[name] = value = value[value != NEUTRAL.get(name)]
         assert low - 1e-6 <= value.min() <= value.max() <= high + 1e-6
         assert scipy.stats.kstest(value, "uniform", (low, high - low)).pvalue > 1e-3
-    # Each draws anew: no two of the same law agree.
-    for first, second in (
-        ("scale_rows", "scale_columns"),
-        ("crop_row", "crop_column"),
-        ("cutout_row", "cutout_column"),
-        ("crop_row", "cutout_row"),
-        ("brightness", "contrast"),
-    ):
-        n = min(len(values[first]), len(values[second]))
-        assert abs(scipy.stats.pearsonr(values[first][:n], values[second][:n]).statistic) < 0.1
+    # Each draws anew: no two agree.
+    for first, second in itertools.combinations(values.values(), 2):
+        n = min(len(first), len(second))
+        assert abs(scipy.stats.pearsonr(first[:n], second[:n]).statistic) < 0.1
 
 
 def rows_of(strategy, size):
@@ -325,9 +318,6 @@ def test_holes_lie_around_every_place_of_the_image_alike(size):
     assert scipy.stats.chisquare(list(counts.values()), list(expected.values())).pvalue > 1e-3
 
 
-# Strategies and errors
-
-
 def test_strategies():
     assert parse("", dialect="dsa").operations == parse("none", dialect="idc").operations == ()
     digits = parse(ALL, dialect="idc", flips=False)
@@ -339,38 +329,193 @@ def test_strategies():
     assert parse(ALL, dialect="dsa") != parse(ALL, dialect="idc")
 
 
-@pytest.mark.parametrize(
-    ("strategy", "message"),
-    [
-        ("color_crops", "no operation 'crops'; there are flip"),
-        ("crop_", "no operation ''"),
-        ("flip_crop_flip", "flip is named more than once"),
-        ("color_contrast", "contrast is named more than once"),
-    ],
+# CutMix
+
+BATCH, HEIGHT, WIDTH = 5, 6, 9
+# Pixel (i, j) of channel k of image n has a value that no other pixel has.
+IMAGES = np.arange(BATCH * HEIGHT * WIDTH * 2, dtype=np.float32).reshape(BATCH, HEIGHT, WIDTH, 2)
+TARGETS = np.eye(4, dtype=np.float32)[[0, 1, 2, 3, 1]]
+
+
+@partial(jax.jit, static_argnames=("probability", "alpha", "num"))
+def many(key, num, **options):
+    keys = jax.random.split(key, num)
+    each = jax.vmap(lambda key: cutmix(key, jnp.asarray(IMAGES), jnp.asarray(TARGETS), **options))
+    return each(keys)
+
+
+def boxes(images):
+    """(row, end row, column, end column) of what changed in one batch, None if nothing did."""
+    where = np.argwhere((np.asarray(images) != IMAGES).any(axis=(0, 3)))
+    if not len(where):
+        return None
+    (top, left), (bottom, right) = where.min(axis=0), where.max(axis=0) + 1
+    return top, bottom, left, right
+
+
+def test_half_of_the_batches_and_boxes_of_half_the_area_around_every_pixel():
+    """A large alpha has lambda = 1/2: no box is empty, none seen where the permutation (of 120)
+    moves nobody."""
+    num = 2000
+    images, _ = many(jax.random.key(1), num, probability=0.5, alpha=1e5)
+    found = np.array([box for box in map(boxes, np.asarray(images)) if box is not None])
+    assert scipy.stats.binomtest(len(found), num, 0.5 * (1 - 1 / 120)).pvalue > 1e-3
+    for size, low, high in ((HEIGHT, *found.T[:2]), (WIDTH, *found.T[2:])):
+        half = int(size * 0.5**0.5) // 2
+        expected = {}
+        for centre in range(size):
+            ends = max(0, centre - half), min(size, centre + half)
+            expected[ends] = expected.get(ends, 0) + len(found) / size
+        counts = dict.fromkeys(expected, 0)
+        for ends in zip(low.tolist(), high.tolist()):
+            counts[ends] += 1
+        assert scipy.stats.chisquare(list(counts.values()), list(expected.values())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [0.3, pytest.param(3.0, marks=pytest.mark.slow)])
+def test_areas_follow_the_beta_law(alpha):
+    """Of those that are seen: the box is not empty, and the permutation of two moves both."""
+    size, num = 32, 4000
+    pair = jnp.stack([jnp.zeros((size, size, 1)), jnp.ones((size, size, 1))])
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        images, targets = cutmix(key, pair, jnp.eye(2), probability=1.0, alpha=alpha)
+        return jnp.mean(images[0]), targets[0, 1]
+
+    means, areas = draw(jax.random.split(jax.random.key(4), num))
+    np.testing.assert_array_equal(means, areas)
+    rng, expected = np.random.default_rng(5), []
+    for _ in range(num):
+        half = int(size * (1 - rng.beta(alpha, alpha)) ** 0.5) // 2
+        sides = [min(size, c + half) - max(0, c - half) for c in rng.integers(size, size=2)]
+        expected.append(sides[0] * sides[1] / size**2)
+    expected = np.array(expected)
+    seen = np.asarray(areas)[np.asarray(areas) > 0]
+    share = np.mean(expected > 0) / 2
+    assert scipy.stats.binomtest(len(seen), num, share).pvalue > 1e-3
+    assert scipy.stats.ks_2samp(seen, expected[expected > 0]).pvalue > 1e-3
+
+
+def test_gradients_go_to_the_images_that_are_seen():
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def slope(images):
+        mixed, _ = cutmix(
+            jax.random.key(6), images, jnp.asarray(TARGETS), probability=1.0, alpha=1e5
+        )
+        return jnp.sum(mixed * jnp.asarray(IMAGES)), mixed
+
+    gradient, mixed = slope(jnp.asarray(IMAGES))
+    # A pixel has the weight of the place that shows it.
+    expected = np.zeros(IMAGES.size)
+    expected[np.asarray(mixed).astype(int).ravel()] = IMAGES.ravel()
+    np.testing.assert_array_equal(gradient.ravel(), expected)
+    assert boxes(mixed) is not None
+
+
+def test_options_out_of_range():
+    for options, message in (
+        ({"probability": 1.5}, "probability must lie in .* got 1.5"),
+        ({"probability": -0.1}, "got -0.1"),
+        ({"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),
+        ({"alpha": float("inf")}, "got inf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cutmix(jax.random.key(7), jnp.asarray(IMAGES), jnp.asarray(TARGETS), **options)
+
+
+# Properties, at any scale and in both dtypes
+
+
+@jax.jit
+def warped(images, rows, columns, angle, weights):
+    """Both warps, and what each hands back to the images for `weights` on its output."""
+
+    def both(images):
+        return warps.sample_grid(images, rows, columns), warps.rotate(images, angle)
+
+    values, pullback = jax.vjp(both, images)
+    nothing = jnp.zeros_like(weights)
+    return values, (pullback((weights, nothing))[0], pullback((nothing, weights))[0])
+
+
+@few(16)
+@given(
+    st.sampled_from(
+        [((1, 1, 1, 1), np.float32), ((3, 5, 4, 2), np.float32), ((2, 4, 7, 1), np.float64)]
+    ),
+    DECADES,
+    st.floats(-7, 7),
+    SEEDS,
 )
-def test_strategies_that_are_none(strategy, message):
-    with pytest.raises(ValueError, match=message):
-        parse(strategy, dialect="idc")
+def test_warps(case, exponent, angle, seed):
+    """A place is off by 8 roundings of the sides; so is a weight, and a value takes four pixels.
+    Gradients are the transpose, to as many roundings as there are products in both."""
+    (shape, dtype), rng = case, np.random.default_rng(seed)
+    n, height, width, channels = shape
+    images = 10.0**exponent * rng.normal(size=shape)
+    weights = rng.normal(size=shape)
+    rows, columns = rng.uniform(-2, height + 1, height), rng.uniform(-2, width + 1, width)
+    rows[0], columns[-1] = height - 1, 0
+    given_ = [np.asarray(a, dtype) for a in (images, rows, columns, angle, weights)]
+    with jax.enable_x64(True):
+        values, gradients = warped(*map(jnp.asarray, given_))
+        values, gradients = jax.tree.map(np.asarray, (values, gradients))
+    images, rows, columns, angle, weights = (np.asarray(a, float) for a in given_)
+    eps, largest = np.finfo(dtype).eps, np.abs(images).max()
+    at, i, j, channel = np.indices(shape)
+    y, x, cos, sin = i - (height - 1) / 2, j - (width - 1) / 2, np.cos(angle), np.sin(angle)
+    turned = cos * y + sin * x + (height - 1) / 2, cos * x - sin * y + (width - 1) / 2
+    expected = [
+        map_coordinates(images, [at, *places, channel], order=1, mode="grid-constant")
+        for places in ((rows[i], columns[j]), turned)
+    ]
+    bound = 4 * 8 * (height + width) * eps * largest
+    for value, gradient, exact in zip(values, gradients, expected):
+        assert value.dtype == gradient.dtype == dtype
+        assert np.all(np.abs(value - exact) <= bound)
+        inner = np.sum(exact * weights), np.sum(images * gradient)
+        slack = 2 * (n + channels + 9) * np.abs(weights).sum() * bound
+        assert abs(inner[0] - inner[1]) <= slack
+        assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("flip_probability", 1.5),
-        ("crop_share", -0.1),
-        ("scale_ratio", 0.9),
-        ("scale_ratio", math.inf),
-        ("rotation_degrees", 181.0),
-        ("cutout_share", 2.0),
-        ("contrast", math.nan),
-    ],
+@partial(jax.jit, static_argnames="probability")
+def mixed(key, images, targets, probability):
+    return cutmix(key, images, targets, probability=probability)
+
+
+@few(16)
+@given(
+    st.sampled_from([((1, 1, 1, 1), np.float64, 0.5), ((4, 6, 3, 2), np.float32, 1.0)]),
+    DECADES,
+    SEEDS,
 )
-def test_strengths_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
-        replace(parse(ALL, dialect="idc"), **{name: value})
-
-
-def test_errors_of_application():
-    parameters = draw(jax.random.key(28), parse("flip", dialect="idc"), 3)
-    with pytest.raises(ValueError, match=r"shapes \[\(3,\)\] for 2 images"):
-        apply(parameters, jnp.zeros((2, 4, 4, 1)))
+def test_boxes_and_targets_agree(case, exponent, seed):
+    """Partners are one permutation; a target gives its partner the box's share of the pixels."""
+    (shape, dtype, probability), rng = case, np.random.default_rng(seed)
+    # No value comes twice, so that each tells where it is from.
+    images = 10.0**exponent * (1 + np.arange(np.prod(shape)).reshape(shape))
+    targets = rng.dirichlet(np.ones(5), shape[0])
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(a, dtype) for a in (images, targets)]
+        found = mixed(jax.random.key(seed), *arrays, probability)
+        images, targets, new_images, new_targets = map(np.asarray, (*arrays, *found))
+    assert new_images.dtype == new_targets.dtype == dtype
+    box = np.zeros(shape[1:3], bool)
+    partners = np.arange(len(images))
+    flat = images.reshape(len(images), -1)
+    for i, image in enumerate(new_images):
+        places = image != images[i]
+        box |= places[..., 0]
+        if places.any():
+            partners[i] = np.argwhere(flat == image[places][0])[0, 0]
+    assert sorted(partners) == list(range(len(images)))
+    expected = np.where(box[None, :, :, None], images[partners], images)
+    np.testing.assert_array_equal(new_images, expected)
+    share = box.mean()  # 0 also where the permutation moves nobody, and a box cannot be seen
+    wanted = (1 - share) * targets.astype(float) + share * targets.astype(float)[partners]
+    np.testing.assert_allclose(new_targets, wanted, rtol=0, atol=4 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(new_targets.sum(axis=1), 1, rtol=0, atol=8 * np.finfo(dtype).eps)

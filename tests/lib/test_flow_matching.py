@@ -1,6 +1,6 @@
 """Flows between Gaussians against their closed forms; training against loops; resuming."""
 
-import itertools
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import ot
 import pytest
-from chunks import record_chunks, stop_after
+from chunks import assert_same_bits, interrupt, record_chunks
 from scipy.integrate import quad
 
 from lib import runs
@@ -19,13 +18,11 @@ from lib.flow_matching import (
     draw_batch,
     fit,
     init,
-    loss,
     optimal_permutation,
     train_step,
     velocity,
 )
 from lib.flow_matching.sampling import euler, heun, integrate, straightness
-from lib.runs.console import Interrupted
 from lib.runs.files import RunFileError
 from lib.runs.loop import DivergedError
 
@@ -77,11 +74,6 @@ def training(**changes):
     return fit(options.pop("key", KEY), options.pop("network", Affine()), source, data, **options)
 
 
-def assert_same_bits(one, other):
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 # Between Gaussians N(0, I) and N(m, diag(s^2)), drawn independently, the velocity is
 # m + (sigma' / sigma) (x - t m) with sigma_t^2 = (1 - t)^2 + t^2 s^2, and x0 goes to m + s x0.
 
@@ -116,24 +108,6 @@ def test_order_of_convergence_and_end_points(x64, method, order):
     np.testing.assert_allclose(path[80], middle, atol={1: 0.05, 2: 1e-3}[order])
 
 
-def test_euler_is_a_numpy_loop(x64):
-    x0 = np.random.default_rng(0).normal(size=(5, 2))
-    x = x0.copy()
-    for i in range(7):
-        x = x + np.asarray(gaussian_velocity(x, np.full(5, i / 7))) / 7
-    np.testing.assert_allclose(euler(gaussian_velocity, jnp.asarray(x0), 7), x, rtol=1e-12)
-
-
-@pytest.mark.parametrize("block_size", [1, 4, 7, 500])
-def test_blocks_change_nothing(x64, block_size):
-    x0 = jax.random.normal(jax.random.key(0), (7, 2), jnp.float64)
-    for method, solve, steps in (("euler", euler, 6), ("heun", heun, 3)):
-        x1 = integrate(
-            gaussian_velocity, x0, num_evaluations=6, method=method, block_size=block_size
-        )
-        np.testing.assert_allclose(x1, solve(gaussian_velocity, x0, steps), rtol=1e-12)
-
-
 @pytest.mark.parametrize(("method", "solve"), [("euler", euler), ("heun", heun)])
 def test_one_program_serves_all_numbers_of_evaluations(x64, method, solve):
     x0, traced = jax.random.normal(jax.random.key(0), (7, 2), jnp.float64), []
@@ -144,10 +118,8 @@ def test_one_program_serves_all_numbers_of_evaluations(x64, method, solve):
         return integrate(gaussian_velocity, x0, num_evaluations=num, method=method, block_size=4)
 
     for num in (2, 6, 10):
-        steps = num if method == "euler" else num // 2
-        np.testing.assert_allclose(
-            sampled(jnp.asarray(num)), solve(gaussian_velocity, x0, steps), rtol=1e-12
-        )
+        expected = solve(gaussian_velocity, x0, num if method == "euler" else num // 2)
+        np.testing.assert_allclose(sampled(jnp.asarray(num)), expected, rtol=1e-12)
     assert len(traced) == 1
 
 
@@ -173,39 +145,11 @@ def test_straightness_of_gaussian_flows_against_quadrature(x64):
     np.testing.assert_allclose(result.length_ratio, ratio, rtol=1e-3)
 
 
-def test_straight_paths_are_straight(x64):
-    x0 = jax.random.normal(jax.random.key(0), (6, 2), jnp.float64)
-    path = euler(lambda x, t: jnp.broadcast_to(M, x.shape), x0, 5, keep_path=True)
-    result = straightness(path)
-    np.testing.assert_allclose(result[:2], 0, atol=1e-20)
-    np.testing.assert_allclose(result[2:], [1, (M**2).sum() / 2], rtol=1e-12)
-
-
-# Couplings and objective
-
-
-def test_optimal_permutation_against_brute_force_and_linear_programming():
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        x0, x1 = rng.normal(size=(2, 6, 11)).astype("f")
-        costs = ((x1[:, None] - x0[None]) ** 2).sum(axis=2)
-        orders = list(itertools.permutations(range(6)))
-        best = min(orders, key=lambda order: costs[range(6), order].sum())
-        found = jax.jit(optimal_permutation)(jnp.asarray(x0), jnp.asarray(x1))
-        np.testing.assert_array_equal(found, best)
-        weights = np.full(6, 1 / 6)
-        total = ot.emd2(weights, weights, costs.astype(float))
-        np.testing.assert_allclose(costs[range(6), found].mean(), total, rtol=1e-5)
-
-
 def test_couplings():
     """Optimal pairs are the source's own draws in another order, inside loops too."""
     source, x1 = Normal(jnp.ones(6)), images().reshape(12, 6)
-
-    def pairs(coupling):
-        return jax.jit(lambda source, x1: couple(KEY, source, x1, coupling))(source, x1)
-
-    independent, optimal = pairs("independent"), pairs("optimal")
+    pairs = jax.jit(partial(couple, KEY), static_argnums=2)
+    independent, optimal = (pairs(source, x1, kind) for kind in ("independent", "optimal"))
     np.testing.assert_allclose(independent, source.couple(KEY, x1), atol=1e-6)
     np.testing.assert_array_equal(optimal, independent[optimal_permutation(independent, x1)])
     assert np.square(optimal - x1).sum() < 0.9 * np.square(independent - x1).sum()
@@ -213,38 +157,27 @@ def test_couplings():
     np.testing.assert_allclose(looped[1], optimal, atol=1e-6)
 
 
-def test_loss_against_numpy():
-    rng = np.random.default_rng(0)
-    x0, x1, times = rng.normal(size=(3, 5, 2)).astype("f")
-    times = times[:, 0]
-    xt = (1 - times[:, None]) * x0 + times[:, None] * x1
-    expected = np.mean((np.sin(xt) * times[:, None] - (x1 - x0)) ** 2)
-    value = loss(lambda x, t: jnp.sin(x) * t[:, None], *map(jnp.asarray, (x0, x1, times)))
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-
-
 def test_batches():
     """Rows of the data, mapped from 0..255 and mirrored for about half."""
     data = jnp.asarray(np.random.default_rng(0).integers(0, 256, (5, 2, 3, 2)), jnp.uint8)
     rows = np.asarray(data, np.float32) / 127.5 - 1
-    batch = np.asarray(draw_batch(KEY, data, 400)).reshape(400, 2, 3, 2)
-    mirrored = draw_batch(KEY, data, 400, augment_flip=True).reshape(400, 2, 3, 2)
+    batch, mirrored = (
+        np.asarray(draw_batch(KEY, data, 400, augment_flip=flip)).reshape(400, 2, 3, 2)
+        for flip in (False, True)
+    )
     which = np.array([np.abs(rows - x).max(axis=(1, 2, 3)).argmin() for x in batch])
     np.testing.assert_allclose(batch, rows[which], atol=1e-6)
     assert np.bincount(which, minlength=5).min() > 50
-    same = (np.asarray(mirrored) == batch).all(axis=(1, 2, 3))
+    same = (mirrored == batch).all(axis=(1, 2, 3))
     assert 150 < same.sum() < 250
     np.testing.assert_array_equal(mirrored[~same], batch[~same][:, :, ::-1])
-
-
-# Training
 
 
 def test_fit_is_a_loop_of_steps_and_the_running_mean_a_numpy_loop():
     result = training()
     init_key, key = jax.random.split(KEY)
     state = init(init_key, Affine(), OPTIMIZER, (2, 3, 1))
-    ema = jax.tree.map(lambda leaf: np.asarray(leaf, float), state.parameters)
+    ema = jax.tree.map(np.float64, state.parameters)
     options = {"network": Affine(), "optimizer": OPTIMIZER, "batch_size": 4, "ema_decay": 0.5}
     step_once = jax.jit(
         lambda state: train_step(key, state, Normal(jnp.zeros(6)), images(), **options)
@@ -256,8 +189,8 @@ def test_fit_is_a_loop_of_steps_and_the_running_mean_a_numpy_loop():
         ema = jax.tree.map(
             lambda mean, p, a=decay: a * mean + (1 - a) * np.asarray(p), ema, state.parameters
         )
-    for one, other in zip(jax.tree.leaves(result[:2]), jax.tree.leaves((state.parameters, ema))):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, result[:2], (state.parameters, ema))
     differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), result.ema, result.parameters)
     assert max(jax.tree.leaves(differences)) > 1e-3
 
@@ -265,47 +198,34 @@ def test_fit_is_a_loop_of_steps_and_the_running_mean_a_numpy_loop():
 @pytest.mark.slow
 def test_a_gaussian_is_carried_to_a_gaussian():
     """Mean and covariance of what a small network makes of N(0, I)."""
-    rng = np.random.default_rng(0)
-    factor = np.array([[0.6, 0.0], [0.4, 0.3]])
-    x1 = rng.normal(size=(4000, 2)) @ factor.T + [0.5, -1.0]
+    rng, source = np.random.default_rng(0), Normal(jnp.zeros(2))
+    x1 = rng.normal(size=(4000, 2)) @ [[0.6, 0.4], [0.0, 0.3]] + [0.5, -1.0]
     result = training(
         network=TwoLayers(),
-        source=Normal(jnp.zeros(2)),
+        source=source,
         data=jnp.asarray(x1, jnp.float32).reshape(-1, 1, 2, 1),
         optimizer=optax.adam(optax.cosine_decay_schedule(1e-2, 1500)),
         num_steps=1500,
         batch_size=128,
         ema_decay=0.99,
     )
-    x0 = Normal(jnp.zeros(2)).sample(jax.random.key(1), 4000)
-
-    @jax.jit
-    def generate(ema, x0):
-        return integrate(
-            velocity(TwoLayers(), ema, (1, 2, 1)), x0, num_evaluations=40, method="heun"
-        )
-
-    made = np.asarray(generate(result.ema, x0))
+    field = velocity(TwoLayers(), result.ema, (1, 2, 1))
+    generate = jax.jit(partial(integrate, field, num_evaluations=40, method="heun"))
+    made = np.asarray(generate(source.sample(jax.random.key(1), 4000)))
     np.testing.assert_allclose(made.mean(axis=0), x1.mean(axis=0), atol=0.05)
     np.testing.assert_allclose(np.cov(made.T), np.cov(x1.T), atol=0.04)
+
+
+X0 = jnp.zeros((2, 2))
 
 
 # Interruptions
 
 
-@pytest.fixture
-def run(tmp_path):
-    return runs.open_run(tmp_path, "xp", "flow", {"m": 0.5}, seed=0)
-
-
 @pytest.mark.parametrize("coupling", ["independent", "optimal"])
 def test_resumed_runs_end_in_the_same_bits(monkeypatch, run, coupling):
     whole = training(coupling=coupling)
-    for step in (1, 7, 12):
-        with monkeypatch.context() as patch:
-            stop_after(patch, step)
-            with pytest.raises(Interrupted, match=f"after step {step};"):
-                training(coupling=coupling, run=run)
+    interrupt(monkeypatch, partial(training, coupling=coupling, run=run), 1, 7, 12)
     sizes = record_chunks(monkeypatch)
     assert_same_bits(training(coupling=coupling, run=run), whole)
     assert sizes == [1]
@@ -351,9 +271,6 @@ def test_divergence_names_the_step_and_saves_the_last_good_state(monkeypatch, ru
     assert_same_bits(caught.value.state.parameters, good.parameters)
 
 
-# Input validation
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -373,13 +290,21 @@ def test_bad_input_raises(changes, message):
         training(**changes)
 
 
-def test_bad_numbers_of_steps_raise():
-    x0 = jnp.zeros((2, 2))
-    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
-        euler(gaussian_velocity, x0, 0)
-    with pytest.raises(ValueError, match="5 evaluations are no whole number of heun steps"):
-        integrate(gaussian_velocity, x0, num_evaluations=5, method="heun")
-    with pytest.raises(ValueError, match="block_size must be at least 1"):
-        integrate(gaussian_velocity, x0, num_evaluations=4, block_size=0)
-    with pytest.raises(ValueError, match="a path is"):
-        straightness(jnp.zeros((1, 2, 2)))
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: euler(gaussian_velocity, X0, 0), "num_steps must be at least 1, got 0"),
+        (
+            lambda: integrate(gaussian_velocity, X0, num_evaluations=5, method="heun"),
+            "5 evaluations are no whole number of heun steps",
+        ),
+        (
+            lambda: integrate(gaussian_velocity, X0, num_evaluations=4, block_size=0),
+            "block_size must be at least 1",
+        ),
+        (lambda: straightness(X0[None]), "a path is"),
+    ],
+)
+def test_bad_numbers_of_steps_raise(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -16,47 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, EXPONENTS, SEEDS, assert_finite, assert_within, clouds
 
-from lib.kernels import (
-    DIRECT_DIMENSION,
-    ROUNDING_UNITS,
-    bandwidth_grid,
-    gaussian,
-    gram_product,
-    imq,
-    kernel_diagonal,
-    kernel_mean,
-    kernel_mean_and_largest,
-    laplace,
-    median_bandwidth,
-    mixture,
-    polynomial,
-    riesz,
-    squared_distances,
-)
+from lib import kernels, numerics
 from lib.mmd import mmd_squared, mmd_squared_unbiased
-from lib.numerics import (
-    at_least_float32,
-    map_blocks,
-    pairwise_sum,
-    plain_number,
-    safe_norm,
-    safe_sqrt,
-    to_blocks,
-    uniform_weights,
-)
 
 pytestmark = pytest.mark.usefixtures("x64")
 many = settings(max_examples=25, deadline=None)
 few = settings(max_examples=12, deadline=None)
 
 KERNELS = {
-    "gaussian": gaussian,
-    "laplace": laplace,
-    "imq": imq,
-    "imq, exponent": lambda b: imq(b, exponent=1.7),
-    "riesz": lambda b: riesz(),
-    "riesz, small": lambda b: riesz(0.4),
-    "mixture": lambda b: mixture([gaussian(b), laplace(b)], [0.5, 2.0]),
+    "gaussian": kernels.gaussian,
+    "laplace": kernels.laplace,
+    "imq": kernels.imq,
+    "imq, exponent": lambda b: kernels.imq(b, exponent=1.7),
+    "riesz": lambda b: kernels.riesz(),
+    "riesz, small": lambda b: kernels.riesz(0.4),
+    "mixture": lambda b: kernels.mixture([kernels.gaussian(b), kernels.laplace(b)], [0.5, 2.0]),
 }
 
 
@@ -92,7 +66,11 @@ def reference(case, name, x, y):
     off = (n + m) * eps * max(np.abs(x).max(), np.abs(y).max())
     lengths = [np.linalg.norm(z - centre, axis=1) + off for z in (x, y)]
     reach = lengths[0][:, None] ** 2 + lengths[1][None, :] ** 2
-    away = (d + 2) * squares if d <= DIRECT_DIMENSION else (ROUNDING_UNITS + d + 6) * reach
+    away = (
+        (d + 2) * squares
+        if d <= kernels.DIRECT_DIMENSION
+        else (kernels.ROUNDING_UNITS + d + 6) * reach
+    )
     away = np.where(squares == 0, 0, eps * (away + 4 * squares))
     values, slopes, value_error, slope_error, flushed = (np.zeros((n, m)) for _ in range(5))
     ends = squares + away, np.maximum(squares - away, 0)
@@ -117,7 +95,7 @@ def gram_of_all(x, y, cotangent, bandwidth):
     for name, make in KERNELS.items():
         gram, transpose = jax.vjp(lambda x, y, b: make(b)(x, y), x, y, bandwidth)  # noqa: B023
         found[name] = (gram, *transpose(cotangent.astype(gram.dtype)))
-    return squared_distances(x, y), found
+    return kernels.squared_distances(x, y), found
 
 
 @many
@@ -152,17 +130,17 @@ def test_kernels_and_their_gradients(case):
 def test_plain_numbers_do_not_promote(dtype, number):
     x = jnp.zeros((2, 3), dtype)
     for kernel in (
-        gaussian(number),
-        laplace(number),
-        imq(number, exponent=number),
-        riesz(number),
-        polynomial(2, offset=number, scale=number),
-        mixture([gaussian(number)], [number]),
+        kernels.gaussian(number),
+        kernels.laplace(number),
+        kernels.imq(number, exponent=number),
+        kernels.riesz(number),
+        kernels.polynomial(2, offset=number, scale=number),
+        kernels.mixture([kernels.gaussian(number)], [number]),
     ):
         assert jax.eval_shape(kernel, x, x).dtype == dtype
-    assert type(plain_number(number)) is float
-    assert plain_number(number) == 1
-    assert plain_number(x) is x
+    assert type(numerics.plain_number(number)) is float
+    assert numerics.plain_number(number) == 1
+    assert numerics.plain_number(x) is x
 
 
 # One kernel serves for the sums, and one block size for each shape: every program is compiled.
@@ -171,14 +149,14 @@ BLOCK_SIZES = {(1, 4, 1): 1024, (5, 7, 9): 3}
 
 @partial(jax.jit, static_argnames="block_size")
 def sums(x, y, w, v, bandwidth, block_size):
-    kernel, options = laplace(bandwidth), {"block_size": block_size}
+    kernel, options = kernels.laplace(bandwidth), {"block_size": block_size}
     weights = {"x_weights": w, "y_weights": v}
     return {
-        "product": gram_product(kernel, x, y, v, **options),
-        "mean": kernel_mean(kernel, x, y, **weights, **options),
-        "within": kernel_mean(kernel, x, x_weights=w, **options),
-        "largest": kernel_mean_and_largest(kernel, x, w, **options),
-        "diagonal": kernel_diagonal(kernel, x),
+        "product": kernels.gram_product(kernel, x, y, v, **options),
+        "mean": kernels.kernel_mean(kernel, x, y, **weights, **options),
+        "within": kernels.kernel_mean(kernel, x, x_weights=w, **options),
+        "largest": kernels.kernel_mean_and_largest(kernel, x, w, **options),
+        "diagonal": kernels.kernel_diagonal(kernel, x),
         "mmd": jax.value_and_grad(partial(mmd_squared, kernel, **weights, **options))(x, y),
         "equal": mmd_squared(kernel, x, y, **options),
         "unbiased": mmd_squared_unbiased(kernel, x, y, **weights, **options)
@@ -227,9 +205,9 @@ def test_sums_over_gram_matrices(case):
 
 @jax.jit
 def roots_and_sums(x):
-    roots = jax.vmap(jax.value_and_grad(safe_sqrt))(x.reshape(-1))
-    gradient = jax.grad(lambda x: safe_norm(x).sum())(x)
-    return roots, safe_norm(x), gradient, pairwise_sum(x)
+    roots = jax.vmap(jax.value_and_grad(numerics.safe_sqrt))(x.reshape(-1))
+    gradient = jax.grad(lambda x: numerics.safe_norm(x).sum())(x)
+    return roots, numerics.safe_norm(x), gradient, numerics.pairwise_sum(x)
 
 
 @few
@@ -253,7 +231,7 @@ def test_roots_sums_and_blocks(seed, dtype, exponent, shape):
     assert_within(total_found, total, (np.log2(shape[0]) + 2) * eps * size, dtype)
     block_size = int(rng.integers(1, shape[0] + 3))
     weights = jnp.abs(x[:, 0])
-    blocks, block_weights = to_blocks(x, weights, block_size)
+    blocks, block_weights = numerics.to_blocks(x, weights, block_size)
     assert blocks.shape[:2] == block_weights.shape
     assert blocks.shape[1] <= block_size
     assert blocks.dtype == block_weights.dtype == dtype
@@ -262,18 +240,18 @@ def test_roots_sums_and_blocks(seed, dtype, exponent, shape):
     assert (np.asarray(rows[shape[0] :]) == values[-1]).all()
     np.testing.assert_array_equal(block_weights.reshape(-1)[: shape[0]], weights)
     assert not block_weights.reshape(-1)[shape[0] :].any()
-    rows, doubled = map_blocks(lambda rows: (rows, 2 * rows[:, 0]), x, block_size)
+    rows, doubled = numerics.map_blocks(lambda rows: (rows, 2 * rows[:, 0]), x, block_size)
     np.testing.assert_array_equal(rows, values)
     np.testing.assert_array_equal(doubled, 2 * values[:, 0])
-    assert at_least_float32(x).dtype == dtype
-    assert at_least_float32(x.astype(jnp.float16)).dtype == np.float32
-    assert_within(uniform_weights(x), np.full(shape[0], 1 / shape[0]), eps, dtype)
+    assert numerics.at_least_float32(x).dtype == dtype
+    assert numerics.at_least_float32(x.astype(jnp.float16)).dtype == np.float32
+    assert_within(numerics.uniform_weights(x), np.full(shape[0], 1 / shape[0]), eps, dtype)
 
 
 @jax.jit
 def bandwidths(key, x, y):
-    some = median_bandwidth(key, x, y, max_points=3)
-    return median_bandwidth(key, x, y), some, bandwidth_grid(key, x, y)
+    some = kernels.median_bandwidth(key, x, y, max_points=3)
+    return kernels.median_bandwidth(key, x, y), some, kernels.bandwidth_grid(key, x, y)
 
 
 @few
@@ -300,4 +278,4 @@ def test_unbiased_needs_two_points_of_positive_weight():
     x, w = jnp.array([[0.0], [1.0], [2.0]]), jnp.array([1.0, 2.0, 0.0])
     for weights in ({"x_weights": w.at[0].set(0)}, {"y_weights": w.at[1].set(0)}):
         with pytest.raises(ValueError, match="two points of each sample"):
-            mmd_squared_unbiased(gaussian(1.0), x, x, **weights)
+            mmd_squared_unbiased(kernels.gaussian(1.0), x, x, **weights)

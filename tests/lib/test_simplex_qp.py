@@ -1,13 +1,11 @@
-"""Mixing weights against enumeration, closed forms, cvxpy and their own certificate."""
+"""Mixing weights against closed forms, cvxpy and their own certificate."""
 
 import importlib.util
-import itertools
 import math
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -38,10 +36,8 @@ SEEDS = st.integers(0, 2**32 - 1)
 @pytest.fixture(scope="module")
 def domains():
     """`make_domains` of benchmarks/mixing.py, which is not installed."""
-    path = ROOT / "benchmarks" / "mixing.py"
-    spec = importlib.util.spec_from_file_location("mixing", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mixing"] = module
+    spec = importlib.util.spec_from_file_location("mixing", ROOT / "benchmarks" / "mixing.py")
+    sys.modules["mixing"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.make_domains
 
@@ -70,34 +66,6 @@ def certified(problem, solution, tolerance=1e-14):
     return solution
 
 
-def enumerated(problem):
-    """The least objective over all faces of the feasible set: every entry at a bound or free."""
-    n, (lower, upper) = problem.size, problem.bounds
-    hessian, linear = problem.hessian, problem.linear
-    best = np.inf, None
-    for state in itertools.product((-1, 0, 1), repeat=n):
-        state = np.array(state)
-        if not np.isfinite(upper[state == 1]).all():
-            continue
-        w = np.where(state == 1, upper, lower)
-        free = np.flatnonzero(state == 0)
-        if len(free):
-            w[free] = 0
-            system = np.block(
-                [[2 * hessian[np.ix_(free, free)], np.ones((len(free), 1))],
-                 [np.ones((1, len(free))), np.zeros((1, 1))]]
-            )  # fmt: skip
-            right = np.append(2 * (linear - hessian @ w)[free], 1 - w.sum())
-            w[free] = np.linalg.lstsq(system, right, rcond=None)[0][:-1]
-        feasible = abs(w.sum() - 1) < 1e-9 and (w > lower - 1e-9).all() and (w < upper + 1e-9).all()
-        if feasible and objective(problem, w) < best[0]:
-            best = objective(problem, w), w
-    return best
-
-
-# Against independent solutions
-
-
 @pytest.mark.parametrize(
     ("kind", "n"),
     [("mixture", 3), ("shifted", 10), ("domain", 50), ("mixture", 50), ("shifted", 200)],
@@ -113,66 +81,38 @@ def test_gap_is_rounding_error_on_the_reference_problems(domains, kind, n):
         assert other.gap < 1e-6 * problem.scale
 
 
-@settings(max_examples=60, deadline=None)
-@given(SEEDS, st.integers(1, 5), st.integers(1, 6), st.booleans(), st.booleans())
-def test_agrees_with_enumeration(seed, n, dimension, bounded, with_prior):
-    means, target, rng = random_means(seed, n, dimension)
-    options = {"ridge": 10.0 ** rng.uniform(-4, 0)}
-    if bounded:
-        lower = rng.dirichlet(np.ones(n)) * rng.uniform(0, 0.9)
-        options |= {"lower": lower, "upper": lower + rng.dirichlet(np.ones(n)) * 1.5}
-    if with_prior:
-        options |= {"prior": rng.dirichlet(np.ones(n)), "l2_penalty": 10.0 ** rng.uniform(-2, 1)}
-    problem = make_problem(from_means(means, target), **options)
-    solution = certified(problem, solve(problem))
-    value, weights = enumerated(problem)
-    assert solution.objective == pytest.approx(value, rel=1e-10)
-    np.testing.assert_allclose(solution.weights, weights, atol=1e-7)
-
-
 @pytest.mark.parametrize("position", [-0.5, 0.0, 0.3, 1.0, 1.7])
 @pytest.mark.parametrize("l2_penalty", [0.0, 0.5])
 def test_two_domains_in_closed_form(position, l2_penalty):
     """Weights (t, 1 - t), t where the derivative along the line is 0, or at its end."""
-    ridge, prior = 0.1, np.array([0.8, 0.2])
     means, target = np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([2 * position, 1.5])
-    problem = make_problem(
-        from_means(means, target), ridge=ridge, prior=prior, l2_penalty=l2_penalty
-    )
+    options = {"ridge": 0.1, "prior": np.array([0.8, 0.2]), "l2_penalty": l2_penalty}
+    problem = make_problem(from_means(means, target), **options)
     # 4 (t - position)^2 + ridge (t^2 + (1 - t)^2) + l2_penalty ((t - 0.8)^2 + (0.8 - t)^2)
-    t = (4 * position + ridge + 2 * l2_penalty * 0.8) / (4 + 2 * ridge + 2 * l2_penalty)
+    t = (4 * position + 0.1 + 2 * l2_penalty * 0.8) / (4 + 2 * 0.1 + 2 * l2_penalty)
     t = min(max(t, 0), 1)
     solution = certified(problem, solve(problem))
     np.testing.assert_allclose(solution.weights, [t, 1 - t], atol=1e-14)
     expected = 4 * (t - position) ** 2 + 0.25
     assert solution.mmd_squared == pytest.approx(expected, rel=1e-13)
-    penalty = ridge * (t**2 + (1 - t) ** 2) + 2 * l2_penalty * (t - 0.8) ** 2
+    penalty = 0.1 * (t**2 + (1 - t) ** 2) + 2 * l2_penalty * (t - 0.8) ** 2
     assert solution.objective == pytest.approx(expected + penalty, rel=1e-13)
-
-
-# Diagonal shifts
 
 
 def test_the_diagonal_of_an_indefinite_gram_matrix_is_shifted():
     """By what is missing after ridge and L2 penalty; MMD^2 stays that of the matrix."""
     means, target, rng = random_means(0, 8, 3)
-    gram = means @ means.T - np.diag(rng.uniform(0, 1, 8))
-    quadratic = from_gram(gram, means @ target, float(target @ target))
-    centred = gram - (means @ target)[:, None] - means @ target + target @ target
+    gram, cross = means @ means.T - np.diag(rng.uniform(0, 1, 8)), means @ target
+    quadratic = from_gram(gram, cross, float(target @ target))
+    centred = gram - cross[:, None] - cross + target @ target
     least = np.linalg.eigvalsh(centred)[0]
     assert least < -0.1
-    prior = np.full(8, 1 / 8)
-    for options, diagonal in (
-        ({}, 0),
-        ({"ridge": 0.01, "l2_penalty": 0.02, "prior": prior}, 0.03),
-    ):
+    penalties = {"ridge": 0.01, "l2_penalty": 0.02, "prior": np.full(8, 1 / 8)}
+    for options, diagonal in (({}, 0), (penalties, 0.03)):
         problem = make_problem(quadratic, **options)
         solution = certified(problem, solve(problem))
-        assert (
-            solution.diagonal_shift
-            == problem.diagonal_shift
-            == pytest.approx(-least - diagonal, rel=1e-12)
-        )
+        assert solution.diagonal_shift == problem.diagonal_shift
+        assert problem.diagonal_shift == pytest.approx(-least - diagonal, rel=1e-12)
         w = solution.weights
         assert solution.mmd_squared == pytest.approx(w @ centred @ w, rel=1e-10)
         assert np.linalg.eigvalsh(problem.hessian)[0] >= -1e-14
@@ -184,8 +124,7 @@ def test_the_diagonal_of_an_indefinite_gram_matrix_is_shifted():
 def test_rounding_needs_no_shift():
     means, target, _ = random_means(0, 30, 3)
     problem = make_problem(from_gram(means @ means.T, means @ target, float(target @ target)))
-    assert problem.diagonal_shift == 0
-    assert problem.condition == np.inf
+    assert (problem.diagonal_shift, problem.condition) == (0, np.inf)
     certified(problem, solve(problem))
 
 
@@ -196,8 +135,7 @@ def test_one_domain():
     for options in ({}, {"lower": 1.0}, {"upper": 1.0}, {"prior": np.ones(1), "kl_penalty": 1.0}):
         problem = make_problem(from_means(np.ones((1, 3)), np.zeros(3)), ridge=0.5, **options)
         solution = solve(problem)
-        assert solution.weights == 1
-        assert solution.gap == 0
+        assert (solution.weights, solution.gap) == (1, 0)
         assert solution.objective == pytest.approx(3.5)
         assert solution.mmd_squared == pytest.approx(3)
 
@@ -390,26 +328,6 @@ def test_kl_penalties_of_any_strength(seed, n, exponent, bounded):
     certified(problem, solve(problem))
 
 
-# Projected gradient
-
-
-@settings(max_examples=60, deadline=None)
-@given(SEEDS, st.sampled_from([1, 2, 20]))
-def test_projections_agree_and_are_nearest(seed, n):
-    """In JAX and in NumPy; and no feasible point lies in the direction of the point projected."""
-    project = jax.jit(simplex_qp._project_onto_simplex)
-    rng = np.random.default_rng(seed)
-    lower = rng.dirichlet(np.ones(n)) * rng.choice([0.0, 0.5])
-    upper = lower + rng.dirichlet(np.ones(n)) if rng.random() < 0.5 else np.full(n, np.inf)
-    y = rng.normal(size=n) * 10.0 ** rng.uniform(-3, 3)
-    found = active_set.project_onto_simplex(y, lower, upper, 1.0)
-    with jax.enable_x64(True):
-        other = project(y, (lower, upper))
-    np.testing.assert_allclose(found, other, atol=1e-12 * max(1, np.abs(y).max()))
-    assert math.fsum(found) == pytest.approx(1, abs=1e-15)
-    assert active_set.linear_gap(found, found - y, lower, upper) <= 1e-12 * max(1, np.abs(y).max())
-
-
 @pytest.mark.parametrize("dimension", [15, 60])  # on the factor, and on the matrix
 def test_projected_gradient_keeps_its_rate_and_ends_at_the_same_weights(monkeypatch, dimension):
     """2 L |w_0 - w*|^2 / (k + 1)^2 after k steps of 1/L: Beck and Teboulle (2009), theorem 4.4."""
@@ -454,9 +372,6 @@ def test_batch_equals_single(monkeypatch):
         solve_batch([problems[0], make_problem(from_means(np.ones((1, 2)), np.ones(2)))])
 
 
-# cvxpy
-
-
 def test_cvxpy_failures_are_errors(monkeypatch):
     import cvxpy
 
@@ -478,9 +393,6 @@ def test_cvxpy_failures_are_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "cvxpy", None)
     with pytest.raises(ImportError, match="needs cvxpy: pip install cvxpy"):
         solve_with_cvxpy(problem)
-
-
-# Input validation
 
 
 QUADRATIC = from_means(np.eye(3), np.zeros(3))
@@ -527,12 +439,9 @@ def test_bad_input_raises(make, message):
 
 def test_import_is_silent_and_switches_nothing():
     code = (
-        "import lib.simplex_qp, jax, warnings, sys;"
+        "import lib.simplex_qp, jax, sys;"
         "assert not jax.config.jax_enable_x64 and 'cvxpy' not in sys.modules"
     )
     command = [sys.executable, "-W", "error::DeprecationWarning:lib", "-W", "error:JAXopt", "-c"]
-    found = subprocess.run(
-        [*command, code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert found.returncode == 0, found.stderr
-    assert found.stderr == ""
+    done = subprocess.run([*command, code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
