@@ -1,4 +1,4 @@
-"""One of the processes of `tests/test_hosts.py`: python on_two_processes.py RESULTS [ADDRESS I].
+"""One of the processes of `test_processes.py`: python on_two_processes.py RESULTS [ADDRESS I].
 
 Writes what it finds with one process or two to RESULTS/found-PROCESS.npz, and runs a flow in a run
 folder that is stopped at step 5 by a signal to the last process alone, and resumed.
