@@ -1,12 +1,6 @@
-"""What the tests of mixing weights hold results to: the kernel, and weights by cvxpy."""
+"""What the tests of mixing weights hold results to: weights by cvxpy."""
 
 import cvxpy
-import numpy as np
-from scipy.spatial.distance import cdist
-
-
-def kernel(x, y, bandwidth):
-    return np.exp(-cdist(x, y, "sqeuclidean") / (2 * bandwidth**2))
 
 
 def cvxpy_weights(quadratic, linear, *, constraints=lambda w: (), extra=lambda w: 0):

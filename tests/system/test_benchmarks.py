@@ -12,11 +12,7 @@ import numpy as np
 import pytest
 
 from lib import mmd
-from lib.sliced_wasserstein import (
-    percentile_coupling,
-    random_directions,
-    sliced_wasserstein_power,
-)
+from lib.sliced_wasserstein import percentile_coupling, random_directions, sliced_wasserstein_power
 
 ROOT = Path(__file__).parents[2]
 NUM_DIRECTIONS = 20

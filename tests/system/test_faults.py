@@ -40,10 +40,6 @@ def run(tmp_path):
     return runs.open_run(tmp_path, "xp", "flow", {"steps": 3}, seed=0)
 
 
-def names_in(run):
-    return sorted(path.name for path in run.folder.iterdir())
-
-
 # Two processes in one folder
 
 OTHER = """
@@ -52,8 +48,7 @@ from lib import runs
 from lib.runs import console
 
 with console.one_line_errors():
-    run = runs.open_run(sys.argv[1], "xp", "flow", {"steps": 3}, seed=0)
-    print(run.finished)
+    print(runs.open_run(sys.argv[1], "xp", "flow", {"steps": 3}, seed=0).finished)
 """
 
 
@@ -90,6 +85,15 @@ def test_a_killed_export_is_cleaned_up(tmp_path, run):
 # A full disk, a folder that cannot be written
 
 
+def only_line(capsys, call):
+    """What a command ends in that `call` stops."""
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
 def fail(number):
     def fails(*_, **__):
         raise OSError(number, os.strerror(number))
@@ -118,14 +122,14 @@ FULL = {
 def test_a_full_disk_leaves_the_checkpoints_and_no_temporary_file(run, monkeypatch, moment):
     for step in (1, 2):
         run.save_checkpoint(state(step), step=step)
-    before = names_in(run)
+    before = sorted(run.folder.iterdir())
     with monkeypatch.context() as patch:
         FULL[moment](patch)
         with pytest.raises(OSError, match=r"No space|quota") as error:
             run.save_checkpoint(state(3), step=3)
     (line,) = str(error.value).splitlines()
     assert str(run.checkpoint) in line
-    assert names_in(run) == before
+    assert sorted(run.folder.iterdir()) == before
     loaded, step = run.load_checkpoint(LIKE)
     assert step == 2
     assert np.all(loaded["x"] == 2)
@@ -135,10 +139,7 @@ def test_a_full_disk_leaves_the_checkpoints_and_no_temporary_file(run, monkeypat
 
 def test_a_full_disk_in_a_command_is_one_line(run, monkeypatch, capsys):
     FULL["half way"](monkeypatch)
-    with pytest.raises(SystemExit) as stopped, console.one_line_errors():
-        run.finish(x=np.ones(3))
-    assert stopped.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys, console.one_line_errors()(lambda: run.finish(x=np.ones(3))))
     assert str(run.arrays) in line
     assert "No space left on device" in line
     assert not run.finished
@@ -198,32 +199,27 @@ def test_metrics_are_appended_whole_or_not_at_all(run, monkeypatch):
 
 def test_a_read_only_folder_is_named_and_finished_runs_are_read(tmp_path, run, monkeypatch):
     """As for root, whom permissions do not stop: every opening to write fails."""
+
+    def refusing(system_open, writes):
+        def opened(path, how="r", *rest, **options):
+            if writes(how):
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return system_open(path, how, *rest, **options)
+
+        return opened
+
     run.save_checkpoint(state(1), step=1)
-    really_open, system_open = open, os.open
-
-    def read_only(path, mode="r", *rest, **options):
-        if set(mode) & set("wax+"):
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return really_open(path, mode, *rest, **options)
-
-    def read_only_descriptor(path, flags, *rest, **options):
-        if flags & (os.O_WRONLY | os.O_RDWR):
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return system_open(path, flags, *rest, **options)
-
+    runs.open_run(tmp_path, "xp", "done", {"steps": 3}, seed=0).finish(x=np.ones(2))
     with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", read_only)
-        patch.setattr(os, "open", read_only_descriptor)
+        patch.setattr("builtins.open", refusing(open, lambda mode: set(mode) & set("wax+")))
+        to_write = os.O_WRONLY | os.O_RDWR
+        patch.setattr(os, "open", refusing(os.open, lambda flags: flags & to_write))
         with pytest.raises(OSError, match=r"Read-only.*checkpoint\.npz'$"):
             run.save_checkpoint(state(2), step=2)
         with pytest.raises(OSError, match=r"Read-only.*metrics\.jsonl'$"):
             run.append_metrics([{"step": 0}])
         assert run.load_checkpoint(LIKE)[1] == 1
-    run.finish(x=np.ones(2))
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", read_only)
-        patch.setattr(os, "open", read_only_descriptor)
-        again = runs.open_run(tmp_path, "xp", "flow", {"steps": 3}, seed=0)
+        again = runs.open_run(tmp_path, "xp", "done", {"steps": 3}, seed=0)
         assert again.load_arrays()["x"].sum() == 2
 
 
@@ -275,10 +271,9 @@ def test_two_damaged_checkpoints_are_refused(run):
         run.save_checkpoint(state(step), step=step)
     for path in (run.checkpoint, run.previous_checkpoint):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(files.DamagedFileError) as error:
+    both = f"{re.escape(str(run.checkpoint))}.*{re.escape(str(run.previous_checkpoint))}"
+    with pytest.raises(files.DamagedFileError, match=both):
         run.load_checkpoint(LIKE)
-    assert str(run.checkpoint) in str(error.value)
-    assert str(run.previous_checkpoint) in str(error.value)
 
 
 def test_a_checkpoint_of_other_settings_is_refused_whatever_the_one_before(run):
@@ -331,19 +326,15 @@ def test_a_command_tries_to_write_before_it_works(tmp_path, capsys, option, base
     options = [(option, Path), ("unused", Path, None)]
     kind = dataclasses.make_dataclass("Options", options, bases=bases, frozen=True, kw_only=True)
     done = []
-    commands.run_command(
-        lambda *given: done.append(given), lambda: kind(**{option: tmp_path / "a" / "b"})
-    )
+
+    def command(path):
+        commands.run_command(lambda *given: done.append(given), lambda: kind(**{option: path}))
+
+    command(tmp_path / "a" / "b")
     assert (tmp_path / "a").is_dir()
-    assert len(done) == 1
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stopped:
-        commands.run_command(
-            lambda *given: done.append(given), lambda: kind(**{option: tmp_path / "file" / "b"})
-        )
-    assert (stopped.value.code, len(done)) == (1, 1)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert str(tmp_path / "file") in line
+    assert str(tmp_path / "file") in only_line(capsys, lambda: command(tmp_path / "file" / "b"))
+    assert len(done) == 1
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -371,20 +362,20 @@ def test_every_path_and_seed_of_a_command_is_checked():
 @pytest.mark.parametrize("option", commands.SEEDS)
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 1, int(2e21), True])
 def test_a_command_refuses_what_is_no_seed_before_it_works(capsys, option, seed):
-    given = (3, seed) if option == "seeds" else seed
-    kind, done = partial(types.SimpleNamespace, ntry=1), []
+    done = []
+
+    def command(value):
+        options = types.SimpleNamespace(ntry=1, **{option: value})
+        commands.run_command(done.append, lambda: options)
+
     for good in (0, 2**32 - 1, None):
-        commands.run_command(
-            lambda *given: done.append(given), lambda value=good: kind(**{option: value})
-        )
-    with pytest.raises(SystemExit) as stopped:
-        commands.run_command(lambda *given: done.append(given), lambda: kind(**{option: given}))
-    assert (stopped.value.code, len(done)) == (1, 3)
-    (line,) = capsys.readouterr().err.splitlines()
+        command(good)
+    line = only_line(capsys, lambda: command((3, seed) if option == "seeds" else seed))
     assert line == (
         f"ValueError: --{option} must be a whole number from 0 to 4294967295, got {seed}: random "
         "keys hold 32 bits"
     )
+    assert len(done) == 3
 
 
 @pytest.mark.parametrize(
@@ -395,9 +386,8 @@ def test_a_command_refuses_what_is_no_seed_before_it_works(capsys, option, seed)
     ],
 )
 def test_seeds_that_are_one_or_run_out_are_refused(capsys, options, words):
-    with pytest.raises(SystemExit):
-        commands.run_command(pytest.fail, lambda: types.SimpleNamespace(**options))
-    assert re.search(words, capsys.readouterr().err)
+    command = partial(commands.run_command, pytest.fail, lambda: types.SimpleNamespace(**options))
+    assert re.search(words, only_line(capsys, command))
 
 
 def test_settings_and_runs_refuse_what_is_no_seed(tmp_path):
@@ -419,19 +409,10 @@ def target(x, y, key):
     return jnp.mean((x - y) ** 2, axis=(1, 2)), x - y + 0.1 * noise
 
 
-def flow(run=None, n_epochs=12, **options):
+def flow(steps=12, **options):
     x0, y = jax.random.normal(jax.random.key(1), (2, 2, 4, 2))
     return gd.wasserstein_gradient_descent(
-        x0,
-        y,
-        target,
-        jax.random.key(2),
-        n_epochs,
-        0.1,
-        0.5,
-        run=run,
-        show_progress=False,
-        **options,
+        x0, y, target, jax.random.key(2), steps, 0.1, 0.5, show_progress=False, **options
     )
 
 
@@ -440,10 +421,9 @@ def whole():
     return flow()
 
 
-def assert_same_bits(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert one.tobytes() == other.tobytes()
+def assert_same_bits(arrays, expected):
+    for array, other in zip(arrays, expected, strict=True):
+        assert (array.dtype, array.tobytes()) == (other.dtype, other.tobytes())
 
 
 @pytest.mark.parametrize("size", [0, 100, -1])
@@ -451,9 +431,9 @@ def test_a_flow_resumes_from_the_checkpoint_before_in_the_same_bits(
     run, monkeypatch, whole, size, capsys
 ):
     monkeypatch.setattr("lib.runs.loop.SECONDS_PER_CHUNK", 0.0)  # every step is a chunk
-    flow(run, n_epochs=9, checkpoint_seconds=0.0)
+    flow(9, run=run, checkpoint_seconds=0.0)
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:size])
-    assert_same_bits(flow(run), whole)
+    assert_same_bits(flow(run=run), whole)
     assert "going on from step 8" in capsys.readouterr().err
     assert files.load_arrays(run.checkpoint)["step"] == 12
 
@@ -466,7 +446,7 @@ def test_clocks_that_go_back_or_stand_still_change_nothing(run, monkeypatch, who
     monkeypatch.setattr(time, "time", lambda: next(now))
     monkeypatch.setattr(tqdm.std, "time", time.time)
     monkeypatch.setattr("lib.runs.loop.time", types.SimpleNamespace(monotonic=lambda: 1.0))
-    assert_same_bits(flow(run), whole)
+    assert_same_bits(flow(run=run), whole)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with console.progress(10, description="flow") as advance:
@@ -482,18 +462,15 @@ def test_clocks_that_go_back_or_stand_still_change_nothing(run, monkeypatch, who
     "work", [lambda: np.zeros(2**55), lambda: jnp.zeros(2**50, jnp.int8).block_until_ready()]
 )
 def test_running_out_of_memory_is_one_line_that_says_what_to_lower(work, capsys):
-    with pytest.raises(SystemExit) as stopped, console.one_line_errors(lower="--block_size"):
-        work()
-    assert stopped.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys, console.one_line_errors(lower="--block_size")(work))
     assert line.startswith("Out of memory: lower --block_size, or use a machine with more (")
 
 
-COMMANDS = sorted(
+COMMANDS = [
     path
     for path in REPOSITORY.glob("xp_*/*.py")
     if re.search(r"run_command\([^#]*lower=", path.read_text())
-)
+]
 
 
 def test_what_commands_say_to_lower_are_options_of_theirs():

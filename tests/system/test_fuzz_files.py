@@ -25,6 +25,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import save_file
 
 from lib import datasets, gmm, runs
 from lib.rows import Rows
@@ -39,7 +40,7 @@ ROWS = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
 
 class Format(NamedTuple):
     """`make` writes a valid file (or more) into a folder and returns the one to be changed; `read`
-    reads all of it. `named` is what an error must name, by default the file."""
+    reads all of it; errors name `named` of it."""
 
     make: Callable[[Path], Path]
     read: Callable[[Path], Any]
@@ -61,17 +62,6 @@ def read_rows(path):
     whole = np.concatenate(list(rows.chunks(3)))
     np.testing.assert_array_equal(rows.take([0, rows.shape[0] - 1]), whole[[0, -1]])
     return whole
-
-
-def make_safetensors(folder):
-    header = {
-        "rows": {"dtype": "F32", "shape": [4, 3], "data_offsets": [0, 48]},
-        "__metadata__": {"format": "pt"},
-    }
-    text = json.dumps(header).encode()
-    path = folder / "a.safetensors"
-    path.write_bytes(struct.pack("<Q", len(text)) + text + ROWS.tobytes())
-    return path
 
 
 def made_by(write, name, *arguments, **options):
@@ -101,20 +91,24 @@ def make_idx(folder):
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     images = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    images = struct.pack(">IIII", 0x803, *images.shape) + images.tobytes()
     for prefix in ("train", "t10k"):
-        header = struct.pack(">IIII", 0x803, *images.shape)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        header = struct.pack(">II", 0x801, 3)
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + bytes([3, 0, 9]))
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(images)
+        labels = struct.pack(">II", 0x801, 3) + bytes([3, 0, 9])
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
     return raw / "train-images-idx3-ubyte"
 
 
+def read_images(path, data_root=None):
+    images, labels = datasets.load(path, data_root=data_root)[1:3]
+    assert images.dtype == np.uint8
+    assert images.ndim == 4
+    assert len(images) == len(labels)
+    return images, labels
+
+
 def read_idx(path):
-    found = datasets.load("mnist", data_root=path.parents[2])
-    assert found.images.dtype == np.uint8
-    assert found.images.ndim == 4
-    assert len(found.images) == len(found.labels)
-    return found.images, found.labels
+    return read_images("mnist", path.parents[2])
 
 
 def picture(suffix):
@@ -142,13 +136,6 @@ def make_zip(folder):
     return folder / "a.zip"
 
 
-def read_images(path):
-    found = datasets.load(path)
-    assert found.images.dtype == np.uint8
-    assert found.images.shape[0] == len(found.labels)
-    return found.images, found.labels
-
-
 # ---- What runs leave
 
 CONFIG = {"steps": 3, "lr": 0.5, "name": "é"}
@@ -166,10 +153,9 @@ def make_metrics(folder):
 
 
 def read_metrics(path):
-    run = runs.Run(path.parent)
-    found = run.read_metrics()
-    assert all(isinstance(row, dict) for row in found)
-    return json.dumps(found)
+    rows = runs.Run(path.parent).read_metrics()
+    assert all(isinstance(row, dict) for row in rows)
+    return json.dumps(rows)
 
 
 def read_checkpoint(path):
@@ -184,15 +170,12 @@ def read_arrays(path):
 
 
 def make_mixture(folder):
-    mixture = gmm.Mixture(
-        np.array([0.25, 0.75]),
-        np.arange(6.0).reshape(2, 3),
-        gmm.Diagonal(np.ones((2, 3))),
-    )
-    projection = gmm_files.Projection(np.eye(3, 4), np.zeros(4))
+    diagonal = gmm.Diagonal(np.ones((2, 3)))
     stored = gmm_files.ImageMixture(
-        mixture, projection, np.zeros(4), np.ones(4), (2, 2, 1), {"settings": {"seed": 1}}
-    )
+        gmm.Mixture(np.array([0.25, 0.75]), np.arange(6.0).reshape(2, 3), diagonal),
+        gmm_files.Projection(np.eye(3, 4), np.zeros(4)),
+        np.zeros(4), np.ones(4), (2, 2, 1), {"settings": {"seed": 1}},
+    )  # fmt: skip
     gmm_files.save(folder / "mixture.npz", stored)
     return folder / "mixture.npz"
 
@@ -209,7 +192,7 @@ def read_stats(path):
 
 
 def make_condensed(folder):
-    images = np.linspace(0, 1, 2 * 2 * 4 * 4 * 1, dtype=np.float32).reshape(2, 2, 4, 4, 1)
+    images = np.linspace(0, 1, 2 * 2 * 4 * 4, dtype=np.float32).reshape(2, 2, 4, 4, 1)
     condensed = export.Condensed(images, ("a", "b"), 2, [0.5], [0.25], "toy", {"commit": None})
     export.save(folder / "set", condensed)
     return folder / "set" / "condensed.npz"
@@ -228,7 +211,10 @@ FORMATS = {
     "npz, compressed": Format(
         made_by(np.savez_compressed, "a.npz", rows=ROWS.repeat(9, axis=0)), read_rows
     ),
-    "safetensors": Format(make_safetensors, read_rows),
+    "safetensors": Format(
+        made_by(lambda path: save_file({"rows": ROWS}, path, {"format": "pt"}), "a.safetensors"),
+        read_rows,
+    ),
     "pt": Format(made_by(save_torch, "a.pt", 3), read_rows),
     "pt with code": Format(made_by(save_torch, "a.pt", Payload()), read_rows),
     "pickle named pt": Format(made_by(save_pickle, "a.pt"), read_rows),
@@ -452,8 +438,8 @@ def test_a_damaged_file_loads_or_is_refused(files, name, times):
 
 def png_chunk_of_four_gigabytes(content):
     at = content.index(b"IDAT")
-    changed = content[:at] + b"tEXt" + content[at + 4 :]
-    return changed[: at - 4] + struct.pack(">I", 2**31 - 1) + changed[at:]
+    length = struct.pack(">I", 2**31 - 1)
+    return content[: at - 4] + length + b"tEXt" + content[at + 4 :]
 
 
 def zip_entry_of_four_gigabytes(content):
@@ -481,7 +467,7 @@ def with_members(change):
     return changed
 
 
-def header_that_promises(member, shape, promised):
+def header_that_promises(promised, member="x.npy", shape=b"(4, 3)"):
     """In place of a shape, and as long as it was: headers are padded with spaces."""
     width = max(len(shape), len(promised)) + 3
     old, new = ((text + b", }").ljust(width) for text in (shape, promised))
@@ -504,37 +490,29 @@ def packed(save, **arrays):
     return stream.getvalue()
 
 
-def with_arrays(**members):
-    """What replaces members of an .npz file, or drops those that are None."""
+def with_arrays(change=lambda arrays: {}, **members):
+    """What replaces members of an .npz file, also by `change` of them, or drops those of None."""
 
     def changed(content):
         with np.load(io.BytesIO(content)) as archive:
-            arrays = {**archive, **members}
+            arrays = {**archive, **members, **change(archive)}
         return packed(np.savez, **{name: a for name, a in arrays.items() if a is not None})
 
     return changed
 
 
 def with_metadata(**changes):
-    def changed(content):
-        with np.load(io.BytesIO(content)) as archive:
-            metadata = json.loads(str(archive["metadata"])) | changes
-        return with_arrays(metadata=np.array(json.dumps(metadata)))(content)
-
-    return changed
+    return with_arrays(
+        lambda arrays: {"metadata": json.dumps(json.loads(str(arrays["metadata"])) | changes)}
+    )
 
 
 def with_shape(number):
     def changed(content):
-        header = content[8 : 8 + struct.unpack("<Q", content[:8])[0]]
-        other = header.replace(b"[4, 3]", f"[{number}, 3]".encode())
-        return struct.pack("<Q", len(other)) + other + content[8 + len(header) :]
+        header = content[8:-48].replace(b"[4,3]", f"[{number},3]".encode())
+        return struct.pack("<Q", len(header)) + header + content[-48:]
 
     return changed
-
-
-def with_text(text):
-    return lambda content: text.encode(errors="surrogateescape") + b"\n"
 
 
 # Python's parser has a MemoryError for the first, a RecursionError for the second.
@@ -543,46 +521,31 @@ REFUSED = [
     ("folder of png", png_chunk_of_four_gigabytes),
     ("zip of images", zip_entry_of_four_gigabytes),
     ("folder of tiff", tiff_of_another_height),
-    ("condensed", header_that_promises("images.npy", b"(4, 4, 4, 1)", b"(4000000000000,)")),
-    *(
-        ("arrays", header_that_promises("x.npy", b"(4, 3)", promised))
-        for promised in (b"(4000000000000,)", b"(-1,)", b"(2, 3)")
-    ),
+    ("condensed", header_that_promises(b"(4000000000000,)", "images.npy", b"(4, 4, 4, 1)")),
+    ("arrays", header_that_promises(b"(4000000000000,)")),
+    ("arrays", header_that_promises(b"(-1,)")),
+    ("arrays", header_that_promises(b"(2, 3)")),
     ("arrays", lambda content: packed(np.savez_compressed, x=np.zeros(10))),
-    *(
-        (name, with_header(header))
-        for name in ("npy", "npz", "arrays", "condensed")
-        for header in DEEP
-    ),
-    *(
-        ("idx, images", lambda content, shape=shape: struct.pack(">IIII", 0x803, *shape))
-        for shape in ((3, 0, 28), (0, 28, 28))
-    ),
-    *(
-        ("safetensors", with_shape(number))
-        for number in ("1e999", "[1, 2]", "null", "1000000000000", "-4")
-    ),
+    *((name, with_header(h)) for name in ("npy", "npz", "arrays", "condensed") for h in DEEP),
+    ("idx, images", lambda content: struct.pack(">IIII", 0x803, 3, 0, 28)),
+    ("idx, images", lambda content: struct.pack(">IIII", 0x803, 0, 28, 28)),
+    *(("safetensors", with_shape(n)) for n in ("1e999", "[1, 2]", "null", "1000000000000", "-4")),
     ("mixture", with_arrays(pca_centre=None)),
     ("mixture", with_arrays(pca_components=np.float64(1))),
     ("mixture", with_arrays(weights=np.float64(1))),
     ("mixture", with_arrays(image_shape=np.array([-2, -2, 1]))),
     ("mixture", with_arrays(image_shape=np.array([4]))),
-    *(
-        ("mixture", with_arrays(header=np.array(text)))
-        for text in (
-            '{"format": "mixture of images, version 1", "kind": "diag"}',
-            "[" * 100_000,
-            '"format"',
-        )
-    ),
+    ("mixture", with_arrays(header='{"format": "mixture of images, version 1", "kind": "diag"}')),
+    ("mixture", with_arrays(header="[" * 100_000)),
+    ("mixture", with_arrays(header='"format"')),
     ("condensed", with_metadata(mean=[10**400])),
     ("condensed", with_metadata(std=[1e300])),
     ("condensed", with_metadata(factor=True)),
     ("condensed", with_metadata(class_names=[[], {}])),
     *(
-        (name, with_text(text))
+        (name, lambda content, text=text: text + b"\n")
         for name in ("config.json", "metrics.jsonl")
-        for text in ("[" * 100_000, "\udc80", "9" * 5000, "null", '{"step": []}')
+        for text in (b"[" * 100_000, b"\x80", b"9" * 5000, b"null", b'{"step": []}')
     ),
 ]
 

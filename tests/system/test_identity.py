@@ -66,17 +66,21 @@ def one_pixel(root, file):
     assert file.stat().st_size == before.st_size
 
 
+def renamed(change):
+    """What moves an image to where `change` of (split, class) says."""
+
+    def move(root, file):
+        split, kind = change(file.parents[1].name, file.parent.name)
+        file.rename(root / split / kind / "9.bmp")
+
+    return move
+
+
+OTHER = {"cat": "dog", "dog": "cat", "train": "test", "test": "train"}
 CHANGES = {
     "one pixel": one_pixel,
-    "another class": lambda root, file: file.rename(
-        file.parents[1] / {"cat": "dog", "dog": "cat"}[file.parent.name] / "9.bmp"
-    ),
-    "another split": lambda root, file: file.rename(
-        file.parents[2]
-        / {"train": "test", "test": "train"}[file.parents[1].name]
-        / file.parent.name
-        / "9.bmp"
-    ),
+    "another class": renamed(lambda split, kind: (split, OTHER[kind])),
+    "another split": renamed(lambda split, kind: (OTHER[split], kind)),
     "one more": lambda root, file: shutil.copy(file, file.with_name("9.bmp")),
     "one less": lambda root, file: file.unlink(),
     "another order": lambda root, file: file.rename(file.with_name(f"{9 - int(file.stem)}.bmp")),
@@ -86,9 +90,7 @@ CHANGES = {
 
 @given(change=st.sampled_from(sorted(CHANGES)), seed=st.integers(0, 999), which=st.integers(0, 11))
 @settings(
-    max_examples=20,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_content_counts_and_its_place_does_not(tmp_path, change, seed, which):
     shutil.rmtree(tmp_path)
@@ -124,13 +126,6 @@ def test_names_are_known_by_themselves(tmp_path):
 
 class Opened(Exception):
     """In place of a run: what it would be known by."""
-
-
-def opened(monkeypatch):
-    def open_run(results, experiment, name, config, *, seed, **options):
-        raise Opened(name, runs.config_hash(config))
-
-    monkeypatch.setattr(runs, "open_run", open_run)
 
 
 WHERE = {"results": Path("results"), "data_root": None}
@@ -175,31 +170,31 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_runs_are_known_by_the_content_of_their_data(tmp_path, monkeypatch, command):
-    opened(monkeypatch)
+    def open_run(results, experiment, name, config, *, seed, **options):
+        raise Opened(name, runs.config_hash(config))
 
     def run_of(path):
         with pytest.raises(Opened) as told:
             COMMANDS[command](str(path))
         return told.value.args
 
+    monkeypatch.setattr(runs, "open_run", open_run)
     first = run_of(write_images(tmp_path / "a" / "imgs"))
     elsewhere = run_of(shutil.copytree(tmp_path / "a" / "imgs", tmp_path / "b" / "imgs"))
     others = run_of(write_images(tmp_path / "c" / "imgs", seed=1))
     assert elsewhere == first
     assert others[0] == first[0]
     assert others[1] != first[1]
-    monkeypatch.chdir(tmp_path / "a")
-    assert run_of("imgs") == first
-    monkeypatch.chdir(tmp_path / "c")
-    assert run_of("imgs") == others
+    for folder, expected in (("a", first), ("c", others)):
+        monkeypatch.chdir(tmp_path / folder)
+        assert run_of("imgs") == expected
 
 
 def test_the_classifier_of_other_images_is_another(tmp_path, monkeypatch):
     """Within one process too, where it is kept."""
-    trained = []
-    classification = domain_adaptation.classification
-    monkeypatch.setattr(classification, "train", lambda *_, **__: trained.append(1) or (None, None))
-    monkeypatch.setattr(classification, "accuracy", lambda *_: 0.0)
+    trained, kept = [], domain_adaptation.classification
+    monkeypatch.setattr(kept, "train", lambda *_, **__: trained.append(1) or (None, None))
+    monkeypatch.setattr(kept, "accuracy", lambda *_: 0.0)
     path = write_images(tmp_path / "imgs")
     config = AdaptationConfig("digits", str(path), num_per_class=2)
     for wanted in (1, 1, 2):
@@ -211,37 +206,36 @@ def test_the_classifier_of_other_images_is_another(tmp_path, monkeypatch):
 
 def test_published_runs_keep_their_folders():
     """Named data sets add nothing to the hash of their settings."""
-    for file in sorted(ROOT.glob("xp_gmm_source/published/*.json")):
+    fields = {field.name for field in dataclasses.fields(FlowConfig)}
+    for file in ROOT.glob("xp_gmm_source/published/*.json"):
         for row in json.loads(file.read_text())["rows"]:
-            fields = {field.name for field in dataclasses.fields(FlowConfig)}
             config = FlowConfig(**{k: v for k, v in row["settings"].items() if k in fields})
-            known = source_flow.known_by_content(config, None)
-            for folder in row["folders"]:
-                assert Path(folder).parent.name.endswith(runs.config_hash(known))
+            known = runs.config_hash(source_flow.known_by_content(config, None))
+            assert all(Path(folder).parent.name.endswith(known) for folder in row["folders"])
 
 
 def test_a_sweep_knows_commands_by_the_content_of_their_data(tmp_path, monkeypatch):
-    def hash_of(command):
-        return runs.config_hash({"command": sweeps.known_by(tuple(command.split()))})
-
     named = ("xp/condense.py", "echo", "--dataset=digits", "--seed", "3")
     assert sweeps.known_by(named) is named
     monkeypatch.setattr(sweeps._workers, "ROOT", tmp_path)
-    write_images(tmp_path / "imgs")
-    np.save(tmp_path / "rows.npy", np.zeros((3, 2), np.float32))
     commands = [
         "x.py --dataset imgs --seed 0",
         "x.py --seed 0 --src_dataset=imgs",
         f"x.py --tgt-dataset {tmp_path / 'imgs'}",
         "x.py --train_paths rows.npy missing.npy --val_paths other.npy",
     ]
-    before = [hash_of(command) for command in commands]
-    assert before == [hash_of(command) for command in commands]
-    assert len(set(before)) == 4
+
+    def hashes():
+        known = (sweeps.known_by(tuple(command.split())) for command in commands)
+        return [runs.config_hash({"command": command}) for command in known]
+
+    write_images(tmp_path / "imgs")
+    np.save(tmp_path / "rows.npy", np.zeros((3, 2), np.float32))
+    before = hashes()
+    assert before == hashes()
     one_pixel(None, tmp_path / "imgs" / "train" / "cat" / "0.bmp")
     np.save(tmp_path / "rows.npy", np.ones((3, 2), np.float32))
-    for command, was in zip(commands, before):
-        assert hash_of(command) != was
+    assert len({*before, *hashes()}) == 8
 
 
 def test_files_of_rows_are_known_by_their_content(tmp_path):
@@ -274,21 +268,19 @@ def test_the_same_data_are_found_and_others_are_said(tmp_path, capsys):
 
     first = open_it("imgs-flow", "content:00ff")
     first.finish(a=1)
-    assert capsys.readouterr().err == ""
     assert open_it("renamed-flow", "content:00ff").folder == first.folder
     assert open_it("imgs-flow", "content:00ff").folder == first.folder
     assert open_it("imgs-flow", "content:00ff", lr=2.0).folder != first.folder
     assert capsys.readouterr().err == ""
     changed = open_it("imgs-flow", "content:11ff")
-    said = capsys.readouterr().err
-    assert f"no longer those of {first.folder.parent}: a new result" in said
+    assert f"no longer those of {first.folder.parent}: a new" in capsys.readouterr().err
     assert changed.folder.parent != first.folder.parent
     assert not changed.finished
 
 
 def test_a_mixture_of_other_images_of_the_same_name(tmp_path, monkeypatch, capsys):
     """The one of `imgs` in A is not that of `imgs` in B, and neither is overwritten."""
-    found = {}
+    written = {}
     for place, level in (("A", 40), ("B", 220), ("A", 40)):
         folder = tmp_path / place / "imgs" / "x"
         folder.mkdir(parents=True, exist_ok=True)
@@ -302,12 +294,11 @@ def test_a_mixture_of_other_images_of_the_same_name(tmp_path, monkeypatch, capsy
         )  # fmt: skip
         path = gmm_fit.main(arguments)
         said = capsys.readouterr()
-        assert ("there already" in said.out) == (place in found)
+        assert ("there already" in said.out) == (place in written)
         assert ("no longer those of" in said.err) == (place == "B")
-        found[place] = path
-        mean = gmm_files.load(path).mean
-        np.testing.assert_allclose(mean, (level + 1) / 127.5 - 1, atol=1e-6)
-    assert found["A"] != found["B"]
+        written[place] = path
+        np.testing.assert_allclose(gmm_files.load(path).mean, (level + 1) / 127.5 - 1, atol=1e-6)
+    assert written["A"] != written["B"]
 
 
 def test_summaries_of_other_data_have_other_names(tmp_path):

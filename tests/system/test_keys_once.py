@@ -39,9 +39,7 @@ REDONE = {
     "training_images": "distillation: all entries and seeds keep the same images away",
 }
 """Functions that make the same draw again, on purpose."""
-SHARED = {
-    frozenset({"_start", "_steps"}): "training: the first and the second half of one split",
-}
+SHARED = {frozenset({"_start", "_steps"}): "training: the first and the second half of one split"}
 """Functions that take different parts of one key."""
 
 
@@ -106,103 +104,84 @@ def recorded(monkeypatch):
 
 def shared(uses):
     """Keys drawn from twice, but for the draws `REDONE`, or used by functions not `SHARED`."""
-    found = []
+    those_shared = []
     for key, those in uses.items():
         functions = frozenset(use.function for use in those)
-        draws = [use for use in those if use.kind == "draw"]
-        again = {use.redone for use in draws}
-        if len(draws) > 1 and (None in again or len(again) > 1):
-            found.append((key, [use.chain for use in draws][:3]))
-        elif len(functions) > 1 and functions not in SHARED:
-            found.append((key, functions, [use.chain for use in those][:3]))
-    return found
+        again = [use.redone for use in those if use.kind == "draw"]
+        twice = len(again) > 1 and (None in again or len({*again}) > 1)
+        if twice or (len(functions) > 1 and functions not in SHARED):
+            those_shared.append((key, functions, [use.chain for use in those][:3]))
+    return those_shared
 
 
-SEEDS = 0, 1
 FLOW = FlowSettings(num_steps=3, num_directions=4, step_size=0.1)
 
 
-def run_transfer(results):
+def run_transfer(results, seed):
     for method in (FLOW, FlowSettings("mmd_product", num_steps=2, step_size=1.0, noise=0.01)):
         config = TransferConfig("digits", ROTATED, 2, num_per_class=3, size=16, flow=method)
         training = TrainingConfig(num_epochs=2, num_trainings=2)
-        for seed in SEEDS:
-            transfer.run_try(config, training, seed=seed, results=results, data_root=None)
+        transfer.run_try(config, training, seed=seed, results=results, data_root=None)
 
 
-def run_adaptation(results):
+def run_adaptation(results, seed):
     config = AdaptationConfig(
         ROTATED, "digits", num_per_class=3, size=16, flow=FLOW, records=1, num_epochs=3
     )
-    for seed in SEEDS:
-        domain_adaptation.run_try(config, seed=seed, results=results, data_root=None)
+    domain_adaptation.run_try(config, seed=seed, results=results, data_root=None)
 
 
-def run_students(results):
+def run_students(results, seed):
     # A batch an epoch: each step shuffles its epoch's inputs again.
     config = StudentConfig(
         students=4, teachers=2, num_inputs=8, batch_size=8, n_epochs=2, noise=0.1, records=1
     )
-    for seed in SEEDS:
-        student_teacher.run_student(config, seed=seed, results=results)
+    student_teacher.run_student(config, seed=seed, results=results)
 
 
-def run_drmmd(results):
+def run_drmmd(results, seed):
     config = FlowConfig(
         dataset="FourGaussian", approximation="nystrom", rank=4, step_num=3, records=1, noise=0.1,
         source_particle_num=6, target_particle_num=8,
     )  # fmt: skip
-    for seed in SEEDS:
-        drmmd.run_flow(config, seed=seed, results=results)
+    drmmd.run_flow(config, seed=seed, results=results)
 
 
-def run_coverage(results, estimator="mmd"):
+def run_coverage(results, seed, estimator="mmd"):
     samples = Samples("digits", num_per_class=8, num_target=12, target_from="rest", labels="drawn")
     config = CoverageConfig(samples, estimator, resamples=2, replicates=3, num_features=4)
-    for seed in SEEDS:
-        coverage.cover(config, seed)
+    coverage.cover(config, seed)
 
 
-def run_calibrated_coverage(results):
-    run_coverage(results, "calibrated")
+def run_calibrated_coverage(results, seed):
+    run_coverage(results, seed, "calibrated")
 
 
-SMALL = {"width": 4, "depth": 2}
-
-
-def run_baseline(results):
+def run_baseline(results, seed):
     # Not beside condensed sets: both begin with the seed's own key.
     config = BaselineConfig("digits", held_out=5, num_per_class=20)
-    evaluation = Evaluation(Evaluator(num_epochs=2, cutmix=1.0, **SMALL), num_networks=2)
-    for seed in SEEDS:
-        distillation.evaluate(config, evaluation, seed=seed, results=results, data_root=None)
+    evaluator = Evaluator(num_epochs=2, cutmix=1.0, width=4, depth=2)
+    evaluation = Evaluation(evaluator, num_networks=2)
+    distillation.evaluate(config, evaluation, seed=seed, results=results, data_root=None)
 
 
-def run_rings(results):
+def run_rings(results, seed):
     config = RingsConfig(num_points=4, num_directions=3, num_steps=2, momentum_steps=2)
     for sweep in rings.sweeps(config)[:2]:
-        for seed in SEEDS:
-            rings.run_sweep(sweep, config, seed=seed, results=results)
+        rings.run_sweep(sweep, config, seed=seed, results=results)
 
 
-RUNS = [run_students]
-RUNS += [
-    pytest.param(run, marks=pytest.mark.slow)
-    for run in (
-        run_adaptation,
-        run_transfer,
-        run_drmmd,
-        run_coverage,
-        run_calibrated_coverage,
-        run_rings,
-        run_baseline,
-    )
-]
+SLOW = (
+    run_adaptation, run_transfer, run_drmmd, run_coverage, run_calibrated_coverage, run_rings,
+    run_baseline,
+)  # fmt: skip
+RUNS = [run_students, *(pytest.param(run, marks=pytest.mark.slow) for run in SLOW)]
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_no_two_uses_of_a_run_share_a_key(run, tmp_path, monkeypatch):
     with recorded(monkeypatch) as uses:
-        run(tmp_path)
+        for seed in (0, 1):
+            run(tmp_path, seed)
     assert uses
     assert not shared(uses)

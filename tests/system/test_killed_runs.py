@@ -51,7 +51,6 @@ if kill_at:
         setattr(os, name, counted(getattr(os, name)))
 exec(sys.argv[1])
 """
-TIMES = ("seconds", "train_seconds")
 
 
 def start(code, results, cache, kill_at=0):
@@ -62,43 +61,26 @@ def start(code, results, cache, kill_at=0):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     }
     command = [sys.executable, "-c", DRIVER, code, str(results), str(kill_at)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=600
-    )
+    options = {"cwd": Path(__file__).parents[2], "env": environment, "timeout": 600}
+    done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == (-signal.SIGKILL if kill_at else 0), done.stderr
-    return done
 
 
 def final_arrays(results):
     """{(file, array): bits} of all finished runs, but how long they took."""
-    found = {}
-    for path in results.rglob("arrays.npz"):
-        for name, array in files.load_arrays(path).items():
-            if name not in TIMES:
-                bits = (array.dtype, array.shape, np.asarray(array).tobytes())
-                found[path.relative_to(results), name] = bits
-    return found
+    return {
+        (path.relative_to(results), name): (array.dtype, array.shape, np.asarray(array).tobytes())
+        for path in results.rglob("arrays.npz")
+        for name, array in files.load_arrays(path).items()
+        if name not in ("seconds", "train_seconds")
+    }
 
 
-def check_tidy(results):
-    """Neither what killed writers left, nor what was saved to resume from."""
+def check_same(results, expected):
+    """In the bits, with neither what killed writers left, nor what was saved to resume from."""
+    assert final_arrays(results) == expected
     for pattern in ("*.tmp", "checkpoint*.npz"):
         assert not list(results.rglob(pattern))
-
-
-def check(code, tmp_path, operations, kills=3):
-    """Killed `kills` times, each within the first `operations` of a process, then left alone: few
-    enough that the last one killed has as many left to do."""
-    rng, cache = random.Random(code), tmp_path / "cache"
-    start(code, tmp_path / "whole", cache)
-    expected = final_arrays(tmp_path / "whole")
-    assert expected
-    for _ in range(kills):
-        start(code, tmp_path / "killed", cache, rng.randrange(1, operations))
-    start(code, tmp_path / "killed", cache)
-    assert final_arrays(tmp_path / "killed") == expected
-    check_tidy(tmp_path / "killed")
 
 
 FLOW = """
@@ -134,8 +116,7 @@ def test_a_flow_killed_three_times_ends_in_the_same_bits(tmp_path):
     (checkpoint,) = (tmp_path / "killed").rglob("checkpoint.npz")
     assert 3 <= int(files.load_arrays(checkpoint)["step"]) < 60
     names["flow"](tmp_path / "killed")
-    assert final_arrays(tmp_path / "killed") == final_arrays(tmp_path / "whole")
-    check_tidy(tmp_path / "killed")
+    check_same(tmp_path / "killed", final_arrays(tmp_path / "whole"))
 
 
 EXPERIMENTS = {
@@ -215,5 +196,14 @@ experiments.evaluate(config, evaluation, seed=0, results=results, show_progress=
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_killed_experiment_ends_in_the_same_bits(tmp_path, name):
+    """Killed three times, each within the first `operations` of a process: few enough that the last
+    one killed has as many left to do."""
     code, operations = EXPERIMENTS[name]
-    check(code, tmp_path, operations)
+    rng, cache, killed = random.Random(code), tmp_path / "cache", tmp_path / "killed"
+    start(code, tmp_path / "whole", cache)
+    expected = final_arrays(tmp_path / "whole")
+    assert expected
+    for _ in range(3):
+        start(code, killed, cache, rng.randrange(1, operations))
+    start(code, killed, cache)
+    check_same(killed, expected)

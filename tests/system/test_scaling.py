@@ -46,9 +46,7 @@ def test_theory_counts_logarithms(scaling):
         ("embeddings", {"n": 10**6, "d": 3000, "D": 700}),
         pytest.param("wow", {"C": 20, "n": 300, "d": 500, "L": 200}, marks=pytest.mark.slow),
         pytest.param(
-            "condensation",
-            {"C": 6, "n": 100, "width": 48, "ipc": 7},
-            marks=pytest.mark.slow,
+            "condensation", {"C": 6, "n": 100, "width": 48, "ipc": 7}, marks=pytest.mark.slow
         ),
         pytest.param("em", {"n": 10**6, "d": 400, "K": 6}, marks=pytest.mark.slow),
     ],

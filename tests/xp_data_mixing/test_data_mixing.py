@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from mixture_oracles import cvxpy_weights, kernel
+from kernel_oracles import kernel
+from mixture_oracles import cvxpy_weights
 from scipy.spatial.distance import pdist
 
 from lib.rff import gaussian_frequencies

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from mixture_oracles import cvxpy_weights, kernel
+from kernel_oracles import kernel
+from mixture_oracles import cvxpy_weights
 
 from lib.networks import MLP
 from xp_data_mixing import calibration, whitening
