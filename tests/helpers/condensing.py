@@ -1,5 +1,8 @@
-"""The least condensation that the tests of it run: digits under a narrow network."""
+"""What tests of condensation share: the least that they run, digits of a narrow network; toys."""
 
+import numpy as np
+
+from lib.datasets import Dataset
 from xp_dataset_distillation.config import CondenseConfig
 
 SMALL = CondenseConfig(
@@ -15,3 +18,12 @@ SMALL = CondenseConfig(
     depth=1,
     num_snapshots=2,
 )
+
+
+def toy(counts=(7, 5, 9), *, shape=(3, 2, 1)) -> Dataset:
+    """Shuffled images; the first pixel is an image's own number, the second its label."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)
+    images = rng.integers(0, 256, (len(labels), *shape), dtype=np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 1, 0] = np.arange(len(labels)), labels
+    return Dataset("toy", images, labels, tuple("abcdefgh"[: len(counts)]))

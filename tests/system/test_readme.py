@@ -55,9 +55,6 @@ def test_the_flow_of_the_guide():
     assert names["losses"][-1] < 0.5 * names["losses"][0]
 
 
-# Links, files, modules
-
-
 def slug(heading):
     """The anchor that GitHub gives a heading."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()

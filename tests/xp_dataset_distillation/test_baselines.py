@@ -1,33 +1,26 @@
 """Baselines of condensation against loops, scikit-learn and closed forms."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from condensing import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import pairwise_distances_argmin
 
-from lib.datasets import Dataset
 from lib.networks import ConvNet, classification, optimizers
 from xp_dataset_distillation import baselines, real_data
 from xp_dataset_distillation.config import BaselineConfig
 
 KEY = jax.random.key(0)
-
-
-def toy(counts=(7, 5, 9), *, shape=(3, 2, 1)):
-    """Random images whose first pixel is the label."""
-    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    images = np.random.default_rng(0).integers(0, 256, (len(labels), *shape), dtype=np.uint8)
-    images[:, 0, 0, 0] = labels
-    names = tuple("abcdefgh"[: len(counts)])
-    return real_data.from_dataset(Dataset("toy", images, labels, names))
+TOY = real_data.from_dataset(toy())
 
 
 def herding_by_loop(features, num):
     """As it is published: every candidate's mean, one at a time."""
-    features = features.astype(np.float64)
     mean, chosen = features.mean(axis=0), []
     for _ in range(num):
         others = [i for i in range(len(features)) if i not in chosen]
@@ -62,7 +55,7 @@ def test_herding_chooses_equal_rows_in_order_and_refuses_bad_input():
 
 @pytest.mark.parametrize("block_size", [4, 100])
 def test_herded_images_are_chosen_within_the_class_by_the_features(block_size):
-    real, matrix = toy(), jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)))
+    matrix = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
     shapes = set()
 
     def features(images):
@@ -71,29 +64,28 @@ def test_herded_images_are_chosen_within_the_class_by_the_features(block_size):
         assert images.max() <= 1
         return images.reshape(len(images), -1) @ matrix
 
-    herded = baselines.herded_images(real, 3, features, block_size=block_size)
+    herded = baselines.herded_images(TOY, 3, features, block_size=block_size)
     assert shapes == {(min(block_size, 9), 3, 2, 1)}
     for label in range(3):
-        images = real.images[real.labels == label].astype(np.float32) / 255
-        chosen = herding_by_loop(images.reshape(len(images), -1) @ np.asarray(matrix), 3)
+        images = TOY.images[TOY.labels == label].astype(np.float32) / 255
+        chosen = herding_by_loop((images.reshape(len(images), -1) @ matrix).astype(float), 3)
         np.testing.assert_allclose(herded[label], images[chosen], rtol=1e-6)
 
 
 def test_random_images_are_different_ones_of_their_class():
-    real = toy()
-    drawn = baselines.random_images(KEY, real, 5)
+    drawn = baselines.random_images(KEY, TOY, 5)
     assert drawn.shape == (3, 5, 3, 2, 1)
     assert drawn.dtype == np.float32
     for label, images in enumerate(np.rint(drawn * 255).astype(np.uint8)):
-        members = {image.tobytes() for image in real.images[real.labels == label]}
+        members = {image.tobytes() for image in TOY.images[TOY.labels == label]}
         of_class = {image.tobytes() for image in images}
         assert of_class <= members
         assert len(of_class) == 5
-    assert not np.array_equal(drawn, baselines.random_images(jax.random.key(1), real, 5))
+    assert not np.array_equal(drawn, baselines.random_images(jax.random.key(1), TOY, 5))
 
 
 def test_centers_are_the_means_of_the_images_nearest_to_them():
-    real = toy((40, 30))
+    real = real_data.from_dataset(toy((40, 30)))
     centers = baselines.kmeans_centers(KEY, real, 4)
     assert centers.shape == (2, 4, 3, 2, 1)
     assert centers.dtype == np.float32
@@ -111,10 +103,9 @@ def test_centers_are_the_means_of_the_images_nearest_to_them():
 def test_more_images_than_a_class_has_are_refused_by_its_name_and_size(kind, monkeypatch):
     monkeypatch.setattr(baselines, "trained_features", lambda *_: lambda x: x.reshape(len(x), -1))
     config = BaselineConfig("toy", kind=kind, images_per_class=5)
-    assert baselines.images_of(config, toy(), seed=0).shape == (3, 5, 3, 2, 1)
-    config = BaselineConfig("toy", kind=kind, images_per_class=6)
+    assert baselines.images_of(config, TOY, seed=0).shape == (3, 5, 3, 2, 1)
     with pytest.raises(ValueError, match="class 'b' of toy has 5 images, fewer than the 6"):
-        baselines.images_of(config, toy(), seed=0)
+        baselines.images_of(replace(config, images_per_class=6), TOY, seed=0)
 
 
 def test_features_are_those_of_the_trained_network_before_its_last_layer():

@@ -1,6 +1,7 @@
 """The evaluator, comparisons, tables, checks and commands of condensation."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,9 +43,6 @@ SHORT = Evaluation(
 SETTING = Setting(10, (8, 8, 1), (0.3,), (0.4,), flips=False)
 
 
-# ---- The evaluator
-
-
 def test_accuracies_are_those_of_classifiers_trained_by_hand():
     rng = np.random.default_rng(0)
     images = rng.uniform(size=(20, 8, 8, 1)).astype(np.float32)
@@ -54,29 +52,17 @@ def test_accuracies_are_those_of_classifiers_trained_by_hand():
     evaluator = Evaluator(
         num_epochs=3, batch_size=8, learning_rate=0.1, network="mlp", milestones=(0.5,)
     )
-    key = jax.random.key(0)
-    accuracies = evaluation.accuracies(
-        key,
-        evaluation.TrainingSet(images, labels),
-        evaluation.EvaluationSet(shown, truth),
-        SETTING,
-        evaluator,
-        num_networks=2,
-        show_progress=False,
-    )
-    network = network_by_name("mlp", 10, (8, 8, 1))
+    key, network = jax.random.key(0), network_by_name("mlp", 10, (8, 8, 1))
+    sets = evaluation.TrainingSet(images, labels), evaluation.EvaluationSet(shown, truth)
+    options = {"num_networks": 2, "show_progress": False}
+    accuracies = evaluation.accuracies(key, *sets, SETTING, evaluator, **options)
+    # 3 batches an epoch: half of 9 steps is the 5th.
+    optimizer = optimizers.sgd(0.1, momentum=0.9, weight_decay=5e-4, milestones=(4,), factor=0.2)
+    options = {"optimizer": optimizer, "num_epochs": 3, "batch_size": 8}
     for seed, accuracy in zip(jax.random.split(key, 2), accuracies):
+        normalized = (jnp.asarray(images) - 0.3) / 0.4
         parameters, _ = classification.train(
-            seed,
-            network,
-            (jnp.asarray(images) - 0.3) / 0.4,
-            jnp.asarray(labels),
-            # 3 batches an epoch: half of 9 steps is the 5th.
-            optimizer=optimizers.sgd(
-                0.1, momentum=0.9, weight_decay=5e-4, milestones=(4,), factor=0.2
-            ),
-            num_epochs=3,
-            batch_size=8,
+            seed, network, normalized, jnp.asarray(labels), **options
         )
         logits = network.apply(parameters, (jnp.asarray(shown, jnp.float32) / 255 - 0.3) / 0.4)
         assert accuracy == pytest.approx(np.mean(np.argmax(logits, axis=1) == truth))
@@ -84,16 +70,14 @@ def test_accuracies_are_those_of_classifiers_trained_by_hand():
 
 def test_batches_are_augmented_image_by_image_then_normalized_then_mixed():
     augmentation = augment.parse("color", dialect="dsa")
-    images = jnp.ones((6, 8, 8, 1)) * 0.5
-    targets = jnp.eye(6)
-    changed, same = evaluation.transform(augmentation, SETTING, 0.0)(
-        jax.random.key(0), images, targets
-    )
+    images, targets = jnp.ones((6, 8, 8, 1)) * 0.5, jnp.eye(6)
+    transform = evaluation.transform(augmentation, SETTING, 0.0)
+    changed, same = map(np.asarray, transform(jax.random.key(0), images, targets))
     np.testing.assert_array_equal(same, targets)
     # Constant images: color moves each only by its own brightness.
-    levels = np.asarray(changed)[:, 0, 0, 0]
-    assert len(set(levels.tolist())) == 6
-    np.testing.assert_allclose(np.asarray(changed), levels[:, None, None, None] + 0 * images)
+    levels = changed[:, :1, :1]
+    assert len(np.unique(levels)) == 6
+    np.testing.assert_allclose(changed, levels + 0 * changed)
     assert (np.abs(levels * 0.4 + 0.3 - 0.5) <= 0.5).all()
     _, mixed = evaluation.transform(augmentation, SETTING, 1.0)(jax.random.key(3), images, targets)
     np.testing.assert_allclose(np.sum(mixed, axis=1), 1, rtol=1e-6)
@@ -110,26 +94,9 @@ def test_held_out_images_are_training_images_that_nothing_else_sees():
     test = experiments.evaluation_set(method, real, held_out, None)
     np.testing.assert_array_equal(test.images, held_out[0])
     assert len(experiments.evaluation_set(TINY, whole, None, None).images) == 355
-    with pytest.raises(
-        ValueError, match=r"test split of digits .*, its training split \(5, 5, 1\)"
-    ):
-        evaluation.test_split(
-            "digits", "digits", whole.class_names, (5, 5, 1), resized=False, data_root=None
-        )
-
-
-@pytest.mark.parametrize("kind", ["random", "kmeans", "whole"])
-def test_baselines_are_training_sets(kind, tmp_path):
-    method = BaselineConfig("digits", kind=kind, images_per_class=2)
-    real, _ = training_images(method, None)
-    training = experiments.training_set(method, real, seed=0, results=tmp_path, data_root=None)
-    assert training.images.dtype == np.float32
-    assert training.images.max() <= 1
-    expected = np.asarray(real.counts) if kind == "whole" else 2
-    np.testing.assert_array_equal(np.bincount(training.labels), expected + np.zeros(10, int))
-
-
-# ---- Comparisons
+    names, options = whole.class_names, {"resized": False, "data_root": None}
+    with pytest.raises(ValueError, match=r"test split of digits .*, its training split \(5, 5, 1"):
+        evaluation.test_split("digits", "digits", names, (5, 5, 1), **options)
 
 
 def test_a_group_runs_and_its_summary_tells_all(tmp_path, monkeypatch, capsys):
@@ -143,15 +110,12 @@ def test_a_group_runs_and_its_summary_tells_all(tmp_path, monkeypatch, capsys):
     assert told["evaluated_on"] == "the test split"
     rows = {(row["label"], row["images_per_class"]): row for row in told["rows"]}
     assert set(rows) == {("ECHO", 2), ("Random", 2), ("whole set", None)}
-    for row in told["rows"]:
-        assert np.shape(row["accuracies"]) == (2, 2)
-    assert rows["ECHO", 2]["num_images"] == 20
+    assert all(np.shape(row["accuracies"]) == (2, 2) for row in told["rows"])
+    assert rows["ECHO", 2]["num_images"] == rows["Random", 2]["num_images"] == 20
     assert rows["whole set", None]["num_epochs"] == 1
-    printed = capsys.readouterr().out
-    figures = [line for line in printed.splitlines() if line.startswith("figure:")]
+    figures = re.findall(r"(?m)^figure:\s*(.*)$", capsys.readouterr().out)
     assert len(figures) == 3
-    for line in figures:
-        assert Path(line.removeprefix("figure:").strip()).stat().st_size > 2000
+    assert all(Path(figure).stat().st_size > 2000 for figure in figures)
     # A method is evaluated once.
     monkeypatch.setattr(evaluation, "accuracies", None)
     assert experiments.main(arguments) == [summary]
@@ -175,10 +139,12 @@ def test_what_arguments_choose():
     for method in methods.values():
         assert (method.dataset, method.images_per_class, method.held_out) == ("kmnist", 5, 3)
     assert methods["linear, factor 1"].num_steps == 7
-    with pytest.raises(ValueError, match=r"no group fashion; there are fashion_mnist"):
-        experiments.chosen(replace(arguments, only=("fashion",)))
-    with pytest.raises(ValueError, match="no method nonsense"):
-        experiments.chosen(replace(arguments, labels=("nonsense",)))
+    for names, message in (
+        ({"only": ("fashion",)}, "no group fashion; there are fashion_mnist"),
+        ({"labels": ("nonsense",)}, "no method nonsense"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experiments.chosen(replace(arguments, **names))
 
 
 @pytest.mark.parametrize("preset", ["quick", "paper", "gpu"])
@@ -193,8 +159,7 @@ def test_presets_compare_like_with_like(preset):
 
 def test_methods_and_evaluators_are_the_published_ones():
     assert (EVALUATORS["dm"].batch_size, EVALUATORS["dm"].milestones) == (256, (0.5,))
-    assert EVALUATORS["idc"].cutmix == 0.5
-    assert EVALUATORS["wow"].optimizer == "adamw"
+    assert (EVALUATORS["idc"].cutmix, EVALUATORS["wow"].optimizer) == (0.5, "adamw")
     assert {evaluator.num_epochs for evaluator in EVALUATORS.values()} == {1000}
     base = CondenseConfig()
     assert (base.num_steps, base.steps_per_network, base.real_batch) == (10_000, 5, 256)
@@ -206,39 +171,30 @@ def test_methods_and_evaluators_are_the_published_ones():
     assert (mmdsw(base).momentum, mmdsw(base).step_size) == (0.9, 1.0)
 
 
-# ---- Tables
-
-
-def row(label, number, values):
-    return {"label": label, "images_per_class": number, "evaluator": "idc", "accuracies": values}
-
-
 def test_tables_by_hand():
     rows = [
-        row("ECHO", 1, [[0.5, 0.7], [0.6, 0.8]]),
-        row("Random", 1, [[0.3, 0.5], [0.3, 0.5]]),
-        row("whole set", None, [[0.8, 0.8]]),
-        row("ECHO", 10, [[0.7, 0.9], [0.7, 0.9]]),
+        {"label": label, "images_per_class": number, "evaluator": "idc", "accuracies": values}
+        for label, number, values in (
+            ("ECHO", 1, [[0.5, 0.7], [0.6, 0.8]]),
+            ("Random", 1, [[0.3, 0.5], [0.3, 0.5]]),
+            ("whole set", None, [[0.8, 0.8]]),
+            ("ECHO", 10, [[0.7, 0.9], [0.7, 0.9]]),
+        )
     ]
     echo, random, whole, ten = tables.relative(rows)
     assert echo["over_random"] == pytest.approx(0.25)
     assert echo["share_of_whole"] == pytest.approx(0.65 / 0.8)
-    assert random["over_random"] == 0
-    assert whole["share_of_whole"] == 1
-    assert ten["over_random"] is None
+    assert (random["over_random"], whole["share_of_whole"], ten["over_random"]) == (0, 1, None)
     # Over sets .6 and .7: 65 ± 7.1; of one set over classifiers.
-    assert tables.cell(rows[0]["accuracies"]) == "65.0 ± 7.1"
     assert tables.cell([[0.5, 0.7]]) == "60.0 ± 14.1"
     assert tables.cell([[0.5]]) == "50.0"
-    summary = {"rows": rows, "seeds": [0, 1], "evaluated_on": "the test split"}
-    (table,) = tables.tables(summary)
+    (table,) = tables.tables({"rows": rows, "seeds": [0, 1], "evaluated_on": "the test split"})
     assert table.heads == ["idc", "1 per class", "10 per class", "over Random", "of the whole set"]
-    assert table.rows[0] == ["ECHO", "65.0 ± 7.1", "80.0 ± 0.0", "+25.0 / ", "81% / 100%"]
-    assert table.rows[1] == ["Random", "40.0 ± 0.0", "", "+0.0", "50%"]
-    assert table.rows[2] == ["whole set", "80.0 ± 0.0", "", "", "100%"]
-
-
-# ---- Checks
+    assert table.rows == [
+        ["ECHO", "65.0 ± 7.1", "80.0 ± 0.0", "+25.0 / ", "81% / 100%"],
+        ["Random", "40.0 ± 0.0", "", "+0.0", "50%"],
+        ["whole set", "80.0 ± 0.0", "", "", "100%"],
+    ]
 
 
 def test_the_linear_kernel_sees_only_means(tmp_path, capsys):
@@ -276,22 +232,16 @@ def test_the_check_of_moments(tmp_path):
     assert np.mean(end["order 1"]) < 0.8 * np.mean(start["order 1"])
 
 
-# ---- Commands
-
-
-@pytest.mark.parametrize("kind", ["as it is", "resized"])
-def test_an_exported_set_is_evaluated_as_its_method_is(kind, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("size", "dataset"), [(None, None), (6, "digits")])
+def test_an_exported_set_is_evaluated_as_its_method_is(
+    size, dataset, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(evaluate, "EVALUATORS", {"short": SHORT.evaluator})
-    size = None if kind == "as it is" else 6
-    method = replace(TINY, size=size, factor=2, start="mixed")
-    stored = experiments.evaluate(
-        method, SHORT, seed=0, results=tmp_path / "a", show_progress=False
-    )
+    method, options = replace(TINY, size=size, factor=2, start="mixed"), {"show_progress": False}
+    stored = experiments.evaluate(method, SHORT, seed=0, results=tmp_path / "a", **options)
     (folder,) = tmp_path.glob("a/xp_dataset_distillation/digits-*/seed0/condensed")
-    arguments = evaluate.Arguments(
-        folder, evaluators=("short",), num_networks=2, results=tmp_path,
-        dataset=None if kind == "as it is" else "digits",
-    )  # fmt: skip
+    options = {"evaluators": ("short",), "num_networks": 2, "results": tmp_path}
+    arguments = evaluate.Arguments(folder, dataset=dataset, **options)
     accuracies = evaluate.main(arguments)["short"]
     np.testing.assert_array_equal(accuracies, stored["accuracies"])
     assert f"short: {100 * accuracies.mean():.1f}% of the test split" in capsys.readouterr().out

@@ -1,8 +1,6 @@
 """The DrMMD experiments: metrics against closed forms, flows against loops, commands as run."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from kernel_oracles import kernel, mmd_squared
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.stats import kstest, norm, truncnorm, wasserstein_distance
 from scipy.stats import t as t_distribution
+from scripts import run_script
 
 from lib import runs
 from lib.runs.loop import DivergedError
@@ -23,24 +23,19 @@ from xp_drmmd.config import ABLATIONS, GROUPS, FlowConfig, StudentConfig, preset
 from xp_drmmd.problems import problem
 from xp_drmmd.run import Arguments, config_of, run_flow
 
-REPOSITORY = Path(__file__).parents[2]
 x64 = pytest.mark.usefixtures("x64")
 SMALL = FlowConfig(source_particle_num=12, target_particle_num=9, step_num=5, records=5)
-
-
-# The line
 
 
 @pytest.mark.parametrize("variance", [0.5, 2.0])
 def test_kl_of_quantiles_approaches_that_of_gaussians_from_below(variance):
     exact = (variance - 1 - np.log(variance)) / 2
-    found = []
-    for n in (100, 1000):
-        levels = (np.arange(n) + 0.5) / n
-        found.append(analytic.kl_of_quantiles(np.sqrt(variance) * norm.ppf(levels)[::-1]))
-        assert analytic.kl_of_quantiles(norm.ppf(levels)) == pytest.approx(0, abs=1e-12)
-    assert found[0] < found[1] < exact
-    assert found[1] == pytest.approx(exact, rel=0.02)
+    levels = [norm.ppf((np.arange(n) + 0.5) / n) for n in (100, 1000)]
+    few, many = (analytic.kl_of_quantiles(np.sqrt(variance) * z[::-1]) for z in levels)
+    assert few < many < exact
+    assert many == pytest.approx(exact, rel=0.02)
+    assert analytic.kl_of_quantiles(levels[0]) == pytest.approx(0, abs=1e-12)
+    assert analytic.kl_of_quantiles(levels[1]) == pytest.approx(0, abs=1e-12)
     assert analytic.kl_of_quantiles(np.zeros(3)) == np.inf
 
 
@@ -55,20 +50,16 @@ def test_chi_squared_flow_starts_at_the_closed_form_and_ends_at_its_rate():
     assert np.all(kl <= kl[0] * np.exp(-2 * times) + 1e-12)
 
 
-# Metrics
-
-
-def test_wasserstein_is_that_of_an_assignment():
+@pytest.mark.parametrize(("p", "metric"), [(1, "euclidean"), (2, "sqeuclidean")])
+def test_wasserstein_is_that_of_an_assignment(p, metric):
     """Points of weight 2 / 9 are two of the copies that are assigned."""
-    rng = np.random.default_rng(0)
+    rng, times = np.random.default_rng(0), np.array([2, 1, 3, 1, 2])
     x, y = rng.normal(size=(9, 3)), rng.normal(size=(5, 3))
-    times = np.array([2, 1, 3, 1, 2])
-    for p, metric in ((1, "euclidean"), (2, "sqeuclidean")):
-        costs = cdist(x, y.repeat(times, axis=0), metric)
-        expected = costs[linear_sum_assignment(costs)].mean() ** (1 / p)
-        for points, weights in ((y.repeat(times, axis=0), None), (y, times / 9)):
-            found = metrics.wasserstein(x, points, p, weights)
-            assert found == pytest.approx(expected, rel=1e-9)
+    copies = y.repeat(times, axis=0)
+    costs = cdist(x, copies, metric)
+    expected = costs[linear_sum_assignment(costs)].mean() ** (1 / p)
+    assert metrics.wasserstein(x, copies, p, None) == pytest.approx(expected, rel=1e-9)
+    assert metrics.wasserstein(x, y, p, times / 9) == pytest.approx(expected, rel=1e-9)
 
 
 @x64
@@ -76,18 +67,12 @@ def test_judge_names_and_squares():
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(6, 1)), rng.normal(size=(7, 1))
     judged = metrics.evaluate(jnp.asarray(x), jnp.asarray(y), 0.7)
-
-    def gram(a, b):
-        return np.exp(-((a - b.T) ** 2) / (2 * 0.7**2)).mean()
-
-    assert judged["mmd2"] == pytest.approx(gram(x, x) - 2 * gram(x, y) + gram(y, y), rel=1e-9)
+    expected = mmd_squared(x, y, lambda a, b: kernel(a, b, 0.7))
+    assert judged["mmd2"] == pytest.approx(expected, rel=1e-9)
     assert judged["w1"] == pytest.approx(wasserstein_distance(x[:, 0], y[:, 0]), rel=1e-9)
     assert set(judged) == {"mmd2", "w1", "w2", "kl"}
     flat = metrics.evaluate(jnp.asarray(np.tile(x, 2)), jnp.asarray(np.tile(y, 2)), 0.7)
     assert set(flat) == {"mmd2", "w1", "w2"}
-
-
-# Problems
 
 
 @x64
@@ -98,26 +83,24 @@ def test_rings_are_the_published_ones():
     np.testing.assert_allclose(np.linalg.norm(posed.target - centres, axis=1), 0.3, rtol=1e-12)
     np.testing.assert_allclose(posed.start.mean(0), [0, -0.3], atol=0.003)
     assert not np.array_equal(problem(FlowConfig(), 1).start, posed.start)
-    with pytest.raises(ValueError, match="multiple of 3"):
-        problem(replace(SMALL, target_particle_num=10), 0)
+
+
+FOUR_MEANS = 2 * np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])
 
 
 @x64
-@pytest.mark.parametrize("name", ["FourGaussian", "Gaussian1D"])
-def test_scores_are_those_of_the_densities(name):
+@pytest.mark.parametrize(
+    ("name", "density"),
+    [
+        ("FourGaussian", lambda z: np.exp(-((z - FOUR_MEANS) ** 2).sum(1) / 0.6).mean()),
+        ("Gaussian1D", lambda z: norm.pdf(z[0])),
+    ],
+)
+def test_scores_are_those_of_the_densities(name, density):
     posed = problem(replace(SMALL, dataset=name), 0)
-    z = posed.target[0]
-    score = jax.grad(posed.log_density)(z)
-
-    def density(z):
-        if name == "Gaussian1D":
-            return norm.pdf(z[0])
-        means = np.array([[2, 2], [2, -2], [-2, 2], [-2, -2]])
-        return np.exp(-((z - means) ** 2).sum(1) / 0.6).mean()
-
-    z = np.asarray(z)
-    for i, unit in enumerate(np.eye(len(z))):
-        difference = np.log(density(z + 1e-5 * unit)) - np.log(density(z - 1e-5 * unit))
+    score, z = jax.grad(posed.log_density)(posed.target[0]), np.asarray(posed.target[0])
+    for i, step in enumerate(1e-5 * np.eye(len(z))):
+        difference = np.log(density(z + step)) - np.log(density(z - step))
         assert score[i] == pytest.approx(difference / 2e-5, rel=1e-6)
 
 
@@ -138,9 +121,6 @@ def test_images_are_their_principal_components():
     np.testing.assert_allclose(255 * images, np.round(255 * images), atol=1e-4)
     assert images.min() > -1e-6
     assert posed.start.shape == (12, 64)
-
-
-# Flows
 
 
 def moved(config, seed=0):
@@ -170,10 +150,8 @@ def test_stein_is_the_double_loop():
     posed, step, _, _ = moved(config)
     y = np.asarray(posed.start)
     score = np.asarray(jax.vmap(jax.grad(posed.log_density))(posed.start))
-    expected = np.zeros_like(y)
-    for i, j in np.ndindex(len(y), len(y)):
-        k = np.exp(-((y[i] - y[j]) ** 2).sum() / (2 * 1.3**2))
-        expected[i] += k * score[j] + k * (y[i] - y[j]) / 1.3**2
+    forces = score[None] + (y[:, None] - y[None]) / 1.3**2
+    expected = np.einsum("ij,ijd->id", kernel(y, y, 1.3), forces)
     np.testing.assert_allclose(step, 0.5 * expected / len(y), rtol=1e-9, atol=1e-12)
 
 
@@ -183,47 +161,49 @@ def test_stein_is_the_double_loop():
 def test_flows_of_a_stack_are_single_flows(flow):
     """Lambdas and step sizes of their own, one call."""
     config = replace(SMALL, flow=flow)
-    posed = problem(config, 0)
-    prepared = flows.prepare(config, posed.target, num_flows=2)._replace(
-        lmbda=jnp.asarray([1e-2, 1e-1]), gamma=jnp.asarray([1.0, 2.0])
-    )
-    stack = jnp.stack([posed.start, posed.start + 0.1])
-    key = jax.random.PRNGKey(0)
-    value_and_grad = flows.objective(config)
-    values, velocities, _ = value_and_grad(stack, prepared, key, flows.first_memory(prepared))
+    posed, evaluate = problem(config, 0), flows.objective(config)
+    parameters = jnp.asarray([[1e-2, 1.0], [1e-1, 2.0]])
+    starts = jnp.stack([posed.start, posed.start + 0.1])
+
+    def value_and_velocity(chosen):
+        prepared = flows.prepare(config, posed.target, num_flows=len(parameters[chosen]))
+        prepared = prepared._replace(lmbda=parameters[chosen, 0], gamma=parameters[chosen, 1])
+        memory = flows.first_memory(prepared)
+        return evaluate(starts[chosen], prepared, jax.random.PRNGKey(0), memory)[:2]
+
+    values, velocities = value_and_velocity(slice(None))
     for i in range(2):
-        one = prepared._replace(lmbda=prepared.lmbda[i : i + 1], gamma=prepared.gamma[i : i + 1])
-        value, velocity, _ = value_and_grad(stack[i : i + 1], one, key, flows.first_memory(one))
+        value, velocity = value_and_velocity(slice(i, i + 1))
         np.testing.assert_allclose(values[i], value[0], rtol=1e-9)
         np.testing.assert_allclose(velocities[i], velocity[0], rtol=1e-8, atol=1e-12)
 
 
 @x64
-def test_adaptive_rules_step_by_step():
+@pytest.mark.parametrize(
+    ("config", "power"),
+    [
+        (replace(SMALL, adaptive="paper", regularity=0.5, lmbda=0.1), 1 / 1.5),
+        (replace(SMALL, adaptive="published", lmbda=0.1, gamma=0.05), 0.5),
+    ],
+)
+def test_adaptive_rules_step_by_step(config, power):
     """lambda from the value at the last lambda; the published step falls with it."""
-    for rule, config in (
-        ("paper", replace(SMALL, adaptive="paper", regularity=0.5, lmbda=0.1)),
-        ("published", replace(SMALL, adaptive="published", lmbda=0.1, gamma=0.05)),
-    ):
-        posed = problem(config, 0)
-        prepared = flows.prepare(config, posed.target)
-        fixed = replace(config, adaptive="fixed")
-        memory, y, lmbda, first = flows.first_memory(prepared), posed.start, 0.1, None
-        for _ in range(3):
-            at_last = prepared._replace(lmbda=jnp.asarray([lmbda]))
-            value = flows.objective(fixed)(
-                y[None], at_last, jax.random.PRNGKey(0), flows.first_memory(prepared)
-            )[0][0, 0]
-            first = value if first is None else first
-            power = 1 / 1.5 if rule == "paper" else 0.5
-            lmbda = float(0.1 * (value / first) ** power)
-            values, velocity, memory = flows.objective(config)(
-                y[None], prepared, jax.random.PRNGKey(0), memory
-            )
-            assert values[0, 1] == pytest.approx(lmbda, rel=1e-9)
-            step = config.gamma if rule == "paper" else 0.05 * lmbda / 0.1
-            assert values[0, 2] == pytest.approx(step, rel=1e-9)
-            y = y - velocity[0]
+    posed = problem(config, 0)
+    prepared = flows.prepare(config, posed.target)
+    memory = start = flows.first_memory(prepared)
+    key = jax.random.PRNGKey(0)
+    fixed, rule = flows.objective(replace(config, adaptive="fixed")), flows.objective(config)
+    y, lmbda, first = posed.start, 0.1, None
+    for _ in range(3):
+        at_last = prepared._replace(lmbda=jnp.asarray([lmbda]))
+        value = fixed(y[None], at_last, key, start)[0][0, 0]
+        first = value if first is None else first
+        lmbda = float(0.1 * (value / first) ** power)
+        values, velocity, memory = rule(y[None], prepared, key, memory)
+        assert values[0, 1] == pytest.approx(lmbda, rel=1e-9)
+        step = config.gamma if config.adaptive == "paper" else 0.05 * lmbda / 0.1
+        assert values[0, 2] == pytest.approx(step, rel=1e-9)
+        y = y - velocity[0]
 
 
 @pytest.mark.slow
@@ -231,7 +211,7 @@ def test_adaptive_rules_step_by_step():
 @pytest.mark.parametrize("flow", ["mmd", "drmmd"])
 def test_landmarks_among_the_particles_follow_them(flow):
     """Landmarks everywhere give the exact flow wherever the particles are, half of them its
-    witness; and no more can be asked for than there are."""
+    witness."""
     config = replace(
         SMALL, flow=flow, source_particle_num=40, target_particle_num=42, bandwidth=0.3
     )
@@ -244,13 +224,45 @@ def test_landmarks_among_the_particles_follow_them(flow):
     for shift, rank, error in ((1.5, 80, 1e-5), (0.0, 60, 0.02), (5.0, 60, 0.02), (-20, 60, 0.02)):
         y = shift + 0.1 * jax.random.normal(jax.random.key(1), (40, 2))
         exact = velocity(y, config)
-        found = velocity(y, replace(config, approximation="nystrom", rank=rank))
-        np.testing.assert_allclose(found, exact, rtol=0, atol=error * jnp.abs(exact).max())
-    with pytest.raises(ValueError, match="rank 86 wants 43 target points as landmarks of 42"):
-        flows.prepare(replace(config, approximation="nystrom", rank=86), target)
-    config = replace(config, source_particle_num=20)
-    with pytest.raises(ValueError, match="rank 60 wants 30 particles as landmarks of 20"):
-        flows.prepare(replace(config, approximation="nystrom", rank=60), target)
+        near = velocity(y, replace(config, approximation="nystrom", rank=rank))
+        np.testing.assert_allclose(near, exact, rtol=0, atol=error * jnp.abs(exact).max())
+
+
+def prepare(num_particles, rank):
+    sizes = {"source_particle_num": num_particles, "target_particle_num": 42}
+    config = replace(SMALL, approximation="nystrom", rank=rank, **sizes)
+    flows.prepare(config, problem(config, 0).target)
+
+
+def run_nowhere(**options):
+    run_flow(replace(SMALL, **options), seed=0, results=Path("nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: run_nowhere(flow="kale", approximation="rff"), "kale has no form in features"),
+        (lambda: run_nowhere(kernel="Laplace", approximation="rff"), "Gaussian here, not Laplace"),
+        (lambda: run_nowhere(flow="svgd"), "svgd needs a density, ThreeRing has none"),
+        (lambda: prepare(40, 86), "rank 86 wants 43 target points as landmarks of 42"),
+        (lambda: prepare(20, 60), "rank 60 wants 30 particles as landmarks of 20"),
+        (lambda: problem(replace(SMALL, target_particle_num=10), 0), "multiple of 3"),
+        (lambda: FlowConfig(lmbda=0.0), "lmbda must be .*, got 0.0"),
+        (lambda: FlowConfig(lmbda=np.inf), "lmbda must be .*, got inf"),
+        (lambda: FlowConfig(gamma=-1.0), "gamma must be .*, got -1.0"),
+        (lambda: FlowConfig(bandwidth=-0.1), "bandwidth must be .*, got -0.1"),
+        (lambda: FlowConfig(step_num=0), "step_num must be .*, got 0"),
+        (lambda: FlowConfig(source_particle_num=0), "source_particle_num must be .*, got 0"),
+        (lambda: FlowConfig(noise=-1.0), "noise must be .*, got -1.0"),
+        (lambda: FlowConfig(regularity=0.0), "regularity must be .*, got 0.0"),
+        (lambda: FlowConfig(records=0), "records must be .*, got 0"),
+        (lambda: experiments.main(experiments.Arguments(only=("rings2",))), "no group rings2"),
+    ],
+)
+def test_what_cannot_be_is_named(tmp_path, monkeypatch, call, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_a_stored_flow_holds_numbers_and_is_not_run_twice(tmp_path, monkeypatch):
@@ -266,30 +278,14 @@ def test_a_stored_flow_holds_numbers_and_is_not_run_twice(tmp_path, monkeypatch)
     run_flow(SMALL, seed=0, results=tmp_path)
 
 
-def test_flows_that_do_not_exist_are_refused(tmp_path):
-    for options, message in (
-        ({"flow": "kale", "approximation": "rff"}, "kale has no form in features"),
-        ({"kernel": "Laplace", "approximation": "rff"}, "Gaussian here, not Laplace"),
-        ({"flow": "svgd"}, "svgd needs a density, ThreeRing has none"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run_flow(replace(SMALL, **options), seed=0, results=tmp_path)
-
-
-# Commands
-
-
 def test_the_published_flags(tmp_path):
     """As printed in the paper's repository, fewer steps."""
     flags = "--dataset ThreeRing --flow drmmd --kernel Gaussian --lmbda 0.001 --step_size 0.1 "
     flags += "--bandwidth 0.15 --step_num 20 --source_particle_num 30 --target_particle_num 30 "
-    command = ["xp_drmmd/run.py", *f"{flags} --opt sgd --seed 42 --results {tmp_path}".split()]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "gamma 0.0001" in done.stdout
-    assert "w1" in done.stdout
+    flags += f"--opt sgd --seed 42 --results {tmp_path}"
+    printed = run_script("xp_drmmd/run.py", *flags.split())
+    assert "gamma 0.0001" in printed
+    assert "w1" in printed
     assert list(tmp_path.glob("xp_drmmd/ThreeRing-drmmd-*/seed42/arrays.npz"))
 
 
@@ -368,12 +364,12 @@ def test_kernels_are_the_published_formulas():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
     from_origin = np.linalg.norm(x, axis=1)[:, None] + np.linalg.norm(y, axis=1)
-    for kernel, distance, expected in (
+    for name, distance, expected in (
         ("Laplace", "l1", np.exp(-cdist(x, y, "cityblock") / 0.7)),
         ("Laplace", "l2", np.exp(-cdist(x, y) / 0.7)),
         ("Energy", "l2", (from_origin - cdist(x, y)) / 1.4),
     ):
-        config = FlowConfig(kernel=kernel, distance=distance, bandwidth=0.7)
+        config = FlowConfig(kernel=name, distance=distance, bandwidth=0.7)
         gram = flows.kernel_of(config)(jnp.asarray(x), jnp.asarray(y))
         np.testing.assert_allclose(gram, expected, rtol=1e-12, atol=1e-14)
         assert f"({distance})" in flows.kernel_line(config)
@@ -397,18 +393,20 @@ def test_a_run_stores_the_distance_of_its_kernel_and_keeps_its_name_without_one(
 
 @x64
 @pytest.mark.parametrize(
-    "name", ["Gaussian1d", "Gaussian2d", pytest.param("Student", marks=pytest.mark.slow)]
+    ("name", "centre", "spread"),
+    [
+        ("Gaussian1d", 0, 0.01),
+        ("Gaussian2d", 1, 1),
+        pytest.param("Student", 2.5, 1, marks=pytest.mark.slow),
+    ],
 )
-def test_published_data_sets_are_what_they_are_called(name):
-    config = FlowConfig(
-        dataset=name, target_particle_num=4000, source_particle_num=4000,
-        target_scale=4.0 if name == "Gaussian2d" else 1.0,
-    )  # fmt: skip
+def test_published_data_sets_are_what_they_are_called(name, centre, spread):
+    options = {"target_scale": 4.0} if name == "Gaussian2d" else {}
+    config = FlowConfig(dataset=name, target_particle_num=4000, source_particle_num=4000, **options)
     posed = problem(config, 0)
-    target, centre = np.asarray(posed.target), {"Gaussian1d": 0, "Gaussian2d": 1, "Student": 2.5}
+    target = np.asarray(posed.target)
     assert target.shape == (4000, 1 if name == "Gaussian1d" else 2)
-    spread = 0.01 if name == "Gaussian1d" else 1.0
-    normalised = (np.asarray(posed.start) - centre[name]) / spread
+    normalised = (np.asarray(posed.start) - centre) / spread
     assert kstest(normalised.ravel(), "norm").pvalue > 1e-3
     if name == "Gaussian1d":
         assert kstest(target[:, 0], truncnorm(-1, 1).cdf).pvalue > 1e-3
@@ -419,15 +417,6 @@ def test_published_data_sets_are_what_they_are_called(name):
         # Turned back, each coordinate is Student's but for the one in fifty that lies outside.
         for column in (target @ [[1, 1], [-1, 1]] / np.sqrt(2)).T:
             assert kstest(column, t_distribution(2).cdf).statistic < 0.05
-
-
-def test_settings_out_of_range_are_named():
-    for name, value in (
-        ("lmbda", 0.0), ("lmbda", np.inf), ("gamma", -1.0), ("bandwidth", -0.1), ("step_num", 0),
-        ("source_particle_num", 0), ("noise", -1.0), ("regularity", 0.0), ("records", 0),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
-            replace(FlowConfig(), **{name: value})
 
 
 def test_a_step_too_long_stops_at_the_step_and_leaves_the_last_good_state(tmp_path):
@@ -467,6 +456,4 @@ def test_presets_name_flows_that_exist():
     students = quick.pop("students").values()
     assert max(c.n_epochs for c in students) <= 100
     assert max(c.step_num for group in quick.values() for c in group.values()) <= 2_000
-    with pytest.raises(ValueError, match="no group rings2"):
-        experiments.main(experiments.Arguments(only=("rings2",)))
     assert len({str(c) for c in ABLATIONS.values()}) == len(ABLATIONS)
