@@ -65,6 +65,12 @@ def test_no_experiment_imports_another(path):
     assert "sys.path" not in path.read_text()
 
 
+def test_the_reader_of_condensed_sets_needs_numpy_and_nothing_else():
+    """So that it can be copied: not even its own package."""
+    names = imports(REPOSITORY / "xp_dataset_distillation/condensed_numpy.py")
+    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"numpy"}
+
+
 # Where the distribution has another name than its module.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "ot": "pot", "ott": "ott-jax"}
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -134,33 +132,6 @@ def test_decoding_with_numpy_is_that_of_the_runs(tmp_path, shape, cells):
         np.testing.assert_array_equal(metadata[name], getattr(stored, name), strict=True)
     with pytest.raises(ValueError, match="factor 3 leaves no pixels of images of 2 x 8"):
         condensed_numpy.decode(np.zeros((1, 2, 8, 1)), 3)
-
-
-def test_the_reader_needs_numpy_and_nothing_else(tmp_path):
-    export.save(tmp_path / "set", condensed())
-    (tmp_path / "copied.py").write_bytes(Path(condensed_numpy.__file__).read_bytes())
-    # Without the site packages' own start-up files, which may import anything.
-    program = f"""
-import sys
-sys.path.append({str(Path(np.__file__).parents[1])!r})
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        top = name.split(".")[0]
-        if top not in sys.stdlib_module_names and top not in ("numpy", "copied"):
-            raise ImportError(name + " is imported")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import jax
-except ImportError:
-    import copied
-    images, labels, metadata = copied.load("set")
-    print(images.shape, labels.tolist(), metadata["dataset"])
-"""
-    command = [sys.executable, "-S", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == f"(24, 7, 6, 3) {[0] * 8 + [1] * 8 + [2] * 8} insects", done
 
 
 @pytest.mark.parametrize(

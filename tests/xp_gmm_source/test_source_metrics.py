@@ -1,12 +1,15 @@
 """Metrics of image samples against scipy, closed forms and loops in numpy."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_oracles import kernel, mmd_squared
 from scipy.linalg import sqrtm
-from scipy.spatial.distance import cdist, pdist
+from scipy.spatial.distance import pdist
 from scipy.stats import entropy
 
 from lib import datasets
@@ -15,15 +18,12 @@ from xp_gmm_source import metrics
 KEY = jax.random.key(0)
 
 
-def as_images(dataset):
-    return dataset.images.astype(np.float32) / 127.5 - 1
-
-
 @pytest.fixture(scope="module")
 def digits():
     """(training images, labels, test images, labels) of scikit-learn's digits in [-1, 1]."""
-    train, test = (datasets.load("digits", split=split) for split in ("train", "test"))
-    return as_images(train), train.labels, as_images(test), test.labels
+    sets = (datasets.load("digits", split=split) for split in ("train", "test"))
+    pairs = [(loaded.images.astype(np.float32) / 127.5 - 1, loaded.labels) for loaded in sets]
+    return *pairs[0], *pairs[1]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,6 @@ def network(digits):
 @pytest.fixture(scope="module")
 def reference(digits, network):
     return metrics.reference(jax.random.key(1), digits[2][:200], network, num_directions=100)
-
-
-# Frechet distance
 
 
 def random_moments(seed, d=6, rank=6):
@@ -80,96 +77,75 @@ def test_frechet_distance_of_equal_moments_is_zero_and_never_negative(ridge, bou
 
 def test_moments_are_numpys():
     x = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32) + 100
-    found = metrics.moments(x)
-    np.testing.assert_allclose(found.mean, x.astype(float).mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, np.cov(x.T.astype(float)), rtol=1e-9, atol=1e-12)
-    with pytest.raises(ValueError, match=r"n >= 2, got shape \(1, 3\)"):
-        metrics.moments(x[:1])
-    x[4, 1] = np.inf
-    with pytest.raises(ValueError, match="row 4"):
-        metrics.moments(x)
-    with pytest.raises(ValueError, match=r"\(3,\) and of \(4,\)"):
-        metrics.frechet_distance(np.eye(3), np.eye(4))
-
-
-# Features
+    of_x = metrics.moments(x)
+    np.testing.assert_allclose(of_x.mean, x.astype(float).mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(of_x.covariance, np.cov(x.T.astype(float)), rtol=1e-9, atol=1e-12)
 
 
 def test_feature_network_classifies_digits(digits, network):
     assert network.accuracy > 0.95
     x, y, test, labels = digits
-    assert metrics.outputs(network, test).features.shape == (len(test), 64)
-    share = np.mean(np.asarray(metrics.outputs(network, test).predictions) == labels)
-    assert network.accuracy == pytest.approx(share)
+    outputs = metrics.outputs(network, test)
+    assert outputs.features.shape == (len(test), 64)
+    assert network.accuracy == pytest.approx(np.mean(np.asarray(outputs.predictions) == labels))
     again = metrics.train_feature_network(KEY, x, y, num_epochs=20)
     assert again.accuracy is None
-    for a, b in zip(jax.tree.leaves(again.parameters), jax.tree.leaves(network.parameters)):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, again.parameters, network.parameters)
 
 
-def test_bad_data_are_refused(digits, reference):
-    x, y, test, labels = digits
-    for options, more, message in (
-        ((x, y[:-1]), {}, "labels must be"),
-        ((x, y - 1), {}, "integers >= 0"),
-        ((x, y.astype(float)), {}, "float64"),
-        ((x * np.nan, y), {}, "image 0 is not finite"),
-        ((x, y), {"test": (test[:, :7], labels)}, "test labels"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            metrics.train_feature_network(KEY, *options, num_epochs=1, **more)
-    samples = x[:20].copy()
-    samples[5, 0] = np.nan
-    for bad, message in (
-        (x[:20].reshape(20, -1)[:, :63], r"\(20, 63\) is no sample of images \(8, 8, 1\)"),
-        (x[:20, ..., 0], r"\(20, 8, 8\) is no sample"),
-        (x[:1], "two samples"),
-        (samples, "points is not finite in row 5"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            metrics.evaluate(bad, reference)
+X, Y = np.zeros((20, 8, 8, 1), np.float32), np.arange(20) % 10
+BROKEN = np.where(np.arange(20)[:, None, None, None] == 5, np.nan, X)
+train = partial(metrics.train_feature_network, KEY, num_epochs=1)
 
 
-# Judgement
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda _: train(X, Y[:-1]), "labels must be"),
+        (lambda _: train(X, Y - 1), "integers >= 0"),
+        (lambda _: train(X, Y.astype(float)), "float64"),
+        (lambda _: train(BROKEN, Y), "image 5 is not finite"),
+        (lambda _: train(X, Y, test=(X[:, :7], Y)), "test labels"),
+        (lambda _: metrics.moments(np.ones((1, 3), "f")), r"n >= 2, got shape \(1, 3\)"),
+        (lambda _: metrics.moments(np.float32([[0, 1], [np.inf, 2]])), "row 1"),
+        (lambda _: metrics.frechet_distance(np.eye(3), np.eye(4)), r"\(3,\) and of \(4,\)"),
+        (partial(metrics.evaluate, X.reshape(20, -1)[:, :63]), r"\(20, 63\) is no sample of imag"),
+        (partial(metrics.evaluate, X[..., 0]), r"\(20, 8, 8\) is no sample"),
+        (partial(metrics.evaluate, X[:1]), "two samples"),
+        (partial(metrics.evaluate, BROKEN), "points is not finite in row 5"),
+    ],
+)
+def test_bad_input_is_refused(reference, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(reference)
 
 
 def test_judge_is_what_numpy_finds(digits, network, reference):
-    samples = digits[0][:150] + 0.3 * np.random.default_rng(0).normal(size=(150, 8, 8, 1))
-    found = metrics.evaluate(samples.astype(np.float32), reference)
-    x, y = (z.reshape(len(z), -1).astype(np.float32) for z in (samples, digits[2][:200]))
+    noise = np.random.default_rng(0).normal(size=(150, 8, 8, 1))
+    samples = (digits[0][:150] + 0.3 * noise).astype(np.float32)
+    judged = metrics.evaluate(samples, reference)
+    x, y = (z.reshape(len(z), -1) for z in (samples, digits[2][:200]))
     of_x, of_y = metrics.outputs(network, x), metrics.outputs(network, y)
-
-    def mmd_squared(x, y):
-        x, y = np.asarray(x, float), np.asarray(y, float)
-        sigma = np.median(pdist(y))
-        kxx, kyy, kxy = (
-            np.exp(-cdist(a, b, "sqeuclidean") / (2 * sigma**2))
-            for a, b in ((x, x), (y, y), (x, y))
-        )
-        n, m = kxy.shape
-        within = (kxx.sum() - n) / (n * (n - 1)) + (kyy.sum() - m) / (m * (m - 1))
-        return within - 2 * kxy.mean()
-
-    assert found["mmd2_pixels"] == pytest.approx(mmd_squared(x, y), rel=1e-3)
-    assert found["mmd2_features"] == pytest.approx(
-        mmd_squared(of_x.features, of_y.features), rel=1e-3
-    )
+    features = [np.asarray(outputs.features, float) for outputs in (of_x, of_y)]
+    pixels = x.astype(float), y.astype(float)
+    for name, pair in (("mmd2_pixels", pixels), ("mmd2_features", features)):
+        gaussian = partial(kernel, bandwidth=np.median(pdist(pair[1])))
+        expected = mmd_squared(*pair, gaussian, unbiased=True)
+        assert judged[name] == pytest.approx(expected, rel=1e-3)
     expected = metrics.frechet_distance(of_x.features, of_y.features)
-    assert found["frechet"] == pytest.approx(expected, rel=1e-6)
+    assert judged["frechet"] == pytest.approx(expected, rel=1e-6)
 
     # W_2^2 on the line of 150 and 200 points: both repeated to 600.
     directions = np.asarray(reference.directions, float)
     u, v = (np.sort(np.repeat(z @ directions.T, 600 // len(z), axis=0), axis=0) for z in (x, y))
     sliced = np.sqrt(np.mean((u - v) ** 2))
-    assert found["sliced_wasserstein"] == pytest.approx(sliced, rel=1e-4)
+    assert judged["sliced_wasserstein"] == pytest.approx(sliced, rel=1e-4)
 
-    p, q = (
-        np.bincount(np.asarray(o.predictions), minlength=10) / len(o.predictions)
-        for o in (of_x, of_y)
-    )
+    labels = (np.asarray(outputs.predictions) for outputs in (of_x, of_y))
+    p, q = (np.bincount(predictions, minlength=10) / len(predictions) for predictions in labels)
     # Total variation is the transport cost for a distance of 1 between any two classes.
-    assert found["class_distance"] == pytest.approx(np.maximum(p - q, 0).sum())
-    assert found["class_entropy_gap"] == pytest.approx(entropy(q) - entropy(p))
+    assert judged["class_distance"] == pytest.approx(np.maximum(p - q, 0).sum())
+    assert judged["class_entropy_gap"] == pytest.approx(entropy(q) - entropy(p))
 
 
 def test_a_dropped_mode_and_noise_are_seen_above_the_floor(digits, network, reference):

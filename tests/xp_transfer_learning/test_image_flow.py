@@ -1,40 +1,30 @@
 """The image flow as a user calls it: embedded digits, a folder of images, a stop and a resume."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tyro
 from PIL import Image
+from scipy.spatial.distance import cdist
+from scripts import run_script
 from sklearn.datasets import load_digits
 
 from lib.report import plotting
 from lib.runs.console import one_line_errors
 from xp_transfer_learning.image_flow import Arguments, chosen, main
 
-REPOSITORY = Path(__file__).parents[2]
 SHORT = ["--num_per_class", "10", "--n_epochs", "30", "--record_every", "10"]
 
 
 def run(results, *arguments):
-    script = "xp_transfer_learning/image_flow.py"
-    return subprocess.run(
-        [sys.executable, script, "--results", str(results), *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "DATA_ROOT": str(results / "no data")},
-    )
+    script, empty = "xp_transfer_learning/image_flow.py", str(results / "no data")
+    run_script(script, "--results", results, *arguments, DATA_ROOT=empty)
 
 
 @pytest.mark.slow
 def test_quick_flows_bring_digits_to_the_target(tmp_path):
-    done = run(tmp_path, "--preset", "quick")
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, "--preset", "quick")
     folders = sorted(p.parent for p in tmp_path.rglob("arrays.npz"))
     assert len(folders) == 2
     for folder in folders:
@@ -43,14 +33,13 @@ def test_quick_flows_bring_digits_to_the_target(tmp_path):
         # Every particle ends at a target image, and every target image is met: distances fall
         # from several gray levels a pixel to less than a tenth of one in [0, 1].
         particles, target = (a.reshape(-1, 64) for a in (arrays["particles"][-1], arrays["x_tgt"]))
-        squared = ((particles[:, None] - target[None]) ** 2).mean(axis=-1)
+        squared = cdist(particles, target, "sqeuclidean") / 64
         distances = np.sqrt(squared.min(axis=1))
         assert distances.mean() < 0.1
         summary = json.loads((folder / "summary.json").read_text())
-        found = summary["root_mean_square_to_nearest_target_image"]
-        expected = {"median": np.median(distances), "mean": distances.mean()}
-        expected["max"] = distances.max()
-        assert found == pytest.approx(expected, rel=1e-3)
+        statistics = {name: getattr(np, name)(distances) for name in ("median", "mean", "max")}
+        nearest = summary["root_mean_square_to_nearest_target_image"]
+        assert nearest == pytest.approx(statistics, rel=1e-3)
         assert summary["distinct_nearest_target_images"] == len(set(squared.argmin(axis=1)))
         assert summary["losses"]["399"] == arrays["losses"][-1]
         assert len(list((folder / "figures").glob("*.png"))) == 2
@@ -60,20 +49,17 @@ def test_quick_flows_bring_digits_to_the_target(tmp_path):
 @pytest.mark.slow
 def test_a_folder_of_images_flows(tmp_path):
     """Ten classes flow to the two of the folder."""
-    digits = load_digits()
+    digits, target = load_digits(), tmp_path / "mine"
     for label in (3, 7):
-        folder = tmp_path / "mine" / "train" / f"digit {label}"
+        folder = target / "train" / f"digit {label}"
         folder.mkdir(parents=True)
         for i, image in enumerate(digits.images[digits.target == label][:12]):
             Image.fromarray((image * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
-    target = str(tmp_path / "mine")
-    done = run(tmp_path, "--src_dataset", "digits", "--tgt_dataset", target, *SHORT)
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, "--src_dataset", "digits", "--tgt_dataset", str(target), *SHORT)
     (path,) = tmp_path.rglob("arrays.npz")
     arrays = dict(np.load(path))
-    assert arrays["particles"].shape == (4, 10, 10, 64)
-    assert arrays["x_tgt"].shape == (2, 10, 64)
-    assert arrays["losses"].shape == (30,)
+    shapes = {name: arrays[name].shape for name in ("particles", "x_tgt", "losses")}
+    assert shapes == {"particles": (4, 10, 10, 64), "x_tgt": (2, 10, 64), "losses": (30,)}
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from scripts import run_script
 
 from lib.gd import wasserstein_gradient_descent
 from xp_transfer_learning import ablation, domain_adaptation, methods, transfer
@@ -25,7 +24,6 @@ from xp_transfer_learning.config import (
     TransferConfig,
 )
 
-REPOSITORY = Path(__file__).parents[2]
 SHORT = {
     "mmdsw": FlowSettings(num_steps=40, num_directions=100, step_size=5.0),
     "otdd": FlowSettings("otdd", num_steps=3, step_size=0.1, decay=False, m=0.0, epsilon=0.05),
@@ -39,15 +37,13 @@ def config(method="mmdsw", k=2, target=ROTATED):
 
 
 def test_every_method_gets_the_same_draw_and_every_seed_its_own():
-    first, other = (transfer.data(seed, config(), None) for seed in (0, 1))
-    x0, x_tgt, shape = first
-    assert x0.shape == (10, 8, 256)
-    assert x_tgt.shape == (10, 2, 256)
-    assert shape == (16, 16, 1)
+    x0, x_tgt, shape = transfer.data(0, config(), None)
+    assert (x0.shape, x_tgt.shape, shape) == ((10, 8, 256), (10, 2, 256), (16, 16, 1))
     for method in SHORT:
         again = transfer.data(0, config(method), None)
         np.testing.assert_array_equal(again[0], x0)
         np.testing.assert_array_equal(again[1], x_tgt)
+    other = transfer.data(1, config(), None)
     assert not np.array_equal(other[0], x0)
     assert not np.array_equal(other[1], x_tgt)
     # More shots begin with the fewer ones, so that curves over k compare like with like.
@@ -56,18 +52,18 @@ def test_every_method_gets_the_same_draw_and_every_seed_its_own():
 
 @pytest.mark.parametrize("method", ["mmdsw", "otdd", "mmd_product"])
 def test_flows_go_down_keep_the_images_shape_and_are_stored_once(tmp_path, monkeypatch, method):
+    options = {"seed": 0, "results": tmp_path, "data_root": None}
     with jax.numpy_rank_promotion("allow"):  # ott relies on it
-        stored = transfer.flow(config(method), seed=0, results=tmp_path, data_root=None)
-    assert stored["particles"].shape[1:] == (10, 8, 256)
-    assert stored["particles"].shape[0] == len(stored["steps"])
+        stored = transfer.flow(config(method), **options)
     x0, x_tgt, _ = transfer.data(0, config(method), None)
+    assert stored["particles"].shape == (len(stored["steps"]), 10, 8, 256)
     np.testing.assert_array_equal(stored["particles"][0], x0)
     np.testing.assert_array_equal(stored["x_tgt"], x_tgt)
     assert stored["losses"][-1] < stored["losses"][0]
     problem = methods.problem(SHORT[method], x0, x_tgt)
     np.testing.assert_array_equal(problem.points(problem.start), x0)
     monkeypatch.setattr(methods, "wasserstein_gradient_descent", None)
-    again = transfer.flow(config(method), seed=0, results=tmp_path, data_root=None)
+    again = transfer.flow(config(method), **options)
     np.testing.assert_array_equal(stored["particles"], again["particles"])
     assert not list(tmp_path.rglob("checkpoint.npz"))
 
@@ -75,26 +71,23 @@ def test_flows_go_down_keep_the_images_shape_and_are_stored_once(tmp_path, monke
 def test_training_set_clips_and_labels():
     rng = np.random.default_rng(0)
     x_tgt = rng.uniform(size=(3, 2, 4)).astype(np.float32)
+    training_set = partial(transfer.training_set, x_tgt=x_tgt, image_shape=(2, 2, 1))
     # Class c of the particles sits around class 2 - c of the target, partly outside [0, 1].
     particles = x_tgt[::-1].repeat(3, axis=1) + rng.normal(scale=0.01, size=(3, 6, 4))
     particles[0, 0] = [-1, 2, 0.5, 0.5]
-    images, labels, right = transfer.training_set(particles, x_tgt, (2, 2, 1), "transport")
-    assert images.shape == (6 + 18, 2, 2, 1)
+    images, labels, right = training_set(particles, labelling="transport")
     np.testing.assert_array_equal(images[:6], x_tgt.reshape(6, 2, 2, 1))
-    np.testing.assert_array_equal(images[6].ravel(), [0, 1, 0.5, 0.5])
-    assert images.min() >= 0
-    assert images.max() <= 1
+    clipped = np.clip(particles.reshape(18, 2, 2, 1), 0, 1)
+    np.testing.assert_allclose(images[6:], clipped, rtol=1e-6)
     np.testing.assert_array_equal(labels, [0, 0, 1, 1, 2, 2] + [2] * 6 + [1] * 6 + [0] * 6)
     # The particle thrown out of place may lie nearest to any class.
     assert right in (1, 17 / 18)
-    empty = np.zeros((0, 0, 4))
-    images, labels, right = transfer.training_set(empty, x_tgt, (2, 2, 1), "transport")
+    images, labels, right = training_set(np.zeros((0, 0, 4)), labelling="transport")
     assert len(images) == len(labels) == 6
     assert np.isnan(right)
     # A whole class on one class of the target, none on that of its own number.
     for labelling, share in (("transport", 1), ("particles", 1), ("axis", 0)):
-        *_, right = transfer.training_set(x_tgt[[1, 2, 0]], x_tgt, (2, 2, 1), labelling)
-        assert right == share
+        assert training_set(x_tgt[[1, 2, 0]], labelling=labelling)[2] == share
 
 
 @given(
@@ -128,17 +121,17 @@ def test_the_classes_that_count_are_those_of_the_data(tmp_path, monkeypatch):
         asked.append(training.num_epochs)
         return {"accuracies": np.zeros((1, 1)), "steps": np.zeros(1, int), "losses": []}
 
-    monkeypatch.setattr(
-        transfer, "load", lambda name, *_: SimpleNamespace(class_names=classes[name])
-    )
+    def load(name, *_):
+        return SimpleNamespace(class_names=classes[name])
+
+    monkeypatch.setattr(transfer, "load", load)
     monkeypatch.setattr(transfer, "run_try", run_try)
     (tmp_path / transfer.EXPERIMENT).mkdir()
-    options = {"method": ("target_only",), "num_per_class": 20, "n_epochs_nn": 7, "ntry": 1}
-    transfer.run_table(
-        transfer.Arguments(
-            src_dataset="digits", tgt_dataset="usps", k_shot=(2,), results=tmp_path, **options
-        )
-    )
+    arguments = transfer.Arguments(
+        src_dataset="digits", tgt_dataset="usps", k_shot=(2,), results=tmp_path,
+        method=("target_only",), num_per_class=20, n_epochs_nn=7, ntry=1,
+    )  # fmt: skip
+    transfer.run_table(arguments)
     # 6 images are a batch, 206 are four.
     assert asked == [7, 28]
 
@@ -157,14 +150,12 @@ def test_accuracies_along_the_flow_end_with_that_of_its_end(tmp_path):
 
 @pytest.mark.slow
 def test_flags_are_the_published_ones(tmp_path):
-    command = [sys.executable, "xp_transfer_learning/transfer.py", "--results", str(tmp_path)]
     flags = f"--src_dataset digits --tgt_dataset {INVERTED} --k_shot 2 --method mmdsw --ntry 2 "
-    flags += "--n_epochs_wgd 3 --n_epochs_nn 1 --lr 0.5 --num_per_class 5 --size 16"
-    command += f"{flags} --num_trainings 2".split()
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    flags += "--n_epochs_wgd 3 --n_epochs_nn 1 --lr 0.5 --num_per_class 5 --size 16 "
+    flags += f"--num_trainings 2 --results {tmp_path}"
+    printed = run_script("xp_transfer_learning/transfer.py", *flags.split())
     (summary,) = tmp_path.glob("xp_transfer_learning/*.json")
-    assert f"numbers: {summary}" in done.stdout
+    assert f"numbers: {summary}" in printed
     (row,) = json.loads(summary.read_text())["rows"]
     assert (row["method"], row["k"]) == ("mmdsw", 2)
     assert np.shape(row["accuracies"]) == (2, 1, 2)
@@ -191,13 +182,11 @@ def test_adaptation_reaches_the_classifiers_classes(tmp_path):
 
 def test_images_too_small_for_the_network_are_refused_before_the_flow(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "wasserstein_gradient_descent", None)
-    small = dataclasses.replace(config(), size=11)
+    options = {"seed": 0, "results": tmp_path, "data_root": None}
     with pytest.raises(ValueError, match=r"at least 12 x 12, these have 11 x 11"):
-        transfer.flow(small, seed=0, results=tmp_path, data_root=None)
+        transfer.flow(dataclasses.replace(config(), size=11), **options)
     with pytest.raises(ValueError, match=r"these have 8 x 8"):
-        domain_adaptation.run_try(
-            AdaptationConfig(ROTATED, "digits", 5), seed=0, results=tmp_path, data_root=None
-        )
+        domain_adaptation.run_try(AdaptationConfig(ROTATED, "digits", 5), **options)
 
 
 def test_adaptation_keeps_the_target_and_draws_the_source_anew():
@@ -208,9 +197,6 @@ def test_adaptation_keeps_the_target_and_draws_the_source_anew():
     assert shape == (8, 8, 1)
     np.testing.assert_array_equal(x_tgt, same)
     assert not np.array_equal(x0, x1)
-
-
-# The ablation
 
 
 def test_steps_to_an_objective_and_an_accuracy():
@@ -248,10 +234,8 @@ def test_the_ablation_runs_every_option_with_every_step_size(tmp_path):
     summary = ablation.main(arguments)
     assert summary.stem.startswith("step_sizes")
     rows = json.loads(summary.read_text())["rows"]
-    assert [(row["option"], row["settings"]["step_size"]) for row in rows] == [
-        ("Adam", 0.5),
-        ("Adam", 1),
-    ]
+    options = [(row["option"], row["settings"]["step_size"]) for row in rows]
+    assert options == [("Adam", 0.5), ("Adam", 1)]
     for row in rows:
         assert len(row["to_objective"]) == len(row["last_losses"]) == 2
         assert row["seconds_per_step"] > 0
