@@ -1,10 +1,8 @@
 """The study of mixing weights: numbers against plain NumPy, samples, calibration, commands."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +38,6 @@ from xp_data_mixing.study.config import (
     presets,
 )
 
-REPOSITORY = Path(__file__).parents[2]
 KEY = jax.random.key(0)
 TINY = replace(DIGITS, num_per_class=12, num_target=40)
 
@@ -51,27 +48,24 @@ def gaussian_sources(rng, sizes, num_columns, spread=1.0):
     return [(c + rng.normal(size=(n, num_columns))).astype("f4") for c, n in zip(centers, sizes)]
 
 
-# Whitening
-
-
 @pytest.mark.parametrize("damping", [1e-2, 1.0])
 def test_whitened_weights_are_generalized_least_squares(damping):
     """Against the formula with an inverse matrix and cvxpy, in float64."""
-    rng = np.random.default_rng(0)
-    rows = gaussian_sources(rng, [30, 20, 40], 5, spread=3.0)
+    rows = gaussian_sources(np.random.default_rng(0), [30, 20, 40], 5, spread=3.0)
     sources = [source.astype(float) * np.arange(1, 6) for source in rows]
-    target = np.concatenate([sources[0][:15], sources[2][:25]])
-    centered = [rows - rows.mean(0) for rows in sources]
-    s = sum(rows.T @ rows for rows in centered) / (90 - 3)
+    target = np.concatenate([sources[0][:15], sources[2][:25]]).mean(0)
+    covariances = [np.cov(rows.T) for rows in sources]
+    s = sum(c * (len(rows) - 1) for c, rows in zip(covariances, sources)) / (90 - 3)
     inverse = np.linalg.inv(s + damping * np.linalg.eigvalsh(s)[-1] * np.eye(5))
     means = np.stack([rows.mean(0) for rows in sources])
-    noise = [np.trace(np.cov(rows.T) @ inverse) / len(rows) for rows in sources]
+    noise = [np.trace(c @ inverse) / len(rows) for c, rows in zip(covariances, sources)]
     spectrum = whitening.spectrum(sources)
-    target_mean = target.mean(0) @ spectrum.basis
     for replicate, times in ((None, 1), (spectrum.means, 2)):
         gram = means @ inverse @ means.T - times * np.diag(noise)
-        expected = cvxpy_weights(gram, means @ inverse @ target.mean(0))
-        weights = whitening.whitened_weights(spectrum, target_mean, damping, replicate=replicate)
+        expected = cvxpy_weights(gram, means @ inverse @ target)
+        weights = whitening.whitened_weights(
+            spectrum, target @ spectrum.basis, damping, replicate=replicate
+        )
         np.testing.assert_allclose(weights, expected, atol=1e-6)
         assert 0.01 < weights.max() < 0.99
 
@@ -79,36 +73,17 @@ def test_whitened_weights_are_generalized_least_squares(damping):
 def test_a_large_damping_is_mmd_with_a_u_statistic():
     """The kernel's diagonal is 1: tr S_i / n_i = (1 - A_ii) / (n_i - 1)."""
     rng = np.random.default_rng(1)
-    sources, frequencies = (
-        gaussian_sources(rng, [30, 25, 40], 3),
-        rng.normal(size=(20, 3)).astype("f4"),
-    )
-    target = np.concatenate([sources[0][:10], sources[1][:20]])
-    features = [
-        np.asarray(calibration._features(calibration._project(rows, frequencies), 2.0), float)
-        for rows in (*sources, target)
-    ]
+    sources = gaussian_sources(rng, [30, 25, 40], 3)
+    frequencies = rng.normal(size=(20, 3))
+    features = []
+    for rows in (*sources, np.concatenate([sources[0][:10], sources[1][:20]])):
+        angles = rows @ frequencies.T / 2
+        features.append(np.concatenate([np.cos(angles), np.sin(angles)], axis=1) / np.sqrt(20))
     spectrum = whitening.spectrum(features[:-1])
     weights = whitening.whitened_weights(spectrum, features[-1].mean(0) @ spectrum.basis, 1e7)
     means = np.stack([rows.mean(0) for rows in features])
     expected = recovery.mmd_weights(means @ means.T, [30, 25, 40])
     np.testing.assert_allclose(weights, expected, atol=1e-5)
-
-
-def test_bad_input_is_named():
-    with pytest.raises(ValueError, match=r"two rows of each source are needed, got \[3, 1\]"):
-        whitening.spectrum([np.zeros((3, 2)), np.zeros((1, 2))])
-    spectrum = whitening.spectrum([np.eye(2), np.ones((2, 2))])
-    with pytest.raises(ValueError, match="damping must be positive and finite, got 0"):
-        whitening.whitened_weights(spectrum, np.zeros(2), 0.0)
-    sources, target = [np.ones((3, 2)), np.ones((9, 2))], np.ones((5, 2))
-    with pytest.raises(ValueError, match=r"both bandwidth and damping or neither: 1\.0, None"):
-        calibration.estimate_calibrated(KEY, sources, target, bandwidth=1.0)
-    with pytest.raises(ValueError, match=r"too few rows: \[3, 9\] in the sources"):
-        calibration.estimate_calibrated(KEY, sources, target)
-
-
-# Calibration
 
 
 def test_halves_are_a_partition():
@@ -124,65 +99,53 @@ def test_calibrated_bandwidth_is_that_of_a_loop_over_pseudo_targets():
     halves = [[rows[::2] for rows in sources], [rows[1::2] for rows in sources]]
     pseudo, bandwidths = calibration.pseudo_weights(KEY, 3, num_targets=5), [0.3, 1.0, 3.0]
     np.testing.assert_allclose(pseudo.sum(1), 1, atol=1e-12)
+
+    def means(groups, bandwidth):
+        return np.array([[kernel(x, y, bandwidth).mean() for y in groups] for x in groups])
+
     expected = np.zeros(3)
     for s, bandwidth in enumerate(bandwidths):
         for fit, held in (halves, halves[::-1]):
-            gram = np.array([[kernel(x, y, bandwidth).mean() for y in fit] for x in fit])
-            for i, rows in enumerate(fit):
-                off = ~np.eye(len(rows), dtype=bool)
-                gram[i, i] = kernel(rows, rows, bandwidth)[off].mean()
-            counts = [len(x) for x in held]
+            gram, counts, rows = means(fit, bandwidth), [len(x) for x in held], np.concatenate(held)
+            for i, x in enumerate(fit):
+                gram[i, i] = kernel(x, x, bandwidth)[~np.eye(len(x), dtype=bool)].mean()
             for w in pseudo:
-                rows, shares = np.concatenate(held), np.repeat(w / counts, counts)
+                shares = np.repeat(w / counts, counts)
                 cross = np.array([kernel(x, rows, bandwidth).mean(0) @ shares for x in fit])
                 square = shares @ kernel(rows, rows, bandwidth) @ shares
                 centered = gram - cross[:, None] - cross[None] + square
-                solution = cvxpy_weights(centered + 1, np.zeros(3))
-                expected[s] += np.abs(solution - w).sum() / 20
+                expected[s] += np.abs(cvxpy_weights(centered + 1, np.zeros(3)) - w).sum() / 20
     groups = [*halves[0], *halves[1]]
-    grams = np.stack(
-        [np.array([[kernel(x, y, b).mean() for y in groups] for x in groups]) for b in bandwidths]
-    )
-    best, errors = calibration.calibrated_bandwidth(grams, [len(x) for x in groups], pseudo)
+    grams, sizes = np.stack([means(groups, b) for b in bandwidths]), [len(x) for x in groups]
+    best, errors = calibration.calibrated_bandwidth(grams, sizes, pseudo)
     np.testing.assert_allclose(errors, expected, atol=1e-4)
     assert best == np.argmin(expected)
 
 
-@pytest.fixture(scope="module")
-def mixture_of_gaussians():
-    rng = np.random.default_rng(3)
-    rows = gaussian_sources(rng, [400, 300, 500], 4)
-    truth = np.array([0.5, 0.0, 0.5])
-    target = np.concatenate([rows[0][200:], rows[2][300:]])
-    return [rows[0][:200], rows[1], rows[2][:300]], target, truth
-
-
-def test_calibrated_weights_are_near_the_truth_and_in_their_intervals(mixture_of_gaussians):
-    sources, target, truth = mixture_of_gaussians
-    result = calibration.estimate_calibrated(KEY, sources, target, num_features=50, bootstrap=40)
-    assert calibration.total_variation(result.weights, truth) < 0.05
+def test_calibrated_weights_are_near_the_truth_and_in_their_intervals():
+    rows = gaussian_sources(np.random.default_rng(3), [400, 300, 500], 4)
+    sources, target = [rows[0][:200], rows[1], rows[2][:300]], [rows[0][200:], rows[2][300:]]
+    estimate = partial(
+        calibration.estimate_calibrated, KEY, sources, np.concatenate(target), num_features=50
+    )
+    result = estimate(bootstrap=40)
+    assert calibration.total_variation(result.weights, [0.5, 0, 0.5]) < 0.05
     low, high = result.intervals.T
-    assert np.all((low <= result.weights) & (result.weights <= high))
-    assert np.all(high - low < 0.25)
+    assert np.all((low <= result.weights) & (result.weights <= high) & (high - low < 0.25))
     assert result.replicates.shape == (40, 3)
     # What was chosen is where the pseudo-targets' error is least.
     _, j = np.unravel_index(result.errors.argmin(), result.errors.shape)
     assert result.damping == calibration.DAMPINGS[j]
-    given = {"bandwidth": result.bandwidth, "damping": result.damping}
-    again = calibration.estimate_calibrated(KEY, sources, target, num_features=50, **given)
+    again = estimate(bandwidth=result.bandwidth, damping=result.damping)
     np.testing.assert_array_equal(again.weights, result.weights)
     assert again.errors is None
-
-
-# Samples
 
 
 @pytest.mark.parametrize("labels", ["fixed", "drawn"])
 @pytest.mark.parametrize("target_from", ["test", "rest"])
 def test_targets_have_their_shares_and_no_image_of_the_sources(labels, target_from):
     samples = replace(TINY, labels=labels, target_from=target_from, num_target=20)
-    splits = problems.load(samples)
-    mixture = problems.draw_mixture(KEY, 10)
+    splits, mixture = problems.load(samples), problems.draw_mixture(KEY, 10)
     sources = problems.draw_sources(KEY, splits, [12, 5] * 5)
     assert [len(source) for source in sources] == [12, 5] * 5
     for label, source in enumerate(sources):
@@ -190,49 +153,36 @@ def test_targets_have_their_shares_and_no_image_of_the_sources(labels, target_fr
     dataset, chosen, truth = problems.draw_target(jax.random.key(1), splits, mixture, sources)
     assert dataset is (splits.train if target_from == "rest" else splits.test)
     assert len(set(chosen.tolist())) == len(chosen) == 20
-    shares = np.bincount(dataset.labels[chosen], minlength=10) / 20
     if labels == "fixed":
-        np.testing.assert_array_equal(shares, truth)
+        np.testing.assert_array_equal(np.bincount(dataset.labels[chosen], minlength=10) / 20, truth)
         assert np.abs(truth - mixture).max() < 1 / 20
     else:
         np.testing.assert_array_equal(truth, mixture)
-    if target_from == "rest":
-        assert not set(chosen) & set(np.concatenate(sources))
-
-
-def test_a_target_too_large_is_named():
-    samples = replace(TINY, num_target=100, target_from="test")
-    splits = problems.load(samples)
-    with pytest.raises(ValueError, match=r"needs 100 images of class '0' of digits, 35 are left"):
-        problems.draw_target(
-            KEY, splits, np.eye(10)[0], problems.draw_sources(KEY, splits, [5] * 10)
-        )
+    assert target_from == "test" or not set(chosen) & set(np.concatenate(sources))
 
 
 @pytest.mark.slow
-def test_gradients_are_unit_rows_of_a_network_that_saw_none_of_the_images(monkeypatch):
+@pytest.mark.parametrize("target_from", ["rest", "test"])
+def test_gradients_are_unit_rows_of_a_network_that_saw_none_of_the_images(monkeypatch, target_from):
     seen = []
 
     def spy(key, network, images, labels, **options):
-        seen.append(np.asarray(images).reshape(len(images), -1))
+        seen.extend(np.asarray(images).reshape(len(images), -1))
         return network.init(key, images[:1]), None
+
+    def drawn(space):
+        samples = replace(TINY, space=space, target_from=target_from, num_target=20)
+        rows = problems.draw(KEY, problems.load(samples), 1)
+        return np.concatenate([*rows.sources, *rows.targets])
 
     monkeypatch.setattr(problems.classification, "train", spy)
     monkeypatch.setattr(problems, "DIMENSION", 16)
-    for target_from in ("rest", "test"):
-        samples = replace(TINY, space="gradients", target_from=target_from, num_target=20)
-        splits = problems.load(samples)
-        monkeypatch.setattr(problems, "draw_mixture", lambda key, n: np.full(n, 1 / n))
-        drawn = problems.draw(KEY, splits, 1)
-        rows = np.concatenate([*drawn.sources, *drawn.targets])
-        assert rows.shape == (140, problems.DIMENSION)
-        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
-        shown = problems.draw(KEY, splits._replace(samples=replace(samples, space="pixels")), 1)
-        used = {row.tobytes() for row in np.concatenate([*shown.sources, *shown.targets])}
-        assert not used & {row.tobytes() for row in seen.pop()}
-
-
-# Recovery
+    monkeypatch.setattr(problems, "draw_mixture", lambda key, n: np.full(n, 1 / n))
+    rows = drawn("gradients")
+    assert rows.shape == (140, 16)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    assert seen
+    assert not {row.tobytes() for row in drawn("pixels")} & {row.tobytes() for row in seen}
 
 
 def test_grams_of_unions_are_those_of_the_rows_together():
@@ -296,15 +246,11 @@ def test_ablation_ends_in_the_table_cells():
         )
 
 
-# Coverage, downstream, solvers
-
-
 def test_coverage_counts_intervals_that_hold_the_truth():
-    intervals = np.zeros((1, 4, 2, 2))
-    intervals[0, :, 0] = [[0.1, 0.3], [0.2, 0.4], [0.25, 0.3], [0, 0.2]]
-    intervals[0, :, 1] = [[0, 0.8], [0.8, 0.9], [0.7, 0.75], [0.9, 1]]
-    row = {"intervals": intervals.tolist(), "truth": [[0.2, 0.8]]}
-    share, width = tables.coverage_of(row)
+    first, second = [0.1, 0.2, 0.25, 0], [0, 0.8, 0.7, 0.9]
+    ends = [[0.3, 0.4, 0.3, 0.2], [0.8, 0.9, 0.75, 1]]
+    intervals = np.stack([[first, second], ends], axis=-1).swapaxes(0, 1)[None]
+    share, width = tables.coverage_of({"intervals": intervals.tolist(), "truth": [[0.2, 0.8]]})
     np.testing.assert_allclose(share, [0.75, 0.5])
     np.testing.assert_allclose(width, [0.1625, 0.2625], atol=1e-6)
 
@@ -346,30 +292,28 @@ def test_draws_have_the_shares_and_repeat_whole_sources():
 
 def test_evaluating_is_that_of_a_sample_with_the_shares():
     """Classes weighted are classes repeated."""
-    network = MLP(num_classes=3, hidden=(4,))
-    images = jax.random.uniform(KEY, (7, 2, 2, 1))
+    network, images = MLP(num_classes=3, hidden=(4,)), jax.random.uniform(KEY, (7, 2, 2, 1))
     parameters = network.init(jax.random.key(1), images)
-    labels = jnp.array([0, 0, 1, 1, 1, 1, 2])
-    weights = np.array([4, 4, 0]) / 8
-    repeated = jnp.array([0, 0, 1, 1, 2, 3, 4, 5])
+    labels, repeated = jnp.array([0, 0, 1, 1, 1, 1, 2]), jnp.array([0, 0, 1, 1, 2, 3, 4, 5])
+    evaluate = partial(downstream.evaluate, network, parameters)
+    loss, accuracy = evaluate(images, labels, np.array([4, 4, 0]) / 8)
     logits = network.apply(parameters, images)[repeated]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[repeated])
-    loss, accuracy = downstream.evaluate(network, parameters, images, labels, weights)
     assert loss == pytest.approx(float(losses.mean()), rel=1e-6)
     assert accuracy == pytest.approx(float((logits.argmax(1) == labels[repeated]).mean()))
     with pytest.raises(ValueError, match=r"class 2 has the weight 1\.0 and no image"):
-        downstream.evaluate(network, parameters, images[:6], labels[:6], np.eye(3)[2])
+        evaluate(images[:6], labels[:6], np.eye(3)[2])
+
+
+DOWNSTREAM = DownstreamConfig(TINY, largest=30, smallest=8, num_images=100, num_epochs=2, hidden=8)
 
 
 @pytest.mark.slow
 def test_downstream_compares_mixtures_of_unequal_sources():
-    config = DownstreamConfig(TINY, largest=30, smallest=8, num_images=100, num_epochs=2, hidden=8)
-    measured = downstream.compare(config, 0)
-    assert sorted(measured["sizes"].tolist())[:: len(measured["sizes"]) - 1] == [8, 30]
-    weights = dict(zip(measured["names"], measured["weights"]))
-    np.testing.assert_allclose(
-        weights["size-proportional"], measured["sizes"] / measured["sizes"].sum(), rtol=1e-12
-    )
+    measured = downstream.compare(DOWNSTREAM, 0)
+    sizes, weights = measured["sizes"], dict(zip(measured["names"], measured["weights"]))
+    assert (sizes.min(), sizes.max()) == (8, 30)
+    np.testing.assert_allclose(weights["size-proportional"], sizes / sizes.sum(), rtol=1e-12)
     assert measured["tv"][-1] == 0
     assert np.all(np.isfinite(measured["loss"]))
     assert np.all((measured["accuracy"] > 0) & (measured["accuracy"] < 1))
@@ -385,22 +329,44 @@ def test_solvers_agree_and_ours_is_certified():
     assert np.all(np.isnan(measured["gap"][:, 2]))
 
 
-# Settings, runs
+SPECTRUM = whitening.spectrum([np.eye(2), np.ones((2, 2))])
+FEW = [np.ones((3, 2)), np.ones((9, 2))], np.ones((5, 2))
+
+
+def target_of_a_class(num):
+    splits = problems.load(replace(TINY, num_target=num, target_from="test"))
+    sources = problems.draw_sources(KEY, splits, [5] * 10)
+    problems.draw_target(KEY, splits, np.eye(10)[0], sources)
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("call", "message"),
     [
         (lambda: Samples(num_target=0), "num_target must be at least 1, got 0"),
         (lambda: AblationConfig(sizes=(50, 100)), "sizes must rise to num_per_class, 500"),
         (lambda: SolversConfig(parts=(2, 3)), "must divide the last"),
         (lambda: DownstreamConfig(largest=5), "largest must be at least smallest: 5, 200"),
         (lambda: CoverageConfig(resamples=0), "resamples must be at least 1"),
+        (lambda: target_of_a_class(100), "needs 100 images of class '0' of digits, 35 are left"),
+        (lambda: whitening.spectrum([FEW[1], FEW[1][:1]]), r"two rows of each .* got \[5, 1\]"),
+        (
+            lambda: whitening.whitened_weights(SPECTRUM, np.zeros(2), 0.0),
+            "damping must be positive and finite, got 0",
+        ),
+        (
+            lambda: calibration.estimate_calibrated(KEY, *FEW, bandwidth=1.0),
+            r"both bandwidth and damping or neither: 1\.0, None",
+        ),
+        (lambda: calibration.estimate_calibrated(KEY, *FEW), r"few rows: \[3, 9\] in the sources"),
+        (
+            lambda: experiments.main(experiments.Arguments(only=("re",))),
+            "no group re; there are rec",
+        ),
     ],
 )
-def test_settings_out_of_range_are_named(make, message):
+def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        call()
 
 
 def test_presets():
@@ -409,35 +375,36 @@ def test_presets():
     assert set(quick) == set(GROUPS) == set(experiments.MEASURES)
     for group in quick.values():
         assert {config.samples.dataset for config in group.settings.values()} == {"digits"}
-    with pytest.raises(ValueError, match="no group recovery2"):
-        experiments.main(experiments.Arguments(only=("recovery2",)))
 
 
 @pytest.mark.slow
 def test_groups_leave_summaries_tables_and_figures_and_are_skipped_when_done(tmp_path, capsys):
+    covered = replace(
+        QUICK["coverage"].settings["calibrated"], samples=replace(TINY, labels="drawn")
+    )
     small = {
         "recovery": RecoveryConfig(TINY, num_targets=2, num_features=(20,)),
-        "coverage": QUICK["coverage"].settings["calibrated"],
-        "downstream": DownstreamConfig(
-            TINY, largest=30, smallest=8, num_images=100, num_epochs=1, hidden=8
-        ),
+        "coverage": covered,
+        "unequal": replace(covered, estimator="mmd", small_set=(8, 5)),
+        "downstream": replace(DOWNSTREAM, num_epochs=1),
         "ablation": AblationConfig(TINY, num_targets=1, sizes=(6, 12), num_features=(30,)),
         "solvers": SolversConfig(TINY, parts=(1,), solvers=("none such",)),
     }
-    small["coverage"] = replace(small["coverage"], samples=replace(TINY, labels="drawn"))
-    small["unequal"] = replace(small["coverage"], estimator="mmd", small_set=(8, 5))
-    arguments = experiments.Arguments(results=tmp_path)
+    run = partial(experiments.run_group, arguments=experiments.Arguments(results=tmp_path))
+
+    def times():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("arrays.npz")}
+
     for name, config in small.items():
         group = Group({"one": config}, seeds=1)
-        summary = experiments.run_group(name, group, arguments)
-        about = json.loads(summary.read_text())
+        summary = run(name, group)
+        about, before = json.loads(summary.read_text()), times()
         assert about["seeds"] == [0]
         assert "weights" not in about["rows"][0]
         made = tables.tables(about)
         assert all(table.rows and table.caption.endswith(".") for table in made)
-        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("arrays.npz")}
-        assert experiments.run_group(name, group, arguments) == summary
-        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("arrays.npz")} == before
+        assert run(name, group) == summary
+        assert times() == before
         assert tables.tables(json.loads(summary.read_text())) == made
         figures = plot.figures(summary)
         assert all(path.stat().st_size > 10_000 for path in figures)
@@ -448,11 +415,3 @@ def test_groups_leave_summaries_tables_and_figures_and_are_skipped_when_done(tmp
     assert len(table.rows) == len(recovery.SIGMAS)
     assert "failed" in tables.solver_table(tables.rows_of(folder / "solvers_quick.json")).rows[0]
     assert "cvxpy has no solver" in capsys.readouterr().out
-
-
-def test_bad_settings_end_in_one_line(tmp_path):
-    command = [sys.executable, "xp_data_mixing/study/experiments.py", "--only", "nothing"]
-    command += ["--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip().startswith("ValueError: no group nothing; there are recovery")
