@@ -2,28 +2,23 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from scripts import REPOSITORY, run_script
 
 from lib import mmd
 from lib.sliced_wasserstein import percentile_coupling, random_directions, sliced_wasserstein_power
 
-ROOT = Path(__file__).parents[2]
 NUM_DIRECTIONS = 20
 
 
 @pytest.fixture(scope="module")
 def published():
     """benchmarks/published_wow.py, which is not installed."""
-    spec = importlib.util.spec_from_file_location(
-        "published_wow", ROOT / "benchmarks" / "published_wow.py"
-    )
+    path = REPOSITORY / "benchmarks" / "published_wow.py"
+    spec = importlib.util.spec_from_file_location("published_wow", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -89,9 +84,8 @@ def test_published_step_is_ours_at_its_levels(published, name):
 def results_of(script, tmp_path, arguments):
     """What the benchmark writes."""
     out = tmp_path / "deep" / f"{script}.json"
-    command = [sys.executable, ROOT / f"benchmarks/{script}.py", *arguments.split(), "--out", out]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([*map(str, command)], check=True, env=environment, timeout=600)
+    script = f"benchmarks/{script}.py"
+    run_script(script, *arguments.split(), "--out", out, JAX_PLATFORMS="cpu")
     return json.loads(out.read_text())
 
 
@@ -157,7 +151,5 @@ def test_figures_of_the_house_are_those_of_a_small_one(tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    command = [sys.executable, ROOT / "benchmarks/house.py", tmp_path]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    table, *_ = done.stdout.split("\n\n")
+    table, *_ = run_script("benchmarks/house.py", tmp_path).split("\n\n")
     assert [int(line.split()[-1]) for line in table.splitlines()] == [2, 1, 1, 1, 1, 1, 86, 3]

@@ -15,6 +15,7 @@ import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -341,24 +342,28 @@ def relabelled(content: bytes, rng: random.Random) -> bytes:
 
 
 def attempt(name: str, path: Path, content: bytes, expected: Any) -> str:
-    """What comes of these bytes in place of the file's: "same", "other" or "refused"."""
-    made = FORMATS[name]
-    marker = path.parent / "code ran"
+    """What comes of these bytes in place of the file's: "same", "other" or "refused"; and that no
+    more is allocated than a small file may."""
+    made, marker = FORMATS[name], path.parent / "code ran"
     os.environ["FUZZ_MARKER"] = str(marker)
     path.write_bytes(content)
+    tracemalloc.start()
     try:
-        found = made.read(path)
+        outcome = "same" if _same(made.read(path), expected) else "other"
     except (ValueError, FileNotFoundError) as error:
         if isinstance(error, UnicodeError) or str(made.named(path)) not in str(error):
             raise AssertionError(f"not in our words: {error!r}") from error
         if len(str(error)) > 2000 or len(str(error).splitlines()) > 1:
             raise AssertionError(f"{len(str(error))} characters: {error!r}"[:500]) from error
-        return "refused"
+        outcome = "refused"
     finally:
+        largest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
         assert not marker.exists()
         if not path.exists():  # a checkpoint that the one before it took the place of
             path.write_bytes(content)
-    return "same" if _same(found, expected) else "other"
+    assert largest < MOST_BYTES
+    return outcome
 
 
 def _same(found: Any, expected: Any) -> bool:
@@ -371,7 +376,6 @@ def _same(found: Any, expected: Any) -> bool:
 
 def valid(name: str, folder: Path) -> tuple[Path, bytes, Any]:
     """The file, its bytes, and what they hold; None where the file is refused to begin with."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = FORMATS[name].make(folder)
     expected = None if "code" in name or "pickle" in name else FORMATS[name].read(path)
     return path, path.read_bytes(), expected
@@ -393,25 +397,7 @@ def mutation(name: str, content: bytes, seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = valid(name, tmp_path_factory.mktemp("fuzz"))
-        return made[name]
-
-    return get
-
-
-def attempt_in_little_memory(name, path, changed, expected):
-    """`attempt`, and that it allocates no more than a small file may."""
-    tracemalloc.start()
-    try:
-        outcome = attempt(name, path, changed, expected)
-        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
-    finally:
-        tracemalloc.stop()
-    return outcome
+    return cache(lambda name: valid(name, tmp_path_factory.mktemp("fuzz")))
 
 
 FAST = [name for name in FORMATS if not name.startswith("idx")]
@@ -428,7 +414,7 @@ def test_a_damaged_file_loads_or_is_refused(files, name, times):
     @settings(max_examples=times, deadline=None, database=None)
     @given(seed=st.integers(0, 2**32))
     def check(seed):
-        attempt_in_little_memory(name, path, mutation(name, content, seed), expected)
+        attempt(name, path, mutation(name, content, seed), expected)
 
     check()
 
@@ -553,8 +539,8 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("name", "change"), REFUSED, ids=[f"{name} {i}" for i, (name, _) in enumerate(REFUSED)]
 )
-def test_what_promises_more_or_holds_less_is_refused_and_allocates_little(tmp_path, name, change):
-    path, content, expected = valid(name, tmp_path)
+def test_what_promises_more_or_holds_less_is_refused_and_allocates_little(files, name, change):
+    path, content, expected = files(name)
     changed = change(content)
     assert changed != content
-    assert attempt_in_little_memory(name, path, changed, expected) == "refused"
+    assert attempt(name, path, changed, expected) == "refused"

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +46,6 @@ def write_images(root: Path, seed: int = 0, num: int = 3) -> Path:
                 pixels = rng.integers(0, 256, (4, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.bmp")
     return root
-
-
-def zipped(folder: Path, path: Path) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in folder.rglob("*.*"):
-            archive.write(file, Path("inside") / file.relative_to(folder))
-    return path
-
-
-# ---- The content of a data set
 
 
 def one_pixel(root, file):
@@ -101,12 +91,13 @@ def test_content_counts_and_its_place_does_not(tmp_path, change, seed, which):
     known_by = datasets.identity(first)
     assert known_by.startswith(runs.CONTENT)
     assert datasets.identity(elsewhere) == known_by
-    assert datasets.identity(zipped(first, tmp_path / "c.zip")) == known_by
+    zipped = partial(shutil.make_archive, format="zip", root_dir=first.parent, base_dir=first.name)
+    assert datasets.identity(zipped(tmp_path / "c")) == known_by
     file = sorted(first.rglob("*.bmp"))[which]
     moves = change == "another order" and file.stem == "2"  # it stays the last
     CHANGES[change](first, file)
     assert (datasets.identity(first) == known_by) == moves
-    assert (datasets.identity(zipped(first, tmp_path / "d.zip")) == known_by) == moves
+    assert (datasets.identity(zipped(tmp_path / "d")) == known_by) == moves
 
 
 def test_names_are_known_by_themselves(tmp_path):
@@ -119,9 +110,6 @@ def test_names_are_known_by_themselves(tmp_path):
     known_by = datasets.identity("imgs", data_root=tmp_path)
     assert known_by == datasets.identity(path)
     assert datasets.file_stem(path) == f"imgs-{known_by.removeprefix(runs.CONTENT)[:8]}"
-
-
-# ---- Every command
 
 
 class Opened(Exception):
@@ -258,7 +246,10 @@ def test_files_of_rows_are_known_by_their_content(tmp_path):
     assert len(set(known)) == 4
 
 
-# ---- Run folders
+def test_a_run_of_what_is_no_seed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a whole number from 0 to 4294967295"):
+        runs.open_run(tmp_path, "xp", "flow", {}, seed=2**32 + 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_same_data_are_found_and_others_are_said(tmp_path, capsys):

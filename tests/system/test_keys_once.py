@@ -56,13 +56,11 @@ class Use:
             if path.is_relative_to(REPOSITORY) and not {"tests", ".venv"} & {*path.parts}:
                 self.chain.append((path.name, frame.f_code.co_name, frame.f_lineno))
             frame = frame.f_back
-        places = {(file, name) for file, name, _ in self.chain}
+        places = [(file, name) for file, name, _ in self.chain]
         self.left_out = ("numerics.py", "named_key") in places
         # Within a network flax derives the keys, from the names of its parts.
-        functions = [name for file, name, _ in self.chain if file not in NETWORKS]
-        self.function = functions[0] if functions else "?"
-        names = [name for _, name, _ in self.chain]
-        again = [i for i, name in enumerate(names) if name in REDONE]
+        self.function = next((name for file, name in places if file not in NETWORKS), "?")
+        again = [i for i, (_, name) in enumerate(places) if name in REDONE]
         self.redone = tuple(self.chain[: again[0] + 1]) if again else None
 
 

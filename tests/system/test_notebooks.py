@@ -3,16 +3,14 @@ some. The quick rings run as a user runs them."""
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from scripts import REPOSITORY, run_script
 
-REPOSITORY = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
@@ -62,9 +60,6 @@ def run_notebooks(*names):
 
 def published(experiment, pattern):
     return sorted((REPOSITORY / experiment / "published").glob(pattern))
-
-
-# As committed: no results of one's own
 
 
 def tour(shown):
@@ -147,20 +142,10 @@ def test_notebooks_show_what_is_committed(as_committed, name):
     globals()[name](as_committed[name])
 
 
-# Results of one's own
-
-
-def run_script(results, script, *arguments):
-    command = [sys.executable, script, "--results", str(results), *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def quick_rings(tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
-    return results, run_script(results, "xp_transfer_learning/rings.py")
+    return results, run_script("xp_transfer_learning/rings.py", "--results", results)
 
 
 @pytest.mark.slow
@@ -185,7 +170,7 @@ def test_quick_rings_reach_the_published_losses(quick_rings):
 def test_a_finished_run_is_skipped(quick_rings):
     results, _ = quick_rings
     before = {p: p.stat().st_mtime_ns for p in results.rglob("arrays.npz")}
-    printed = run_script(results, "xp_transfer_learning/rings.py")
+    printed = run_script("xp_transfer_learning/rings.py", "--results", results)
     assert printed.count("done before") == len(before) == 6
     assert {p: p.stat().st_mtime_ns for p in results.rglob("arrays.npz")} == before
 
@@ -193,10 +178,13 @@ def test_a_finished_run_is_skipped(quick_rings):
 @pytest.mark.slow
 def test_notebooks_draw_own_runs(quick_rings, monkeypatch):
     results, _ = quick_rings
-    for script in ("transfer.py", "domain_adaptation.py"):
-        run_script(results, f"xp_transfer_learning/{script}", "--preset", "quick")
-    for folder, group in (("xp_drmmd", "rings"), ("xp_data_mixing/study", "ablation")):
-        run_script(results, f"{folder}/experiments.py", "--preset", "quick", "--only", group)
+    for script, *only in (
+        ("xp_transfer_learning/transfer.py",),
+        ("xp_transfer_learning/domain_adaptation.py",),
+        ("xp_drmmd/experiments.py", "--only", "rings"),
+        ("xp_data_mixing/study/experiments.py", "--only", "ablation"),
+    ):
+        run_script(script, "--results", results, "--preset", "quick", *only)
     (summary,) = results.rglob("adaptation_*.json")
     (accuracies,) = json.loads(summary.read_text())["accuracies"]
     assert accuracies[-1] > 0.99

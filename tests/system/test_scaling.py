@@ -56,14 +56,12 @@ def test_formula_of_memory_is_that_of_compiled_programs(scaling, name, sizes):
 
 
 def test_largest_is_the_last_that_fits(scaling):
-    sizes, budget = {"d": 2, "N": 500}, 1e9
-    found = scaling.largest("drmmd", "M", budget, **sizes)
-    system = scaling.SYSTEMS["drmmd"]
-
-    def needed(M):
-        return system.predicted(M=M, **sizes) + system.beside(M=M, **sizes)
-
-    assert needed(found) <= budget < needed(found + 1)
+    system, sizes, budget = scaling.SYSTEMS["drmmd"], {"d": 2, "N": 500}, 1e9
+    largest = scaling.largest("drmmd", "M", budget, **sizes)
+    needed = [
+        system.predicted(M=M, **sizes) + system.beside(M=M, **sizes) for M in (largest, largest + 1)
+    ]
+    assert needed[0] <= budget < needed[1]
     both = scaling.largest("drmmd", "N=M", budget, d=2)
     assert both == pytest.approx((budget / 8 / 5) ** 0.5, rel=0.01)  # five matrices of float64
 

@@ -41,12 +41,11 @@ def test_a_line_a_row():
     k100 = row | {"k": 100, "label_agreement": [1.0, 0.996]}
     axis = row | {"training": row["training"] | {"labelling": "axis"}}
     first, by_axis, second, ten, hundred = transfer_table([alone, axis, k100, k10, row]).rows
-    assert first == [
-        "mnist → usps", "5", "mmdsw", "50", "transport", "65.0 ± 12.9", "14.1", "73.0 ± 1.0"
-    ]  # fmt: skip
+    cells = ["65.0 ± 12.9", "14.1", "73.0 ± 1.0"]
+    assert first == ["mnist → usps", "5", "mmdsw", "50", "transport", *cells]
     assert second[2:5] == ["target_only", "1,650, Adam 0.0003", "-"]
     assert second[-1] == ""
-    assert by_axis[4:] == ["axis", "65.0 ± 12.9", "14.1", ""]
+    assert by_axis[4:] == ["axis", *cells[:2], ""]
     assert (ten[1], ten[4]) == ("10", "transport (71 to 100%)")
     assert (hundred[1], hundred[4]) == ("100", "transport (100%)")
 
@@ -72,14 +71,14 @@ def test_sheets_show_the_first_record_the_last_and_more_early_ones():
     assert list(plot.early_and_late(np.array([0, 7]))) == [0, 1]
 
 
-# What the READMEs show, from the published numbers
-
 REPOSITORY = Path(__file__).parents[2]
 CELL = re.compile(r"(-?[\d.]+(?:e[-+]\d+)?) ± ([\d.]+(?:e[-+]\d+)?)(?: \[(\S+), (\S+)\])?")
 
 
 def summaries(experiment, pattern="*.json"):
-    return sorted((REPOSITORY / experiment / "published").glob(pattern))
+    """{name: what is stored} of the published ones."""
+    paths = sorted((REPOSITORY / experiment / "published").glob(pattern))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def rows_of(text):
@@ -87,25 +86,24 @@ def rows_of(text):
     return [line for line in text.splitlines() if line.startswith("|") and "±" in line]
 
 
-def made_again(experiment):
+def tables_of(experiment):
     """All that this experiment's tables make of its published summaries."""
-    if experiment == "xp_data_mixing":
-        stored = [json.loads(path.read_text()) for path in summaries(experiment, "*_paper.json")]
-        return [table for one in stored for table in data_mixing.tables(one)]
-    documents = {path.stem: json.loads(path.read_text()) for path in summaries(experiment)}
+    stored = summaries(experiment, "*_paper.json" if experiment == "xp_data_mixing" else "*.json")
+    if experiment == "xp_transfer_learning":
+        (ablation,) = (one for name, one in stored.items() if name.startswith("ablation"))
+        levels = {name: ablation["arguments"][name] for name in ("objective", "accuracy")}
+        rows = [r for name, one in stored.items() if name[:9] == "transfer_" for r in one["rows"]]
+        return [ablation_table(ablation["rows"], **levels), transfer_table(rows)]
     if experiment == "xp_drmmd":
-        made = [drmmd.table(one) for one in documents.values()]
-        made.append(drmmd.table(documents["rings_paper"], w1=0.0105))
-        made.append(drmmd.table(documents["gaussian_paper"], names=("kl",)))
-        return made
-    if experiment == "xp_gmm_source":
-        return [t for one in documents.values() for t in gmm_source.tables(one)]
-    if experiment == "xp_dataset_distillation":
-        return [t for one in documents.values() for t in distillation.tables(one)]
-    (ablation,) = (one for name, one in documents.items() if name.startswith("ablation"))
-    levels = {name: ablation["arguments"][name] for name in ("objective", "accuracy")}
-    rows = [r for name, one in documents.items() if name[:9] == "transfer_" for r in one["rows"]]
-    return [ablation_table(ablation["rows"], **levels), transfer_table(rows)]
+        by_rings = drmmd.table(stored["rings_paper"], w1=0.0105)
+        by_kl = drmmd.table(stored["gaussian_paper"], names=("kl",))
+        return [*map(drmmd.table, stored.values()), by_rings, by_kl]
+    make = {
+        "xp_data_mixing": data_mixing.tables,
+        "xp_gmm_source": gmm_source.tables,
+        "xp_dataset_distillation": distillation.tables,
+    }[experiment]
+    return [table for summary in stored.values() for table in make(summary)]
 
 
 def lines_of(tables):
@@ -114,28 +112,23 @@ def lines_of(tables):
 
 def by_hand():
     """{beginning of a README's row: its cells' values}, of the tables that no function makes."""
-    found = {}
-    rings = json.loads(summaries("xp_transfer_learning", "rings*.json")[0].read_text())["rows"]
-    titles = {"momentum": "riesz, τ = .01, 251 steps", "decay": "riesz, τ from .1 to 0"}
-    for row in rings:
+    cells, titles = {}, {"momentum": "riesz, τ = .01, 251 steps", "decay": "riesz, τ from .1 to 0"}
+    (rings,) = summaries("xp_transfer_learning", "rings*.json").values()
+    for row in rings["rows"]:
         kernel = titles.get(row["kernel"], row["kernel"])
         start = f"| {kernel} | {row['parameter']} = {row['value']:g} |"
-        found.setdefault(start, []).append(row["last_losses"])
-    for path in summaries("xp_transfer_learning", "adaptation*.json"):
-        stored = json.loads(path.read_text())
-        columns = 100 * np.array(stored["accuracies"]).T
-        found[path.stem] = dict(zip(stored["steps"], columns))
-    return found
+        cells.setdefault(start, []).append(row["last_losses"])
+    for name, stored in summaries("xp_transfer_learning", "adaptation*.json").items():
+        cells[name] = dict(zip(stored["steps"], 100 * np.array(stored["accuracies"]).T))
+    return cells
 
 
 @pytest.mark.parametrize(
     "experiment", ["xp_data_mixing", "xp_drmmd", "xp_gmm_source", "xp_dataset_distillation"]
 )
 def test_rows_of_the_readmes_are_made_of_the_published_numbers(experiment):
-    shown, tables = (
-        rows_of((REPOSITORY / experiment / "README.md").read_text()),
-        made_again(experiment),
-    )
+    shown = rows_of((REPOSITORY / experiment / "README.md").read_text())
+    tables = tables_of(experiment)
     assert shown
     assert not set(shown) - lines_of(tables)
     for table in tables:
@@ -145,7 +138,7 @@ def test_rows_of_the_readmes_are_made_of_the_published_numbers(experiment):
 
 def test_rows_of_transfer_learning_are_made_of_the_published_numbers():
     text = (REPOSITORY / "xp_transfer_learning" / "README.md").read_text()
-    made, hand = lines_of(made_again("xp_transfer_learning")), by_hand()
+    made, hand = lines_of(tables_of("xp_transfer_learning")), by_hand()
     pairs, before = [], ""
     for line in text.splitlines():
         if "→ MNIST, step |" in line:
