@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tqdm.std
+from stored import CONDENSED, MIXTURE
 
-from lib import gd, gmm, runs
+from lib import gd, runs
 from lib.report import page, plotting
 from lib.runs import commands, console, files, processes
 from xp_data_mixing.embedding_files import write_embeddings
@@ -167,11 +168,6 @@ def test_embeddings_on_a_full_disk_are_named_and_leave_nothing(small_disk, suffi
         assert os.listdir(small_disk) == []
 
 
-CONDENSED = export.Condensed(
-    np.zeros((2, 1, 4, 4, 1), np.float32), ("a", "b"), 1, [0.5], [0.5], "toy", {"commit": ""}
-)
-
-
 def test_figures_and_condensed_sets_on_a_full_disk_are_named(tmp_path, monkeypatch):
     figure, _ = plotting.plt.subplots()
     monkeypatch.setattr(type(figure), "savefig", fail(errno.ENOSPC))
@@ -284,10 +280,6 @@ def test_a_checkpoint_of_other_settings_is_refused_whatever_the_one_before(run):
 
 # Folders that are missing, or cannot be made
 
-MIXTURE = gmm_files.ImageMixture(
-    gmm.Mixture(np.ones(1), np.zeros((1, 4)), gmm.from_cholesky(np.eye(4)[None])),
-    None, np.zeros(4), np.ones(4), (2, 2, 1), {},
-)  # fmt: skip
 WRITERS = {
     "bytes": lambda path: files.write_bytes(path, b"1"),
     "JSON": lambda path: files.write_json(path, {}),

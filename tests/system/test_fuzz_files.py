@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import tracemalloc
 import warnings
@@ -27,8 +28,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
+from stored import CONDENSED, MIXTURE
 
-from lib import datasets, gmm, runs
+from lib import datasets, runs
 from lib.rows import Rows
 from lib.rows.files import open_rows
 from lib.runs.files import load_arrays, load_checkpoint, save_arrays, save_checkpoint
@@ -170,17 +172,6 @@ def read_arrays(path):
     return sorted((name, np.asarray(array).tobytes()) for name, array in arrays.items())
 
 
-def make_mixture(folder):
-    diagonal = gmm.Diagonal(np.ones((2, 3)))
-    stored = gmm_files.ImageMixture(
-        gmm.Mixture(np.array([0.25, 0.75]), np.arange(6.0).reshape(2, 3), diagonal),
-        gmm_files.Projection(np.eye(3, 4), np.zeros(4)),
-        np.zeros(4), np.ones(4), (2, 2, 1), {"settings": {"seed": 1}},
-    )  # fmt: skip
-    gmm_files.save(folder / "mixture.npz", stored)
-    return folder / "mixture.npz"
-
-
 def read_mixture(path):
     stored = gmm_files.load(path)
     assert np.prod(stored.image_shape) == len(stored.mean)
@@ -190,13 +181,6 @@ def read_mixture(path):
 def read_stats(path):
     found = gmm_files.load_stats(path)
     return found["mean"].numpy(), found["std"].numpy()
-
-
-def make_condensed(folder):
-    images = np.linspace(0, 1, 2 * 2 * 4 * 4, dtype=np.float32).reshape(2, 2, 4, 4, 1)
-    condensed = export.Condensed(images, ("a", "b"), 2, [0.5], [0.25], "toy", {"commit": None})
-    export.save(folder / "set", condensed)
-    return folder / "set" / "condensed.npz"
 
 
 def read_condensed(path):
@@ -244,11 +228,14 @@ FORMATS = {
         made_by(save_arrays, "a.npz", x=ROWS, half=jnp.ones(3, jnp.bfloat16), text="words"),
         read_arrays,
     ),
-    "mixture": Format(make_mixture, read_mixture),
+    "mixture": Format(made_by(gmm_files.save, "mixture.npz", MIXTURE), read_mixture),
     "stats.pt": Format(
         made_by(gmm_files.save_stats, "a_stats.pt", np.zeros(4), np.ones(4), (2, 2, 1)), read_stats
     ),
-    "condensed": Format(make_condensed, read_condensed),
+    "condensed": Format(
+        made_by(lambda path: export.save(path.parent, CONDENSED), "set/condensed.npz"),
+        read_condensed,
+    ),
 }
 ARCHIVES = (
     "npz", "npz, compressed", "pt", "pt with code", "npz with code", "zip of images",
@@ -264,43 +251,34 @@ INTEGERS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 
 def mutated(content: bytes, rng: random.Random) -> bytes:
     """One to three changes: bits, bytes, spans, integers, numbers in text, brackets."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        content = _change(bytearray(content), rng)
+        content = _change(content, rng)
     return content
 
 
-def _change(content: bytearray, rng: random.Random) -> bytes:
+def _change(content: bytes, rng: random.Random) -> bytes:
     at = rng.randrange(len(content) + 1)
     if rng.random() < 0.5:  # headers are at the ends
         edge = rng.randrange(min(len(content), 200) + 1)
-        at = edge if rng.random() < 0.5 else len(content) - edge
-    size = rng.randrange(1, 1 << rng.randrange(1, 8))
-    match rng.randrange(10):
-        case 0 | 1 if at < len(content):
-            content[at] ^= 1 << rng.randrange(8)
-        case 2 if at < len(content):
-            content[at] = rng.choice((0, 255, 127, 128, rng.randrange(256)))
-        case 3:
-            content[at:at] = rng.randbytes(size)
-        case 4:
-            del content[at : at + size]
-        case 5:
-            del content[at:]
-        case 6:
-            content[at:at] = content[at : at + size]
-        case 7:
-            code = rng.choice(("<I", ">I", "<Q", "<H"))
-            value = rng.choice(INTEGERS) % (1 << 8 * struct.calcsize(code))
-            content[at : at + struct.calcsize(code)] = struct.pack(code, value)
-        case 8:
-            places = [i for i, byte in enumerate(content) if 48 <= byte < 58]
-            if places:
-                first = last = rng.choice(places)
-                while last < len(content) and 48 <= content[last] < 58:
-                    last += 1
-                content[first:last] = rng.choice(NUMBERS)
-        case _:
-            content[at:at] = rng.choice((b"[", b"(", b"{", b'"')) * rng.choice((1, 40, 5000))
-    return bytes(content)
+        at = rng.choice((edge, len(content) - edge))
+    head, tail, size = content[:at], content[at:], rng.randrange(1, 1 << rng.randrange(1, 8))
+    code = rng.choice(("<I", ">I", "<Q", "<H"))
+    width = struct.calcsize(code)
+    integer = struct.pack(code, rng.choice(INTEGERS) % (1 << 8 * width))
+    digits = [match.span() for match in re.finditer(rb"[0-9]+", content)]
+    first, last = rng.choice(digits or [(at, at)])
+    byte = tail[0] if tail else 0
+    kinds = (
+        lambda: head + bytes([byte ^ 1 << rng.randrange(8)]) + tail[1:],
+        lambda: head + bytes([rng.choice((0, 255, 127, 128, rng.randrange(256)))]) + tail[1:],
+        lambda: head + rng.randbytes(size) + tail,
+        lambda: head + tail[size:],
+        lambda: head,
+        lambda: head + tail[:size] + tail,
+        lambda: head + integer + tail[width:],
+        lambda: content[:first] + rng.choice(NUMBERS) + content[last:],
+        lambda: head + rng.choice((b"[", b"(", b"{", b'"')) * rng.choice((1, 40, 5000)) + tail,
+    )
+    return rng.choice(kinds)()
 
 
 def resealed(content: bytes, rng: random.Random) -> bytes:

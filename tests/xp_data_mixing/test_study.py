@@ -246,15 +246,6 @@ def test_ablation_ends_in_the_table_cells():
         )
 
 
-def test_coverage_counts_intervals_that_hold_the_truth():
-    first, second = [0.1, 0.2, 0.25, 0], [0, 0.8, 0.7, 0.9]
-    ends = [[0.3, 0.4, 0.3, 0.2], [0.8, 0.9, 0.75, 1]]
-    intervals = np.stack([[first, second], ends], axis=-1).swapaxes(0, 1)[None]
-    share, width = tables.coverage_of({"intervals": intervals.tolist(), "truth": [[0.2, 0.8]]})
-    np.testing.assert_allclose(share, [0.75, 0.5])
-    np.testing.assert_allclose(width, [0.1625, 0.2625], atol=1e-6)
-
-
 @pytest.mark.parametrize("estimator", ["calibrated", "mmd"])
 def test_coverage_draws_anew_from_one_mixture(estimator):
     samples = replace(TINY, labels="drawn")
