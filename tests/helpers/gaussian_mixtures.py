@@ -27,8 +27,8 @@ def dense(mixture):
 def weighted_moments(x, shares):
     """Means [K, d] and covariances [K, d, d] of the rows, and the shares' sums [K]."""
     counts = shares.sum(axis=0)
-    centred = x[:, None] - shares.T @ x / counts[:, None]
-    scatter = np.einsum("nk,nki,nkj->kij", shares, centred, centred)
+    centered = x[:, None] - shares.T @ x / counts[:, None]
+    scatter = np.einsum("nk,nki,nkj->kij", shares, centered, centered)
     return shares.T @ x / counts[:, None], scatter / counts[:, None, None], counts
 
 

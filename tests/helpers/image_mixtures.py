@@ -15,10 +15,10 @@ def moments(mixture, projection=None):
     """Mean [d] and covariance [d, d], by the law of total variance, mapped back to pixels."""
     weights, means = np.asarray(mixture.weights), np.asarray(mixture.means)
     mean = weights @ means
-    centred = means - mean
+    centered = means - mean
     covariance = np.einsum("k,kij->ij", weights, dense(mixture))
-    covariance += (weights * centred.T) @ centred
+    covariance += (weights * centered.T) @ centered
     if projection is None:
         return mean, covariance
-    components, centre = projection
-    return mean @ components + centre, components.T @ covariance @ components
+    components, center = projection
+    return mean @ components + center, components.T @ covariance @ components

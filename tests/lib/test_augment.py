@@ -54,7 +54,7 @@ def by_affine_grid(x, theta):
 
 
 def rotation(x, angle):
-    """Normalised coordinates turn ellipses of the sides; pixels of the image turn in circles."""
+    """Normalized coordinates turn ellipses of the sides; pixels of the image turn in circles."""
     cos, sin, aspect = math.cos(angle), math.sin(angle), x.shape[1] / x.shape[2]
     return by_affine_grid(x, [[cos, -sin * aspect, 0], [sin / aspect, cos, 0]])
 
@@ -75,8 +75,8 @@ def with_hole(x, share, positions):
     mask, places = torch.ones_like(x), []
     for u, size in zip(positions, x.shape[1:]):
         side = int(share * size + 0.5)
-        centre = int(u * (size + (1 - side % 2)))
-        places.append(np.clip(np.arange(side) + centre - side // 2, 0, size - 1))
+        center = int(u * (size + (1 - side % 2)))
+        places.append(np.clip(np.arange(side) + center - side // 2, 0, size - 1))
     mask[:, places[0][:, None], places[1]] = 0
     return x * mask
 
@@ -194,7 +194,7 @@ def test_idc_does_everything_named_and_one_of_the_geometry(strategy):
         assert parameters.scale_rows is parameters.contrast is parameters.cutout_share is None
 
 
-def test_dsa_does_one_thing_and_colour_is_one():
+def test_dsa_does_one_thing_and_color_is_one():
     parameters = jit_draw(jax.random.key(22), parse(ALL, dialect="dsa"), NUM)
     names = ["crop_share", "scale_rows", "angle", "cutout_share", "brightness"]
     drawn = np.array([happened(parameters, name) for name in names])
@@ -208,7 +208,7 @@ def test_dsa_does_one_thing_and_colour_is_one():
         assert np.mean(drawn[-1] == happened(parameters, name)) > 0.999
 
 
-def test_dsa_counts_operations_of_colour_apart_where_they_are_named_apart():
+def test_dsa_counts_operations_of_color_apart_where_they_are_named_apart():
     names = ["brightness", "contrast", "saturation"]
     parameters = jit_draw(jax.random.key(23), parse("_".join(names), dialect="dsa"), NUM)
     drawn = np.array([happened(parameters, name) for name in names])
@@ -306,8 +306,8 @@ def test_crops_shift_by_every_number_of_pixels_alike(size):
 def test_holes_lie_around_every_place_of_the_image_alike(size):
     side = int(0.5 * size + 0.5)
     expected = {}
-    for centre in range(size + (side % 2 == 0)):
-        low, high = max(0, centre - side // 2), min(size, centre - side // 2 + side)
+    for center in range(size + (side % 2 == 0)):
+        low, high = max(0, center - side // 2), min(size, center - side // 2 + side)
         expected[low, high] = expected.get((low, high), 0) + NUM / (size + (side % 2 == 0))
     counts = dict.fromkeys(expected, 0)
     for row in rows_of("cutout", size):
@@ -363,8 +363,8 @@ def test_half_of_the_batches_and_boxes_of_half_the_area_around_every_pixel():
     for size, low, high in ((HEIGHT, *found.T[:2]), (WIDTH, *found.T[2:])):
         half = int(size * 0.5**0.5) // 2
         expected = {}
-        for centre in range(size):
-            ends = max(0, centre - half), min(size, centre + half)
+        for center in range(size):
+            ends = max(0, center - half), min(size, center + half)
             expected[ends] = expected.get(ends, 0) + len(found) / size
         counts = dict.fromkeys(expected, 0)
         for ends in zip(low.tolist(), high.tolist()):

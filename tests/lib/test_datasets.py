@@ -739,10 +739,10 @@ def test_rings_are_uniform_on_their_circles(x64):
 @pytest.mark.parametrize("exponent", [-6, 0, 6])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_synthetic_sets_scale_with_their_lengths_in_the_dtype_that_jax_works_in(dtype, exponent):
-    centres, key, scale = np.array([[1.0, 2.0], [-3.0, 4.0]]), jax.random.key(0), 10.0**exponent
+    centers, key, scale = np.array([[1.0, 2.0], [-3.0, 4.0]]), jax.random.key(0), 10.0**exponent
 
     def sets(scale):
-        means, widths = scale * centres, np.full(2, scale)
+        means, widths = scale * centers, np.full(2, scale)
         covariances = scale**2 * np.tile(np.diag([2.0, 3.0]), (2, 1, 1))
         return [
             synthetic.rings(key, 5, centers=means, radius=scale),

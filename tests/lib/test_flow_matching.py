@@ -135,7 +135,7 @@ def test_straightness_of_gaussian_flows_against_quadrature(x64):
     value = sum(quad(squared, 0, 1, args=(s,))[0] for s in S)
     cost = (M**2 + (S - 1) ** 2).sum()
     np.testing.assert_allclose(result.value, value, rtol=1e-3)
-    np.testing.assert_allclose(result.normalised, value / cost, rtol=1e-3)
+    np.testing.assert_allclose(result.normalized, value / cost, rtol=1e-3)
     np.testing.assert_allclose(result.transport_cost, cost / 2, rtol=1e-3)
     times = np.linspace(0, 1, 401)[:, None, None]
     exact = times * M + sigma(times, S) * np.asarray(x0)

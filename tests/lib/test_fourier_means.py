@@ -103,8 +103,8 @@ def test_offset_saves_the_digits_of_rows_far_from_the_origin():
     exact = distance(x.astype(float), y.astype(float))
     plain = np.abs(distance(x, y) / exact - 1).max()
     offset = np.full(DIMENSION, 1e4)
-    centred = np.abs(distance(x, y, offset=offset) / exact - 1).max()
-    assert centred < 2e-6 < 20 * centred < plain
+    centered = np.abs(distance(x, y, offset=offset) / exact - 1).max()
+    assert centered < 2e-6 < 20 * centered < plain
 
 
 # Blocks of rows
@@ -330,10 +330,10 @@ def test_streamed_means(case, exponent, size, seed):
     means, num_rows, block_sums, block_sizes = found[0]
     assert (means.dtype, block_sums.dtype, num_rows) == (np.float64, np.float64, n)
     np.testing.assert_array_equal(block_sizes, np.bincount(blocks, minlength=3))
-    centred = x.astype(float) - offset
+    centered = x.astype(float) - offset
     for i, bandwidth in enumerate(bandwidths.astype(dtype).astype(float)):
-        angles = centred @ frequencies.T.astype(float) / bandwidth
-        sizes = np.abs(centred) @ np.abs(frequencies).T / bandwidth
+        angles = centered @ frequencies.T.astype(float) / bandwidth
+        sizes = np.abs(centered) @ np.abs(frequencies).T / bandwidth
         if cosines:
             features, scale = np.cos(angles + phases), np.sqrt(2 / num_features)
             sizes = sizes + phases

@@ -66,8 +66,8 @@ def clusters(seed, n=300, d=5, num=3, spread=1.5):
 
 def soft(x, num, seed=0):
     """Responsibilities [n, num] by the distance to `num` of the points."""
-    centres = x[np.random.default_rng(seed).choice(len(x), num, replace=False)]
-    squared = np.square(x[:, None] - centres).sum(axis=2)
+    centers = x[np.random.default_rng(seed).choice(len(x), num, replace=False)]
+    squared = np.square(x[:, None] - centers).sum(axis=2)
     return softmax(-squared / squared.mean() * 4, axis=1)
 
 
@@ -145,7 +145,7 @@ def test_start_from_responsibilities(structure):
     """Means and covariances by their definitions, with weights of the points."""
     x, weights, ridge = clusters(3, n=90), np.random.default_rng(0).random(90), 0.01
     start_from = partial(
-        responsibilities_start, structure=STRUCTURES[structure], regularisation=ridge
+        responsibilities_start, structure=STRUCTURES[structure], regularization=ridge
     )
     shares = soft(x, 3)
     start = start_from(Rows(x, weights=weights, dtype=np.float64), shares)
@@ -185,7 +185,7 @@ def test_low_rank_climbs_to_factor_analysis():
     """With one component: scikit-learn's FactorAnalysis; with three no step goes down."""
     rng = np.random.default_rng(8)
     x = rng.normal(size=(500, 2)) @ rng.normal(size=(2, 12)) + 0.7 * rng.normal(size=(500, 12))
-    data, climb = Rows(x, dtype=np.float64), partial(quiet_fit, regularisation=0.0)
+    data, climb = Rows(x, dtype=np.float64), partial(quiet_fit, regularization=0.0)
     start = responsibilities_start(data, np.ones((500, 1)), STRUCTURES["low rank"])
     result = climb(data, start, tolerance=1e-8, max_iterations=500)
     assert result.converged
@@ -237,7 +237,7 @@ BAD_INPUT = [
         lambda start: responsibilities_start(Rows(X), np.eye(2)[[0] * 20], covariances.full),
         "component 1 starts with no point",
     ),
-    (lambda start: quiet_fit(Rows(X), start, regularisation=-1.0), "regularisation must be"),
+    (lambda start: quiet_fit(Rows(X), start, regularization=-1.0), "regularization must be"),
     (
         lambda start: covariances.low_rank(jax.random.key(0), 5)(1, jnp.ones(5)),
         "rank must be at least 1 and below d = 5",
@@ -256,8 +256,8 @@ def test_held_out_data_stop_the_fit():
     """Few points in many dimensions: held-out likelihood falls while training's rises."""
     x = clusters(11, n=200, d=8, num=2)
     train, held_out = (Rows(part, dtype=np.float64) for part in (x[:60], x[60:]))
-    start = responsibilities_start(train, soft(x[:60], 3), covariances.full, regularisation=0.01)
-    result = quiet_fit(train, start, held_out=held_out, tolerance=0.0, regularisation=0.01)
+    start = responsibilities_start(train, soft(x[:60], 3), covariances.full, regularization=0.01)
+    result = quiet_fit(train, start, held_out=held_out, tolerance=0.0, regularization=0.01)
     assert result.converged
     assert len(result.held_out) == len(result.log_likelihoods) + 1 < 100
     best = result.held_out.argmax()
@@ -304,13 +304,13 @@ def test_what_is_not_finite_is_named():
 
 @pytest.mark.parametrize("structure", quick("full", "low rank"))
 def test_constant_features_are_given_a_ridge(structure):
-    """Without regularisation: recorded, and with it not needed."""
+    """Without regularization: recorded, and with it not needed."""
     x = clusters(14, n=200)
     x[:, 1] = 3.0
     data = Rows(x, dtype=np.float64)
     start = start_of(x, structure)
     assert not quiet_fit(data, start, max_iterations=3).ridges.any()
-    result = quiet_fit(data, start, max_iterations=3, regularisation=0.0)
+    result = quiet_fit(data, start, max_iterations=3, regularization=0.0)
     needed = structure != "spherical"
     assert (result.ridges.any(), len(result.repairs)) == (needed, 3 if needed else 0)
     if needed:
@@ -340,8 +340,8 @@ def test_duplicated_points():
     data = Rows(x, dtype=np.float64)
     with pytest.raises(ValueError, match="2 components, but 1 distinct points"):
         kmeans(jax.random.key(0), data, 2)
-    start = responsibilities_start(data, np.ones((30, 1)), covariances.full, regularisation=0.0)
-    result = quiet_fit(data, start, regularisation=0.0, max_iterations=3)
+    start = responsibilities_start(data, np.ones((30, 1)), covariances.full, regularization=0.0)
+    result = quiet_fit(data, start, regularization=0.0, max_iterations=3)
     assert (result.ridges > 0).all()
     assert np.isfinite(result.log_likelihoods).all()
 

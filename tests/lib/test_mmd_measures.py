@@ -88,8 +88,8 @@ def test_profiles_are_the_published_formulas(name):
     np.testing.assert_allclose(kernel.profile(cost), profile(np.asarray(cost)), rtol=1e-12)
     slopes = jax.vmap(jax.grad(kernel.profile))(cost)
     step = 1e-6
-    centred = (profile(np.asarray(cost[2:]) + step) - profile(np.asarray(cost[2:]) - step)) / 2
-    np.testing.assert_allclose(slopes[2:], centred / step, rtol=1e-7)
+    centered = (profile(np.asarray(cost[2:]) + step) - profile(np.asarray(cost[2:]) - step)) / 2
+    np.testing.assert_allclose(slopes[2:], centered / step, rtol=1e-7)
     assert np.all(np.isfinite(slopes))
     if name == "riesz":
         assert slopes[0] == 0

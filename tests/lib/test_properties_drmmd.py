@@ -1,4 +1,4 @@
-"""Properties of (de)-regularised MMD, with kernels and with explicit features.
+"""Properties of (de)-regularized MMD, with kernels and with explicit features.
 
 With T = W^1/2 K W^1/2, whose trace is 1, and F = |W^1/2 f|, the filters are at most 1 / lambda and
 their slopes at most 1 / lambda^2. An eigendecomposition is that of T up to A = 20 M eps, and moves
@@ -56,7 +56,7 @@ def witnesses(x, y, v, w, bandwidth, lmbda, block_size):
 
 
 def grams(case):
-    """The particles, the target, their Gram matrices and normalised weights, and the error of a
+    """The particles, the target, their Gram matrices and normalized weights, and the error of a
     kernel value: its exponent s / (2 sigma^2) has d + 6 roundings, and t exp(-t) is below 0.37."""
     x, y, v, w = case.in_float64()
     between = lambda a, b: np.exp(  # noqa: E731
@@ -114,14 +114,14 @@ def test_witnesses(flow):
             continue
         for h in (evaluated[name][0], evaluated[name][2]):
             assert_within(h, values, total * rounding)
-        # grad k = -k (y - z) / sigma^2, with y and z about a common centre.
-        centre = (x.mean(axis=0) + y.mean(axis=0)) / 2
+        # grad k = -k (y - z) / sigma^2, with y and z about a common center.
+        center = (x.mean(axis=0) + y.mean(axis=0)) / 2
         points, weights = np.concatenate([x, y]), np.concatenate([s * v, -b])
         gram = np.concatenate([k_xx, k_xy], axis=1) / case.bandwidth**2
         apart = x[:, None] - points[None]
         gradient = -np.einsum("j,ij,ijk->ik", weights, gram, apart)
-        reach = np.concatenate([np.abs(z - centre).max(axis=1) for z in (x, y)])
-        # Their centre may be computed once for each, and is off by its own rounding.
+        reach = np.concatenate([np.abs(z - center).max(axis=1) for z in (x, y)])
+        # Their center may be computed once for each, and is off by its own rounding.
         span, off = 2 * reach.max(), 4 * eps * np.abs(points).max()
         t = -np.log(np.maximum(gram * case.bandwidth**2, 1e-300))
         relative = (n + m + 20 + (d + 6) * t) * eps

@@ -48,9 +48,9 @@ def sample(rng, n, d, exponent, dtype):
 def steps(mixture, x, weights, given_):
     """The M-step from given responsibilities, and a step of EM."""
     moments = em.block_moments(em.prepare(mixture, x.dtype), x, weights, given_)
-    maximised = em.maximisation(mixture, moments, regularisation=0.0)
-    moved = em.em_step(mixture, x, weights, regularisation=0.0, block_size=8)
-    return maximised, moved
+    maximized = em.maximization(mixture, moments, regularization=0.0)
+    moved = em.em_step(mixture, x, weights, regularization=0.0, block_size=8)
+    return maximized, moved
 
 
 expectation = jax.jit(partial(em.expectation, block_size=8))
@@ -102,9 +102,9 @@ def test_steps(case, exponent, seed):
     wide, shares = x.astype(float), weights[:, None] * given_.astype(float)
     means, moments, counts = weighted_moments(wide, shares)
     # Moments are taken about the start's means, or about the middle of them.
-    centres = np.asarray(start.means, float)
-    sizes = np.abs(wide - centres.mean(axis=0)) + np.abs(centres - centres.mean(axis=0)).max(axis=0)
-    size = sizes.max() + np.abs(centres).max()
+    centers = np.asarray(start.means, float)
+    sizes = np.abs(wide - centers.mean(axis=0)) + np.abs(centers - centers.mean(axis=0)).max(axis=0)
+    size = sizes.max() + np.abs(centers).max()
     for (mixture, ridge), (moved, info) in found:
         assert isinstance(info, em.StepInfo)
         np.testing.assert_allclose(mixture.weights, counts / counts.sum(), rtol=m * eps)
@@ -122,7 +122,7 @@ def test_steps(case, exponent, seed):
         np.testing.assert_allclose(info.counts.sum(), weights.sum(), rtol=m * eps)
 
 
-far_step = jax.jit(partial(em.em_step, regularisation=0.0))
+far_step = jax.jit(partial(em.em_step, regularization=0.0))
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("full", "low_rank")]
 
 
@@ -158,9 +158,9 @@ def test_components_far_apart(name, exponent, beyond, astray, seed):
     and off by what it is to round the rows, in standard deviations. Where a mean is too far from
     its rows its ridge is infinite and its covariance stays, and the next step finds it."""
     rng, (n, num, d), far = np.random.default_rng(seed), (48, 3, 2), 10.0 ** (exponent, 5)[astray]
-    centres = np.array([[0, 0], [2, 1], [far, -far]]) + far * beyond
-    x = (centres[np.arange(n) % num] + rng.normal(size=(n, d))).astype(np.float32)
-    means = centres + 0.3 * rng.normal(size=(num, d))
+    centers = np.array([[0, 0], [2, 1], [far, -far]]) + far * beyond
+    x = (centers[np.arange(n) % num] + rng.normal(size=(n, d))).astype(np.float32)
+    means = centers + 0.3 * rng.normal(size=(num, d))
     means[2] += 1000 * astray
     covariance = structure_of(name)(num, jnp.ones(d, jnp.float32))
     mixture = gmm.cast(gmm.Mixture(np.full(num, 1 / num), means, covariance), np.float32)
@@ -198,15 +198,15 @@ def test_seeds_are_points_of_positive_weight(shape, dtype, exponent, seed):
     weights[rng.integers(n)] = 1
     with jax.enable_x64(True):
         points, given_ = jnp.asarray(x), jnp.asarray(weights)
-        centres = jit_seeds(jax.random.key(seed), points, num, given_)
+        centers = jit_seeds(jax.random.key(seed), points, num, given_)
         doubled = jit_seeds(jax.random.key(seed), 4 * points, num, given_)
-        centres, doubled = np.asarray(centres), np.asarray(doubled)
-    assert (centres.dtype, centres.shape) == (dtype, (num, d))
+        centers, doubled = np.asarray(centers), np.asarray(doubled)
+    assert (centers.dtype, centers.shape) == (dtype, (num, d))
     present = {tuple(row) for row in x[weights > 0]}
-    chosen = {tuple(row) for row in centres}
+    chosen = {tuple(row) for row in centers}
     assert chosen <= present
     assert len(chosen) == min(num, len(present))
-    np.testing.assert_array_equal(doubled, 4 * centres)
+    np.testing.assert_array_equal(doubled, 4 * centers)
 
 
 def power_sums(power, points, weights, labels):

@@ -154,7 +154,7 @@ def test_straight_paths_are_straight_and_no_path_has_no_ratio():
     np.testing.assert_allclose(straight, [0, 0, 1, (2**2 + 4**2) / 2], atol=1e-6)
     still = sampling.straightness(jnp.ones((3, 2, 2)))
     assert (float(still.value), float(still.transport_cost)) == (0, 0)
-    assert np.isnan(still.normalised)
+    assert np.isnan(still.normalized)
     assert np.isnan(still.length_ratio)
 
 

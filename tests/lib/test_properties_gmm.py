@@ -93,7 +93,7 @@ def reference(mixture, points):
     """Joint log-densities [n, K] with their magnitudes, and the scores' terms [n, K, d] of each
     component with theirs."""
     points, means, weights = (in_float64(a) for a in (points, mixture.means, mixture.weights))
-    centre, (_, d) = means.mean(axis=0), means.shape
+    center, (_, d) = means.mean(axis=0), means.shape
     joints, magnitudes, scores, sizes = [], [], [], []
     for k, covariance in enumerate(dense(mixture)):
         factor, absolute = np.linalg.cholesky(covariance), absolute_factor(mixture, k)
@@ -101,7 +101,7 @@ def reference(mixture, points):
         logs = np.log(np.diagonal(factor))
         weight = np.log(weights[k]) if weights[k] > 0 else -np.inf
         joints.append(weight - (z**2).sum(0) / 2 - logs.sum() - d / 2 * np.log(2 * np.pi))
-        a = absolute @ (np.abs(points - centre) + np.abs(means[k] - centre)).T
+        a = absolute @ (np.abs(points - center) + np.abs(means[k] - center)).T
         constants = 2 * np.abs(logs).sum() + d * np.log(2 * np.pi)
         magnitudes.append((a**2).sum(0) + constants + (0 if weight == -np.inf else abs(weight)))
         scores.append(-solve_triangular(factor.T, z).T)

@@ -1,9 +1,9 @@
 """Properties of kernels, their sums and MMDs, over dtypes, scales, repeated points and weights.
 
 Bounds follow the arithmetic. In up to 8 dimensions a squared distance is a sum of d squares, off by
-(d + 2) eps of itself; above, by `ROUNDING_UNITS` + d + 6 eps of the centred squared norms. A kernel
-value moves as its profile f does over that interval, and has a few roundings of its own; a sum over
-n m of them is off by as many eps of its terms' magnitudes.
+(d + 2) eps of itself; above, by `ROUNDING_UNITS` + d + 6 eps of the centered squared norms. A value
+of a kernel moves as its profile f does over that interval, and has a few roundings of its own; a
+sum over n m of them is off by as many eps of its terms' magnitudes.
 """
 
 from functools import partial
@@ -62,9 +62,9 @@ def reference(case, name, x, y):
     n, m, d = len(x), len(y), x.shape[1]
     eps = case.eps
     squares = np.array([[sum((a - b) ** 2 for a, b in zip(p, q)) for q in y] for p in x])
-    centre = (x.mean(axis=0) + y.mean(axis=0)) / 2
+    center = (x.mean(axis=0) + y.mean(axis=0)) / 2
     off = (n + m) * eps * max(np.abs(x).max(), np.abs(y).max())
-    lengths = [np.linalg.norm(z - centre, axis=1) + off for z in (x, y)]
+    lengths = [np.linalg.norm(z - center, axis=1) + off for z in (x, y)]
     reach = lengths[0][:, None] ** 2 + lengths[1][None, :] ** 2
     away = (
         (d + 2) * squares
@@ -109,8 +109,8 @@ def test_kernels_and_their_gradients(case):
         squares, away, f, f_error, df, df_error, flushed, lengths = reference(case, name, x, y)
         assert_within(distances, squares, away + case.tiny, case.x.dtype)
         assert_within(gram, f, f_error, case.x.dtype)
-        # 2 (x - y) is made of matrix products, whose terms are the centred points.
-        # Their centre may be computed once for each, and is off by its own rounding.
+        # 2 (x - y) is made of matrix products, whose terms are the centered points.
+        # Their center may be computed once for each, and is off by its own rounding.
         length = lengths[0][:, None] + lengths[1][None, :]
         size = (len(x) + len(y) + 6) * length
         size += 4 * max(np.abs(x).max(), np.abs(y).max())

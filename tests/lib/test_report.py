@@ -15,7 +15,7 @@ from lib.report import plotting
 from lib.report.spreads import mean_and_spread, spread, standard_error
 
 REPOSITORY = Path(__file__).parents[2]
-# What is standardised, or drawn as wide as the target: no spread of results.
+# What is standardized, or drawn as wide as the target: no spread of results.
 COMPUTED = {"xp_dataset_distillation/moments.py", "xp_drmmd/problems.py"}
 
 
@@ -56,7 +56,7 @@ def test_nothing_else_takes_standard_deviations_of_results():
         for path in [*files, *REPOSITORY.glob("notebooks/*.ipynb")]
         for line in path.read_text().splitlines()
         if re.search(r"\b(nan)?(std|stdev|pstdev|var|variance)\(|ddof", line)
-        and "standardised = " not in line
+        and "standardized = " not in line
     }
     assert found - COMPUTED == {"lib/report/spreads.py"}
 

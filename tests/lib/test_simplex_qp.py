@@ -104,8 +104,8 @@ def test_the_diagonal_of_an_indefinite_gram_matrix_is_shifted():
     means, target, rng = random_means(0, 8, 3)
     gram, cross = means @ means.T - np.diag(rng.uniform(0, 1, 8)), means @ target
     quadratic = from_gram(gram, cross, float(target @ target))
-    centred = gram - cross[:, None] - cross + target @ target
-    least = np.linalg.eigvalsh(centred)[0]
+    centered = gram - cross[:, None] - cross + target @ target
+    least = np.linalg.eigvalsh(centered)[0]
     assert least < -0.1
     penalties = {"ridge": 0.01, "l2_penalty": 0.02, "prior": np.full(8, 1 / 8)}
     for options, diagonal in (({}, 0), (penalties, 0.03)):
@@ -114,7 +114,7 @@ def test_the_diagonal_of_an_indefinite_gram_matrix_is_shifted():
         assert solution.diagonal_shift == problem.diagonal_shift
         assert problem.diagonal_shift == pytest.approx(-least - diagonal, rel=1e-12)
         w = solution.weights
-        assert solution.mmd_squared == pytest.approx(w @ centred @ w, rel=1e-10)
+        assert solution.mmd_squared == pytest.approx(w @ centered @ w, rel=1e-10)
         assert np.linalg.eigvalsh(problem.hessian)[0] >= -1e-14
         random = rng.dirichlet(np.ones(8), 100)
         assert min(objective(problem, v) for v in random) > solution.objective
@@ -326,6 +326,13 @@ def test_kl_penalties_of_any_strength(seed, n, exponent, bounded):
         from_means(means, target), prior=prior, kl_penalty=10.0**exponent, **bounds
     )
     certified(problem, solve(problem))
+
+
+def test_gradient_steps_stay_feasible_where_newton_would_go_to_and_fro():
+    bounds = {"lower": [0, 0.375, 0], "upper": [0.5, np.inf, 0.125]}
+    quadratic = from_means(np.zeros((3, 1)), np.zeros(1))
+    problem = make_problem(quadratic, prior=[0.25, 0.25, 0.5], l2_penalty=1, **bounds)
+    np.testing.assert_allclose(projected_gradient([problem])[0], [0.4375, 0.4375, 0.125])
 
 
 @pytest.mark.parametrize("dimension", [15, 60])  # on the factor, and on the matrix

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_images(root: Path, seed: int = 0, num: int = 3) -> Path:
-    """Grey images 4 x 3 of two classes, in both splits."""
+    """Gray images 4 x 3 of two classes, in both splits."""
     rng = np.random.default_rng(seed)
     for split in ("train", "test"):
         for name in ("cat", "dog"):

@@ -24,7 +24,7 @@ from xp_drmmd.problems import problem
 from xp_drmmd.run import Arguments, config_of, run_flow
 
 x64 = pytest.mark.usefixtures("x64")
-SMALL = FlowConfig(source_particle_num=12, target_particle_num=9, step_num=5, records=5)
+SMALL = FlowConfig(source_particle_num=12, target_particle_num=9, num_steps=5, records=5)
 
 
 @pytest.mark.parametrize("variance", [0.5, 2.0])
@@ -79,8 +79,8 @@ def test_judge_names_and_squares():
 def test_rings_are_the_published_ones():
     posed = problem(FlowConfig(), 0)
     assert posed.start.shape == posed.target.shape == (300, 2)
-    centres = np.repeat([[0, 0], [0, -0.75], [0, -1.5]], 100, axis=0)
-    np.testing.assert_allclose(np.linalg.norm(posed.target - centres, axis=1), 0.3, rtol=1e-12)
+    centers = np.repeat([[0, 0], [0, -0.75], [0, -1.5]], 100, axis=0)
+    np.testing.assert_allclose(np.linalg.norm(posed.target - centers, axis=1), 0.3, rtol=1e-12)
     np.testing.assert_allclose(posed.start.mean(0), [0, -0.3], atol=0.003)
     assert not np.array_equal(problem(FlowConfig(), 1).start, posed.start)
 
@@ -115,7 +115,7 @@ def test_quadrature_has_the_moments_of_the_gaussian():
 def test_images_are_their_principal_components():
     config = replace(SMALL, dataset="digits", components=64, target_particle_num=80)
     posed = problem(config, 0)
-    images = posed.basis.centre + np.asarray(posed.target) @ posed.basis.components
+    images = posed.basis.center + np.asarray(posed.target) @ posed.basis.components
     assert posed.basis.image_shape == (8, 8, 1)
     # All components: the images themselves, 256 levels of gray.
     np.testing.assert_allclose(255 * images, np.round(255 * images), atol=1e-4)
@@ -137,7 +137,7 @@ def moved(config, seed=0):
 
 @x64
 def test_langevin_is_a_step_along_the_score_and_noise():
-    config = replace(SMALL, dataset="FourGaussian", flow="ula", gamma=0.02)
+    config = replace(SMALL, dataset="FourGaussian", flow="ula", step_size=0.02)
     posed, step, _, key = moved(config)
     score = np.asarray(jax.vmap(jax.grad(posed.log_density))(posed.start))
     noise = np.asarray(jax.random.normal(jax.random.split(key, 1)[0], posed.start.shape, float))
@@ -146,7 +146,7 @@ def test_langevin_is_a_step_along_the_score_and_noise():
 
 @x64
 def test_stein_is_the_double_loop():
-    config = replace(SMALL, dataset="FourGaussian", flow="svgd", gamma=0.5, bandwidth=1.3)
+    config = replace(SMALL, dataset="FourGaussian", flow="svgd", step_size=0.5, bandwidth=1.3)
     posed, step, _, _ = moved(config)
     y = np.asarray(posed.start)
     score = np.asarray(jax.vmap(jax.grad(posed.log_density))(posed.start))
@@ -167,7 +167,7 @@ def test_flows_of_a_stack_are_single_flows(flow):
 
     def value_and_velocity(chosen):
         prepared = flows.prepare(config, posed.target, num_flows=len(parameters[chosen]))
-        prepared = prepared._replace(lmbda=parameters[chosen, 0], gamma=parameters[chosen, 1])
+        prepared = prepared._replace(lmbda=parameters[chosen, 0], step_size=parameters[chosen, 1])
         memory = flows.first_memory(prepared)
         return evaluate(starts[chosen], prepared, jax.random.PRNGKey(0), memory)[:2]
 
@@ -183,7 +183,7 @@ def test_flows_of_a_stack_are_single_flows(flow):
     ("config", "power"),
     [
         (replace(SMALL, adaptive="paper", regularity=0.5, lmbda=0.1), 1 / 1.5),
-        (replace(SMALL, adaptive="published", lmbda=0.1, gamma=0.05), 0.5),
+        (replace(SMALL, adaptive="published", lmbda=0.1, step_size=0.05), 0.5),
     ],
 )
 def test_adaptive_rules_step_by_step(config, power):
@@ -201,7 +201,7 @@ def test_adaptive_rules_step_by_step(config, power):
         lmbda = float(0.1 * (value / first) ** power)
         values, velocity, memory = rule(y[None], prepared, key, memory)
         assert values[0, 1] == pytest.approx(lmbda, rel=1e-9)
-        step = config.gamma if config.adaptive == "paper" else 0.05 * lmbda / 0.1
+        step = config.step_size if config.adaptive == "paper" else 0.05 * lmbda / 0.1
         assert values[0, 2] == pytest.approx(step, rel=1e-9)
         y = y - velocity[0]
 
@@ -249,9 +249,9 @@ def run_nowhere(**options):
         (lambda: problem(replace(SMALL, target_particle_num=10), 0), "multiple of 3"),
         (lambda: FlowConfig(lmbda=0.0), "lmbda must be .*, got 0.0"),
         (lambda: FlowConfig(lmbda=np.inf), "lmbda must be .*, got inf"),
-        (lambda: FlowConfig(gamma=-1.0), "gamma must be .*, got -1.0"),
+        (lambda: FlowConfig(step_size=-1.0), "step_size must be .*, got -1.0"),
         (lambda: FlowConfig(bandwidth=-0.1), "bandwidth must be .*, got -0.1"),
-        (lambda: FlowConfig(step_num=0), "step_num must be .*, got 0"),
+        (lambda: FlowConfig(num_steps=0), "num_steps must be .*, got 0"),
         (lambda: FlowConfig(source_particle_num=0), "source_particle_num must be .*, got 0"),
         (lambda: FlowConfig(noise=-1.0), "noise must be .*, got -1.0"),
         (lambda: FlowConfig(regularity=0.0), "regularity must be .*, got 0.0"),
@@ -284,7 +284,7 @@ def test_the_published_flags(tmp_path):
     flags += "--bandwidth 0.15 --step_num 20 --source_particle_num 30 --target_particle_num 30 "
     flags += f"--opt sgd --seed 42 --results {tmp_path}"
     printed = run_script("xp_drmmd/run.py", *flags.split())
-    assert "gamma 0.0001" in printed
+    assert "step size 0.0001" in printed
     assert "w1" in printed
     assert list(tmp_path.glob("xp_drmmd/ThreeRing-drmmd-*/seed42/arrays.npz"))
 
@@ -295,7 +295,7 @@ PUBLISHED = {
     "0.15 --step_num 20000 --source_particle_num 300 --opt sgd --seed 42": FlowConfig(),
     "--dataset ThreeRing --flow drmmd --kernel Gaussian --lmbda 0.1 --step_size 0.1 --bandwidth "
     "0.3 --step_num 100000 --adaptive_lmbda --opt sgd --seed 43": FlowConfig(
-        lmbda=0.1, gamma=0.01, bandwidth=0.3, step_num=100_000, adaptive="published"
+        lmbda=0.1, step_size=0.01, bandwidth=0.3, num_steps=100_000, adaptive="published"
     ),
     "--dataset MixGaussian --flow drmmd_spectral --spectral showalter --kernel Energy": FlowConfig(
         dataset="FourGaussian", spectral_filter="showalter", kernel="Energy"
@@ -318,9 +318,9 @@ def test_published_command_lines_parse_as_printed():
         arguments = tyro.cli(Arguments, args=[*command.split(), "--save_path", "./results_new/"])
         assert arguments.results == Path("results_new")
         config = config_of(arguments)
-        assert replace(config, gamma=1) == replace(expected, gamma=1)
-        assert config.gamma == pytest.approx(expected.gamma)
-    assert config_of(Arguments(lmbda=0.01, gamma=0.3)).gamma == 0.3
+        assert replace(config, step_size=1) == replace(expected, step_size=1)
+        assert config.step_size == pytest.approx(expected.step_size)
+    assert config_of(Arguments(lmbda=0.01, gamma=0.3)).step_size == 0.3
 
 
 def test_the_published_student_command_parses_as_printed():
@@ -328,7 +328,7 @@ def test_the_published_student_command_parses_as_printed():
     for with_noise, noise in (("false", 0.0), ("true", 1.0)):
         line = f"{command.format(with_noise)} --seed 42 --log_in_file"
         arguments = tyro.cli(student_teacher.Arguments, args=line.split())
-        expected = StudentConfig(lmbda=0.1, lr=0.1, noise=noise, halve_every=500)
+        expected = StudentConfig(lmbda=0.1, step_size=0.1, noise=noise, halve_every=500)
         assert student_teacher.config_of(arguments) == expected
         assert arguments.seed == 42
 
@@ -393,21 +393,21 @@ def test_a_run_stores_the_distance_of_its_kernel_and_keeps_its_name_without_one(
 
 @x64
 @pytest.mark.parametrize(
-    ("name", "centre", "spread"),
+    ("name", "center", "spread"),
     [
         ("Gaussian1d", 0, 0.01),
         ("Gaussian2d", 1, 1),
         pytest.param("Student", 2.5, 1, marks=pytest.mark.slow),
     ],
 )
-def test_published_data_sets_are_what_they_are_called(name, centre, spread):
+def test_published_data_sets_are_what_they_are_called(name, center, spread):
     options = {"target_scale": 4.0} if name == "Gaussian2d" else {}
     config = FlowConfig(dataset=name, target_particle_num=4000, source_particle_num=4000, **options)
     posed = problem(config, 0)
     target = np.asarray(posed.target)
     assert target.shape == (4000, 1 if name == "Gaussian1d" else 2)
-    normalised = (np.asarray(posed.start) - centre) / spread
-    assert kstest(normalised.ravel(), "norm").pvalue > 1e-3
+    normalized = (np.asarray(posed.start) - center) / spread
+    assert kstest(normalized.ravel(), "norm").pvalue > 1e-3
     if name == "Gaussian1d":
         assert kstest(target[:, 0], truncnorm(-1, 1).cdf).pvalue > 1e-3
     elif name == "Gaussian2d":
@@ -422,7 +422,7 @@ def test_published_data_sets_are_what_they_are_called(name, centre, spread):
 def test_a_step_too_long_stops_at_the_step_and_leaves_the_last_good_state(tmp_path):
     # The first step ends at 1e300; in which of the next sums of such numbers overflow depends on
     # their order, which threads decide. `test_gd` holds the engine to the exact step.
-    config = replace(SMALL, gamma=1e300)
+    config = replace(SMALL, step_size=1e300)
     named = r"in step [1-4] \(counted from 0\).* the last good state is in "
     with pytest.raises(DivergedError, match=named) as error:
         run_flow(config, seed=0, results=tmp_path)
@@ -433,7 +433,7 @@ def test_a_step_too_long_stops_at_the_step_and_leaves_the_last_good_state(tmp_pa
 
 
 def test_a_group_makes_its_table_and_figures(tmp_path):
-    small = {"a": SMALL, "b": replace(SMALL, flow="mmd", step_num=4)}
+    small = {"a": SMALL, "b": replace(SMALL, flow="mmd", num_steps=4)}
     arguments = experiments.Arguments(seeds=(0, 1), results=tmp_path)
     summary = experiments.run_group("rings", small, arguments)
     stored = json.loads(summary.read_text())
@@ -454,6 +454,6 @@ def test_presets_name_flows_that_exist():
     quick = presets("quick")
     assert set(quick) < set(GROUPS)
     students = quick.pop("students").values()
-    assert max(c.n_epochs for c in students) <= 100
-    assert max(c.step_num for group in quick.values() for c in group.values()) <= 2_000
+    assert max(c.num_epochs for c in students) <= 100
+    assert max(c.num_steps for group in quick.values() for c in group.values()) <= 2_000
     assert len({str(c) for c in ABLATIONS.values()}) == len(ABLATIONS)

@@ -19,7 +19,7 @@ from xp_drmmd.student_teacher import (
 )
 
 SMALL = StudentConfig(
-    flow="mmd", students=7, teachers=3, num_inputs=12, batch_size=4, n_epochs=3, records=3
+    flow="mmd", students=7, teachers=3, num_inputs=12, batch_size=4, num_epochs=3, records=3
 )
 SHARED = INPUTS * HIDDEN
 
@@ -118,7 +118,7 @@ def test_batches_of_an_epoch_are_all_inputs_once():
 
 @pytest.mark.parametrize("flow", ["mmd", "drmmd"])
 def test_a_student_learns_and_is_stored(tmp_path, flow):
-    config = replace(SMALL, flow=flow, students=50, num_inputs=100, batch_size=20, n_epochs=60)
+    config = replace(SMALL, flow=flow, students=50, num_inputs=100, batch_size=20, num_epochs=60)
     stored = run_student(config, seed=0, results=tmp_path).load_arrays()
     np.testing.assert_array_equal(stored["steps"], [0, 20, 40, 60])
     assert stored["validation"].shape == (4,)
@@ -130,7 +130,7 @@ def test_a_student_learns_and_is_stored(tmp_path, flow):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("lmbda", 0.0), ("lr", np.nan), ("noise", -1.0), ("students", 0), ("batch_size", 300)],
+    [("lmbda", 0.0), ("step_size", np.nan), ("noise", -1.0), ("students", 0), ("batch_size", 300)],
 )
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=f"(?i){field}|batches of {value}"):

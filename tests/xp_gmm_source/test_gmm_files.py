@@ -92,7 +92,7 @@ def test_published_pickle_is_scikit_learns_in_torchs_order(stored, name, tmp_pat
     """The density of an image [channels, H, W] by scikit-learn is ours of [H, W, channels]; and the
     way back."""
     whole, path = stored[name], tmp_path / "mixture.pkl"
-    gmm_files.save_published(path, whole, regularisation=1e-3)
+    gmm_files.save_published(path, whole, regularization=1e-3)
     content = joblib.load(path)
     assert set(content) == {"gmm", "pca"}
     assert isinstance(content["gmm"], GaussianMixture)
@@ -101,7 +101,7 @@ def test_published_pickle_is_scikit_learns_in_torchs_order(stored, name, tmp_pat
     first, ours = images.transpose(0, 3, 1, 2).reshape(9, -1), images.reshape(9, -1)
     if name == "pca":
         first = content["pca"].transform(first)
-        ours = (ours - whole.projection.centre) @ whole.projection.components.T
+        ours = (ours - whole.projection.center) @ whole.projection.components.T
     expected = density(whole.mixture, ours)
     np.testing.assert_allclose(content["gmm"].score_samples(first), expected, rtol=1e-9)
     back = gmm_files.load_published(path, image_shape=SHAPE, trust_pickle=True)
@@ -145,7 +145,7 @@ def test_convert(tmp_path, capsys):
 
 @of_all_kinds
 def test_draws_in_torch_have_the_moments_of_the_mixture(stored, name, tmp_path):
-    """Mean 0, and the covariance of the standardised mixture in the order [channels, H, W]."""
+    """Mean 0, and the covariance of the standardized mixture in the order [channels, H, W]."""
     whole, num = stored[name], 40_000
     mean, covariance = moments(*whole[:2])
     np.testing.assert_allclose(whole.mean, mean, rtol=1e-9, atol=1e-9)
@@ -170,7 +170,7 @@ def test_draws_in_torch_have_the_moments_of_the_mixture(stored, name, tmp_path):
         assert np.abs(np.cov(flat.T) - correlation).max() < 5 * 2 / np.sqrt(num)
 
 
-def test_torch_seeds_and_the_published_normalisation(stored):
+def test_torch_seeds_and_the_published_normalization(stored):
     content, stats = gmm_files.published(stored["full"])["gmm"], torch_stats(stored["full"])
     draws = []
     for _ in range(2):
@@ -209,7 +209,7 @@ def test_draws_in_torch_tell_their_components(stored, name):
 
 
 def test_no_statistics_leave_the_draws_as_they_are():
-    """Of square images, gray or in color; channel_wise is the published normalisation."""
+    """Of square images, gray or in color; channel_wise is the published normalization."""
     for shape in ((4, 4, 1), (2, 2, 3)):
         content = gmm_files.published(fitted("diag", shape=shape, engine="sklearn"))["gmm"]
         plain = GMM_TORCH(gmm=content, dtype=torch.float32, seed=1)

@@ -110,7 +110,7 @@ def test_norm_aligned_draws_have_the_mean_norm_of_the_data():
 
 @pytest.mark.parametrize("structure", ["full", "tied", "diag", "spherical", "low rank"])
 @pytest.mark.parametrize("pca", [None, projection()], ids=["pixels", "pca"])
-def test_mixture_draws_are_standardised_by_moments_of_dense_covariances(structure, pca):
+def test_mixture_draws_are_standardized_by_moments_of_dense_covariances(structure, pca):
     m = mixture(structure)
     mean, covariance = moments(m, pca)
     drawn_mean, drawn_std = sources.moments_of(m, pca)
@@ -127,7 +127,7 @@ def test_projection_maps_back_as_scikit_learn_does():
     source = sources.mixture_source(mixture("full", 4), mean=mean, std=std, pca=fitted)
     coordinates = RNG.normal(size=(8, 4)).astype(np.float32)
     expected = (pca.inverse_transform(coordinates) - mean) / std
-    standard = source.standardise(jnp.asarray(coordinates))
+    standard = source.standardize(jnp.asarray(coordinates))
     np.testing.assert_allclose(standard, expected, rtol=1e-4, atol=1e-5)
     back = source.coordinates(jnp.asarray(data, jnp.float32))
     np.testing.assert_allclose(back, pca.transform(data), atol=1e-4)
@@ -149,11 +149,11 @@ def test_mode_coupled_draws_follow_the_responsibilities(pca):
     shares = joint / joint.sum()
     assert shares.min() > 0.05
     source = sources.mode_coupled_source(m, pca=pca)
-    x1 = point if pca is None else pca.centre + point @ pca.components
+    x1 = point if pca is None else pca.center + point @ pca.components
     x1 = jnp.tile(jnp.asarray(x1, jnp.float32)[None], (6000, 1))
     x0 = np.asarray(source.couple(KEY, x1), np.float64)
     draws = x0 * np.asarray(source.source.std) + np.asarray(source.source.mean)
-    draws = draws if pca is None else (draws - pca.centre) @ pca.components.T
+    draws = draws if pca is None else (draws - pca.center) @ pca.components.T
     # The draws are of sum_k p(k | x1) N(mu_k, .16 I): its mean and covariance identify p(k | x1).
     mean, covariance = moments(m._replace(weights=shares))
     errors = 5 * draws.std(axis=0) / np.sqrt(len(draws))
@@ -186,7 +186,7 @@ def dct_statistics(data, block):
         ((5, 6, 1), 8, 0.3),
     ],
 )
-def test_frequency_statistics_are_scipys_and_draws_are_standardised(shape, block, share):
+def test_frequency_statistics_are_scipys_and_draws_are_standardized(shape, block, share):
     data = images(30, *shape)
     expected = dct_statistics(data, block)
     for found, exact in zip(shaped.frequency_statistics(data, block=block), expected):
@@ -196,7 +196,7 @@ def test_frequency_statistics_are_scipys_and_draws_are_standardised(shape, block
     assert np.ptp(np.asarray(source.std)) > 1e-3 * np.asarray(source.std).max()
 
 
-def test_masked_coefficients_are_zero_before_standardisation():
+def test_masked_coefficients_are_zero_before_standardization():
     source = shaped.frequency_source(images(30, 16, 8, 3), masked_share=0.4)
     draws = np.asarray(source.sample(KEY, 50)).reshape(50, 16, 8, 3) * np.asarray(source.std)
     bands = np.moveaxis(draws @ shaped.YCRCB.T, 3, 1).reshape(50, 3, 2, 8, 8)
@@ -334,7 +334,7 @@ of_mixture = partial(sources.mixture_source, mixture("full"))
         (lambda: of_mixture(mean=np.full(6, np.nan), std=np.ones(6)), "finite"),
         (lambda: of_mixture(mean=np.zeros(6), std=np.zeros(6)), "not 0 everywhere"),
         (lambda: of_mixture(pca=projection(5)), r"components \[5, 9\]"),
-        (lambda: of_mixture(pca=projection()._replace(centre=np.zeros(8))), r"a centre \(8,\)"),
+        (lambda: of_mixture(pca=projection()._replace(center=np.zeros(8))), r"a center \(8,\)"),
         (lambda: shaped.frequency_source(IMAGES), "either masked_share or thresholds"),
         (lambda: shaped.frequency_source(IMAGES, masked_share=0.3, thresholds=(1, 1)), "either"),
         (lambda: shaped.frequency_source(IMAGES, masked_share=1.0), r"\[0, 1\), got 1.0"),
