@@ -77,7 +77,7 @@ pip_install() {
 # JAX and torch share one CUDA family, 13; beside CUDA 12, and without a GPU, torch goes without.
 install_torch() {
   local wanted installed
-  wanted=$(grep -E '^torch(vision)?==' requirements.txt)
+  wanted=$(grep -E '^torch(vision)?==' requirements.txt || true)
   installed=$(.venv/bin/python -m pip freeze | grep -oE '^torch(vision)?==[0-9.]+' || true)
   if [[ $1 == cuda13 || $(uname -sm) != "Linux x86_64" || $installed == "$wanted" ]]; then return; fi
   if .venv/bin/python -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
@@ -149,15 +149,18 @@ run_experiment() {
 
 run_all() {
   local names name about total=0 parts=()
-  names=$(tr ' ' '\n' <<<"$QUICK" | cut -d : -f 1)
-  names+=" $(comm -13 <(sort <<<"$names") <(experiments | sort))"
+  # Those of the table in its order, then any others.
+  names=$( (tr ' ' '\n' <<<"$QUICK" | cut -d : -f 1 && experiments) | awk '!seen[$0]++')
   for name in $names; do
+    if [[ ! -f $name/run.sh ]]; then continue; fi
     about=$(seconds_of "$name" quick)
     parts+=("$name${about:+ $about s}")
     total=$((total + ${about:-60}))
   done
   echo "run.sh: quick presets, about $((total / 60)) min $((total % 60)) s: $(IFS=, && echo "${parts[*]}")"
-  for name in $names; do run_experiment "$name" quick; done
+  for name in $names; do
+    if [[ -f $name/run.sh ]]; then run_experiment "$name" quick; fi
+  done
   echo "=== done: figures and numbers lie in $RESULTS/, and all on one page"
 }
 

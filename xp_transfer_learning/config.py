@@ -208,7 +208,7 @@ ABLATION: dict[str, FlowSettings] = {
     "published: constant step": FlowSettings(step_size=1.0, decay=False),
     "constant step": FlowSettings(step_size=10.0, decay=False),
     "constant step, m = 0": FlowSettings(step_size=30.0, decay=False, m=0.0),
-    "falling step, m = 0": FlowSettings(step_size=100.0, m=0.0),
+    "linear decay, m = 0": FlowSettings(step_size=100.0, m=0.0),
     "orthogonal directions": FlowSettings(directions="orthogonal"),
     "100 directions": FlowSettings(num_directions=100),
     "2,000 directions": FlowSettings(num_directions=2000),

@@ -39,9 +39,21 @@ def keep_compiled_programs() -> Path | None:
         _drop_oldest(home)
     except OSError:
         return None
+    if not any("plugin" in about for about in _machine_and_versions()):
+        _quieten()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
     return folder
+
+
+def _quieten() -> None:
+    """XLA takes "prefer-no-gather", which it compiles for on some processors, for a feature that
+    they lack, and says so at length for every program that it loads. So nothing of its C++ below
+    fatal errors is printed, unless the environment asks for another level than JAX's own, 1. Errors
+    are raised all the same."""
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1" and "JAX_LOGGING_LEVEL" not in os.environ:
+        jax.config.update("jax_logging_level", "CRITICAL")
+        jax.config.update("jax_logging_level", None)  # of Python's loggers, which stay as they are
 
 
 def _digest() -> str:

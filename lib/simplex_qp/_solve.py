@@ -211,7 +211,7 @@ def _project_onto_simplex(y, bounds):
         converged = jnp.abs(missing) <= 1e-14
         low, high = jnp.where(missing > 0, shift, low), jnp.where(missing > 0, high, shift)
         new = shift + missing / jnp.maximum(inside, 1)
-        # Strictly between: the ends were left on the way, and Newton can go to and fro between them.
+        # Strictly between the ends: Newton can go to and fro between two.
         new = jnp.where((inside > 0) & (low < new) & (new < high), new, (low + high) / 2)
         return evaluations + 1, jnp.where(converged, shift, new), low, high, converged
 

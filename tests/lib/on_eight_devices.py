@@ -143,7 +143,7 @@ def drmmd():
     target = normal(8, 30, 2)
     for name in cases("drmmd", "kale", "mmd", "svgd"):
         settings = FlowConfig(
-            flow=name, source_particle_num=40, bandwidth=0.5, adaptive="paper", step_num=20
+            flow=name, source_particle_num=40, bandwidth=0.5, adaptive="paper", num_steps=20
         )
         log_density = (lambda z: -jnp.sum(z**2) / 2) if name == "svgd" else None
         prepared = flows.prepare(settings, target)

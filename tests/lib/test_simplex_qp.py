@@ -329,9 +329,10 @@ def test_kl_penalties_of_any_strength(seed, n, exponent, bounded):
 
 
 def test_gradient_steps_stay_feasible_where_newton_would_go_to_and_fro():
-    bounds = {"lower": [0, 0.375, 0], "upper": [0.5, np.inf, 0.125]}
+    bounds = {"lower": np.array([0, 0.375, 0]), "upper": np.array([0.5, np.inf, 0.125])}
     quadratic = from_means(np.zeros((3, 1)), np.zeros(1))
-    problem = make_problem(quadratic, prior=[0.25, 0.25, 0.5], l2_penalty=1, **bounds)
+    prior = np.array([0.25, 0.25, 0.5])
+    problem = make_problem(quadratic, prior=prior, l2_penalty=1, **bounds)
     np.testing.assert_allclose(projected_gradient([problem])[0], [0.4375, 0.4375, 0.125])
 
 

@@ -132,7 +132,7 @@ def run_adaptation(results, seed):
 def run_students(results, seed):
     # A batch an epoch: each step shuffles its epoch's inputs again.
     config = StudentConfig(
-        students=4, teachers=2, num_inputs=8, batch_size=8, n_epochs=2, noise=0.1, records=1
+        students=4, teachers=2, num_inputs=8, batch_size=8, num_epochs=2, noise=0.1, records=1
     )
     student_teacher.run_student(config, seed=seed, results=results)
 

@@ -1,6 +1,7 @@
 """Tables of this experiment, from stored summaries only."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def solver_table(rows: Rows) -> Table:
     for p, count in enumerate(row["num_sets"][0]):
         for q, solver in enumerate(row["names"][0]):
             objective, gap, distance, tv = (numbers[name][p][q] for name in numbers)
-            if not isinstance(gap, float):
+            if not isinstance(gap, float) or math.isnan(gap):  # in JSON a NaN is text
                 lines.append([str(count), f"{condition[p]:.1e}", solver, *["failed"] * 4])
                 continue
             cells = [f"{objective:.5g}", f"{gap:.1e}", f"{distance:.1e}", f"{tv:.3f}"]
