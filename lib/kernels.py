@@ -255,17 +255,21 @@ def kernel_mean(
     it, this holds O(block_size^2 + block_size p) and one sum for each block; so does the reverse
     mode, which computes each block again.
     """
-    x_weights = uniform_weights(x) if x_weights is None else x_weights
-    x_blocks = to_blocks(x, x_weights, block_size)
+    if y is None and y_weights is not None:
+        raise ValueError("y_weights without y")
+    w = uniform_weights(x) if x_weights is None else x_weights
+    z, v = x, w
+    if y is not None:
+        z, v = y, uniform_weights(y) if y_weights is None else y_weights
+    if 0 < len(x) <= block_size >= len(z) > 0:
+        return jnp.sum(w * product(kernel(x, z), v), axis=0)
+    blocks = to_blocks(x, w, block_size)
     if y is None:
-        if y_weights is not None:
-            raise ValueError("y_weights without y")
-        return pairwise_sum(map_leading(_sum_of_block(kernel, x_blocks), _upper_blocks(x_blocks)))
-    y_weights = uniform_weights(y) if y_weights is None else y_weights
-    y_blocks = to_blocks(y, y_weights, block_size)
-    rows, columns = np.indices((len(x_blocks[0]), len(y_blocks[0]))).reshape(2, -1)
+        return pairwise_sum(lax.map(_sum_of_block(kernel, blocks), _upper_blocks(blocks)))
+    others = to_blocks(z, v, block_size)
+    rows, columns = np.indices((len(blocks[0]), len(others[0]))).reshape(2, -1)
     pairs = rows, columns, np.ones_like(rows)
-    return pairwise_sum(map_leading(_sum_of_block(kernel, x_blocks, y_blocks), pairs))
+    return pairwise_sum(lax.map(_sum_of_block(kernel, blocks, others), pairs))
 
 
 def kernel_mean_and_largest(
