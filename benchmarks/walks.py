@@ -4,11 +4,11 @@
 
 Runs the command in this process and prints, in the order of their first calls, the functions of the
 project that are handed an array of two or more dimensions, by file; a function counts once. A
-return is a step to a file that was left before.
+return is a step to a file, or to a room of the house, that was left before.
 """
 
+import itertools
 import runpy
-import shlex
 import sys
 from pathlib import Path
 from types import CodeType, FrameType
@@ -53,6 +53,12 @@ class Walk:
         self.files[-1][1].append(code.co_name)
 
 
+def room(file: str) -> str:
+    """A module or package at the top of `lib`, or an experiment."""
+    top, *inner = file.split("/")
+    return f"lib/{inner[0].removesuffix('.py')}" if top == "lib" else top
+
+
 if __name__ == "__main__":
     walk, sys.argv = Walk(), sys.argv[1:]
     sys.setprofile(walk)
@@ -62,5 +68,7 @@ if __name__ == "__main__":
         sys.setprofile(None)
         for name, functions in walk.files:
             print(f"{name}: {', '.join(functions)}")
-        num_files = len({name for name, _ in walk.files})
-        print(f"{num_files} files, {len(walk.files) - num_files} returns: {shlex.join(sys.argv)}")
+        files = [name for name, _ in walk.files]
+        for kind, places in (("files", files), ("rooms", [room(name) for name in files])):
+            steps = [place for place, _ in itertools.groupby(places)]
+            print(f"{len(set(steps))} {kind}, {len(steps) - len(set(steps))} returns")
