@@ -21,11 +21,10 @@ max_i H_ii and to the objective.
 
 Bootstrap: 200 replicates of the rows at N = 50, `solve_batch` beside a loop over each solver.
 
-How: one process, a round of each in turn, so that drift is shared. The first call is apart: it is
-where ours compiles, from N = `FIRST_PHASE` on. A call shorter than ROUND_SECONDS is repeated within
-its round; one that takes long has fewer rounds, or but the second call, and where a solve takes
-over LONG_SECONDS its time from means, the same except for a few milliseconds, is left out.
-Seconds are wall time, the median over rounds.
+How: one process, a round of each in turn, so that drift is shared. The first call is apart. A call
+shorter than ROUND_SECONDS is repeated within its round; one that takes long has fewer rounds, or
+only the second call, and where a solve takes over LONG_SECONDS its time from means, the same except
+for a few milliseconds, is left out. Seconds are wall time, the median over rounds.
 What is not installed is left out, and said: `pip install cvxpy quadprog piqp` for all. The
 machine's load before is kept.
 """
@@ -55,7 +54,6 @@ from lib.simplex_qp import (
     make_problem,
     nearest_weights,
     objective,
-    projected_gradient,
     solve,
     solve_batch,
 )
@@ -384,7 +382,6 @@ def bootstrap(solvers: Sequence[str], options: Options) -> dict[str, Any]:
     problems = [make_problem(from_means(*one), ridge=RIDGE) for one in means]
     calls = {
         "ours: solve_batch": partial(solve_batch, problems),
-        "ours: projected gradient of it": partial(projected_gradient, problems),
         "ours: loop of solve": lambda: [solve(problem) for problem in problems],
     }
     for name in solvers:

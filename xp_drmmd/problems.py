@@ -46,8 +46,7 @@ def problem(config: FlowConfig, seed: int, data_root: Path | None = None) -> Pro
     n, m = config.source_particle_num, config.target_particle_num
 
     def normal(scale, center):
-        noise = jax.random.normal(key_start, (n, len(center)), float)
-        return jnp.asarray(center, float)[None, :] + scale * noise
+        return synthetic.gaussians(key_start, np.array([center]), n, scale=scale)[0]
 
     if config.dataset == "ThreeRing":  # equispaced: only the start is random
         if m % 3:

@@ -60,7 +60,7 @@ CONTENT = "content:"
 """What a value of a configuration begins with that stands for the content of data."""
 NOT_HASHED = ("seed", "progress", "results")
 Identity = Mapping[str, np.ndarray]
-_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "jaxopt", "scikit-learn", "torch")
+_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "scikit-learn", "torch")
 
 
 def config_hash(config: Any, *, exclude: Iterable[str] = NOT_HASHED) -> str:

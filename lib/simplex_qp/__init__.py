@@ -16,7 +16,6 @@ from lib.simplex_qp._problem import (
 from lib.simplex_qp._solve import (
     Solution,
     SolverError,
-    projected_gradient,
     solve,
     solve_batch,
     solve_with_cvxpy,
