@@ -87,7 +87,9 @@ def train_both(images, labels, config: TrainingConfig) -> dict[str, float]:
     network = LeNet5()
     keys = jax.random.split(jax.random.PRNGKey(1), config.num_trainings)
     at_once, _ = seconds(
-        lambda: classification.train_seeds(keys, network, images, labels, **options)
+        lambda: classification.fit_seeds(
+            keys, network, images, labels, show_progress=False, **options
+        )
     )
     in_turn, _ = seconds(
         lambda: [classification.train(key, network, images, labels, **options) for key in keys]

@@ -23,7 +23,7 @@ import tyro
 from jax.sharding import Mesh
 
 from lib import datasets, runs
-from lib.networks import LeNet5, classification, optimizers
+from lib.networks import LeNet5, check_size, classification, optimizers
 from lib.numerics import key_of_seed
 from lib.report.spreads import mean_and_spread, spread
 from lib.report.tables import write_summary
@@ -58,7 +58,7 @@ def data(seed: int, config: TransferConfig, data_root: Path | None):
     source = resized(load(config.source, "train", data_root), config.size)
     target = load(config.target, "train", data_root)
     shape = (*source.image_shape[:2], min(source.image_shape[2], target.image_shape[2]))
-    LeNet5.check(shape)  # before the flow, not after it
+    check_size(LeNet5(), shape)  # before the flow, not after it
     key_source, key_target = jax.random.split(key_of_seed(seed))
     x0 = datasets.draw(key_source, shaped(source, shape), config.num_per_class)
     return x0, datasets.draw(key_target, shaped(target, shape), config.k_shot), shape
@@ -133,7 +133,7 @@ def accuracies(
     """Test accuracy of `config.num_trainings` networks trained from keys of their own."""
     keys = jax.random.split(key_of_seed(seed, shift=1_000_000), config.num_trainings)
     network = LeNet5(num_classes=int(max(labels.max(), test_labels.max())) + 1)
-    parameters, _ = classification.train_seeds(
+    parameters, _ = classification.fit_seeds(
         keys,
         network,
         jnp.asarray(images),
@@ -141,6 +141,7 @@ def accuracies(
         optimizer=optimizers.adam(config.learning_rate),
         num_epochs=config.num_epochs,
         batch_size=config.batch_size,
+        show_progress=False,
         mesh=mesh,
     )
     test_images, test_labels = jnp.asarray(test_images), jnp.asarray(test_labels)

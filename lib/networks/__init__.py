@@ -11,6 +11,7 @@ from lib.networks._networks import (
     Norm,
     Outputs,
     ResNet18,
+    check_size,
     network_by_name,
     torch_like,
 )

@@ -61,7 +61,7 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images) -> Outputs:
-        self.check(images.shape[1:])
+        check_size(self, images.shape[1:])
         # The batch comes last until the dense layers: see `_PatchConv`.
         x = jnp.transpose(images, (3, 1, 2, 0))
         x = _pool(nn.relu(_PatchConv(6, self.first_kernel, self.first_kernel // 2)(x)))
@@ -70,11 +70,6 @@ class LeNet5(nn.Module):
         x = nn.relu(nn.Dense(120)(x))
         x = nn.relu(nn.Dense(84)(x))
         return x if self.num_classes is None else nn.Dense(self.num_classes)(x)
-
-    @classmethod
-    def check(cls, image_shape: tuple[int, ...]) -> None:
-        """Raises ValueError for images (height, width, channels) that are too small."""
-        _check_side("LeNet-5", image_shape, cls.SMALLEST)
 
 
 class _PatchConv(nn.Module):
@@ -135,16 +130,12 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images) -> Outputs:
-        self.check(images.shape[1:])
+        check_size(self, images.shape[1:])
         x = _padded(images)
         for _ in range(self.depth):
             x = Conv(self.width, 3, self.convolution)(x)
             x = nn.avg_pool(nn.relu(_normalized(x, self.norm)), (2, 2), strides=(2, 2))
         return _head(x, self.num_classes)
-
-    def check(self, image_shape: tuple[int, ...]) -> None:
-        """Raises ValueError for images (height, width, channels) that are too small."""
-        _check_side(f"A ConvNet of depth {self.depth}", image_shape, 2**self.depth)
 
 
 class AlexNet(nn.Module):
@@ -164,17 +155,13 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images) -> Outputs:
-        self.check(images.shape[1:])
+        check_size(self, images.shape[1:])
         x = _padded(images)
         for i, (width, size) in enumerate(zip(self.widths, (5, 5, 3, 3, 3))):
             x = Conv(width, size, self.convolution)(x)
             x = nn.relu(_normalized(x, self.norm))
             x = nn.max_pool(x, (2, 2), strides=(2, 2)) if i in (0, 1, 4) else x
         return _head(x, self.num_classes)
-
-    def check(self, image_shape: tuple[int, ...]) -> None:
-        """Raises ValueError for images (height, width, channels) that are too small."""
-        _check_side("AlexNet", image_shape, self.SMALLEST)
 
 
 class VGG11(nn.Module):
@@ -194,7 +181,7 @@ class VGG11(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images) -> Outputs:
-        self.check(images.shape[1:])
+        check_size(self, images.shape[1:])
         x = _padded(images)
         for stage in self.widths:
             for width in stage:
@@ -202,11 +189,6 @@ class VGG11(nn.Module):
                 x = nn.relu(_normalized(x, self.norm))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         return _head(x, self.num_classes)
-
-    def check(self, image_shape: tuple[int, ...]) -> None:
-        """Raises ValueError for images (height, width, channels) that are too small."""
-        if tuple(image_shape[:2]) != (28, 28):
-            _check_side("VGG-11", image_shape, self.SMALLEST)
 
 
 class ResNet18(nn.Module):
@@ -227,7 +209,7 @@ class ResNet18(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images) -> Outputs:
-        self.check(images.shape[1:])
+        check_size(self, images.shape[1:])
         x = nn.relu(_normalized(self.conv(images, self.widths[0], 3, 1), self.norm))
         for stage, width in enumerate(self.widths):
             x = self.block(x, width, stride=1 if stage == 0 else 2)
@@ -244,10 +226,6 @@ class ResNet18(nn.Module):
         if stride > 1 or x.shape[3] != width:
             x = _normalized(self.conv(x, width, 1, stride), self.norm)
         return nn.relu(y + x)
-
-    def check(self, image_shape: tuple[int, ...]) -> None:
-        """Raises ValueError for images (height, width, channels) that are too small."""
-        _check_side("ResNet-18", image_shape, self.SMALLEST)
 
 
 # What the networks share
@@ -277,11 +255,16 @@ def _head(x, num_classes: int | None) -> Outputs:
     return x if num_classes is None else nn.Dense(num_classes, kernel_init=torch_like)(x)
 
 
-def _check_side(network: str, image_shape: tuple[int, ...], smallest: int) -> None:
+def check_size(network: nn.Module, image_shape: tuple[int, ...]) -> None:
+    """Raises ValueError for images (height, width, channels) that are too small for the network."""
+    name, smallest = type(network).__name__, getattr(network, "SMALLEST", 1)
+    if isinstance(network, ConvNet):
+        name, smallest = f"ConvNet of depth {network.depth}", 2**network.depth
     height, width = image_shape[:2]
-    if min(height, width) < smallest:
+    side = 32 if (height, width) == (28, 28) else min(height, width)  # those are padded
+    if side < smallest:
         raise ValueError(
-            f"{network} needs images of at least {smallest} x {smallest}, "
+            f"{name} needs images of at least {smallest} x {smallest}, "
             f"these have {height} x {width}"
         )
 
@@ -314,7 +297,5 @@ def network_by_name(
     }
     if name not in networks:
         raise ValueError(f"no network {name!r}; there are {', '.join(networks)}")
-    network = networks[name]
-    if not isinstance(network, MLP):
-        network.check(image_shape)
-    return network
+    check_size(networks[name], image_shape)
+    return networks[name]

@@ -1,8 +1,7 @@
 """Classifiers: train one from a key, evaluate it; several seeds and several sets at once.
 
-Training runs in one compiled loop. The key, the epoch and the step fix what each step draws, so a
-run does not depend on its chunks: `fit_seeds`, which trains in chunks (`lib.runs.loop`), ends in
-the bits of `train_seeds`, interrupted or not.
+Training runs in one compiled loop. The key, the epoch and the step fix what each step draws, so
+`fit_seeds`, which trains in chunks (`lib.runs.loop`), ends in the same bits, interrupted or not.
 
 Nothing is selected on the way: what comes back is the network after the last epoch.
 """
@@ -79,33 +78,6 @@ def train(
     return state.parameters, state.losses / len(images)
 
 
-def train_seeds(
-    keys: Array,
-    network: nn.Module,
-    images: Float[Array, "*sets n height width channels"],
-    labels: Int[Array, "*sets n"],
-    *,
-    optimizer: optax.GradientTransformation,
-    num_epochs: int = 50,
-    batch_size: int = 64,
-    transform: Transform | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Parameters, Float[Array, "*sets seeds num_epochs"]]:
-    """`train` for every key at once; parameters have a leading axis of seeds.
-
-    Images and labels may have a leading axis of sets: each is then trained on from every key, and
-    what comes back has axes [sets, seeds]. The devices of a mesh (`lib.devices`) share the
-    seeds, or the sets.
-    """
-    options = {"network": network, "optimizer": optimizer}
-    state = _start_all(keys, images, num_epochs=num_epochs, **options)
-    options |= {"batch_size": batch_size, "transform": transform}
-    num_steps = num_epochs * steps_per_epoch(images.shape[-4], batch_size)
-    keys, state, images, labels = devices.device_put((keys, state, images, labels), mesh)
-    state, *_ = _advance(state, num_steps, keys, images, labels, mesh=mesh, **options)
-    return devices.gather((state.parameters, state.losses / images.shape[-4]), mesh)
-
-
 def fit_seeds(
     keys: Array,
     network: nn.Module,
@@ -123,11 +95,12 @@ def fit_seeds(
     description: str = "training",
     mesh: Mesh | None = None,
 ) -> tuple[Parameters, Float[Array, "*sets seeds num_epochs"]]:
-    """`train_seeds`, to the bit, with a progress bar and, in a run folder, checkpoints; for the
-    other arguments see there.
+    """`train` for every key at once, with a progress bar and, in a run folder, checkpoints; for the
+    other arguments see there. Parameters have a leading axis of seeds.
 
     Args:
-      images: [n, H, W, channels], or [sets, n, H, W, channels].
+      images: [n, H, W, channels], or [sets, n, H, W, channels]: each set is then trained on from
+        every key, and what comes back has axes [sets, seeds].
       labels: [n], or [sets, n].
       at_once: False trains the seeds of one set one after the other within each chunk, equal to
         rounding; `lib.networks.convolution.networks_at_once` knows which is faster.
