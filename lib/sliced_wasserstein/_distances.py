@@ -11,7 +11,7 @@ leading `C` means C measures at once. Nothing of shape [C, C, n, L] is ever made
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -370,23 +370,11 @@ def sliced_wasserstein(
     directions: Float[Array, "L d"],
     *,
     p: int = 2,
-    x_weights: Float[Array, " n"] | None = None,
-    y_weights: Float[Array, " m"] | None = None,
-    coupling: Callable[[int, int], Coupling] = exact_coupling,
-    block_size: int | None = None,
+    **options: Any,
 ) -> Float[Array, ""]:
-    """SW_p, not raised to the power p; arguments as `sliced_wasserstein_power`.
+    """SW_p, not raised to the power p; arguments and options as `sliced_wasserstein_power`.
 
     Its gradient at identical clouds, where the root has none, is set to 0.
     """
-    power = sliced_wasserstein_power(
-        x,
-        y,
-        directions,
-        p=p,
-        x_weights=x_weights,
-        y_weights=y_weights,
-        coupling=coupling,
-        block_size=block_size,
-    )
+    power = sliced_wasserstein_power(x, y, directions, p=p, **options)
     return power if p == 1 else safe_sqrt(power)
