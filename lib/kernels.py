@@ -250,10 +250,10 @@ def kernel_mean(
     Without `y` it is sum_ij w_i w_j k(x_i, x_j), diagonal included; the kernel must be symmetric,
     and half of the blocks are computed.
 
-    Each block is summed by a product with its weights, then the block sums are summed pairwise: in
-    float32 the error is about eps times sum_ij |w_i v_j k|. Beside the input and a padded copy of
-    it, this holds O(block_size^2 + block_size p) and one sum for each block; so does the reverse
-    mode, which computes each block again.
+    Each block is summed by a product with its weights, then the block sums are summed pairwise: the
+    error is about eps sqrt(block_size) times sum_ij |w_i v_j k|, whatever n. Beside the input and a
+    padded copy of it, this holds O(block_size^2 + block_size p) and one sum for each block; so does
+    the reverse mode, which computes each block again.
     """
     if y is None and y_weights is not None:
         raise ValueError("y_weights without y")

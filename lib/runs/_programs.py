@@ -8,6 +8,7 @@ import os
 import platform
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,7 +30,8 @@ def keep_compiled_programs() -> Path | None:
     `JAX_ENABLE_COMPILATION_CACHE` is 0, or the folder cannot be written. Call it before JAX
     compiles anything.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+    config: Any = jax.config  # whose attributes not every version of JAX declares
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
     folder = home / _digest()

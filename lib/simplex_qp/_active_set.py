@@ -345,8 +345,8 @@ def _descend(program, y):
         rising, falling = movable & (y < upper), movable & (y > lower)
         if not (rising.any() and falling.any()):
             break
-        up = np.where(rising, slope, np.inf).argmin()
-        down = np.where(falling, slope, -np.inf).argmax()
+        up = np.argmin(np.where(rising, slope, np.inf))
+        down = np.argmax(np.where(falling, slope, -np.inf))
         if slope[down] - slope[up] <= ROUNDING * scale:
             break
         free = rising & falling
