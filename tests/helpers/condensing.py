@@ -6,18 +6,9 @@ from lib.datasets import Dataset
 from xp_dataset_distillation.config import CondenseConfig
 
 SMALL = CondenseConfig(
-    dataset="digits",
-    images_per_class=2,
-    factor=1,
-    start="real",
-    num_steps=4,
-    real_batch=5,
-    step_size=0.1,
-    augmentation="",
-    width=4,
-    depth=1,
-    num_snapshots=2,
-)
+    "digits", images_per_class=2, factor=1, start="real", num_steps=4, real_batch=5, step_size=0.1,
+    augmentation="", width=4, depth=1, num_snapshots=2,
+)  # fmt: skip
 
 
 def toy(counts=(7, 5, 9), *, shape=(3, 2, 1)) -> Dataset:

@@ -41,3 +41,16 @@ def restricted(structure, covariances, weights):
         "diag": np.diagonal(covariances, axis1=1, axis2=2),
         "spherical": np.trace(covariances, axis1=1, axis2=2) / covariances.shape[1],
     }.get(name)
+
+
+def moments(mixture, projection=None):
+    """Mean [d] and covariance [d, d], by the law of total variance, mapped back to pixels."""
+    weights, means = np.asarray(mixture.weights), np.asarray(mixture.means)
+    mean = weights @ means
+    centered = means - mean
+    covariance = np.einsum("k,kij->ij", weights, dense(mixture))
+    covariance += (weights * centered.T) @ centered
+    if projection is None:
+        return mean, covariance
+    components, center = projection
+    return mean @ components + center, components.T @ covariance @ components

@@ -16,3 +16,12 @@ def mmd_squared(x, y, kernel, *, unbiased=False):
         return gram[~np.eye(len(z), dtype=bool)].mean() if unbiased else gram.mean()
 
     return within(x) + within(y) - 2 * kernel(x, y).mean()
+
+
+def gram_of_means(groups, bandwidth, *, unbiased=False):
+    """Means of the kernel between groups; within one, if `unbiased`, over pairs of its rows."""
+    gram = np.array([[kernel(x, y, bandwidth).mean() for y in groups] for x in groups])
+    if unbiased:
+        sizes = np.array([len(x) for x in groups])
+        np.fill_diagonal(gram, 1 - (1 - gram.diagonal()) * sizes / (sizes - 1))
+    return gram

@@ -127,6 +127,10 @@ def assert_finite(tree, dtype):
             assert np.isfinite(np.asarray(leaf)).all()
 
 
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
 def sample(rng, n, d, exponent, dtype, same=False):
     """Rows at a scale, half of them twice, or all the same one."""
     x = 10.0**exponent * rng.normal(size=(n, d))

@@ -40,18 +40,10 @@ def progress_until_told(*args, initial, **options):
 def flow(results: Path, name: str, mesh):
     normal = partial(jax.random.normal, shape=(2, 6, 3))
     run = runs.open_run(results, "test", name, {}, seed=0)
-    return run, gd.wasserstein_gradient_descent(
-        normal(jax.random.key(0)),
-        normal(jax.random.key(1)),
-        mmd.target_value_and_grad(mmd.sliced_riesz(), num_directions=10, mesh=mesh),
-        jax.random.key(2),
-        n_epochs=40,
-        lr=0.1,
-        m=0.5,
-        run=run,
-        show_progress=False,
-        mesh=mesh,
-    )
+    target = mmd.target_value_and_grad(mmd.sliced_riesz(), num_directions=10, mesh=mesh)
+    arguments = normal(jax.random.key(0)), normal(jax.random.key(1)), target, jax.random.key(2)
+    options = {"n_epochs": 40, "lr": 0.1, "m": 0.5, "show_progress": False}
+    return run, gd.wasserstein_gradient_descent(*arguments, run=run, mesh=mesh, **options)
 
 
 def main(results: Path, mesh) -> None:
@@ -73,17 +65,11 @@ def main(results: Path, mesh) -> None:
     result = fit(data, start, tolerance=0.0, max_iterations=4, show_progress=False)
     found["log_likelihoods"], found["means"] = result.log_likelihoods, result.mixture.means
 
-    parameters, _ = classification.fit_seeds(
-        jax.random.split(jax.random.key(3), 3),
-        MLP(2, hidden=(5,)),
-        jax.random.normal(jax.random.key(0), (9, 2, 2, 1)),
-        np.arange(9) % 2,
-        optimizer=optimizers.sgd(0.1),
-        num_epochs=2,
-        batch_size=4,
-        show_progress=False,
-        mesh=mesh,
-    )
+    keys = jax.random.split(jax.random.key(3), 3)
+    images = jax.random.normal(jax.random.key(0), (9, 2, 2, 1)), np.arange(9) % 2
+    options = {"optimizer": optimizers.sgd(0.1), "num_epochs": 2, "batch_size": 4}
+    options |= {"show_progress": False, "mesh": mesh}
+    parameters, _ = classification.fit_seeds(keys, MLP(2, hidden=(5,)), *images, **options)
     for i, leaf in enumerate(jax.tree.leaves(parameters)):
         found[f"parameters{i}"] = leaf
     pieces = [np.arange(3.0) + i / 3 for i in processes.own_share(5)]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -127,7 +128,7 @@ def test_values_and_gradients_are_those_of_torch(shape, dialect):
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (5, 8, 3)])
-def test_neutral_parameters_keep_every_bit(shape):
+def test_flips_and_neutral_parameters_keep_every_bit(shape):
     images = random_images(14, 3, *shape, dtype=np.float32)
     values = dict.fromkeys(Parameters._fields, 0.5) | NEUTRAL
     one = Parameters(**{name: jnp.asarray(value) for name, value in values.items()})
@@ -135,19 +136,8 @@ def test_neutral_parameters_keep_every_bit(shape):
     np.testing.assert_array_equal(jit_apply(one, images), images)
     np.testing.assert_array_equal(jit_apply(each, images), images)
     np.testing.assert_array_equal(apply(Parameters(), jnp.asarray(images)), images)
-
-
-def test_flips_and_crops_keep_every_bit():
-    images = random_images(15, 3, 9, 8, 2, dtype=np.float32)
     mirrored = jit_apply(Parameters(flip=jnp.asarray(True)), images)
     np.testing.assert_array_equal(mirrored, images[:, :, ::-1])
-    # Of 3 places along rows the last, of 3 along columns the first: shifts 1 and -1.
-    crop = Parameters(
-        crop_share=jnp.asarray(0.125), crop_row=jnp.asarray(0.99), crop_column=jnp.asarray(0.1)
-    )
-    expected = np.zeros_like(images)
-    expected[:, :-1, 1:] = images[:, 1:, :-1]
-    np.testing.assert_array_equal(jit_apply(crop, images), expected)
 
 
 def test_augment_is_a_draw_and_its_application():
@@ -217,53 +207,11 @@ def test_dsa_counts_operations_of_color_apart_where_they_are_named_apart():
         assert_frequency(operation, 1 / 3)
 
 
-def idc():
-    return parse(ALL, dialect="idc")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        *(
-            (partial(parse, strategy, dialect="idc"), message)
-            for strategy, message in (
-                ("color_crops", "no operation 'crops'; there are flip"),
-                ("crop_", "no operation ''"),
-                ("flip_crop_flip", "flip is named more than once"),
-                ("color_contrast", "contrast is named more than once"),
-            )
-        ),
-        (lambda: replace(idc(), flip_probability=1.5), "flip_probability must be .* got 1.5"),
-        (lambda: replace(idc(), crop_share=-0.1), "crop_share must be .* got -0.1"),
-        (lambda: replace(idc(), scale_ratio=0.9), "scale_ratio must be .* got 0.9"),
-        (lambda: replace(idc(), scale_ratio=math.inf), "scale_ratio must be .* got inf"),
-        (lambda: replace(idc(), rotation_degrees=181.0), "rotation_degrees must be .* got 181.0"),
-        (lambda: replace(idc(), cutout_share=2.0), "cutout_share must be .* got 2.0"),
-        (lambda: replace(idc(), contrast=math.nan), "contrast must be .* got nan"),
-        (
-            lambda: apply(draw(jax.random.key(28), idc(), 3), jnp.zeros((2, 4, 4, 1))),
-            r"shapes \[\(3,\)\] for 2 images",
-        ),
-    ],
-)
-def test_what_raises(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 def test_values_are_uniform_on_their_ranges():
-    ranges = {
-        "scale_rows": (1 / 1.2, 1.2),
-        "scale_columns": (1 / 1.2, 1.2),
-        "angle": (-math.pi / 12, math.pi / 12),
-        "crop_row": (0, 1),
-        "crop_column": (0, 1),
-        "cutout_row": (0, 1),
-        "cutout_column": (0, 1),
-        "brightness": (-0.5, 0.5),
-        "saturation": (0, 2),
-        "contrast": (0.5, 1.5),
-    }
+    places = "crop_row", "crop_column", "cutout_row", "cutout_column"
+    ranges = dict.fromkeys(places, (0, 1)) | {"angle": (-math.pi / 12, math.pi / 12)}
+    ranges |= dict.fromkeys(("scale_rows", "scale_columns"), (1 / 1.2, 1.2))
+    ranges |= {"brightness": (-0.5, 0.5), "saturation": (0, 2), "contrast": (0.5, 1.5)}
     parameters = jit_draw(jax.random.key(24), parse(ALL, dialect="idc"), NUM)
     values = {}
     for name, (low, high) in ranges.items():
@@ -275,6 +223,16 @@ def test_values_are_uniform_on_their_ranges():
     for first, second in itertools.combinations(values.values(), 2):
         n = min(len(first), len(second))
         assert abs(scipy.stats.pearsonr(first[:n], second[:n]).statistic) < 0.1
+
+
+def assert_centers_are_uniform(ends, size, before, after, num_centers):
+    """Of first and last places [n, 2] of spans that reach so far from a center, cut off at 0 and
+    `size`."""
+    possible = [(max(0, c - before), min(size, c + after)) for c in range(num_centers)]
+    expected, counts = Counter(possible), Counter(map(tuple, ends))
+    assert counts.keys() <= expected.keys()
+    shares = [len(ends) * number / num_centers for number in expected.values()]
+    assert scipy.stats.chisquare([counts[span] for span in expected], shares).pvalue > 1e-3
 
 
 def rows_of(strategy, size):
@@ -305,17 +263,10 @@ def test_crops_shift_by_every_number_of_pixels_alike(size):
 @pytest.mark.parametrize("size", [8, 9])
 def test_holes_lie_around_every_place_of_the_image_alike(size):
     side = int(0.5 * size + 0.5)
-    expected = {}
-    for center in range(size + (side % 2 == 0)):
-        low, high = max(0, center - side // 2), min(size, center - side // 2 + side)
-        expected[low, high] = expected.get((low, high), 0) + NUM / (size + (side % 2 == 0))
-    counts = dict.fromkeys(expected, 0)
-    for row in rows_of("cutout", size):
-        hole = np.flatnonzero(row == 0)
-        low, high = int(hole[0]), int(hole[-1]) + 1
-        assert len(hole) == high - low
-        counts[low, high] += 1
-    assert scipy.stats.chisquare(list(counts.values()), list(expected.values())).pvalue > 1e-3
+    holes = [np.flatnonzero(row == 0) for row in rows_of("cutout", size)]
+    ends = [(hole[0], hole[-1] + 1) for hole in holes]
+    assert [len(hole) for hole in holes] == [high - low for low, high in ends]
+    assert_centers_are_uniform(ends, size, side // 2, side - side // 2, size + (side % 2 == 0))
 
 
 def test_strategies():
@@ -360,16 +311,9 @@ def test_half_of_the_batches_and_boxes_of_half_the_area_around_every_pixel():
     images, _ = many(jax.random.key(1), num, probability=0.5, alpha=1e5)
     found = np.array([box for box in map(boxes, np.asarray(images)) if box is not None])
     assert scipy.stats.binomtest(len(found), num, 0.5 * (1 - 1 / 120)).pvalue > 1e-3
-    for size, low, high in ((HEIGHT, *found.T[:2]), (WIDTH, *found.T[2:])):
+    for size, ends in ((HEIGHT, found[:, :2]), (WIDTH, found[:, 2:])):
         half = int(size * 0.5**0.5) // 2
-        expected = {}
-        for center in range(size):
-            ends = max(0, center - half), min(size, center + half)
-            expected[ends] = expected.get(ends, 0) + len(found) / size
-        counts = dict.fromkeys(expected, 0)
-        for ends in zip(low.tolist(), high.tolist()):
-            counts[ends] += 1
-        assert scipy.stats.chisquare(list(counts.values()), list(expected.values())).pvalue > 1e-3
+        assert_centers_are_uniform(ends, size, half, half, size)
 
 
 @pytest.mark.parametrize("alpha", [0.3, pytest.param(3.0, marks=pytest.mark.slow)])
@@ -415,15 +359,43 @@ def test_gradients_go_to_the_images_that_are_seen():
     assert boxes(mixed) is not None
 
 
-def test_options_out_of_range():
-    for options, message in (
-        ({"probability": 1.5}, "probability must lie in .* got 1.5"),
-        ({"probability": -0.1}, "got -0.1"),
-        ({"alpha": 0.0}, "alpha must be positive and finite, got 0.0"),
-        ({"alpha": float("inf")}, "got inf"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            cutmix(jax.random.key(7), jnp.asarray(IMAGES), jnp.asarray(TARGETS), **options)
+IDC = parse(ALL, dialect="idc")
+mix = partial(cutmix, jax.random.key(7), jnp.asarray(IMAGES), jnp.asarray(TARGETS))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *(
+            (partial(parse, strategy, dialect="idc"), message)
+            for strategy, message in (
+                ("color_crops", "no operation 'crops'; there are flip"),
+                ("crop_", "no operation ''"),
+                ("flip_crop_flip", "flip is named more than once"),
+                ("color_contrast", "contrast is named more than once"),
+            )
+        ),
+        *(
+            (partial(replace, IDC, **{name: value}), f"{name} must be .* got {value}")
+            for name, value in (
+                *(("flip_probability", 1.5), ("crop_share", -0.1), ("rotation_degrees", 181.0)),
+                *(("scale_ratio", 0.9), ("scale_ratio", math.inf), ("cutout_share", 2.0)),
+                ("contrast", math.nan),
+            )
+        ),
+        (
+            lambda: apply(draw(jax.random.key(28), IDC, 3), jnp.zeros((2, 4, 4, 1))),
+            r"shapes \[\(3,\)\] for 2 images",
+        ),
+        (partial(mix, probability=1.5), "probability must lie in .* got 1.5"),
+        (partial(mix, probability=-0.1), "got -0.1"),
+        (partial(mix, alpha=0.0), "alpha must be positive and finite, got 0.0"),
+        (partial(mix, alpha=math.inf), "got inf"),
+    ],
+)
+def test_what_raises(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # Properties, at any scale and in both dtypes

@@ -11,7 +11,7 @@ import pytest
 from chunks import assert_same_bits, interrupt, record_chunks
 from scipy.special import log_softmax
 
-from lib.networks.classification import accuracy, fit_seeds, predict, train, train_seeds
+from lib.networks.classification import accuracy, fit_seeds, predict, train
 from lib.networks.optimizers import sgd
 from lib.runs.files import RunFileError
 from lib.runs.loop import DivergedError
@@ -112,17 +112,16 @@ def two_sets(n=7):
     return jnp.asarray(np.stack(images), jnp.float32), jnp.asarray(np.stack(labels), jnp.int32)
 
 
-def fitted(train=fit_seeds, **changes):
+def fitted(**changes):
     images, labels = two_sets()
     options = {"keys": KEYS, "network": Linear(), "images": images, "labels": labels}
     options |= {"optimizer": FLAT, "num_epochs": 4, "batch_size": 3, "transform": mixed}
-    options |= {"show_progress": False} if train is fit_seeds else {}
-    return train(**options | changes)
+    return fit_seeds(**{"show_progress": False} | options | changes)
 
 
 def test_sets_and_seeds_at_once_are_each_alone():
     """To float32 rounding, which the steps carry on: products of an ensemble are batched."""
-    parameters, losses = fitted(train_seeds)
+    parameters, losses = fitted()
     assert losses.shape == (2, 2, 4)
     images, labels = two_sets()
     for i, j in np.ndindex(2, 2):
@@ -135,8 +134,7 @@ def test_sets_and_seeds_at_once_are_each_alone():
 
 def test_chunks_and_interruptions_change_no_bit(monkeypatch, run):
     """4 epochs of 3 steps: stops within epochs and between them."""
-    whole = fitted(train_seeds)
-    assert_same_bits(fitted(), whole)
+    whole = fitted()
     interrupt(monkeypatch, partial(fitted, run=run), 1, 6, 11)
     sizes = record_chunks(monkeypatch)
     assert_same_bits(fitted(run=run), whole)

@@ -7,15 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from scripts import REPOSITORY
 
 from lib.runs import commands, console, processes
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -184,7 +182,11 @@ def test_platforms_that_are_not_there_are_one_line(platforms):
     """JAX itself raises an AssertionError without text, or explains in a traceback."""
     environment = {**os.environ, "JAX_PLATFORMS": platforms, "XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND], env=environment, capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", COMMAND],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
     )
     if done.returncode == 0:
         pytest.skip("this machine has them")
@@ -195,12 +197,16 @@ def test_platforms_that_are_not_there_are_one_line(platforms):
 
 
 def test_scripts_start_in_a_clone_that_changes_line_ends(tmp_path):
-    if not (ROOT / ".git").exists():
+    if not (REPOSITORY / ".git").exists():
         pytest.skip("no clone of a git repository")
     git = ["git", "-c", "core.autocrlf=true"]
-    subprocess.run([*git, "clone", "--quiet", "--no-checkout", ROOT, tmp_path], check=True)
+    subprocess.run([*git, "clone", "--quiet", "--no-checkout", REPOSITORY, tmp_path], check=True)
     listed = subprocess.run(
-        ["git", "ls-files", "*.sh", ".ci/run"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "*.sh", ".ci/run"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     scripts = listed.stdout.split()
     subprocess.run(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from subprocesses import run_python
+from scripts import REPOSITORY, run_script
 
 from lib import devices
 
@@ -21,7 +21,9 @@ SINGLE = 2e-5  # the same in float32, through a network
 def found(request):
     """What `on_eight_devices.py` prints: relative differences from one device, shares of memory."""
     script = Path(__file__).with_name("on_eight_devices.py")
-    return json.loads(run_python(script, request.param, devices=8).splitlines()[-1])
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    printed = run_script(script, request.param, PYTHONPATH=str(REPOSITORY), **eight)
+    return json.loads(printed.splitlines()[-1])
 
 
 def chosen(found, *beginnings):

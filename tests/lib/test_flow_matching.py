@@ -90,24 +90,6 @@ def gaussian_velocity(x, times):
     return M[None] + rate * (x - t * M[None])
 
 
-@pytest.mark.parametrize(("method", "order"), [(euler, 1), (heun, 2)])
-def test_order_of_convergence_and_end_points(x64, method, order):
-    x0 = jax.random.normal(jax.random.key(0), (20, 2), jnp.float64)
-    expected = M + S * np.asarray(x0)
-    errors = []
-    for num_steps in (40, 80, 160):
-        x1 = jax.jit(lambda x, n=num_steps: method(gaussian_velocity, x, n))(x0)
-        errors.append(np.abs(x1 - expected).max())
-    rates = np.log2(np.array(errors[:-1]) / errors[1:])
-    np.testing.assert_allclose(rates, order, atol=0.15)
-    assert errors[-1] < {1: 0.1, 2: 1e-3}[order]
-    path = method(gaussian_velocity, x0, 160, keep_path=True)
-    np.testing.assert_array_equal(path[0], x0)
-    np.testing.assert_allclose(path[-1], x1, rtol=1e-12)
-    middle = M / 2 + sigma(0.5, S) * np.asarray(x0)
-    np.testing.assert_allclose(path[80], middle, atol={1: 0.05, 2: 1e-3}[order])
-
-
 @pytest.mark.parametrize(("method", "solve"), [("euler", euler), ("heun", heun)])
 def test_one_program_serves_all_numbers_of_evaluations(x64, method, solve):
     x0, traced = jax.random.normal(jax.random.key(0), (7, 2), jnp.float64), []
@@ -216,9 +198,6 @@ def test_a_gaussian_is_carried_to_a_gaussian():
     np.testing.assert_allclose(np.cov(made.T), np.cov(x1.T), atol=0.04)
 
 
-X0 = jnp.zeros((2, 2))
-
-
 # Interruptions
 
 
@@ -293,18 +272,12 @@ def test_bad_input_raises(changes, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: euler(gaussian_velocity, X0, 0), "num_steps must be at least 1, got 0"),
-        (
-            lambda: integrate(gaussian_velocity, X0, num_evaluations=5, method="heun"),
-            "5 evaluations are no whole number of heun steps",
-        ),
-        (
-            lambda: integrate(gaussian_velocity, X0, num_evaluations=4, block_size=0),
-            "block_size must be at least 1",
-        ),
-        (lambda: straightness(X0[None]), "a path is"),
+        (partial(euler, num_steps=0), "num_steps must be at least 1, got 0"),
+        (partial(integrate, num_evaluations=5, method="heun"), "5 evaluations are no whole number"),
+        (partial(integrate, num_evaluations=4, block_size=0), "block_size must be at least 1"),
+        (lambda _, x0: straightness(x0[None]), "a path is"),
     ],
 )
 def test_bad_numbers_of_steps_raise(call, message):
     with pytest.raises(ValueError, match=message):
-        call()
+        call(gaussian_velocity, jnp.zeros((2, 2)))

@@ -50,15 +50,6 @@ def whole():
 # What a step is
 
 
-@x64
-def test_gradient_descent_on_a_quadratic_in_closed_form():
-    x0, y = start(dtype=np.float64)
-    particles = gd.wasserstein_gradient_descent(x0, y, quadratic, KEY, 20, 0.1).particles
-    shrink = (1 - 0.1 * np.array([1.0, 2.0])) ** np.arange(21)[:, None, None, None]
-    x0, y = np.asarray(x0), np.asarray(y)
-    np.testing.assert_allclose(particles, y + shrink * (x0 - y), rtol=1e-12)
-
-
 @pytest.mark.usefixtures("unannotated")
 def test_keys_of_both_kinds_and_starts_that_are_numpy_arrays(whole):
     assert isinstance(whole, gd.FlowResult)
@@ -135,7 +126,6 @@ def test_a_function_is_traced_once_and_a_second_flow_compiles_nothing():
     assert not [name for name in compiled if "compile" in name]
 
 
-# (n_epochs, record_every): a multiple, no multiple, longer than the run, the run itself.
 # (n_epochs, record_every): all, a multiple, no multiple, longer than the run, the run itself.
 @pytest.mark.parametrize(
     ("n_epochs", "record_every"), [(13, 1), (12, 4), (13, 4), (13, 40), (13, 13)]
@@ -170,24 +160,21 @@ BAD_INPUTS = {
     "NaN start": ({"x0": spoilt((0, 2, 1), NAN)}, r"x0 holds NaN or infinity.*\(0, 2, 1\)"),
     "infinite start": ({"x0": spoilt((1, 0, 0), -INF)}, r"x0 holds NaN or infinity.*\(1, 0, 0\)"),
     "NaN target": ({"y": spoilt((1, 2, 0), NAN)}, r"x_tgt holds NaN or infinity.*\(1, 2, 0\)"),
+    "NaN in a pytree": (
+        {"y": {"points": start()[1], "weights": [np.ones(2), np.array([0.5, NAN])], "key": KEY}},
+        r"x_tgt\.weights\.1 holds NaN .* first at index \(1,\)",
+    ),
     "no class": ({"x0": np.zeros((0, 3, 2), np.float32)}, r"x0 must be .*none 0: \(0, 3, 2\)"),
     "empty class": ({"y": np.zeros((2, 0, 2), np.float32)}, r"x_tgt must be .*none 0: \(2, 0, 2\)"),
     "one class alone": ({"x0": np.zeros((3, 2), np.float32)}, r"x0 must be \(classes, points, dim"),
     "integers": ({"x0": np.zeros((2, 3, 2), np.int32)}, "x0 must be floating point, got int32"),
-    "dimension": (
-        {"y": np.zeros((2, 3, 5), np.float32)},
-        r"x0 \(2, 3, 2\) and x_tgt \(2, 3, 5\) differ in dimension",
-    ),
+    "dimension": ({"y": np.zeros((2, 3, 5), "f")}, r"x0 \(2, 3, 2\) and x_tgt \(2, 3, 5\) differ"),
     "no step": ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
     **{f"lr {x}": ({"lr": x}, f"lr must be positive, got {x}") for x in (0.0, -0.1, INF, NAN)},
     **{f"m {x}": ({"m": x}, rf"m must lie in \[0, 1\), got {x}") for x in (1.0, -0.1, NAN)},
     "record_every": ({"record_every": 0}, "record_every must be at least 1, got 0"),
     "too much to keep": (
-        {
-            "x0": np.zeros((1, 1, 2**16), np.float32),
-            "y": np.zeros((1, 1, 2**16)),
-            "n_epochs": 19999,
-        },
+        {"x0": np.zeros((1, 1, 2**16), "f"), "y": np.zeros((1, 1, 2**16)), "n_epochs": 19999},
         r"of 19999 steps of \(1, 1, 65536\) takes 4\.9 GiB; raise record_every",
     ),
 }
@@ -203,15 +190,6 @@ def test_bad_input_raises_before_any_step(bad, run):
     with pytest.raises(ValueError, match=message):
         flow(target, run=run, **options)
     assert not run.checkpoint.exists()
-
-
-def test_nan_in_a_pytree_of_targets_is_named_before_any_step():
-    def target(x, y, key):
-        raise AssertionError("no step may be taken")
-
-    y = {"points": start()[1], "weights": [np.ones(2), np.array([0.5, NAN])], "key": KEY}
-    with pytest.raises(ValueError, match=r"x_tgt\.weights\.1 holds NaN .* first at index \(1,\)"):
-        flow(target, y=y)
 
 
 # What a function hands from step to step
@@ -251,28 +229,16 @@ def test_a_carry_survives_a_stop(monkeypatch, run):
 @pytest.mark.parametrize(
     ("target", "carry", "message"),
     [
-        (
-            lambda x, y, key: (jnp.sum(x), x[:, :1]),
-            False,
-            r"gradient \(2, 1, 2\) is not of the particles' shape \(2, 3, 2\)",
-        ),
+        (lambda x, y, key: (x[0, 0, 0], x[:, :1]), False, r"gradient \(2, 1, 2\) .* \(2, 3, 2\)"),
         (lambda x, y, key, carry: (x[0, 0, 0], x), True, r"gradient, carry\), it returned 2"),
         (lambda x, y, key: (x[0, 0, 0], x, x), False, r"\(value, gradient\), it returned 3"),
         (lambda x, y, key, carry: (x[0, 0, 0], x, 1), True, "carry that comes back"),
+        (lambda x, y, key, carry: (x[0, 0, 0], x, carry["count"]), True, "carry that comes back"),
     ],
 )
 def test_functions_that_return_too_little_or_another_shape_or_carry_raise(target, carry, message):
     with pytest.raises(ValueError, match=message):
         flow(target, **({"carry": first_carry()} if carry else {}))
-
-
-def test_functions_that_return_too_little_or_another_carry_raise():
-    with pytest.raises(ValueError, match=r"\(value, gradient, carry\), it returned 2"):
-        flow(lambda x, y, key, carry: (jnp.sum(x), x), carry=first_carry())
-    with pytest.raises(ValueError, match=r"\(value, gradient\), it returned 3"):
-        flow(lambda x, y, key: (jnp.sum(x), x, x))
-    with pytest.raises(ValueError, match="carry that comes back"):
-        flow(lambda x, y, key, carry: (jnp.sum(x), x, carry["count"]), carry=first_carry())
 
 
 def doubling(x, y, key):

@@ -76,15 +76,6 @@ def start_of(x, structure, num=3, seed=0, **options):
     return responsibilities_start(data, soft(x, num, seed), STRUCTURES[structure], **options)
 
 
-def test_densities_in_float32_and_their_dtype():
-    """A float64 mixture beside float32 points: within float32's rounding, under jit."""
-    x = clusters(1, n=50)
-    mixture = start_of(x, "full")
-    found = jax.jit(log_prob)(mixture, jnp.asarray(x, jnp.float32))
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, to_sklearn(mixture).score_samples(x), atol=2e-5)
-
-
 def test_sums_skip_rows_without_weight(x64):
     """From no row with weight to all of them, scattered, in each of the sizes and between."""
     rng, lengths = np.random.default_rng(0), []
@@ -223,34 +214,6 @@ def test_arrays_and_files_of_the_same_rows_are_fitted_alike(tmp_path):
             fit_or_start(Rows(open_rows(tmp_path / "x.npy")))
 
 
-X = clusters(13, n=20)
-
-
-BAD_INPUT = [
-    (lambda start: Rows(X[:, 0]), r"got shape \(20,\)"),
-    (lambda start: Rows(X, weights=-np.ones(20)), "weights must be finite and >= 0"),
-    (lambda start: Rows(X, dtype=np.int32), "float32 or float64, got int32"),
-    (lambda start: quiet_fit(Rows(X[:2]), start), "3 components, but 2 points"),
-    (lambda start: kmeans(jax.random.key(0), Rows(X), 21), "21 components, but 20 points"),
-    (lambda start: quiet_fit(Rows(X[:, :4]), start), "the data have dimension 4, the start 5"),
-    (
-        lambda start: responsibilities_start(Rows(X), np.eye(2)[[0] * 20], covariances.full),
-        "component 1 starts with no point",
-    ),
-    (lambda start: quiet_fit(Rows(X), start, regularization=-1.0), "regularization must be"),
-    (
-        lambda start: covariances.low_rank(jax.random.key(0), 5)(1, jnp.ones(5)),
-        "rank must be at least 1 and below d = 5",
-    ),
-    (lambda start: from_matrices(-np.eye(3)), "not positive definite"),
-    (lambda start: from_sklearn(GaussianMixture()), "has not been fitted"),
-    (
-        lambda start: log_prob(start, jnp.asarray(X[:, :3], jnp.float32)),
-        r"points are \[n, 5\], got shape \(20, 3\)",
-    ),
-]
-
-
 @pytest.mark.slow
 def test_held_out_data_stop_the_fit():
     """Few points in many dimensions: held-out likelihood falls while training's rises."""
@@ -287,7 +250,32 @@ def test_resumes_to_the_same_bits(run, monkeypatch):
 # Bad data: errors and repairs
 
 
-@pytest.mark.parametrize(("call", "message"), BAD_INPUT)
+X = clusters(13, n=20)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda start: Rows(X[:, 0]), r"got shape \(20,\)"),
+        (lambda start: Rows(X, weights=-np.ones(20)), "weights must be finite and >= 0"),
+        (lambda start: Rows(X, dtype=np.int32), "float32 or float64, got int32"),
+        (lambda start: quiet_fit(Rows(X[:2]), start), "3 components, but 2 points"),
+        (lambda start: kmeans(jax.random.key(0), Rows(X), 21), "21 components, but 20 points"),
+        (lambda start: quiet_fit(Rows(X[:, :4]), start), "the data have dimension 4, the start 5"),
+        (
+            lambda start: responsibilities_start(Rows(X), np.eye(2)[[0] * 20], covariances.full),
+            "component 1 starts with no point",
+        ),
+        (lambda start: quiet_fit(Rows(X), start, regularization=-1.0), "regularization must be"),
+        (
+            lambda _: covariances.low_rank(jax.random.key(0), 5)(1, jnp.ones(5)),
+            "rank .* below d = 5",
+        ),
+        (lambda start: from_matrices(-np.eye(3)), "not positive definite"),
+        (lambda start: from_sklearn(GaussianMixture()), "has not been fitted"),
+        (lambda start: log_prob(start, jnp.ones((20, 3))), r"points are \[n, 5\], .* \(20, 3\)"),
+    ],
+)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(start_of(X, "full"))
@@ -482,6 +470,10 @@ def test_scikit_learn_and_back(x64, structure):
     model = to_sklearn(ours)
     density = log_prob(ours, jnp.asarray(x))
     np.testing.assert_allclose(model.score_samples(x), density, rtol=1e-9)
+    with jax.enable_x64(False):
+        single = jax.jit(log_prob)(ours, jnp.asarray(x, jnp.float32))
+    assert single.dtype == jnp.float32
+    np.testing.assert_allclose(single, density, atol=2e-5)
     np.testing.assert_allclose(dense(from_sklearn(model)), dense(ours), rtol=1e-9, atol=1e-12)
     assert (model.sample(10)[0].shape, model.predict(x).shape) == ((10, 5), (300,))
     models = [model]

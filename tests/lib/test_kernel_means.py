@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.spatial.distance import cdist, pdist
+from scipy.spatial.distance import pdist
 from strategies import DECADES, DTYPES, SEEDS, few, sample
 
 from lib.rows import Rows, kernel_means
@@ -76,22 +76,11 @@ def test_exact_means(shape, dtype, exponent, same, block_size, seed):
         np.testing.assert_allclose(gram.a[-1, k, k] - noise[k], pairs.mean(), atol=2 * bound)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_single_precision(dtype):
-    """Kernel values in float32, their sums in float64."""
-    *sets, target = samples(12, (300, 200, 400), dtype)
+def test_half_precision_is_widened():
+    *sets, target = samples(12, (300, 200, 400), np.float16)
     found = exact_gram_of_means(sets, target, BANDWIDTHS, block_size=256)
-    for s, bandwidth in enumerate(BANDWIDTHS):
-        values = np.exp(-cdist(sets[0], sets[1], "sqeuclidean") / (2 * bandwidth**2))
-        np.testing.assert_allclose(found.a[s, 0, 1], values.mean(), rtol=2e-4 if s == 0 else 1e-5)
     wide = exact_gram_of_means([x.astype("f") for x in sets], target, BANDWIDTHS, block_size=256)
     np.testing.assert_array_equal(found.a, wide.a)
-
-
-def test_a_single_row_has_no_noise():
-    np.testing.assert_array_equal(
-        noise_of_means(np.array([[1.0, 0.3], [0.3, 0.6]]), [1, 5]), [0, 0.1]
-    )
 
 
 def test_small_means_without_noise_are_kept_in_single_precision():
@@ -115,15 +104,14 @@ def test_a_target_in_several_parts():
 
 
 def test_files(tmp_path):
-    *sets, target = samples(9, dtype=np.float32)
-    for i, rows in enumerate([*sets, target]):
+    arrays, found = samples(9, dtype=np.float32), []
+    for i, rows in enumerate(arrays):
         torch.save(torch.from_numpy(rows), tmp_path / f"{i}.pt")
-    files = [open_rows(tmp_path / f"{i}.pt") for i in range(4)]
-    found = exact_gram_of_means(files[:3], files[3], BANDWIDTHS, block_size=6)
-    expected = exact_gram_of_means(sets, target, BANDWIDTHS, block_size=6)
-    np.testing.assert_array_equal(found.a, expected.a)
-    bandwidth = streamed_median_bandwidth(jax.random.key(0), files, num_points=20)
-    assert bandwidth == streamed_median_bandwidth(jax.random.key(0), [*sets, target], num_points=20)
+    for sets in (arrays, [open_rows(tmp_path / f"{i}.pt") for i in range(4)]):
+        gram = exact_gram_of_means(sets[:3], sets[3], BANDWIDTHS, block_size=6)
+        median = streamed_median_bandwidth(jax.random.key(0), sets, num_points=20)
+        found.append((gram.a, median))
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -157,12 +145,6 @@ def test_files_with_rows_that_are_not_finite(tmp_path, which):
 def test_bad_input(sets, target, options, message):
     with pytest.raises(ValueError, match=message):
         exact_gram_of_means(sets, target, **({"bandwidths": [1.0]} | options))
-
-
-def test_a_file_of_another_width_is_named(tmp_path):
-    torch.save(torch.ones(3, 4), tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"set 0 .*other\.pt has"):
-        exact_gram_of_means(SETS, open_rows(tmp_path / "other.pt"), [1.0])
 
 
 class Counting:
@@ -204,11 +186,7 @@ def test_the_subsample_is_uniform():
         (SETS[:1], 1, "no pair in 1 points of 1 sets"),
         ([SETS[0][:1]], 1000, "no pair in 1 points"),
         ([SETS[0], OTHER], 1000, r"set 0 has shape \(7, 3\), set 1 has shape \(2, 4\)"),
-        (
-            [OTHER, OTHER],
-            1000,
-            "all rows of set 0, set 1 are equal, .*give a number in place of auto",
-        ),
+        ([OTHER, OTHER], 1000, "all rows of set 0, set 1 are equal, .*give a number in place of"),
     ],
 )
 def test_medians_that_do_not_exist(sets, num_points, message):

@@ -59,11 +59,6 @@ def loop(monkeypatch):
 
 
 @pytest.fixture
-def run(tmp_path):
-    return Run(tmp_path)
-
-
-@pytest.fixture
 def saves(monkeypatch):
     """The steps of the saves that have succeeded."""
     steps, save = [], Run.save_checkpoint
@@ -133,20 +128,16 @@ def test_a_signal_saves_and_stops_and_a_second_call_goes_on(monkeypatch, loop, r
     assert run.read_metrics() == [{"step": step, "done": step + 1} for step in range(9)]
 
 
-def test_a_signal_without_a_folder_is_a_keyboard_interrupt(monkeypatch, loop):
-    chunks = stop_after(monkeypatch, 2)
+@pytest.mark.parametrize(("step", "stored"), [(2, False), (7, True)])
+def test_a_signal_without_a_folder_or_after_the_last_save_is_a_keyboard_interrupt(
+    monkeypatch, loop, run, saves, step, stored
+):
+    chunks = stop_after(monkeypatch, step)
     with pytest.raises(KeyboardInterrupt) as caught:
-        loop(7)
+        loop(7, run if stored else None)
     assert not isinstance(caught.value, Interrupted)
-    assert chunks == [1, 1]
-
-
-def test_a_signal_at_the_last_step_comes_after_the_last_save(monkeypatch, loop, run, saves):
-    stop_after(monkeypatch, 7)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        loop(7, run)
-    assert not isinstance(caught.value, Interrupted)
-    assert saves == [7]
+    assert chunks == [1] * step
+    assert saves == [7] * stored
 
 
 def test_a_loop_that_has_converged_ends_and_stays_there(monkeypatch, loop, run):
@@ -264,20 +255,12 @@ def test_a_function_is_known_by_its_program_with_what_it_closes_over():
 
 
 def test_an_optimizer_is_known_by_all_its_settings():
-    schedule = optax.linear_schedule, optax.piecewise_constant_schedule
-    optimizers = [
-        optax.sgd(0.1),
-        optax.sgd(0.1, 0.5),
-        optax.sgd(0.1, 0.6),
-        optax.adam(0.1),
-        optax.adam(0.2),
-        optax.adam(0.1, b1=0.5),
-        optax.adam(0.1, eps=1e-2),
-        optax.adam(schedule[0](0.1, 0.0, 1000)),
-        optax.adam(schedule[0](0.1, 0.0, 9000)),
-        optax.adam(schedule[1](0.1, {500: 0.1})),
-        optax.chain(optax.clip(1.0), optax.adam(0.1)),
-    ]
+    schedules = [optax.linear_schedule(0.1, 0.0, steps) for steps in (1000, 9000)]
+    schedules += [optax.piecewise_constant_schedule(0.1, {500: 0.1})]
+    optimizers = [optax.sgd(0.1, momentum) for momentum in (None, 0.5, 0.6)]
+    optimizers += [optax.adam(step_size) for step_size in (0.1, 0.2, *schedules)]
+    optimizers += [optax.adam(0.1, b1=0.5), optax.adam(0.1, eps=1e-2)]
+    optimizers += [optax.chain(optax.clip(1.0), optax.adam(0.1))]
 
     def of(optimizer):
         return fingerprint(traced_optimizer(optimizer, {"w": jnp.ones((2, 3))})).tobytes()

@@ -26,14 +26,11 @@ KERNELS = {
 names = pytest.mark.parametrize("name", KERNELS)
 compiled = jax.jit(mmd.wow_value_and_grad, static_argnames=("kernel", "block_size"))
 
-
 # Used as given: they need not sum to 1.
 WEIGHTS = {
     "equal": (np.full(3, 1 / 3), np.full(2, 1 / 2)),
     "unequal": (np.array([0.5, 0.0, 0.9]), np.array([0.3, 0.6])),
 }
-
-
 UNEQUAL = WEIGHTS["unequal"]
 
 

@@ -9,15 +9,12 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies import normal
 
 from lib.networks import MLP, VGG11, AlexNet, ConvNet, LeNet5, ResNet18, network_by_name, torch_like
 from lib.networks.optimizers import adam, adamw, sgd
 
 x64 = pytest.mark.usefixtures("x64")
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def random_parameters(network, images, seed=0):
@@ -151,11 +148,6 @@ def resnet(parameters, x, widths):
     return dense(x.mean(dim=(2, 3)), parameters["Dense_0"])
 
 
-def number_of_parameters(network, shape):
-    parameters = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))
-    return sum(leaf.size for leaf in jax.tree.leaves(parameters))
-
-
 # By name, for 32 x 32 x 3 and 28 x 28 x 1: numbers of what stands before the last layer, counted
 # layer by layer (kernels, biases, scales and shifts), and of features.
 SIZES = {
@@ -174,7 +166,8 @@ def test_number_of_parameters_by_name(name):
     for shape, count in zip(((32, 32, 3), (28, 28, 1)), counts):
         for classes, last in ((None, 0), (7, (features + 1) * 7)):
             network = network_by_name(name, classes, shape)
-            assert number_of_parameters(network, shape) == count + last
+            parameters = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))
+            assert sum(leaf.size for leaf in jax.tree.leaves(parameters)) == count + last
         bare = network_by_name(name, None, shape).init_with_output
         out, _ = jax.eval_shape(bare, jax.random.key(0), jnp.zeros((2, *shape)))
         assert out.shape == (2, features)
@@ -247,9 +240,9 @@ def test_features_are_what_the_last_layer_takes(network):
     ("name", "shape", "message"),
     [
         ("convnet", (8, 7, 1), "ConvNet of depth 3 needs images of at least 8 x 8.* 8 x 7"),
-        ("lenet", (11, 12, 1), "LeNet-5 needs .* 12 x 12, these have 11 x 12"),
+        ("lenet", (11, 12, 1), "LeNet5 needs .* 12 x 12, these have 11 x 12"),
         ("alexnet", (7, 8, 3), "AlexNet needs .* 8 x 8, these have 7 x 8"),
-        ("vgg11", (31, 32, 3), "VGG-11 needs .* 32 x 32, these have 31 x 32"),
+        ("vgg11", (31, 32, 3), "VGG11 needs .* 32 x 32, these have 31 x 32"),
         ("resnet18", (9, 8, 3), "ResNet-18 needs .* 9 x 9, these have 9 x 8"),
         ("resnet34", (32, 32, 3), "no network 'resnet34'; there are convnet, mlp"),
     ],

@@ -289,25 +289,22 @@ def test_durations_in_words():
 @pytest.mark.parametrize("status", [0, 130])
 def test_run_sh_ends_with_the_page_also_after_a_failure(tmp_path, status):
     """With a python that only says what it was asked for."""
-    for name in ("requirements.txt", "pyproject.toml"):
-        (tmp_path / name).touch()
-    (tmp_path / "run.sh").write_text((REPOSITORY / "run.sh").read_text())
-    for name, ends in (("xp_one", status), ("xp_two", 0)):
+    for name in ("run.sh", "requirements.txt", "pyproject.toml"):
+        (tmp_path / name).write_text((REPOSITORY / name).read_text())
+    names = ["xp_transfer_learning", "xp_drmmd", "xp_dataset_distillation", "xp_gmm_source"]
+    names += ["xp_data_mixing", "xp_one"]
+    for name in names:
         (tmp_path / name).mkdir()
+        ends = status if name == names[0] else 0
         (tmp_path / name / "run.sh").write_text(f"echo {name} runs; exit {ends}\n")
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "python $*"\n')
     python.chmod(0o755)
-    environment = {"PATH": "/usr/bin:/bin", "RESULTS": "my results"}
-    for arguments, ran in (((), ["xp_one", "xp_two"]), (("xp_one",), ["xp_one"])):
-        done = subprocess.run(
-            ["bash", "run.sh", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+    options = {"cwd": tmp_path, "env": {"PATH": "/usr/bin:/bin", "RESULTS": "my results"}}
+    for arguments, ran in (((), names), (names[:1], names[:1])):
+        command = ["bash", "run.sh", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, **options)
         assert done.returncode == status, done.stderr
         lines = done.stdout.splitlines()
         assert [line for line in lines if line.endswith(" runs")] == [

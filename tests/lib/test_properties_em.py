@@ -53,9 +53,6 @@ def steps(mixture, x, weights, given_):
     return maximized, moved
 
 
-expectation = jax.jit(partial(em.expectation, block_size=8))
-
-
 @pytest.mark.slow
 @few(14)
 @given(st.sampled_from(CASES), DECADES, SEEDS)
@@ -84,18 +81,6 @@ def test_steps(case, exponent, seed):
         found = [steps(start, *(jnp.asarray(a, dtype) for a in one)) for one in inputs]
         again = steps(found[0][1][0], *(jnp.asarray(a, dtype) for a in inputs[0]))[1][1]
         found, again = jax.tree.map(np.asarray, (found, again))
-        if name == "diagonal":
-            arrays = jnp.asarray(x), jnp.asarray(weights, dtype)
-            before = jax.tree.map(np.asarray, expectation(start, *arrays))
-            pieces = slice(None, 4), slice(4, None)
-            parts = [expectation(start, *(array[at] for array in arrays)) for at in pieces]
-            close = partial(np.testing.assert_allclose, rtol=m * eps, atol=m * eps * scale**2)
-            jax.tree.map(close, jax.tree.map(jnp.add, *parts), before)
-            assert isinstance(before, em.Moments)
-            info = found[0][1][1]
-            np.testing.assert_allclose(before.counts, info.counts, rtol=m * eps)
-            np.testing.assert_allclose(before.weight, weights.sum(), rtol=m * eps)
-            assert before.first.dtype == before.second.dtype == dtype
     for leaf in jax.tree.leaves(found):
         assert leaf.dtype == dtype
         assert np.isfinite(leaf).all()
@@ -209,40 +194,29 @@ def test_seeds_are_points_of_positive_weight(shape, dtype, exponent, seed):
     np.testing.assert_array_equal(doubled, 4 * centers)
 
 
+# Rows, columns, rows of a chunk and of a block, dtype.
+LAYOUTS = (1, 1, 3, 4, "f8"), (15, 3, 100, 4, "f4"), (15, 3, 6, 17, "u1"), (15, 3, 3, 2, "f8")
+
+
 def power_sums(power, points, weights, labels):
     return {"sum": weights @ points**power, "labels": weights @ labels, "weight": weights.sum()}
 
 
 @few(12)
-@given(
-    st.sampled_from(
-        [
-            (1, 1, 3, 4, np.float64),
-            (15, 3, 100, 4, np.float32),
-            (15, 3, 6, 17, np.uint8),
-            (15, 3, 3, 2, np.float64),
-        ]
-    ),
-    SEEDS,
-)
+@given(st.sampled_from(LAYOUTS), SEEDS)
 def test_sums_over_rows(layout, seed):
     """Of any blocks and chunks; products in the rows' dtype, sums over blocks in float64."""
     (n, d, chunk_size, block_size, dtype), rng = layout, np.random.default_rng(seed)
     x = rng.integers(0, 256, (n, d)).astype(dtype)
     weights, labels = rng.integers(0, 5, n).astype(float), rng.normal(size=(n, 2))
     weights[0] = 1
-    computed = np.float32 if dtype == np.float32 else np.float64
+    computed = np.float32 if dtype == "f4" else np.float64
     data = Rows(x, weights=weights, dtype=computed, block_size=block_size, chunk_size=chunk_size)
     found = sums.sum_over_rows(power_sums, np.asarray(2, computed), data, labels)
     with jax.enable_x64(True):
-        alone = sums.sum_over_blocks(
-            power_sums,
-            jnp.asarray(2, computed),
-            (jnp.asarray(x), jnp.asarray(weights), jnp.asarray(labels)),
-            dtype=computed,
-            total_dtype=computed,
-            block_size=block_size,
-        )
+        arrays = tuple(map(jnp.asarray, (x, weights, labels)))
+        options = {"dtype": computed, "total_dtype": computed, "block_size": block_size}
+        alone = sums.sum_over_blocks(power_sums, jnp.asarray(2, computed), arrays, **options)
     wide = x.astype(float)
     eps = np.finfo(computed).eps
     for result, total in ((found, np.float64), (alone, computed)):

@@ -160,23 +160,15 @@ def test_densities_and_their_gradients(case_and_dtype, exponent, seed):
 
 @few(10)
 @given(st.sampled_from(WIDE), SEEDS)
-def test_order_of_rows_components_and_coordinates(case, seed):
-    """Each only permutes the densities."""
+def test_the_order_of_coordinates_does_not_matter(case, seed):
     (structure, n, num, d), rng = case, np.random.default_rng(seed)
     mixture = random_mixture(rng, structure, num, d, 1.0, np.float64)
     points = random_points(rng, mixture, n)
-    density = logsumexp(reference(mixture, points)[0], axis=1)
-    rows, components, columns = (rng.permutation(size) for size in (n, num, d))
-    covariance = jax.tree.map(lambda leaf: leaf[components], mixture.covariance)
-    other = gmm.Mixture(mixture.weights[components], mixture.means[components], covariance)
+    density, columns = logsumexp(reference(mixture, points)[0], axis=1), rng.permutation(d)
     with jax.enable_x64(True):
-        for moved, x in (
-            (mixture, points[rows]),
-            (other, points[rows]),
-            (gmm.permuted(mixture, columns), points[rows][:, columns]),
-        ):
-            found = np.asarray(evaluate(gmm.cast(moved, np.float64), jnp.asarray(x), 4)[1])
-            np.testing.assert_allclose(found, density[rows], rtol=1e-10, atol=1e-10)
+        moved = gmm.cast(gmm.permuted(mixture, columns), np.float64)
+        found = np.asarray(evaluate(moved, jnp.asarray(points[:, columns]), 4)[1])
+    np.testing.assert_allclose(found, density, rtol=1e-10, atol=1e-10)
 
 
 # Covariance structures and their linear algebra

@@ -2,7 +2,6 @@
 
 import re
 import statistics
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,15 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 from PIL import Image
+from scripts import REPOSITORY
 
 from lib.report import plotting
 from lib.report.spreads import mean_and_spread, spread, standard_error
 
-REPOSITORY = Path(__file__).parents[2]
 # What is standardized, or drawn as wide as the target: no spread of results.
 COMPUTED = {"xp_dataset_distillation/moments.py", "xp_drmmd/problems.py"}
-
-
 ROW = st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3)
 
 

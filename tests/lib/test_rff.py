@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 from scipy.stats import chi, kstest
+from strategies import normal
 
-from lib.kernels import gaussian
-from lib.mmd import mmd_squared
 from lib.numerics import cos_sin
 from lib.rff import (
     gaussian_frequencies,
@@ -19,10 +18,6 @@ from lib.rff import (
     random_fourier_features,
     uniform_phases,
 )
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def test_gaussian_frequencies_depend_on_key_and_shape_alone():
@@ -150,19 +145,3 @@ def test_bad_samples_raise():
         mean_embedding(jnp.ones((3, 2)).at[2, 1].set(jnp.nan), frequencies, 1.0)
     with pytest.raises(ValueError, match="x_weights must be >= 0"):
         mean_embedding(jnp.ones((2, 2)), frequencies, 1.0, weights=jnp.array([1.0, -1.0]))
-
-
-def test_mmd_of_embeddings_over_draws():
-    """Over 2,000 draws its mean is the MMD of the Gaussian kernel, with weights."""
-    x, y, w = normal(0, 9, 2).astype("f"), normal(1, 6, 2).astype("f"), np.arange(1, 10, dtype="f")
-
-    @jax.jit
-    @jax.vmap
-    def draws(frequencies):
-        mu = mean_embedding(jnp.asarray(x), frequencies, 0.8, weights=jnp.asarray(w))
-        return mmd_squared_rff(mu, mean_embedding(jnp.asarray(y), frequencies, 0.8))
-
-    values = np.asarray(draws(normal(2, 2000, 10, 2).astype("f")))
-    expected = jax.jit(partial(mmd_squared, gaussian(0.8)))(x, y, x_weights=w)
-    assert abs(values.mean() - expected) < 4 * values.std() / np.sqrt(2000)
-    assert values.min() >= 0

@@ -7,14 +7,16 @@ import re
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from packing import packed
 from safetensors.torch import save as safetensors_bytes
-from subprocesses import run_python
+from scripts import run_script
 
 from lib.rows import Rows, check_same_width
 from lib.rows.files import check_distinct, open_rows, path_and_key
@@ -196,22 +198,11 @@ def test_sparse_matrices_are_named_as_such(tmp_path, kind):
 # Bad files
 
 
-def npy_bytes(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def npz_bytes(array):
-    file = io.BytesIO()
-    np.savez(file, rows=array)
-    return file.getvalue()
+npy_bytes = partial(packed, np.save)
 
 
 def saved(thing, **options):
-    file = io.BytesIO()
-    torch.save(thing, file, **options)
-    return file.getvalue()
+    return packed(lambda file: torch.save(thing, file, **options))
 
 
 def rezipped(content, compression=zipfile.ZIP_STORED, **replaced):
@@ -274,7 +265,7 @@ BAD = {
     "old code.pt": (saved(Code(), _use_new_zipfile_serialization=False), "unpickling can run code"),
     "pickle.pt": (pickle.dumps(Code()), "is refused: unpickling can run code"),
     "objects.npy": (npy_bytes(OBJECTS), "Python objects"),
-    "objects.npz": (npz_bytes(OBJECTS), "not object"),
+    "objects.npz": (packed(np.savez, rows=OBJECTS), "not object"),
     "rows.csv": (b"1,2\n", r"the suffix must be one of \.pt, \.pth, \.npy, \.npz, \.safetensors"),
 }
 
@@ -374,7 +365,8 @@ def test_memory_is_that_of_chunks_also_for_mean_embeddings(tmp_path, kind):
     path = tmp_path / kind
     WRITERS[path.suffix[1:]](path, rows)
     embeddings = ["embeddings"] if kind == "r.pt" else []
-    for line in run_python("-c", MEMORY, path, *embeddings).splitlines():
+    printed = run_script("-c", MEMORY, path, *embeddings, JAX_PLATFORMS="cpu")
+    for line in printed.splitlines():
         growth, total = map(float, line.split())
         assert total == 20_000
         assert growth < 150 * 2**20

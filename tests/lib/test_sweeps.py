@@ -221,16 +221,8 @@ def test_a_dry_run_lists_and_starts_nothing(job, capsys):
 def test_a_stop_lets_what_runs_save_and_starts_nothing_more(job, number):
     """Ctrl-C goes to every process of the terminal, SIGTERM to the sweep alone."""
     command = [sys.executable, "-m", "lib.runs.sweeps", "--grid", "name=long1,long2,good"]
-    command += [
-        "--workers",
-        "2",
-        "--results",
-        job.parent / "results",
-        "--",
-        "python",
-        job,
-        "{name}",
-    ]
+    command += ["--workers", "2", "--results", job.parent / "results"]
+    command += ["--", "python", job, "{name}"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

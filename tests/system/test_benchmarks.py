@@ -1,27 +1,17 @@
 """The benchmark compares like with like: both contenders estimate the same F and gradient."""
 
-import importlib.util
 import json
 
 import jax
 import numpy as np
 import pytest
-from scripts import REPOSITORY, run_script
+from scripts import benchmark, run_script
 
 from lib import mmd
 from lib.sliced_wasserstein import percentile_coupling, random_directions, sliced_wasserstein_power
 
 NUM_DIRECTIONS = 20
-
-
-@pytest.fixture(scope="module")
-def published():
-    """benchmarks/published_wow.py, which is not installed."""
-    path = REPOSITORY / "benchmarks" / "published_wow.py"
-    spec = importlib.util.spec_from_file_location("published_wow", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+published = benchmark("published_wow")
 
 
 def published_draws(key, dimension):
@@ -35,7 +25,7 @@ def clouds(*shape):
     return jax.random.normal(key_x, shape), 1 + 2 * jax.random.normal(key_y, shape)
 
 
-def test_published_distance_is_ours_at_its_levels_and_near_the_exact_one(published):
+def test_published_distance_is_ours_at_its_levels_and_near_the_exact_one():
     @jax.jit
     def distances(x, y, keys):
         def at_levels(key):
@@ -63,7 +53,7 @@ def test_published_distance_is_ours_at_its_levels_and_near_the_exact_one(publish
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("gaussian", "laplace", "imq")),
     ],
 )
-def test_published_step_is_ours_at_its_levels(published, name):
+def test_published_step_is_ours_at_its_levels(name):
     parameter = {"riesz": 1.0, "gaussian": 0.1, "laplace": 0.5, "imq": 1.0}[name]
 
     @jax.jit

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tqdm.std
+from chunks import assert_same_bits
 from stored import CONDENSED, MIXTURE
 
 from lib import gd, runs
@@ -398,11 +399,6 @@ def flow(steps=12, **options):
 @pytest.fixture(scope="module")
 def whole():
     return flow()
-
-
-def assert_same_bits(arrays, expected):
-    for array, other in zip(arrays, expected, strict=True):
-        assert (array.dtype, array.tobytes()) == (other.dtype, other.tobytes())
 
 
 @pytest.mark.parametrize("size", [0, 100, -1])

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing import packed
 from PIL import Image
 from safetensors.numpy import save_file
 from stored import CONDENSED, MIXTURE
@@ -446,12 +447,6 @@ def with_header(header):
 
     in_archive = with_members(lambda _, data: changed(data))
     return lambda content: (in_archive if content.startswith(b"PK") else changed)(content)
-
-
-def packed(save, **arrays):
-    stream = io.BytesIO()
-    save(stream, **arrays)
-    return stream.getvalue()
 
 
 def with_arrays(change=lambda arrays: {}, **members):

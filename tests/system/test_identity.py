@@ -116,7 +116,7 @@ class Opened(Exception):
     """In place of a run: what it would be known by."""
 
 
-WHERE = {"results": Path("results"), "data_root": None}
+WHERE = {"seed": 0, "results": Path("results"), "data_root": None}
 
 
 def known_source_flow(path):
@@ -126,19 +126,17 @@ def known_source_flow(path):
 
 COMMANDS = {
     "image_flow, source": lambda path: image_flow.run_flow(
-        ImageFlowConfig(path, "digits"), seed=0, **WHERE
+        ImageFlowConfig(path, "digits"), **WHERE
     ),
-    "image_flow, target": lambda path: image_flow.run_flow(
-        ImageFlowConfig("noise", path), seed=0, **WHERE
-    ),
-    "transfer, flow": lambda path: transfer.flow(TransferConfig(path, "digits"), seed=0, **WHERE),
+    "image_flow, target": lambda path: image_flow.run_flow(ImageFlowConfig("noise", path), **WHERE),
+    "transfer, flow": lambda path: transfer.flow(TransferConfig(path, "digits"), **WHERE),
     "transfer, accuracy": lambda path: transfer.run_try(
-        TransferConfig("digits", path), TrainingConfig(), seed=0, **WHERE
+        TransferConfig("digits", path), TrainingConfig(), **WHERE
     ),
     "adaptation": lambda path: domain_adaptation.run_try(
-        AdaptationConfig(path, "digits:rotated"), seed=0, **WHERE
+        AdaptationConfig(path, "digits:rotated"), **WHERE
     ),
-    "flow": lambda path: source_flow.run_flow(FlowConfig(path), seed=0, **WHERE),
+    "flow": lambda path: source_flow.run_flow(FlowConfig(path), **WHERE),
     "flow, mixture": lambda path: source_flow.fitted_mixture(
         known_source_flow(path)[0], known_source_flow(path)[1].train, Path("results")
     ),
@@ -146,10 +144,8 @@ COMMANDS = {
         *known_source_flow(path), Path("results")
     ),
     "gmm_fit": lambda path: gmm_fit.main(gmm_fit.Arguments(dataset=path, n_components=1)),
-    "condense": lambda path: condense.condense(CondenseConfig(path), seed=0, **WHERE),
-    "evaluate": lambda path: distillation.evaluate(
-        BaselineConfig(path), QUICK_EVALUATION, seed=0, **WHERE
-    ),
+    "condense": lambda path: condense.condense(CondenseConfig(path), **WHERE),
+    "evaluate": lambda path: distillation.evaluate(BaselineConfig(path), QUICK_EVALUATION, **WHERE),
     "mixing": lambda path: mixing.run_one(
         "solvers", SolversConfig(Samples(path)), 0, mixing.Arguments()
     ),

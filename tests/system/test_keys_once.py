@@ -41,8 +41,6 @@ REDONE = {
 """Functions that make the same draw again, on purpose."""
 SHARED = {frozenset({"_start", "_steps"}): "training: the first and the second half of one split"}
 """Functions that take different parts of one key."""
-
-
 NETWORKS = {"_networks.py", "convolution.py"}
 
 
@@ -139,7 +137,7 @@ def run_students(results, seed):
 
 def run_drmmd(results, seed):
     config = FlowConfig(
-        dataset="FourGaussian", approximation="nystrom", rank=4, step_num=3, records=1, noise=0.1,
+        dataset="FourGaussian", approximation="nystrom", rank=4, num_steps=3, records=1, noise=0.1,
         source_particle_num=6, target_particle_num=8,
     )  # fmt: skip
     drmmd.run_flow(config, seed=seed, results=results)

@@ -142,7 +142,7 @@ from xp_drmmd.config import FlowConfig
 from xp_drmmd.run import run_flow
 
 config = FlowConfig(
-    source_particle_num=20, target_particle_num=21, step_num=40, records=5, adaptive="paper"
+    source_particle_num=20, target_particle_num=21, num_steps=40, records=5, adaptive="paper"
 )
 run_flow(config, seed=0, results=results)
 """,

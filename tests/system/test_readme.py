@@ -3,13 +3,12 @@
 import doctest
 import re
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 from kernel_oracles import kernel, mmd_squared
+from scripts import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text()
 PAGES = sorted(

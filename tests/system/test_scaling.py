@@ -2,35 +2,23 @@
 compiled programs, and it runs."""
 
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from scripts import benchmark
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def scaling():
-    """benchmarks/scaling.py, which is not installed."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import scaling
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    return scaling
+scaling = benchmark("scaling")
 
 
-def test_exponent_is_that_of_the_largest_three_sizes(scaling):
+def test_exponent_is_that_of_the_largest_three_sizes():
     sizes = np.array([1.0, 2, 4, 8, 16])
     law = 3 * sizes**1.7
     law[:2] = 5
     assert scaling.exponent(sizes, law) == pytest.approx(1.7, abs=1e-12)
 
 
-def test_theory_counts_logarithms(scaling):
+def test_theory_counts_logarithms():
     sweep = scaling.Sweep("wow", "n", (256, 512, 1024), {}, ("n log²n", 1), ("n", 1), 2)
     # 256 (8 log 2)^2 to 1024 (10 log 2)^2: a factor 4 x 100/64 over a factor 4.
     shape = sweep.theory("time")
@@ -51,11 +39,11 @@ def test_theory_counts_logarithms(scaling):
         pytest.param("em", {"n": 10**6, "d": 400, "K": 6}, marks=pytest.mark.slow),
     ],
 )
-def test_formula_of_memory_is_that_of_compiled_programs(scaling, name, sizes):
+def test_formula_of_memory_is_that_of_compiled_programs(name, sizes):
     assert scaling.check(name, sizes)["ratio"] == pytest.approx(1, abs=0.25)
 
 
-def test_largest_is_the_last_that_fits(scaling):
+def test_largest_is_the_last_that_fits():
     system, sizes, budget = scaling.SYSTEMS["drmmd"], {"d": 2, "N": 500}, 1e9
     largest = scaling.largest("drmmd", "M", budget, **sizes)
     needed = [
@@ -66,7 +54,7 @@ def test_largest_is_the_last_that_fits(scaling):
     assert both == pytest.approx((budget / 8 / 5) ** 0.5, rel=0.01)  # five matrices of float64
 
 
-def test_quick_run(scaling, tmp_path):
+def test_quick_run(tmp_path):
     out = tmp_path / "deep" / "scaling.json"
     scaling.main(scaling.Options(quick=True, rounds=2, out=out))
     assert out.with_suffix(".png").stat().st_size > 10_000

@@ -6,11 +6,10 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
+from scripts import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
   "-m pip install"*) echo "${{@:4}}" >>pip.txt; [[ -z "${{FAIL:-}}" ]] ;;
@@ -24,9 +23,13 @@ esac
 @pytest.fixture
 def setup(tmp_path):
     """Runs the set-up in a copy where pip only notes what it is asked for; (output, its calls)."""
-    for path in (ROOT / "run.sh", ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")):
+    for path in (
+        REPOSITORY / "run.sh",
+        REPOSITORY / "pyproject.toml",
+        *REPOSITORY.glob("requirements*.txt"),
+    ):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "constraints", tmp_path / "constraints")
+    shutil.copytree(REPOSITORY / "constraints", tmp_path / "constraints")
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/python").write_text(PYTHON)
     (tmp_path / ".venv/bin/python").chmod(0o755)

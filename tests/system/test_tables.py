@@ -2,10 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import REPOSITORY
 
 from xp_data_mixing.study import tables as data_mixing
 from xp_dataset_distillation import tables as distillation
@@ -71,7 +71,6 @@ def test_sheets_show_the_first_record_the_last_and_more_early_ones():
     assert list(plot.early_and_late(np.array([0, 7]))) == [0, 1]
 
 
-REPOSITORY = Path(__file__).parents[2]
 CELL = re.compile(r"(-?[\d.]+(?:e[-+]\d+)?) ± ([\d.]+(?:e[-+]\d+)?)(?: \[(\S+), (\S+)\])?")
 
 

@@ -2,11 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 SOURCES = ["lib", "tests", "benchmarks", *sorted(REPOSITORY.glob("xp_*"))]
 
 

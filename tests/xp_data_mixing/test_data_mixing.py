@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from kernel_oracles import kernel
+from kernel_oracles import gram_of_means
 from mixture_oracles import cvxpy_weights
 from scipy.spatial.distance import pdist
 
@@ -61,16 +61,6 @@ def run_estimate(
         constraints=constraints or Constraints(ridge),
         bootstrap=Bootstrap(bootstrap, 0.9, num_blocks),
     )
-
-
-def gram_by_hand(sources, target, bandwidth, *, unbiased=False):
-    """Means of the kernel between sources and, last, the target; [N + 1, N + 1]."""
-    groups = [*sources, target]
-    gram = np.array([[kernel(x, y, bandwidth).mean() for y in groups] for x in groups])
-    if unbiased:
-        for i, x in enumerate(groups):
-            gram[i, i] = 1 - (1 - gram[i, i]) * len(x) / (len(x) - 1)
-    return gram
 
 
 def mmd_by_hand(gram, w):
@@ -123,7 +113,8 @@ def test_exact_weights_against_a_loop_and_cvxpy(statistic):
     sources, target = toy()
     options = {"bandwidth": 1.2, "estimator": "exact", "ridge": 0.0}
     result = run_estimate(sources, target, statistic=statistic, **options)
-    biased, unbiased = (gram_by_hand(sources, target, 1.2, unbiased=u) for u in (False, True))
+    groups = [*sources, target]
+    biased, unbiased = (gram_of_means(groups, 1.2, unbiased=u) for u in (False, True))
     gram = unbiased if statistic == "u" else biased
     expected = cvxpy_weights(gram[:3, :3], gram[:3, 3])
     np.testing.assert_allclose(result.weights, expected, rtol=0, atol=1e-6)
@@ -146,9 +137,7 @@ def test_held_out_mmd_by_hand():
             parts = np.array_split(np.asarray(jax.random.permutation(block_key, len(x))), FOLDS)
             held.append(x[parts[fold]])
             fitted.append(np.delete(x, parts[fold], axis=0))
-        gram, held_gram = (
-            gram_by_hand(rows[:-1], rows[-1], 1.2, unbiased=True) for rows in (fitted, held)
-        )
+        gram, held_gram = (gram_of_means(rows, 1.2, unbiased=True) for rows in (fitted, held))
         expected = cvxpy_weights(gram[:3, :3] + 1e-5 * np.eye(3), gram[:3, 3])
         np.testing.assert_allclose(result.fold_weights[fold], expected, rtol=0, atol=1e-5)
         single = np.eye(3)[np.argmin([mmd_by_hand(gram, vertex) for vertex in np.eye(3)])]
@@ -270,8 +259,7 @@ def test_intervals_cover_the_truth_beside_one_small_source():
 def test_signal_over_noise_of_two_sources_by_hand(statistic):
     sources, target = toy(sizes=(15, 40), mixture=(0.5, 0.5))
     result = run_estimate(sources, target, bandwidth=2.0, estimator="exact", statistic=statistic)
-    gram = gram_by_hand(sources, target, 2.0, unbiased=True)
-    biased = gram_by_hand(sources, target, 2.0)
+    biased, gram = (gram_of_means([*sources, target], 2.0, unbiased=u) for u in (False, True))
     signal = gram[0, 0] - 2 * gram[0, 1] + gram[1, 1]
     noise = np.trace(biased[:2, :2] - gram[:2, :2])
     np.testing.assert_allclose(result.signal_to_noise, [signal / noise], rtol=1e-4)
@@ -289,7 +277,6 @@ def test_nothing_to_warn_of():
     assert run_estimate(sources, target, num_features=100, bootstrap=20).warnings == ()
 
 
-# (number of rows, standard deviation)
 SPREADS = {"one row": (1, 0), "two equal rows": (2, 0), "equal rows": (40, 0), "rows": (40, 1)}
 """(number of rows, standard deviation)"""
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from scipy.optimize import nnls
+from strategies import normal
 
 from lib import datasets
 from lib.networks import classification
@@ -32,10 +33,6 @@ from xp_data_mixing.gradient_embeddings import (
 )
 
 EPS = np.finfo(np.float32).eps
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def given_gradient(parameters, example):

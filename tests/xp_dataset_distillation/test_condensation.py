@@ -12,7 +12,6 @@ from PIL import Image
 
 from lib import augment, devices
 from lib.runs.console import Interrupted
-from lib.runs.loop import DivergedError
 from xp_dataset_distillation import condense, config, losses, objectives
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.factor import decode
@@ -185,15 +184,6 @@ def test_a_run_condenses_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, 
         if name != "seconds":
             np.testing.assert_array_equal(value, stored[name])
     assert not np.array_equal(arrays(tmp_path / "a", seed=1)["images"], stored["images"])
-
-
-def test_a_loss_of_nan_stops_the_run(tmp_path, monkeypatch):
-    def broken(settings, setting, mesh=None):
-        return lambda x, target, key, step: (jnp.sum(x) * jnp.nan, x, step + 1)
-
-    monkeypatch.setattr(condense, "objective", broken)
-    with pytest.raises(DivergedError, match="step 0"):
-        condense.condense(SMALL, seed=0, results=tmp_path, show_progress=False)
 
 
 @pytest.mark.parametrize("start", ["real", "mixed", "noise"])

@@ -8,24 +8,12 @@ import numpy as np
 import pytest
 
 from xp_drmmd.config import StudentConfig
-from xp_drmmd.student_teacher import (
-    HIDDEN,
-    INPUTS,
-    lessons,
-    loss,
-    objective,
-    outputs,
-    run_student,
-)
+from xp_drmmd.student_teacher import HIDDEN, INPUTS, lessons, loss, objective, outputs, run_student
 
 SMALL = StudentConfig(
     flow="mmd", students=7, teachers=3, num_inputs=12, batch_size=4, num_epochs=3, records=3
 )
 SHARED = INPUTS * HIDDEN
-
-
-def draw(config=SMALL):
-    return lessons(config, 0)
 
 
 def difference(student, lesson):
@@ -41,7 +29,7 @@ def expected_outputs(particles, inputs):
 
 
 def test_outputs_and_loss_are_those_of_the_formula():
-    student, train, validation = draw()
+    student, train, validation = lessons(SMALL, 0)
     np.testing.assert_allclose(np.linalg.norm(train.inputs, axis=1), 1, rtol=1e-5)
     assert not np.array_equal(train.inputs, validation.inputs)
     of_student, of_teacher = (
@@ -66,7 +54,7 @@ WHOLE = replace(SMALL, batch_size=SMALL.num_inputs)
 
 
 def test_mmd_flow_is_gradient_descent_on_the_loss():
-    student, train, _ = draw()
+    student, train, _ = lessons(SMALL, 0)
     value, velocity = evaluate(WHOLE, student, train)
     expected, gradient = jax.value_and_grad(loss)(student, train)
     np.testing.assert_allclose(value, expected, rtol=1e-4)
@@ -76,7 +64,9 @@ def test_mmd_flow_is_gradient_descent_on_the_loss():
 @pytest.mark.slow
 def test_drmmd_flow_is_that_of_its_kernel(x64):
     """Witness 2 (1 + lambda) (S + lambda)^-1 (m_mu - m_pi) by a dense solve on the inputs."""
-    student, train, _ = jax.tree.map(lambda x: x.astype(float) if x.dtype == "f4" else x, draw())
+    student, train, _ = jax.tree.map(
+        lambda x: x.astype(float) if x.dtype == "f4" else x, lessons(SMALL, 0)
+    )
     lmbda, size = 0.1, len(train.inputs)
     teacher = np.asarray(outputs(train.teacher, train.inputs)) / np.sqrt(size)
     second = teacher.T @ teacher / len(teacher)
@@ -89,7 +79,7 @@ def test_drmmd_flow_is_that_of_its_kernel(x64):
 
 @pytest.mark.parametrize(("epoch", "spread"), [(0, 0.5), (1, 0.25)])
 def test_noise_moves_where_the_velocity_is_taken_and_is_halved(epoch, spread):
-    student, train, _ = draw()
+    student, train, _ = lessons(SMALL, 0)
     config = replace(WHOLE, noise=0.5, halve_every=1)
     _, velocity = evaluate(config, student, train, step=epoch, key=3)
     shifted = student + spread * jax.random.normal(jax.random.PRNGKey(3), student.shape)
@@ -100,7 +90,7 @@ def test_noise_moves_where_the_velocity_is_taken_and_is_halved(epoch, spread):
 
 def test_a_shared_layer_stays_shared():
     config = replace(WHOLE, form="dense")
-    student, train, _ = draw(config)
+    student, train, _ = lessons(config, 0)
     assert np.ptp(np.asarray(student[:, :SHARED]), axis=0).max() == 0
     assert np.ptp(np.asarray(student[:, SHARED:]), axis=0).min() > 0
     (_, shared), (_, free) = (evaluate(c, student, train) for c in (config, WHOLE))
@@ -111,7 +101,7 @@ def test_a_shared_layer_stays_shared():
 
 def test_batches_of_an_epoch_are_all_inputs_once():
     """The mean of the losses of an epoch's batches, taken without moving, is the loss."""
-    student, train, _ = draw()
+    student, train, _ = lessons(SMALL, 0)
     values = [evaluate(SMALL, student, train, step=step)[0] for step in range(3, 6)]
     np.testing.assert_allclose(np.mean(values), loss(student, train), rtol=1e-4)
 
@@ -124,7 +114,7 @@ def test_a_student_learns_and_is_stored(tmp_path, flow):
     assert stored["validation"].shape == (4,)
     assert stored["train"][-1] < stored["train"][0]
     assert stored["particles"].shape == (50, SHARED + HIDDEN)
-    student, train, _ = draw(config)
+    student, train, _ = lessons(config, 0)
     np.testing.assert_allclose(stored["train"][0], loss(student, train), rtol=1e-5)
 
 

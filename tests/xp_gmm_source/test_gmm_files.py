@@ -13,7 +13,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from image_mixtures import dense, moments
+from gaussian_mixtures import dense, moments
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -289,8 +289,6 @@ def test_a_batch_in_torch_needs_no_factor_for_each_draw():
 
 
 GOOD = {"mean": torch.zeros(1, 3, 3, 2), "std": torch.ones(1, 3, 3, 2)}
-
-
 LARGER = {name: torch.ones(1, 3, 4, 4) for name in GOOD}
 BAD_STATISTICS = [
     ({"mean": GOOD["mean"]}, "'mean' and 'std'"),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from image_mixtures import moments
+from gaussian_mixtures import moments
 from scipy import fft, stats
 from sklearn.decomposition import PCA
 
@@ -242,18 +242,13 @@ def test_published_rule_is_of_pixels_in_0_to_255():
     assert float(shaped.frequency_source(data, thresholds=(1e9, 1e9)).kept.sum()) == 1
 
 
-def sparse_axes(data, axis_threshold):
-    """Data-sparse axes by scikit-learn's components."""
-    rows = data.reshape(len(data), -1).astype(np.float64)
+def test_data_sparse_axes_are_those_of_scikit_learn():
+    data = images(300, 5, 5) + 0.3
+    rows = data.reshape(300, -1).astype(np.float64)
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     components = PCA().fit(rows).components_
     axes = np.concatenate([components, -components])
-    return axes[(axes @ rows.T).max(axis=1) <= axis_threshold]
-
-
-def test_data_sparse_axes_are_those_of_scikit_learn():
-    data = images(300, 5, 5) + 0.3
-    expected = sparse_axes(data, 0.2)
+    expected = axes[(axes @ rows.T).max(axis=1) <= 0.2]
     source = shaped.pruned(data, axis_threshold=0.2, threshold=0.3)
     assert 2 <= len(expected) < 50
     cosines = np.asarray(source.axes) @ expected.T
@@ -346,10 +341,7 @@ of_mixture = partial(sources.mixture_source, mixture("full"))
         (lambda: shaped.pruned(FADING, threshold=0.1), "image 0 is 0"),
         (lambda: shaped.pruned(CONSTANT, threshold=0.1), "all have one direction"),
         (lambda: shaped.pruned(IMAGES, threshold=1.5), "threshold is a cosine, got 1.5"),
-        (
-            lambda: shaped.pruned(IMAGES, threshold=0.1, axis_threshold=np.nan),
-            "axis_threshold is a",
-        ),
+        (lambda: shaped.pruned(IMAGES, threshold=0.1, axis_threshold=np.nan), "axis_threshold is"),
         (lambda: shaped.pruned(IMAGES, threshold=0.1, scale=-1.0), "scale"),
     ],
 )

@@ -10,15 +10,12 @@ import pytest
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
+from strategies import normal
 
 from xp_transfer_learning.labels import agreement, class_costs, label_particles, match_classes
 
 seeds = hypothesis.given(st.integers(0, 2**31))
 few = hypothesis.settings(max_examples=20, deadline=None)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def transported_shares(x, y):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import ot
 import pytest
+from strategies import normal
 
 from xp_transfer_learning.otdd import Plans, marginal_errors, otdd_plans, otdd_value_and_grad
 
@@ -26,10 +27,6 @@ def ranks():
     """ott promotes ranks."""
     with jax.numpy_rank_promotion("allow"):
         yield
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def clouds(seed=0, classes=(2, 3), points=(3, 2)):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from kernel_oracles import kernel, mmd_squared
 from sklearn.decomposition import PCA
+from strategies import normal
 
 from xp_transfer_learning.product_kernel import (
     MOMENTS,
@@ -21,10 +22,6 @@ from xp_transfer_learning.product_kernel import (
 value_and_grad = jax.jit(product_value_and_grad, static_argnames=("bandwidths", "noise"))
 KEY = jax.random.key(5)
 OTHER = Bandwidths(2.0, 0.5, 3.0)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def scales(bandwidths, d=3):
