@@ -243,7 +243,7 @@ def test_features_are_what_the_last_layer_takes(network):
         ("lenet", (11, 12, 1), "LeNet5 needs .* 12 x 12, these have 11 x 12"),
         ("alexnet", (7, 8, 3), "AlexNet needs .* 8 x 8, these have 7 x 8"),
         ("vgg11", (31, 32, 3), "VGG11 needs .* 32 x 32, these have 31 x 32"),
-        ("resnet18", (9, 8, 3), "ResNet-18 needs .* 9 x 9, these have 9 x 8"),
+        ("resnet18", (9, 8, 3), "ResNet18 needs .* 9 x 9, these have 9 x 8"),
         ("resnet34", (32, 32, 3), "no network 'resnet34'; there are convnet, mlp"),
     ],
 )
