@@ -30,7 +30,7 @@ COMMANDS = {
     "condense": "xp_dataset_distillation/condense.py echo --dataset digits --iterations 5 "
     "--images_per_class 1",
     "transfer": "xp_transfer_learning/transfer.py --preset quick",
-    "flow": "xp_gmm_source/flow.py --dataset digits --num_steps 20",
+    "flow": "xp_gmm_source/flow.py --dataset digits --num_steps 20 --num_samples 300",
     "gmm_fit": "xp_gmm_source/gmm_fit.py --dataset digits --n_components 2 --output_dir {results}",
     "mmd_data_mixing": "xp_data_mixing/mmd_data_mixing.py --train_paths {data}/0.npy "
     "{data}/1.npy --val_paths {data}/2.npy --sigma_bandwidth auto --output_file {results}/mix.json",

@@ -14,7 +14,6 @@ import jax
 
 NAME = "kernel-flows"
 MOST_BYTES = 200 * 2**20  # about 20,000 programs
-SHORTEST = 0.05  # seconds of compilation, from which on a program is kept
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 _CHECKED = "checked"  # its modification time is that of the last look at new entries
 
@@ -44,7 +43,8 @@ def keep_compiled_programs() -> Path | None:
     if not any("plugin" in about for about in _machine_and_versions()):
         _quieten()
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
+    # Also those that compile in no time: a command has dozens, and reads one in a few milliseconds.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
 

@@ -14,7 +14,7 @@ from lib.runs import _programs, keep_compiled_programs
 SCRIPT = """
 import sys, jax
 from lib.runs import _programs
-_programs.SHORTEST, machine = 0.0, _programs._machine_and_versions()
+machine = _programs._machine_and_versions()
 _programs._machine_and_versions = lambda: [*machine, *sys.argv[1:]]
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
