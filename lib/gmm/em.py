@@ -231,8 +231,8 @@ def fit(
     Full covariances cost 4 n d^2 K operations an iteration, of which panels save 3/8 at most, and
     about 7 d^3 K in float64.
 
-    Warns where a full covariance has fewer points than dimensions: the regularization alone then
-    decides the density off their span.
+    Warns where a full covariance has fewer points than dimensions: only the regularization
+    then decides the density off their span.
 
     Raises:
       ValueError: more components than points, other dimensions, bad options; before any work.
@@ -345,7 +345,7 @@ def _warn_if_crowded(data: Rows, start: Mixture) -> bool:
     if crowded:
         warnings.warn(
             f"{present} points for {num_components} full covariances in {d} dimensions: at least "
-            "one is singular but for the regularization; use tied, diagonal or low_rank",
+            "one is singular except for the regularization; use tied, diagonal or low_rank",
             stacklevel=3,
         )
     return crowded
@@ -356,7 +356,7 @@ def _warn_if_singular(mixture: Mixture, counts: np.ndarray) -> None:
     if isinstance(mixture.covariance, Full) and 0 < counts[counts > 0].min() <= d:
         warnings.warn(
             f"a component owns {counts[counts > 0].min():.1f} points in {d} dimensions: its full "
-            "covariance is singular but for the regularization; use tied, diagonal or low_rank",
+            "covariance is singular except for the regularization; use tied, diagonal or low_rank",
             stacklevel=3,
         )
 

@@ -233,7 +233,7 @@ def _advance(
     share one program, and so their bits."""
 
     def of_one(key, own, images, labels):
-        """Of one network; `own` is its state but for the step, which is that of all."""
+        """Of one network; `own` is its state except the step, which is that of all."""
         start = TrainState._make((*own, state.step))
         following, loss, first_bad = _steps(key, start, images, labels, num_steps, **options)
         return following[:3], loss, first_bad

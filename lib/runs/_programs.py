@@ -33,14 +33,15 @@ def keep_compiled_programs() -> Path | None:
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / NAME
-    folder = home / _digest()
+    about = _machine_and_versions()
+    folder = home / hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _drop_damaged(folder)
         _drop_oldest(home)
     except OSError:
         return None
-    if not any("plugin" in about for about in _machine_and_versions()):
+    if not any("plugin" in line for line in about):
         _quieten()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Also those that compile in no time: a command has dozens, and reads one in a few milliseconds.
@@ -56,10 +57,6 @@ def _quieten() -> None:
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1" and "JAX_LOGGING_LEVEL" not in os.environ:
         jax.config.update("jax_logging_level", "CRITICAL")
         jax.config.update("jax_logging_level", None)  # of Python's loggers, which stay as they are
-
-
-def _digest() -> str:
-    return hashlib.sha256("\n".join(_machine_and_versions()).encode()).hexdigest()[:16]
 
 
 def _machine_and_versions() -> list[str]:
@@ -85,7 +82,7 @@ def _drop_damaged(folder: Path) -> None:
         if entry.name.endswith("-cache") and entry.stat().st_mtime >= since - 1:
             content = Path(entry.path).read_bytes()
             if not _whole(content):
-                os.unlink(entry.path)
+                Path(entry.path).unlink(missing_ok=True)  # another process may have been here
 
 
 def _whole(content: bytes) -> bool:
