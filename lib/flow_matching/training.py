@@ -11,6 +11,7 @@ depend on where chunks end.
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -32,6 +33,8 @@ Coupling = Literal["independent", "optimal"]
 Velocity = Callable[[Float[Array, "B d"], Float[Array, " B"]], Float[Array, "B d"]]
 
 MAX_STEPS_PER_CHUNK = 1024
+MAX_COUPLED_STEPS = 64
+"""With optimal coupling: the distances of two chunks are held, B^2 numbers a step."""
 
 
 @runtime_checkable
@@ -103,33 +106,22 @@ def loss(
     return jnp.mean(jnp.square(residuals))
 
 
-def optimal_permutation(x0: Float[Array, "B d"], x1: Float[Array, "B d"]) -> Int[Array, " B"]:
+def optimal_permutation(x0: Float[Array, "B d"], x1: Float[Array, "B d"]) -> Int[np.ndarray, " B"]:
     """The permutation p that minimizes sum_i |x0[p_i] - x1_i|^2, [B]: exact optimal transport.
 
-    SciPy's assignment solver on the host, O(B^3), through a callback: it works inside jit and
-    loops. Where a distance is NaN or infinite the identity comes back.
+    SciPy's assignment solver on the host, O(B^3), so not for use inside jit. Where a distance is
+    NaN or infinite the identity comes back.
     """
-    shape = jax.ShapeDtypeStruct((len(x1),), jnp.int32)
-    costs = squared_distances(x1, x0)
-    return jax.pure_callback(_assign, shape, costs, vmap_method="sequential")
+    return _assignment(squared_distances(x1, x0))
 
 
-def _assign(costs) -> np.ndarray:
+def _assignment(costs: Float[Array, "B B"]) -> np.ndarray:
     from scipy.optimize import linear_sum_assignment
 
-    costs = np.asarray(costs)
+    costs = devices.fetch(costs)
     if not np.isfinite(costs).all():
         return np.arange(len(costs), dtype=np.int32)
     return linear_sum_assignment(costs)[1].astype(np.int32)
-
-
-def couple(
-    key: Key[Array, ""], source: Source, x1: Float[Array, "B d"], coupling: Coupling
-) -> Float[Array, "B d"]:
-    """x0 [B, d] for x1: the source's own pairs, or, with "optimal", the pairs of least squared
-    distance within the batch (Pooladian et al., 2023; Tong et al., 2024)."""
-    x0 = source.couple(key, x1)
-    return x0[optimal_permutation(x0, x1)] if coupling == "optimal" else x0
 
 
 # A step
@@ -169,30 +161,49 @@ def draw_batch(
     return batch.reshape(batch_size, -1)
 
 
+def draw_step(
+    key: Key[Array, ""],
+    step: int | Int[Array, ""],
+    source: Source,
+    images: Num[Array, "n height width channels"],
+    batch_size: int,
+    *,
+    augment_flip: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "B d"], Float[Array, "B d"], Float[Array, " B"]]:
+    """(x0, x1, times) of a step: the source's own pairs. `key` is that of the whole run."""
+    batch_key, source_key, time_key = jax.random.split(jax.random.fold_in(key, step), 3)
+    x1 = draw_batch(batch_key, images, batch_size, augment_flip=augment_flip)
+    x1 = devices.constrain(x1, mesh)  # all of the batch in one place, for the assignment
+    x0 = devices.constrain(source.couple(source_key, x1), mesh)
+    return x0, x1, jax.random.uniform(time_key, (batch_size,), x1.dtype)
+
+
 def train_step(
     key: Key[Array, ""],
     state: TrainState,
     source: Source,
     images: Num[Array, "n height width channels"],
+    permutation: Int[Array, " B"] | None = None,
     *,
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     batch_size: int,
-    coupling: Coupling = "independent",
     ema_decay: float = 0.999,
     augment_flip: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Float[Array, ""]]:
     """(state after the step, loss before it). `key` is that of the whole run.
 
-    The running mean moves by m <- a m + (1 - a) parameters with a = min(ema_decay,
+    `permutation` says which x0 of `draw_step` goes to which x1: x0[permutation]; None: the source's
+    own pairs. The running mean moves by m <- a m + (1 - a) parameters with a = min(ema_decay,
     (1 + step) / (10 + step)), step counted from 0, so that it forgets its start.
     """
-    batch_key, source_key, time_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
-    x1 = draw_batch(batch_key, images, batch_size, augment_flip=augment_flip)
-    x1 = devices.constrain(x1, mesh)  # the host's assignment needs the whole batch in one place
-    x0 = devices.constrain(couple(source_key, source, x1, coupling), mesh)
-    times = jax.random.uniform(time_key, (batch_size,), x1.dtype)
+    x0, x1, times = draw_step(
+        key, state.step, source, images, batch_size, augment_flip=augment_flip, mesh=mesh
+    )
+    if permutation is not None:
+        x0 = x0[permutation]
 
     def objective(parameters):
         return loss(velocity(network, parameters, images.shape[1:], mesh=mesh), x0, x1, times)
@@ -255,7 +266,6 @@ def fit(
     settings = {
         "network": network,
         "batch_size": batch_size,
-        "coupling": coupling,
         "ema_decay": float(ema_decay),
         "augment_flip": augment_flip,
     }
@@ -263,37 +273,52 @@ def fit(
     losses = np.zeros(num_steps, np.float32)
     buffer = devices.device_put(np.zeros(MAX_STEPS_PER_CHUNK, np.float32), mesh)
     inputs = devices.device_put((key, source, images), mesh)
+    costs = partial(_costs, batch_size=batch_size, augment_flip=augment_flip, mesh=mesh)
+    assigned = dict[int, Future]()
+
+    def permutations(done, size):
+        """Those of a chunk's steps, [64, B]. The next chunk's are found while this one is taken:
+        its distances are asked for first, and assigned on a thread."""
+        for step in range(done, min(done + 2 * size, num_steps)):
+            if step not in assigned:
+                assigned[step] = thread.submit(_assignment, costs(np.int32(step), *inputs))
+        table = np.zeros((MAX_COUPLED_STEPS, batch_size), np.int32)
+        table[:size] = [assigned.pop(step).result() for step in range(done, done + size)]
+        return devices.device_put(table, mesh)
 
     def advance(state, done, size):
         nonlocal buffer
+        table = permutations(done, size) if coupling == "optimal" else None
         state, finite, buffer = _advance(
-            state, size, buffer, *inputs, optimizer=optimizer, mesh=mesh, **settings
+            state, size, buffer, table, *inputs, optimizer=optimizer, mesh=mesh, **settings
         )
         new_losses, finite = devices.fetch((buffer, finite))
         new_losses = losses[done : done + size] = new_losses[:size]
         shown = {"loss": new_losses.mean()}
         return Chunk(state, shown, first_nonfinite(new_losses, bool(finite)))
 
-    state, _ = run_steps(
-        advance,
-        start(),
-        num_steps,
-        run=run,
-        identity=lambda: {
-            "data": images,
-            "source": (type(source).__name__, source),
-            "key": key,
-            "optimizer": traced_optimizer(optimizer, parameters),
-            "num_steps": num_steps,
-            **settings,
-        },
-        history=lambda done: losses[:done],
-        place=partial(devices.device_put, mesh=mesh),
-        max_chunk=MAX_STEPS_PER_CHUNK,
-        checkpoint_seconds=checkpoint_seconds,
-        show_progress=show_progress,
-        description=description,
-    )
+    with ThreadPoolExecutor(1) as thread:
+        state, _ = run_steps(
+            advance,
+            start(),
+            num_steps,
+            run=run,
+            identity=lambda: {
+                "data": images,
+                "source": (type(source).__name__, source),
+                "key": key,
+                "optimizer": traced_optimizer(optimizer, parameters),
+                "num_steps": num_steps,
+                "coupling": coupling,
+                **settings,
+            },
+            history=lambda done: losses[:done],
+            place=partial(devices.device_put, mesh=mesh),
+            max_chunk=MAX_STEPS_PER_CHUNK if coupling == "independent" else MAX_COUPLED_STEPS,
+            checkpoint_seconds=checkpoint_seconds,
+            show_progress=show_progress,
+            description=description,
+        )
     state = devices.gather(state, mesh)
     return FitResult(state.parameters, state.ema, losses)
 
@@ -304,14 +329,13 @@ def fit(
         "network",
         "optimizer",
         "batch_size",
-        "coupling",
         "ema_decay",
         "augment_flip",
         "mesh",
     ),
     donate_argnames="buffer",
 )
-def _advance(state, size, buffer, key, source, images, **settings):
+def _advance(state, size, buffer, permutations, key, source, images, **settings):
     """(state after `size` steps, whether it is finite, the losses in `buffer`).
 
     `size` is not static: chunks of any size share one program.
@@ -319,13 +343,21 @@ def _advance(state, size, buffer, key, source, images, **settings):
 
     def body(i, carry):
         state, losses = carry
-        state, value = train_step(key, state, source, images, **settings)
+        permutation = None if permutations is None else permutations[i]
+        state, value = train_step(key, state, source, images, permutation, **settings)
         state = devices.constrain(state, settings["mesh"])
         return state, losses.at[i].set(value.astype(losses.dtype))
 
     state, buffer = lax.fori_loop(0, size, body, (state, buffer))
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state.parameters, state.ema))]
     return state, jnp.stack(finite).all(), devices.constrain(buffer, settings["mesh"])
+
+
+@partial(jax.jit, static_argnames=("batch_size", "augment_flip", "mesh"))
+def _costs(step, key, source, images, **settings):
+    """|x1_i - x0_j|^2 of a step's batch, [B, B]."""
+    x0, x1, _ = draw_step(key, step, source, images, **settings)
+    return devices.constrain(squared_distances(x1, x0), settings["mesh"])
 
 
 # Input validation

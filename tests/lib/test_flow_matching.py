@@ -14,8 +14,8 @@ from scipy.integrate import quad
 
 from lib import runs
 from lib.flow_matching import (
-    couple,
     draw_batch,
+    draw_step,
     fit,
     init,
     optimal_permutation,
@@ -127,18 +127,6 @@ def test_straightness_of_gaussian_flows_against_quadrature(x64):
     np.testing.assert_allclose(result.length_ratio, ratio, rtol=1e-3)
 
 
-def test_couplings():
-    """Optimal pairs are the source's own draws in another order, inside loops too."""
-    source, x1 = Normal(jnp.ones(6)), images().reshape(12, 6)
-    pairs = jax.jit(partial(couple, KEY), static_argnums=2)
-    independent, optimal = (pairs(source, x1, kind) for kind in ("independent", "optimal"))
-    np.testing.assert_allclose(independent, source.couple(KEY, x1), atol=1e-6)
-    np.testing.assert_array_equal(optimal, independent[optimal_permutation(independent, x1)])
-    assert np.square(optimal - x1).sum() < 0.9 * np.square(independent - x1).sum()
-    looped = jax.lax.map(lambda _: couple(KEY, source, x1, "optimal"), jnp.arange(2))
-    np.testing.assert_allclose(looped[1], optimal, atol=1e-6)
-
-
 def test_batches():
     """Rows of the data, mapped from 0..255 and mirrored for about half."""
     data = jnp.asarray(np.random.default_rng(0).integers(0, 256, (5, 2, 3, 2)), jnp.uint8)
@@ -155,17 +143,20 @@ def test_batches():
     np.testing.assert_array_equal(mirrored[~same], batch[~same][:, :, ::-1])
 
 
-def test_fit_is_a_loop_of_steps_and_the_running_mean_a_numpy_loop():
-    result = training()
+@pytest.mark.parametrize("coupling", ["independent", "optimal"])
+def test_fit_is_a_loop_of_steps_and_the_running_mean_a_numpy_loop(coupling):
+    result, source = training(coupling=coupling), Normal(jnp.zeros(6))
     init_key, key = jax.random.split(KEY)
     state = init(init_key, Affine(), OPTIMIZER, (2, 3, 1))
     ema = jax.tree.map(np.float64, state.parameters)
     options = {"network": Affine(), "optimizer": OPTIMIZER, "batch_size": 4, "ema_decay": 0.5}
     step_once = jax.jit(
-        lambda state: train_step(key, state, Normal(jnp.zeros(6)), images(), **options)
+        lambda state, permutation: train_step(key, state, source, images(), permutation, **options)
     )
     for step in range(13):
-        state, value = step_once(state)
+        x0, x1, _ = draw_step(key, step, source, images(), 4)
+        pairs = optimal_permutation(x0, x1) if coupling == "optimal" else None
+        state, value = step_once(state, pairs)
         np.testing.assert_allclose(value, result.losses[step], rtol=1e-5)
         decay = min(0.5, (1 + step) / (10 + step))
         ema = jax.tree.map(
