@@ -83,7 +83,7 @@ class MMDDataMixer:
     confidence: float = 0.9
     """Level of the intervals."""
     solver: str = "own"
-    """own, or the name of any solver that cvxpy has, such as OSQP or CLARABEL."""
+    """own, or the name of any that cvxpy (pip install cvxpy) has, such as OSQP or CLARABEL."""
     num_blocks: int = 50
     """Blocks of rows of each file that the bootstrap draws."""
     check_features: int = 256

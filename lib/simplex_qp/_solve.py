@@ -125,13 +125,13 @@ def solve_with_cvxpy(problem: Problem, *, solver: str | None = None) -> Solution
     """The same problem through cvxpy, by `solver` (a name of cvxpy's; its own choice by default).
 
     Its weights are made feasible (`nearest_weights`) and get the same certificate. Raises
-    ImportError without cvxpy, and SolverError where cvxpy does not know the solver or its status is
-    anything but optimal.
+    SolverError without cvxpy, and where it does not know the solver or its status is anything but
+    optimal.
     """
     try:
         import cvxpy
     except ImportError as error:
-        raise ImportError("solve_with_cvxpy needs cvxpy: pip install cvxpy") from error
+        raise SolverError("other solvers need cvxpy: pip install cvxpy") from error
     if solver is not None and solver not in cvxpy.installed_solvers():
         raise SolverError(
             f"cvxpy has no solver {solver!r} here; it has {', '.join(cvxpy.installed_solvers())}"

@@ -326,7 +326,7 @@ def test_cvxpy_failures_are_errors(monkeypatch):
         with pytest.raises(SolverError, match="OSQP failed: it broke"):
             solve_with_cvxpy(problem, solver="OSQP")
     monkeypatch.setitem(sys.modules, "cvxpy", None)
-    with pytest.raises(ImportError, match="needs cvxpy: pip install cvxpy"):
+    with pytest.raises(SolverError, match="need cvxpy: pip install cvxpy"):
         solve_with_cvxpy(problem)
 
 

@@ -393,3 +393,10 @@ def test_groups_leave_summaries_tables_and_figures_and_are_skipped_when_done(tmp
     assert len(table.rows) == len(recovery.SIGMAS)
     assert "failed" in tables.solver_table(tables.rows_of(folder / "solvers_quick.json")).rows[1]
     assert "cvxpy has no solver" in capsys.readouterr().out
+
+
+def test_without_cvxpy_its_solvers_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "presets", lambda preset: {"solvers": QUICK["solvers"]})
+    monkeypatch.setattr(experiments, "find_spec", lambda name: None)
+    assert experiments.main(experiments.Arguments()) == []
+    assert "solvers: left out, they are cvxpy's: pip install cvxpy" in capsys.readouterr().out

@@ -9,6 +9,7 @@ The groups and their settings are in `config.py`. What is finished is skipped.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,9 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     groups = presets(arguments.preset)
     summaries = []
     for name in settings.chosen(arguments.only, groups, kind="group"):
+        if name == "solvers" and not (find_spec("cvxpy") or arguments.only):
+            print("solvers: left out, they are cvxpy's: pip install cvxpy", flush=True)
+            continue
         print(f"{name}: {', '.join(groups[name].settings)}", flush=True)
         summaries.append(run_group(name, groups[name], arguments))
     return summaries
