@@ -32,7 +32,9 @@ StatefulValueAndGrad = Callable[[Array, PyTree, Array, PyTree], tuple[Array, Arr
 
 MAX_STEPS_PER_CHUNK = 1024
 MAX_RECORD_BYTES_PER_CHUNK = 64 * 2**20
+"""Of the records on the device, if there is more than one; particles above it are held once."""
 MAX_RECORD_BYTES = 4 * 2**30
+"""Of all records, on the host."""
 
 
 class FlowState(NamedTuple):
@@ -139,8 +141,10 @@ def wasserstein_gradient_descent(
 
     Raises:
       ValueError: before any step, on NaN or infinity in the input, an empty class, a dimension
-        that differs, a negative step size, momentum out of range, or more records than 4 GiB.
-      DivergedError: NaN or infinity on the way; the last good state is saved.
+        that differs, a negative step size, momentum out of range, or records between the start
+        and the end whose whole takes more than 4 GiB.
+      DivergedError: NaN or infinity on the way; the last good state is saved. Of particles above
+        64 MiB it is that of the last save: no second copy is held.
       RunFileError: the folder's checkpoint is of another start, target, key, optimizer (with all
         its settings) or `record_every`, or past `n_epochs`.
     """
@@ -165,8 +169,9 @@ def wasserstein_gradient_descent(
 
     target, key = devices.device_put((x_tgt, rng), mesh)
     max_steps = _max_steps(x0.nbytes, record_every)
-    compiled = _advance(value_and_grad, optimizer, record_every, mesh)
-    slots = -(-max_steps // record_every) + 1
+    held_once = x0.nbytes > MAX_RECORD_BYTES_PER_CHUNK
+    compiled = _advance(value_and_grad, optimizer, record_every, mesh, held_once)
+    slots = -(-max_steps // record_every) if record_every < n_epochs else 0
     by_particles = PartitionSpec(None, *_where(x0, x0.shape, mesh))
     buffers = (
         jnp.zeros((max_steps, *value.shape), value.dtype, device=devices.sharding(mesh)),
@@ -180,14 +185,18 @@ def wasserstein_gradient_descent(
         losses[done : done + size] = new_losses
         before = 1 + done // record_every
         for i in range(before, 1 + (done + size) // record_every):
-            particles[i] = devices.fetch(records[i - before])
+            last = i * record_every == n_epochs
+            particles[i] = devices.fetch(state.particles if last else records[i - before])
         bad_step = first_nonfinite(new_losses, bool(devices.fetch(finite)))
         shown = {"loss": float(np.ravel(new_losses[-1])[0])}
         return Chunk(state, shown, bad_step if stop_at_nonfinite else None)
 
+    begin = flow_init(optimizer, x0, carry)
+    if held_once:  # the caller's arrays stay theirs, and on the host
+        begin, x0 = jax.tree.map(jnp.copy, begin), np.asarray(x0)
     state, _ = run_steps(
         advance,
-        flow_init(optimizer, x0, carry),
+        begin,
         n_epochs,
         run=run,
         identity=lambda: {
@@ -205,6 +214,7 @@ def wasserstein_gradient_descent(
             jax.tree.map, lambda leaf: devices.device_put(leaf, mesh, _where(leaf, x0.shape, mesh))
         ),
         max_chunk=max_steps,
+        keeps_state=not held_once,
         checkpoint_seconds=checkpoint_seconds,
         show_progress=show_progress,
         description=description,
@@ -286,7 +296,7 @@ def _heavy_ball(lr, m: float) -> optax.GradientTransformation:
 
 def _max_steps(particle_bytes: int, record_every: int) -> int:
     """Steps in a chunk, at most: they bound what is buffered on the device."""
-    slots = max(1, MAX_RECORD_BYTES_PER_CHUNK // max(1, particle_bytes) - 1)
+    slots = max(1, MAX_RECORD_BYTES_PER_CHUNK // max(1, particle_bytes))
     return min(MAX_STEPS_PER_CHUNK, slots * record_every)
 
 
@@ -296,10 +306,12 @@ def _where(leaf: AnyArray, shape: tuple[int, ...], mesh: Mesh | None) -> Partiti
 
 
 @lru_cache(maxsize=32)
-def _advance(target_value_and_grad, optimizer, record_every: int, mesh: Mesh | None = None):
+def _advance(
+    target_value_and_grad, optimizer, record_every: int, mesh: Mesh | None = None, held_once=False
+):
     """advance(rng, state, x_tgt, num_steps, buffers) -> (state, particles finite?, buffers), the
-    buffers (losses, records) written in place; cached, so that a second flow with the same
-    functions and shapes compiles nothing."""
+    buffers (losses, records) written in place, and the state too where it is `held_once`; cached,
+    so that a second flow with the same functions and shapes compiles nothing."""
     step = flow_step(target_value_and_grad, optimizer)
 
     def like_the_start(state):
@@ -308,17 +320,20 @@ def _advance(target_value_and_grad, optimizer, record_every: int, mesh: Mesh | N
             lambda leaf: devices.constrain(leaf, mesh, _where(leaf, shape, mesh)), state
         )
 
-    @partial(jax.jit, donate_argnums=4)
+    @partial(jax.jit, donate_argnums=(1, 4) if held_once else 4)
     def advance(rng, state, x_tgt, num_steps, buffers):
         start = state.step
 
         def body(i, carry):
             state, losses, records = carry
             # A slot is overwritten until the step that completes its interval: no branch needed.
+            # What would begin one more is dropped.
             slot = state.step // record_every - start // record_every
             state, value = step(rng, state, x_tgt)
             state = like_the_start(state)
-            return state, losses.at[i].set(value), records.at[slot].set(state.particles)
+            if len(records):
+                records = records.at[slot].set(state.particles, mode="drop")
+            return state, losses.at[i].set(value), records
 
         state, losses, records = lax.fori_loop(0, num_steps, body, (state, *buffers))
         divided = _where(state.particles, state.particles.shape, mesh)
@@ -363,8 +378,9 @@ def _check_input(x0, x_tgt, n_epochs, lr, m, record_every) -> None:
     if record_every < 1:
         raise ValueError(f"record_every must be at least 1, got {record_every}")
     # The length of `recorded_steps`, without making what may be too long to make.
-    size = (2 + (n_epochs - 1) // record_every) * x0.nbytes
-    if size > MAX_RECORD_BYTES:
+    between = (n_epochs - 1) // record_every
+    size = (2 + between) * x0.nbytes
+    if between and size > MAX_RECORD_BYTES:
         raise ValueError(
             f"recording every {record_every} of {n_epochs} steps of {x0.shape} takes "
             f"{size / 2**30:.1f} GiB; raise record_every"

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lib.kernels import Kernel, kernel_diagonal, kernel_mean
-from lib.numerics import PRNGKey, as_sample, normalized_weights, plain_number
+from lib.numerics import PRNGKey, as_sample, normalized_weights, plain_number, product
 from lib.sliced_wasserstein import (
     Coupling,
     exact_coupling,
@@ -235,7 +235,11 @@ def mmd_squared_measures(
 
     total = sum_over_directions(costs, directions, block_size, shared=(x, y), mesh=mesh)
     k_xx, k_xy, k_yy = (kernel.profile(cost / directions.shape[0]) for cost in total)
-    return a @ k_xx @ a - 2 * (a @ k_xy @ b) + b @ k_yy @ b
+
+    def bilinear(u, k, v):
+        return product(product(u, k), v)
+
+    return bilinear(a, k_xx, a) - 2 * bilinear(a, k_xy, b) + bilinear(b, k_yy, b)
 
 
 def _check_measures(x, y, directions, x_weights, y_weights) -> None:

@@ -50,9 +50,9 @@ class CondenseConfig:
     steps_per_network: Annotated[int, tyro.conf.arg(aliases=("--iterations-per-network",))] = 5
     num_networks: int = 1
     """Random networks per step, whose losses are averaged."""
-    networks_at_once: bool | None = None
-    """Several networks by one vmapped program, or one after the other. None: at once but on CPU,
-    where that is slower."""
+    networks_at_once: bool = False
+    """Several networks by one vmapped program, which takes as many times the memory, and not one
+    after the other."""
     real_batch: int = 256
     """Real images per class and step."""
     most_decoded: int = 200

@@ -136,7 +136,7 @@ def accuracies(
         num_epochs=evaluator.num_epochs,
         batch_size=evaluator.batch_size,
         transform=transform(augmentation, setting, evaluator.cutmix),
-        at_once=convolution.networks_at_once(),
+        at_once=False,
         run=run,
         show_progress=show_progress,
         description=description,

@@ -187,9 +187,6 @@ def _choose(key, images, most: int):
 
 def _mean_over_networks(loss: Loss, config: CondenseConfig) -> Callable:
     """(parameters of networks, batch) -> (losses, gradients like the stored images)."""
-    at_once = config.networks_at_once
-    if at_once is None:
-        at_once = convolution.networks_at_once()
 
     def values_and_gradient(parameters, batch):
         def total(stored, parameters):
@@ -207,7 +204,9 @@ def _mean_over_networks(loss: Loss, config: CondenseConfig) -> Callable:
             return under_network(None)
         if len(jax.tree.leaves(parameters)[0]) == 1:
             return under_network(jax.tree.map(lambda leaf: leaf[0], parameters))
-        over = jax.vmap(under_network) if at_once else partial(lax.map, under_network)
+        over = (
+            jax.vmap(under_network) if config.networks_at_once else partial(lax.map, under_network)
+        )
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), over(parameters))
 
     return values_and_gradient

@@ -5,6 +5,7 @@ Conventions as in `xp_gmm_source.sources`.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -35,6 +36,8 @@ YCRCB = np.stack(
     [_LUMINANCE, 0.713 * (np.eye(3)[0] - _LUMINANCE), 0.564 * (np.eye(3)[2] - _LUMINANCE)]
 )
 
+# Less than the highest precision would leave a GPU's rounding in masked frequencies.
+_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 # Frequencies
 
@@ -58,12 +61,12 @@ class FrequencySource(NamedTuple):
         """Those of the noise in luminance and chrominances, masked ones 0."""
         # An orthonormal transform of white noise is white noise: it is drawn transformed.
         noise = jax.random.normal(key, (num, *self.kept.shape), self.kept.dtype)
-        return jnp.einsum("ef,npqf->npqe", self.color, noise) * self.kept[None]
+        return _einsum("ef,npqf->npqe", self.color, noise) * self.kept[None]
 
     def sample(self, key: Key[Array, ""], num: int) -> Points:
-        shaped = jnp.einsum("ce,npqe->npqc", self.inverse_color, self.coefficients(key, num))
-        lines = jnp.einsum("ph,npqc->nhqc", self.rows, shaped)
-        images = jnp.einsum("qw,nhqc->nhwc", self.columns, lines) / self.std[None]
+        shaped = _einsum("ce,npqe->npqc", self.inverse_color, self.coefficients(key, num))
+        lines = _einsum("ph,npqc->nhqc", self.rows, shaped)
+        images = _einsum("qw,nhqc->nhwc", self.columns, lines) / self.std[None]
         return images.reshape(num, -1)
 
     def couple(self, key: Key[Array, ""], x1: Points) -> Points:

@@ -237,7 +237,7 @@ def mixture_source(
     # The channel is the last axis of a flat point, so statistics of channels repeat.
     mean, std = (np.tile(part.ravel(), d // part.size) for part in (mean, std))
     typical = np.sqrt(np.mean(np.square(std)))
-    if not (np.isfinite(mean).all() and np.isfinite(typical) and std.min() >= 0 and typical > 0):
+    if not (np.isfinite(mean).all() and np.isfinite(typical) and np.min(std) >= 0 and typical > 0):
         raise ValueError("mean and std must be finite, std >= 0 and not 0 everywhere")
     std = np.where(std < SMALLEST_DEVIATION * typical, 1.0, std)
     mean, std = (jnp.asarray(part, jnp.float32) for part in (mean, std))

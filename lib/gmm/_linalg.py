@@ -6,6 +6,7 @@ that is known: 3/8 of the arithmetic with four panels, 1/4 with two.
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +71,14 @@ def weighted_gram(
 def over_responsible(sums: Callable, x: Float[Array, "b d"], weights: Float[Array, " b"]) -> PyTree:
     """`sums(x, weights)`, which adds up rows by their weights, over the rows that have weight.
 
-    There are often few: in many dimensions most responsibilities are 0. Rows without weight are
-    cut off down to one of a few sizes, known beforehand.
+    There are often few: in many dimensions most responsibilities are 0. On a CPU rows without
+    weight are cut off down to one of a few sizes, known beforehand; elsewhere to choose one would
+    take longer than to add them up.
     """
+    return lax.platform_dependent(x, weights, cpu=partial(_sums_of_few, sums), default=sums)
+
+
+def _sums_of_few(sums: Callable, x: Array, weights: Array) -> PyTree:
     sizes = sorted({len(x) * eighths // 8 for eighths in ACTIVE_EIGHTHS})
     rows, places = jnp.arange(len(x)), jnp.cumsum(weights > 0)
     active = places[-1]

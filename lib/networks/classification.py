@@ -103,7 +103,9 @@ def fit_seeds(
         every key, and what comes back has axes [sets, seeds].
       labels: [n], or [sets, n].
       at_once: False trains the seeds of one set one after the other within each chunk, equal to
-        rounding; `lib.networks.convolution.networks_at_once` knows which is faster.
+        rounding. For convolutions that is better: one with several kernels costs twice as much as
+        one each on a CPU, and on a GPU its gradient is a grouped one with windows as large as the
+        image (jax issue 13800).
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
       checkpoint_seconds: seconds between saves.

@@ -19,12 +19,6 @@ def fastest() -> Method:
     return "patches" if _on_cpu() else "xla"
 
 
-def networks_at_once() -> bool:
-    """Whether networks side by side (`vmap`) are faster than one after the other: not on CPU, where
-    a convolution with several kernels costs twice as much as one each."""
-    return not _on_cpu()
-
-
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 

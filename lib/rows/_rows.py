@@ -36,9 +36,10 @@ class Rows:
         Points are flattened after it.
       dtype: float32 or float64, that of points and products, in which the data must be finite.
       block_size, chunk_size, devices: of `lib.rows.sums.sum_over_rows`. Rows are read `chunk_size`
-        at a time and worked on `block_size` at a time; each chunk is divided over the devices, one
-        by default. Where they are those of several processes, each hands over, and so reads of a
-        memory map, its own rows only.
+        at a time and worked on `block_size` at a time: by default 512 on a CPU, whose caches they
+        fit, elsewhere the whole chunk. Each chunk is divided over the devices, one by default.
+        Where they are those of several processes, each hands over, and so reads of a memory map,
+        its own rows only.
 
     Raises ValueError on no rows, other than numbers, and bad weights; and on NaN or infinity, with
     the number of such rows and the first: in arrays at once, in all else when they are read.
@@ -50,7 +51,7 @@ class Rows:
     weights: Any = None
     transform: Transform | None = None
     dtype: Any = np.float32
-    block_size: int = 512
+    block_size: Any = None
     chunk_size: int = 4096
     devices: Any = None
 
@@ -61,6 +62,10 @@ class Rows:
             raise ValueError(
                 f"{self.name} must be rows [n, d] or [n, ...], none 0, got shape {self.x.shape}"
             )
+        devices = tuple(self.devices) if self.devices else (jax.devices()[0],)
+        if self.block_size is None:
+            on_cpu = devices[0].platform == "cpu"
+            object.__setattr__(self, "block_size", 512 if on_cpu else self.chunk_size)
         if self.block_size < 1 or self.chunk_size < 1:
             raise ValueError(
                 f"block_size and chunk_size must be >= 1: {self.block_size}, {self.chunk_size}"
@@ -76,7 +81,6 @@ class Rows:
                 raise ValueError(f"weights must be [{n}], got shape {weights.shape}")
             if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.any()):
                 raise ValueError("weights must be finite and >= 0, not all 0")
-        devices = tuple(self.devices) if self.devices else (jax.devices()[0],)
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
         object.__setattr__(self, "devices", devices)

@@ -60,7 +60,10 @@ CONTENT = "content:"
 """What a value of a configuration begins with that stands for the content of data."""
 NOT_HASHED = ("seed", "progress", "results")
 Identity = Mapping[str, np.ndarray]
-_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "scikit-learn", "torch")
+_PACKAGES = (
+    *("jax", "jaxlib", "numpy", "optax", "flax", "scikit-learn", "torch"),
+    *("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
+)
 
 
 def config_hash(config: Any, *, exclude: Iterable[str] = NOT_HASHED) -> str:
@@ -328,6 +331,15 @@ def environment() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     device, changes = jax.devices()[0], _git("status", "--porcelain")
+    about_device = {
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "count": jax.device_count(),
+    }
+    if device.platform == "gpu":
+        about_device["runtime"] = device.client.platform_version
+        query = "--query-gpu=driver_version"
+        about_device["driver"] = _printed("nvidia-smi", "--id=0", query, "--format=csv,noheader")
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
@@ -336,11 +348,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "system": platform.platform(),
-        "device": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "count": jax.device_count(),
-        },
+        "device": about_device,
         "x64": bool(jax.config.read("jax_enable_x64")),
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
     }
@@ -364,7 +372,11 @@ def provenance(summary: str | os.PathLike) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return _printed("git", "-C", str(Path(__file__).parent), *arguments)
+
+
+def _printed(*command: str) -> str | None:
+    """What a command prints, if there is one and it ends well."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import submitit
@@ -93,8 +94,8 @@ class Worker(submitit.helpers.Checkpointable):
     before a time limit or a preemption (SIGUSR2), and then the job goes back into the queue.
     """
 
-    visible_gpus: str | None
-    """What CUDA_VISIBLE_DEVICES is here; only of workers here, from which submitit hides all."""
+    gpus: Mapping[str, str]
+    """Variables that give the command its share of this machine's GPUs, which submitit hides."""
 
     def __call__(self, entry: Entry) -> int | str:
         """Returns the exit status, or in words who else has the command."""
@@ -151,9 +152,27 @@ class Worker(submitit.helpers.Checkpointable):
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if environment.get("SUBMITIT_EXECUTOR") == "local":
             environment.pop("CUDA_VISIBLE_DEVICES", None)
-            if self.visible_gpus is not None:
-                environment["CUDA_VISIBLE_DEVICES"] = self.visible_gpus
-        return environment
+        return {**environment, **self.gpus}
+
+
+def gpu_shares(workers: int) -> list[dict[str, str]]:
+    """Variables for each of so many workers here. GPUs are divided among them; of more workers than
+    GPUs several share one, and what JAX takes of its memory at the start, .75."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [gpu for gpu in (named or "").split(",") if gpu]
+    if named is None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+            listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            gpus = listed.stdout.split()
+    if not gpus:
+        return [{} if named is None else {"CUDA_VISIBLE_DEVICES": named}] * workers
+    memory = {}
+    if workers > len(gpus) and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        share = 0.75 / -(-workers // len(gpus))
+        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
+    shares = (gpus[i::workers] or [gpus[i % len(gpus)]] for i in range(workers))
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(share), **memory} for share in shares]
 
 
 def slurm_options(texts: Iterable[str]) -> dict[str, Any]:
@@ -169,9 +188,14 @@ def slurm_options(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def submit(
-    entries: Sequence[Entry], slurm: Mapping[str, Any] | None, *, workers: int
+    entries: Sequence[Entry],
+    slurm: Mapping[str, Any] | None,
+    *,
+    workers: int,
+    gpus: Mapping[str, str] = MappingProxyType({}),
 ) -> list[submitit.Job]:
-    """Starts a worker for each entry: on Slurm as one array, `workers` at once; else here, all.
+    """Starts a worker for each entry: on Slurm as one array, `workers` at once; else here, all, on
+    a share of the `gpus` (see `gpu_shares`).
 
     Raises OSError where there is no Slurm or it refuses the job.
     """
@@ -185,7 +209,7 @@ def submit(
         # Ctrl-C goes to all processes of a terminal: only the sweep shall answer it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return executor.map_array(Worker(os.environ.get("CUDA_VISIBLE_DEVICES")), entries)
+            return executor.map_array(Worker(dict(gpus)), entries)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
@@ -195,7 +219,7 @@ def submit(
             array_parallelism=workers,
             additional_parameters={"job_name": "sweep", **slurm},
         )
-        return executor.map_array(Worker(None), entries)
+        return executor.map_array(Worker({}), entries)
     except RuntimeError as error:
         raise OSError(f"no job for Slurm: {' '.join(str(error).split())}") from error
 
@@ -249,24 +273,27 @@ def run(
     of Slurm are cancelled, which tells them the same and gives them Slurm's KillWait.
     """
     waiting, outcomes = list(entries), {}
-    running: dict[submitit.Job, tuple[Entry, float]] = {}
+    running: dict[submitit.Job, tuple[Entry, float, dict[str, str]]] = {}
+    free = gpu_shares(workers)
     remind_at = None
     while running or (waiting and not stop_requested()):
         while waiting and (slurm or len(running) < workers) and not stop_requested():
             batch = waiting if slurm else waiting[:1]
             waiting = waiting[len(batch) :]
-            for entry, job in zip(batch, submit(batch, slurm, workers=workers)):
-                running[job] = entry, time.monotonic()
+            gpus = {} if slurm else free.pop()
+            for entry, job in zip(batch, submit(batch, slurm, workers=workers, gpus=gpus)):
+                running[job] = entry, time.monotonic(), gpus
                 verb = "submitted" if slurm else "started"
                 print(f"{verb}: {entry}  (job {job.job_id}, {entry.log})", flush=True)
-        for job, (entry, began) in list(running.items()):
+        for job, (entry, began, gpus) in list(running.items()):
             if job.done():
                 outcomes[entry] = _outcome(entry, job)
                 seconds = time.monotonic() - began
                 print(f"{outcomes[entry]} after {seconds:.0f} s: {entry}", flush=True)
                 del running[job]
+                free.append(gpus)
         if stop_requested() and slurm:
-            for job, (entry, _) in running.items():
+            for job, (entry, *_) in running.items():
                 job.cancel(check=False)
                 outcomes[entry] = "cancelled"
             break

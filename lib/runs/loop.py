@@ -30,10 +30,12 @@ _HASHED_BYTES = 2**26
 
 
 class DivergedError(FloatingPointError):
-    """A run met NaN or infinity. `state` is the last good state, `step` the steps behind it."""
+    """A run met NaN or infinity. `state` is the last good state, `step` the steps behind it; None
+    where the loop held one state only."""
 
     def __init__(self, state: PyTree, step: int, bad_step: int, run: Run | None):
-        where = f"; the last good state is in {run.checkpoint}" if run else ""
+        saved = run and run.checkpoint.exists()
+        where = f"; the last good state is in {run.checkpoint}" if run and saved else ""
         super().__init__(
             f"NaN or infinity in step {bad_step} (counted from 0): lower the step size{where}"
         )
@@ -60,6 +62,7 @@ def run_steps(
     place: Callable[[PyTree], PyTree] = lambda state: jax.tree.map(jnp.asarray, state),
     converged: Callable[[int], bool] = lambda done: False,
     max_chunk: int | None = None,
+    keeps_state: bool = True,
     checkpoint_seconds: float = 60.0,
     show_progress: bool = True,
     description: str = "",
@@ -78,6 +81,8 @@ def run_steps(
       place: puts a state on the devices, a new or a saved one.
       converged: whether to end after `done` steps.
       max_chunk: steps in a chunk, at most.
+      keeps_state: False where `advance` overwrites the state that it gets: after a bad step the
+        last good one is then that of the last save.
       checkpoint_seconds: seconds between saves; the end and a stop save too.
 
     SIGINT and SIGTERM save and raise `Interrupted`, or KeyboardInterrupt without a run. Several
@@ -117,8 +122,10 @@ def run_steps(
             chunk = jax.block_until_ready(advance(state, done, size))
             seconds = max(time.monotonic() - started, 1e-9)  # a coarse clock may not have moved
             if chunk.bad_step is not None:
-                save()
-                raise DivergedError(state, done, done + chunk.bad_step, run)
+                if keeps_state:
+                    save()
+                good = state if keeps_state else None
+                raise DivergedError(good, done, done + chunk.bad_step, run)
             state, done = chunk.state, done + size
             tick(size, **chunk.shown)
             rows.append({"step": done - 1, **chunk.shown})

@@ -123,7 +123,7 @@ class DeviceOptions:
 def missing_platforms() -> str | None:
     """What is wrong with JAX_PLATFORMS where JAX finds no device of what it names; None where it
     finds one."""
-    asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+    asked = jax.config.values["jax_platforms"]
     with contextlib.suppress(RuntimeError, AssertionError):  # the latter for cuda without a plugin
         jax.devices()
         return None

@@ -385,7 +385,7 @@ def linear_gap(x: Vector, slope: Vector, lower: Vector, upper: Vector) -> float:
     order = np.argsort(slope)
     filled = np.cumsum((upper - lower)[order])
     v[order] += np.diff(np.minimum(filled, left), prepend=0)
-    last = order[min(np.searchsorted(filled, left), len(v) - 1)]
+    last = order[min(int(np.searchsorted(filled, left)), len(v) - 1)]
     return float(np.abs((slope - slope[last]) * (x - v)).sum())
 
 

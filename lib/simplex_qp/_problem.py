@@ -136,7 +136,7 @@ def from_gram(gram: ArrayLike, cross: ArrayLike, target_square: ArrayLike) -> Qu
     _check_finite("the target's square", target_square)
     asymmetry = np.abs(gram - gram.T)
     if asymmetry.max() > ASYMMETRY * np.abs(gram).max():
-        i, j = np.unravel_index(asymmetry.argmax(), gram.shape)
+        i, j = np.unravel_index(np.argmax(asymmetry), gram.shape)
         raise ValueError(
             f"the Gram matrix is not symmetric: {gram[i, j]} at ({i}, {j}) but {gram[j, i]} across"
         )
@@ -243,14 +243,14 @@ def _check_bounds(lower, upper, prior, n):
     if prior is not None:
         wrong = (prior == 0) & (lower > 0)
         if wrong.any():
-            i = int(wrong.argmax())
+            i = int(np.argmax(wrong))
             raise ValueError(
                 f"domain {i} has a lower bound of {lower[i]} but, with kl_penalty, a prior of 0"
             )
         upper = np.where(prior == 0, 0.0, upper)
     wrong = lower > upper
     if wrong.any():
-        i = int(wrong.argmax())
+        i = int(np.argmax(wrong))
         raise ValueError(
             f"the lower bound of domain {i} is above its upper one: {lower[i]} > {upper[i]}"
         )
@@ -261,7 +261,7 @@ def _check_bounds(lower, upper, prior, n):
         raise ValueError(f"no weights of sum 1: the upper bounds (caps) sum to {most}")
     if least > 1 - 1e-12 or most < 1 + 1e-12:
         point = lower / least if least > 1 - 1e-12 else upper / most
-        point[point.argmax()] += 1 - math.fsum(point.tolist())
+        point[np.argmax(point)] += 1 - math.fsum(point.tolist())
         return point, point
     upper = np.where(upper >= 1 - (least - lower), np.inf, upper)
     return (lower, upper) if lower.any() or np.isfinite(upper).any() else (None, None)

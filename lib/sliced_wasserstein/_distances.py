@@ -144,6 +144,9 @@ def _weighted_coupling(x_mass: Array, y_mass: Array) -> tuple[Array, Array, Arra
 
 # Sums over pairs of measures
 
+MAX_RUNNING_SUM = 2**26
+"""Numbers that a running sum over pairs of measures holds, at most: 256 MiB in float32."""
+
 
 def _power(difference: Array, p: int) -> Array:
     # The maximum is |.| with slope 0 at 0, as `_power_slope` has it; that of jnp.abs is 1 there.
@@ -160,16 +163,34 @@ def pairwise_cost(
 ) -> Float[Array, "A B"]:
     """sum_k mass_k sum_l |x[a, k, l] - y[b, k, l]|^p for all pairs (a, b); p is 1 or 2.
 
-    Taken by differences: a Gram matrix loses every digit of a small distance. One pass over k with
-    a running sum [A, B, L], which is all the memory it needs, in reverse mode too (the gradient, in
-    closed form, is a second such pass). `mass` is a constant here: its gradient is zero.
+    Taken by differences: a Gram matrix loses every digit of a small distance. The gradient is in
+    closed form, and `mass` a constant here: its gradient is zero. On a CPU one pass over k keeps a
+    running sum [A, B, L], of at most `MAX_RUNNING_SUM` numbers at a time; elsewhere a thousand
+    small steps would be a thousand launches, and XLA fuses the whole sum into one, which keeps
+    nothing.
     """
+    return lax.platform_dependent(
+        x, y, mass, cpu=partial(_looped_cost, p=p), default=partial(_fused_cost, p=p)
+    )
 
-    def add(k, total):
-        return total + mass[k] * _power(x[:, None, k] - y[None, :, k], p)
 
-    start = jnp.zeros((x.shape[0], y.shape[0], x.shape[2]), x.dtype)
-    return lax.fori_loop(0, mass.shape[0], add, start).sum(axis=-1)
+def _looped_cost(x: Array, y: Array, mass: Array, *, p: int) -> Array:
+    def against_all(x):
+        def add(k, total):
+            return total + mass[k] * _power(x[:, None, k] - y[None, :, k], p)
+
+        start = jnp.zeros((x.shape[0], y.shape[0], x.shape[2]), x.dtype)
+        return lax.fori_loop(0, mass.shape[0], add, start).sum(axis=-1)
+
+    rows = max(1, MAX_RUNNING_SUM // (y.shape[0] * x.shape[2]))
+    if rows >= len(x):
+        return against_all(x)
+    return lax.map(lambda row: against_all(row[None])[0], x, batch_size=rows)
+
+
+def _fused_cost(x: Array, y: Array, mass: Array, *, p: int) -> Array:
+    powers = _power(x[:, None] - y[None], p)
+    return (mass[None, None, :, None] * powers).sum(axis=(2, 3))
 
 
 def _pairwise_cost_forward(x, y, mass, p):
@@ -178,14 +199,24 @@ def _pairwise_cost_forward(x, y, mass, p):
 
 def _pairwise_slope(x: Array, y: Array, mass: Array, slope: Array, p: int) -> Array:
     """Gradient in x of sum_ab slope[a, b] pairwise_cost(x, y)[a, b]: [A, K, L]."""
+    return lax.platform_dependent(
+        x, y, mass, slope, cpu=partial(_looped_slope, p=p), default=partial(_fused_slope, p=p)
+    )
 
-    # The mass inside the loop: outside, fused with the sum over sides, it would be rounded in one
-    # of two opposite terms only, and identical measures would push each other by 1e-8.
+
+# The mass is inside both sums: outside, fused with the sum over sides, it would be rounded in one
+# of two opposite terms only, and identical measures would push each other by 1e-8.
+def _looped_slope(x: Array, y: Array, mass: Array, slope: Array, *, p: int) -> Array:
     def add(b, total):
         weight = slope[:, b, None, None] * mass[None, :, None]
         return total + weight * _power_slope(x - y[b][None], p)
 
     return lax.fori_loop(0, y.shape[0], add, jnp.zeros_like(x))
+
+
+def _fused_slope(x: Array, y: Array, mass: Array, slope: Array, *, p: int) -> Array:
+    weight = slope[:, :, None, None] * mass[None, None, :, None]
+    return (weight * _power_slope(x[:, None] - y[None], p)).sum(axis=1)
 
 
 def _pairwise_cost_backward(p, residuals, slope):

@@ -138,10 +138,23 @@ def test_records_are_slices_of_the_whole_run(monkeypatch, whole, n_epochs, recor
     assert_same_bits(found, (whole.losses[:n_epochs], whole.particles[steps]))
 
 
+def test_large_particles_are_held_once(monkeypatch, whole, run):
+    """The state is overwritten, the caller's arrays are not; a diverged flow has none to return."""
+    monkeypatch.setattr(gd, "MAX_RECORD_BYTES_PER_CHUNK", 1)
+    x0 = jnp.asarray(start()[0])
+    assert_same_bits(
+        flow(x0=x0, record_every=4), (whole.losses, whole.particles[[0, 4, 8, 12, 13]])
+    )
+    assert_same_bits(flow(x0=x0, record_every=13, run=run).particles, whole.particles[[0, 13]])
+    with pytest.raises(DivergedError) as caught:
+        flow(x0=x0, lr=lambda step: jnp.where(step == 5, jnp.inf, 0.1))
+    assert caught.value.state is None
+
+
 def test_record_buffer_is_bounded(monkeypatch, whole):
     x0 = start()[0]
     sizes = record_chunks(monkeypatch, seconds=1e9)
-    monkeypatch.setattr(gd, "MAX_RECORD_BYTES_PER_CHUNK", 3 * x0.nbytes)
+    monkeypatch.setattr(gd, "MAX_RECORD_BYTES_PER_CHUNK", 2 * x0.nbytes)
     kept = flow(record_every=2).particles
     np.testing.assert_array_equal(kept, whole.particles[[0, 2, 4, 6, 8, 10, 12, 13]])
     assert max(sizes) == 4

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, EXPONENTS, SEEDS, assert_finite, assert_within, clouds
 
 from lib.sliced_wasserstein import (
+    _distances,
     pairwise_cost,
     percentile_coupling,
     project,
@@ -147,3 +148,20 @@ def test_pairwise_costs(seed, dtype, exponent, p, identical):
         assert_within(gradient, sign * np.einsum(axes, slope, slopes), 8 * eps * size, dtype)
     size = np.abs(x) @ np.abs(y[0, :2]).T
     assert_within(projected, x @ y[0, :2].T, 6 * eps * size, dtype)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_sums_of_accelerators_and_in_parts(monkeypatch, p):
+    """One fused sum, and rows of classes one by one, against NumPy."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(c, 4, 3)) for c in (5, 3))
+    mass, slope = rng.dirichlet(np.ones(4)), rng.normal(size=(5, 3))
+    arrays, difference = tuple(map(jnp.asarray, (x, y, mass))), x[:, None] - y[None]
+    expected = np.einsum("k,abkl->ab", mass, np.abs(difference) ** p)
+    np.testing.assert_allclose(_distances._fused_cost(*arrays, p=p), expected, rtol=1e-14)
+    monkeypatch.setattr(_distances, "MAX_RUNNING_SUM", 2 * 3 * 3)  # two rows of five
+    np.testing.assert_allclose(_distances._looped_cost(*arrays, p=p), expected, rtol=1e-14)
+    slopes = p * np.abs(difference) ** (p - 1) * np.sign(difference)
+    expected = np.einsum("ab,k,abkl->akl", slope, mass, slopes)
+    fused = _distances._fused_slope(*arrays, jnp.asarray(slope), p=p)
+    np.testing.assert_allclose(fused, expected, rtol=1e-13, atol=1e-15)

@@ -198,8 +198,29 @@ def test_a_worker_that_comes_late_finds_it_done(job, tmp_path):
     entry = _workers.Entry((str(job), "good"), tmp_path / "folder")
     entry.folder.mkdir()
     entry.done.write_text("{}")
-    assert _workers.Worker(None)(entry) == 0
+    assert _workers.Worker({})(entry) == 0
     assert not notes(job, "good")
+
+
+@pytest.mark.parametrize(
+    ("visible", "workers", "shares", "memory"),
+    [
+        (None, 2, ["0,2", "1"], None),
+        (None, 5, ["0", "1", "2", "0", "1"], "0.375"),
+        ("4,6", 1, ["4,6"], None),
+        ("", 2, ["", ""], None),
+    ],
+)
+def test_workers_divide_the_gpus(monkeypatch, tmp_path, visible, workers, shares, memory):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    given = _workers.gpu_shares(workers)
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in given] == shares
+    assert {share.get("XLA_PYTHON_CLIENT_MEM_FRACTION") for share in given} == {memory}
 
 
 def test_a_dry_run_lists_and_starts_nothing(job, capsys):

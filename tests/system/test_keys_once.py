@@ -8,7 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax._src import prng
+
+try:
+    from jax._src.random import prng  # jax 0.12
+except ImportError:
+    from jax._src import prng
 
 from xp_data_mixing.study import coverage
 from xp_data_mixing.study.config import CoverageConfig, Samples
