@@ -80,11 +80,17 @@ def velocity(
     share the rows."""
 
     def evaluate(parameters, x, times):
-        images = x.reshape(-1, *image_shape)
-        velocities: Any = network.apply(parameters, images, times)
+        velocities = _apply(network, parameters, x.reshape(-1, *image_shape), times)
         return velocities.reshape(x.shape)
 
     return partial(devices.over_devices(evaluate, mesh, replicated=1), parameters)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _apply(network: nn.Module, parameters: PyTree, images: Array, times: Array) -> Array:
+    """JAX keeps its trace, for every loop that a network of such shapes stands in."""
+    velocities: Any = network.apply(parameters, images, times)
+    return velocities
 
 
 def interpolate(
@@ -261,8 +267,9 @@ def fit(
     images, source = jnp.asarray(images), jax.tree.map(jnp.asarray, source)
     _check_input(images, source, num_steps, batch_size, coupling, ema_decay)
     init_key, key = jax.random.split(key)
-    start = partial(init, init_key, network, optimizer, images.shape[1:])
-    parameters = jax.eval_shape(start).parameters
+    start = jax.jit(init, static_argnums=(1, 2, 3))
+    init_arguments = init_key, network, optimizer, images.shape[1:]
+    parameters = start.eval_shape(*init_arguments).parameters
     settings = {
         "network": network,
         "batch_size": batch_size,
@@ -300,7 +307,7 @@ def fit(
     with ThreadPoolExecutor(1) as thread:
         state, _ = run_steps(
             advance,
-            start(),
+            start(*init_arguments),
             num_steps,
             run=run,
             identity=lambda: {
