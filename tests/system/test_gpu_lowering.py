@@ -14,14 +14,12 @@ from lib.networks import convolution
 
 LARGEST_CONSTANT = 2**20  # bytes
 QUICK = (
-    "WoW, Riesz (10, 200, 784)",
     "WoW, IMQ, percentiles (10, 500, 784)",
     "WoW flow (10, 500, 784)",
     "DrMMD target, 2,000",
     "DrMMD step (300, 2,000)",
     "KALE step (300, 2,000)",
     "condensation, 1 network",
-    "training, LeNet-5, 5 seeds",
     "E-step, K = 10, d = 3072",
     "draws of a mixture, K = 10, d = 3072",
     "draws without high frequencies, d = 3072",
