@@ -19,6 +19,7 @@ import tyro
 from gpu_programs import PROGRAMS, Program
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from scaling_systems import bytes_of
 
 from lib.networks import convolution
 from lib.report.tables import Table, write_summary
@@ -69,8 +70,8 @@ def launches(text: str) -> int:
             computations[name].append(line)
 
     def called(line: str, role: str) -> list[str]:
-        found = re.search(rf"{role}=(?:\{{(.*?)\}}|([\w.\-%]+))", line)
-        names = (found[1] or found[2]).split(",") if found else []
+        given = re.search(rf"{role}=(?:\{{(.*?)\}}|([\w.\-%]+))", line)
+        names = (given[1] or given[2]).split(",") if given else []
         return [name.strip().lstrip("%") for name in names]
 
     def count(name: str) -> int:
@@ -121,11 +122,9 @@ def main(arguments: Arguments) -> Path:
         if arguments.programs and not any(part in name for part in arguments.programs):
             continue
         made = compiled(program, device)
-        memory = made.memory_analysis()
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-        rows.append({"program": name, "launches": launches(made.as_text()), "bytes": held})
-        cells.append([name, f"{rows[-1]['launches']:,}", f"{held / 1e6:,.0f}"])
+        count, held = launches(made.as_text()), bytes_of(made)
+        rows.append({"program": name, "launches": count, "bytes": held})
+        cells.append([name, f"{count:,}", f"{held / 1e6:,.0f}"])
         print(cells[-1], flush=True)
     path = arguments.results / "benchmarks" / "absent_gpu.json"
     heads = ["program", "launches", "MB"]

@@ -5,7 +5,6 @@ shapes: no array is made, and nothing runs. `tests/system/test_gpu_lowering.py` 
 `absent_gpu.py` compiles them for a GPU that is not there.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -156,14 +155,13 @@ def source(K: int, d: int) -> GMMSource:
     return GMMSource(mixture(K, d, jnp.float32), shape(d), shape(d))
 
 
-def frequency_draws(side: int, channels: int, num: int):
+def frequency_source(side: int, channels: int) -> FrequencySource:
     colors, pixels = shape(channels, channels), shape(side, side, channels)
-    masked = FrequencySource(shape(side, side), shape(side, side), colors, colors, pixels, pixels)
-    return jax.jit(lambda key, source: source.sample(key, num)), (key(), masked), {}
+    return FrequencySource(shape(side, side), shape(side, side), colors, colors, pixels, pixels)
 
 
-def mixture_draws(K: int, d: int, num: int):
-    return jax.jit(lambda key, source: source.sample(key, num)), (key(), source(K, d)), {}
+def draws(drawn_from: flow_matching.Source, num: int):
+    return jax.jit(lambda key, source: source.sample(key, num)), (key(), drawn_from), {}
 
 
 def matching_step(coupling: flow_matching.Coupling, batch_size: int = 512):
@@ -204,13 +202,8 @@ def permutation_test(n: int, d: int):
 
 
 def program(build: Callable, *arguments: Any, double=False, networks=False, **options) -> Program:
-    made = partial(build, *arguments, **options)
-    on_device = "device" in inspect.signature(build).parameters
-    return Program(
-        (lambda device: made(device=device)) if on_device else lambda device: made(),
-        double,
-        networks,
-    )
+    """Of a builder that does not ask for the device."""
+    return Program(lambda device: build(*arguments, **options), double, networks)
 
 
 PROGRAMS = {
@@ -234,14 +227,14 @@ PROGRAMS = {
     "condensation, 4 networks": program(condensation, 4, networks=True),
     "training, LeNet-5, 5 seeds": program(training, "lenet", 28, 1, networks=True),
     "training, ConvNet, 5 seeds": program(training, "convnet", 32, 3, networks=True),
-    "E-step, K = 10, d = 3072": program(e_step, 10, 3072, double=True),
-    "E-step, K = 100, d = 300": program(e_step, 100, 300, double=True),
+    "E-step, K = 10, d = 3072": Program(partial(e_step, 10, 3072), double=True),
+    "E-step, K = 100, d = 300": Program(partial(e_step, 100, 300), double=True),
     "M-step, K = 10, d = 3072": program(m_step, 10, 3072, double=True),
-    "draws of a mixture, K = 10, d = 3072": program(mixture_draws, 10, 3072, 512),
-    "draws without high frequencies, d = 3072": program(frequency_draws, 32, 3, 512),
+    "draws of a mixture, K = 10, d = 3072": program(draws, source(10, 3072), 512),
+    "draws without high frequencies, d = 3072": program(draws, frequency_source(32, 3), 512),
     "flow matching, 512 images": program(matching_step, "independent", networks=True),
     "flow matching, optimal": program(matching_step, "optimal", networks=True),
     "distances of a batch": program(matching_costs),
-    "mean embeddings, D = 10,000, d = 8,192": program(embeddings, 10_000, 8192),
+    "mean embeddings, D = 10,000, d = 8,192": Program(partial(embeddings, 10_000, 8192)),
     "two-sample test, 10,000": program(permutation_test, 10_000, 10),
 }

@@ -113,7 +113,8 @@ def loss(
 
 
 def optimal_permutation(x0: Float[Array, "B d"], x1: Float[Array, "B d"]) -> Int[np.ndarray, " B"]:
-    """The permutation p that minimizes sum_i |x0[p_i] - x1_i|^2, [B]: exact optimal transport.
+    """The permutation p that minimizes sum_i |x0[p_i] - x1_i|^2, [B]: exact optimal transport
+    within a batch (Pooladian et al., 2023; Tong et al., 2024).
 
     SciPy's assignment solver on the host, O(B^3), so not for use inside jit. Where a distance is
     NaN or infinite the identity comes back.
@@ -143,6 +144,10 @@ def init(
     images, times = jnp.zeros((1, *image_shape)), jnp.zeros(1)
     parameters = network.init(key, images, times)
     return TrainState(parameters, parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
+
+
+# One program, whose trace its check of shapes shares.
+_init = jax.jit(init, static_argnums=(1, 2, 3))
 
 
 def draw_batch(
@@ -250,7 +255,7 @@ def fit(
       source: draws x0 [B, H W channels]; see `Source`.
       images: [n, H, W, channels], float in [-1, 1], or uint8, which is mapped there batch by batch.
       coupling: "independent", or "optimal" within each batch.
-      batch_size: images a step, drawn independently.
+      batch_size: images per step, drawn independently.
       ema_decay: of the running mean of the parameters, in [0, 1).
       augment_flip: mirrors images at random.
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
@@ -267,9 +272,8 @@ def fit(
     images, source = jnp.asarray(images), jax.tree.map(jnp.asarray, source)
     _check_input(images, source, num_steps, batch_size, coupling, ema_decay)
     init_key, key = jax.random.split(key)
-    start = jax.jit(init, static_argnums=(1, 2, 3))
-    init_arguments = init_key, network, optimizer, images.shape[1:]
-    parameters = start.eval_shape(*init_arguments).parameters
+    start = partial(_init, init_key, network, optimizer, images.shape[1:])
+    parameters = jax.eval_shape(start).parameters
     settings = {
         "network": network,
         "batch_size": batch_size,
@@ -307,7 +311,7 @@ def fit(
     with ThreadPoolExecutor(1) as thread:
         state, _ = run_steps(
             advance,
-            start(*init_arguments),
+            start(),
             num_steps,
             run=run,
             identity=lambda: {

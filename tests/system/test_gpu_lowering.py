@@ -45,21 +45,21 @@ def lowered(program, platform: str) -> str:
 
 def faults(text: str, *, double: bool, networks: bool) -> set[str]:
     """What would be wrong on an accelerator, in words."""
-    found = set()
+    named = set()
     for call in re.findall(r"custom_call @([\w.]+)", text):
         if re.match("lapack|blas|eigen|topk", call, re.IGNORECASE):
-            found.add(f"the CPU's {call}")
+            named.add(f"the CPU's {call}")
         if "callback" in call:
-            found.add("a callback to the host")
+            named.add("a callback to the host")
     if not double and re.search(r"tensor<[\dx]*f64>", text):
-        found.add("float64 among float32")
+        named.add("float64 among float32")
     for product in re.findall(r"stablehlo\.dot_general.*", text):
         outer = "contracting_dims = [] x []" in product  # no sum, so no precision
         if not networks and not outer and "HIGHEST" not in product and "f32>" in product:
-            found.add(f"a product at the default precision: {product}")
+            named.add(f"a product at the default precision: {product}")
     if any(len(digits) / 2 > LARGEST_CONSTANT for digits in re.findall(r'"0x([0-9A-F]+)"', text)):
-        found.add("a large constant")
-    return found
+        named.add("a large constant")
+    return named
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -72,12 +72,12 @@ def test_programs_lower_for_accelerators(name, platform, monkeypatch):
         pytest.skip("a TPU has no float64")
     monkeypatch.setattr(convolution, "_on_cpu", lambda: False)
     text = lowered(program, platform)
-    found = faults(text, double=program.double, networks=program.networks)
-    assert found == KNOWN.get(name, set())
+    named = faults(text, double=program.double, networks=program.networks)
+    assert named == KNOWN.get(name, set())
 
 
 def test_faults_are_seen():
-    """On a CPU's program each of them, but for constants, stands."""
+    """On a CPU's program each of them stands, except constants."""
 
     def program(x):
         jax.debug.callback(print, x[0, 0])
@@ -85,6 +85,6 @@ def test_faults_are_seen():
 
     with jax.enable_x64(True):
         text = jax.jit(program).lower(jax.ShapeDtypeStruct((3, 3), "f4")).as_text()
-    found = " ".join(sorted(faults(text, double=False, networks=False)))
+    named = " ".join(sorted(faults(text, double=False, networks=False)))
     for part in ("a callback", "a product at the default", "lapack_ssyevd", "float64 among"):
-        assert part in found
+        assert part in named

@@ -103,7 +103,7 @@ def recorded(monkeypatch):
 
 
 def shared(uses):
-    """Keys drawn from twice, but for the draws `REDONE`, or used by functions not `SHARED`."""
+    """Keys drawn from twice, except the draws `REDONE`, or used by functions not `SHARED`."""
     those_shared = []
     for key, those in uses.items():
         functions = frozenset(use.function for use in those)
