@@ -159,6 +159,7 @@ QUICK = FlowConfig(
     patch=1,
     num_steps=500,
     num_samples=350,
+    euler=(5, 10, 20, 40),
 )
 # Lee et al. (2025): U-Net of 128 channels, Adam 2e-4, batches of 512, 200,000 steps, EMA .9999.
 CIFAR10 = FlowConfig(

@@ -263,7 +263,6 @@ def run_flow(
         return run
     split = read(config, data_root)
     config = known
-    reference_images = reference(config, split, results)
     source = source_of(config, split.train, results, show_progress=show_progress, mesh=mesh)
     train_key, evaluation_key = jax.random.split(key_of_seed(seed, shift=1000))
     began = time.perf_counter()
@@ -285,6 +284,7 @@ def run_flow(
     )
     seconds = time.perf_counter() - began
     sources = sampling_sources(config, source, split.train, show_progress=show_progress)
+    reference_images = reference(config, split, results)
     measured = evaluate_flow(
         evaluation_key, config, trained.ema, sources, reference_images, split.train
     )

@@ -72,11 +72,22 @@ def save_animation(
     figure: Figure, draw: Callable[[int], Any], num_frames: int, path: str | os.PathLike,
     *, frames_per_second: int = 20,
 ) -> Path:  # fmt: skip
-    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, and closes it."""
-    film = animation.FuncAnimation(figure, draw, frames=num_frames, blit=False)
+    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, and closes it. The layout
+    of the first frame is kept, so that nothing moves but what is drawn."""
     writer = animation.PillowWriter(fps=frames_per_second)
+
+    def write(name: Path) -> None:
+        writer.setup(figure, name, dpi=90)
+        for i in range(num_frames):
+            draw(i)
+            if i == 0:
+                figure.draw_without_rendering()
+                figure.set_layout_engine("none")
+            writer.grab_frame()
+        writer.finish()
+
     try:
-        return _into_place(path, lambda name: film.save(name, writer=writer, dpi=90))
+        return _into_place(path, write)
     finally:
         plt.close(figure)
 
