@@ -156,6 +156,8 @@ QUICK = [
 CHECKS = {
     "wow": ({"C": 10, "n": 5000, "d": 3072, "L": 500}, {"C": 100, "n": 500, "d": 784, "L": 500},
             {"C": 10, "n": 5000, "d": 3072, "L": 500, "block_size": 50}),
+    "wow_flow": ({"C": 10, "n": 5000, "d": 784, "L": 500}, {"C": 500, "n": 50, "d": 784, "L": 500},
+                 {"C": 10, "n": 20_000, "d": 784, "L": 500, "block_size": 50}),
     "drmmd": ({"N": 8000, "M": 8000, "d": 2}, {"N": 20000, "M": 5000, "d": 50},
               {"N": 10**6, "M": 10**5, "d": 50, "approximation": "rff", "rank": 2000},
               {"N": 10**6, "M": 10**5, "d": 50, "approximation": "nystrom", "rank": 300}),
@@ -194,8 +196,8 @@ SHARED = {
 }
 
 FITS = [
-    ("wow", "n", {"C": 10, "d": 784, "L": 500}, {"block_size": 50}),
-    ("wow", "C", {"n": 50, "d": 784, "L": 500}, {"block_size": 50}),
+    ("wow_flow", "n", {"C": 10, "d": 784, "L": 500}, {"block_size": 50}),
+    ("wow_flow", "C", {"n": 50, "d": 784, "L": 500}, {"block_size": 50}),
     ("drmmd", "N=M", {"d": 2}, {"approximation": "nystrom", "rank": 300}),
     ("condensation", "C", {"n": 256, "width": 128, "ipc": 10, "side": 32, "channels": 3},
      {"class_chunk": 1}),
@@ -326,9 +328,8 @@ def run_fits(gigabytes: int, systems: tuple[str, ...]) -> list[dict[str, Any]]:
             continue
         if size > MOST_RUN or "class_chunk" in sizes:  # hours
             continue
-        predicted = SYSTEMS[name].predicted(**sizes)
-        if name == "drmmd":  # its arguments hold what other flows need beside
-            predicted += SYSTEMS[name].beside(**sizes)
+        system = SYSTEMS[name]
+        predicted = system.predicted(**sizes) + system.beside(**sizes) + system.host(**sizes)
         found = in_a_process("--fit_alone", json.dumps([name, sizes]))
         rows.append({"system": name, "sizes": sizes, "predicted": predicted} | found)
         held, said = found["peak"] / 1e9, predicted / 1e9

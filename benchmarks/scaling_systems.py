@@ -12,13 +12,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import gpu_programs
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as Spec
 
-from lib import drmmd, kernels, mmd, rff
+from lib import drmmd, gd, kernels, mmd, rff
 from lib.devices import device_put, partition_spec
+from lib.gd import wasserstein_gradient_descent
 from lib.gmm import Mixture, em, prepare
 from lib.gmm.covariances import Full
 from lib.rows import Rows, fourier_means
@@ -46,7 +48,9 @@ class System(NamedTuple):
     """(mesh, run, **sizes)"""
     predicted: Callable[..., float]
     beside: Callable[..., float] = lambda **_: 0
-    """Bytes that a flow holds while the program runs."""
+    """Bytes that a flow holds on the device while the program runs."""
+    host: Callable[..., float] = lambda **_: 0
+    """Bytes of the host, which a CPU's process holds too."""
 
 
 def bytes_of(compiled) -> int:
@@ -101,6 +105,28 @@ def _wow_predicted(C, n, d, L, block_size=None, n_sample_batch=None):
     arrays = 7 * C * n + C * m + 4 * C**2
     particles = (3 + (block < L)) * C * n * d
     return 4 * (particles + block * arrays)
+
+
+FLOW_STEPS = 2
+
+
+def _wow_flow_program(mesh, run, **sizes):
+    """The loop that a flow compiles: momentum, and records between the start and the end."""
+    advance, arguments, _ = gpu_programs.wow_flow(record_every=1, **sizes)
+    memory = bytes_of(advance.lower(*arguments).compile())
+    if not run:
+        return Program(None, memory)
+    x, y, key = jax.block_until_ready(jax.jit(partial(_wow_arguments, **sizes))())
+    follow = partial(wasserstein_gradient_descent, lr=1.0, m=0.9, show_progress=False)
+    function = _wow_function(mesh, **sizes)
+    return Program(lambda: follow(x, y, function, key, n_epochs=FLOW_STEPS), memory)
+
+
+def _wow_flow_predicted(C, n, d, **options):
+    """Momentum, and the records of a chunk."""
+    particles = 4 * C * n * d
+    slots = max(1, gd.MAX_RECORD_BYTES_PER_CHUNK // particles)
+    return _wow_predicted(C=C, n=n, d=d, **options) + (1 + slots) * particles
 
 
 # ---- DrMMD
@@ -307,7 +333,14 @@ SYSTEMS = {
         False,
         from_functions(_wow_arguments, _wow_function),
         _wow_predicted,
-        lambda C, n, d, **_: 4 * C * n * d,  # momentum
+    ),
+    "wow_flow": System(
+        "WoW flow",
+        False,
+        _wow_flow_program,
+        _wow_flow_predicted,
+        # The caller's particles, and the records.
+        host=lambda C, n, d, **_: 4 * C * n * d * (2 + FLOW_STEPS),
     ),
     "drmmd": System(
         "DrMMD step",

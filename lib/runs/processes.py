@@ -110,8 +110,8 @@ class DeviceOptions:
     """What a command runs on."""
 
     devices: int | None = None
-    """How many devices share the work, of all hosts together; None: all there are. Without
-    accelerator: into how many devices the cores are divided (None: one)."""
+    """How many devices share the work, of all hosts together; None: one, of several hosts all that
+    they have. Without accelerator: into how many devices the cores are divided."""
     coordinator: str | None = None
     """Several hosts, with the same command on each: ADDRESS:PORT of the first. "auto" under Slurm
     and Open MPI; elsewhere the next two are needed as well. None: the environment's
@@ -157,6 +157,9 @@ def started(options: DeviceOptions) -> Iterator[Mesh | None]:
     """
     options = _with_environment(options)
     hosts = options.num_processes or 1
+    alone = options.coordinator is None and options.devices in (None, 1)
+    if alone:  # else JAX would take three quarters of the other GPUs' memory too
+        jax.config.update("jax_cuda_visible_devices", "0")
     if options.devices is not None:
         if options.devices < 1 or options.devices % hosts:
             raise ValueError(f"--devices {options.devices} cannot be shared by {hosts} processes")
@@ -166,7 +169,7 @@ def started(options: DeviceOptions) -> Iterator[Mesh | None]:
     if options.coordinator is not None:
         address = None if options.coordinator == "auto" else options.coordinator
         jax.distributed.initialize(address, options.num_processes, options.process_id)
-    mesh = device_mesh(options.devices)
+    mesh = device_mesh(1 if alone else options.devices)
     with contextlib.ExitStack() as stack:
         if options.coordinator is not None:
             stack.callback(jax.distributed.shutdown)

@@ -43,7 +43,8 @@ def _resize(rows: Array, count: int, fill) -> Array:
     missing = count - rows.shape[0]
     if missing <= 0:
         return rows[:count]
-    return jnp.concatenate([rows, jnp.full((missing, rows.shape[1]), fill, rows.dtype)])
+    # Not an array of its own: JAX would move it out of loops, and so to other platforms.
+    return lax.pad(rows, rows.dtype.type(fill), ((0, missing, 0), (0, 0, 0)))
 
 
 def _halves(rows: Array, distance: int, mirrored: bool) -> tuple[Array, Array]:
@@ -84,8 +85,9 @@ def _packed_network(keys: Float[Array, "n m"]):
     float64, exact up to 53 bits: 32 that keep the value's order, then those of the row."""
     rows = 2.0 ** (keys.shape[0] - 1).bit_length()
     with jax.enable_x64(True):
-        row = lax.broadcasted_iota(jnp.int32, keys.shape, 0)
         ordered = _mirror_negative(lax.bitcast_convert_type(keys, jnp.int32))
+        # + 0 of the keys, so that JAX does not move these float64 out of loops, to other platforms.
+        row = lax.broadcasted_iota(jnp.int32, keys.shape, 0) + (ordered[:1, :1] & 0)
         packed = ordered.astype(jnp.float64) * rows + row.astype(jnp.float64)
         packed, _ = _network(packed, False)
         high = jnp.floor(packed * (1 / rows))

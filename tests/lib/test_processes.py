@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -191,6 +192,17 @@ def test_options_that_do_not_fit_are_refused_before_anything_starts(options, mes
         processes.started(processes.DeviceOptions(**options)),
     ):
         pass
+
+
+def test_one_device_is_taken_unless_more_are_asked_for():
+    """The other GPUs are not opened."""
+    before = jax.config.values["jax_cuda_visible_devices"]
+    try:
+        with processes.started(processes.DeviceOptions()) as mesh:
+            assert mesh is None
+            assert jax.config.values["jax_cuda_visible_devices"] == "0"
+    finally:
+        jax.config.update("jax_cuda_visible_devices", before)
 
 
 def test_the_environment_names_the_coordinator(monkeypatch):

@@ -27,8 +27,6 @@ QUICK = (
     "mean embeddings, D = 10,000, d = 8,192",
 )
 KNOWN = {
-    # With blocks of directions JAX moves the padding of the CPU's sorting network out of there.
-    "WoW flow (10, 5000, 784), 2,000 directions, 50 at a time": {"float64 among float32"},
     # The pairs of a median distance, 2 MB.
     "two-sample test, 10,000": {"a large constant"},
 }
