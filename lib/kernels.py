@@ -341,8 +341,15 @@ def median_bandwidth(
     # A power of two: dividing by it rounds nothing, and squares neither vanish nor overflow.
     exponent = jnp.frexp(jnp.max(jnp.abs(pooled - pooled[:1])))[1]
     unit = jnp.ldexp(jnp.ones((), pooled.dtype), exponent)
-    pairs = np.triu_indices(pooled.shape[0], k=1)
-    distances = safe_sqrt(squared_distances(pooled / unit, pooled / unit)[pairs])
+    # Each pair once: i with the 1st, 2nd, ... row after it, around the end. Counted where they are
+    # used, for as constants the indices of 1000 points would be 4 MB of the program.
+    n = pooled.shape[0]
+    i, after = jnp.arange(n * (n - 1) // 2) % n, 1 + jnp.arange(n * (n - 1) // 2) // n
+    j = (i + after) % n
+    distances = squared_distances(pooled / unit, pooled / unit)[
+        jnp.minimum(i, j), jnp.maximum(i, j)
+    ]
+    distances = safe_sqrt(distances)
     median = jnp.median(distances)
     of_distinct = jnp.nanmedian(jnp.where(distances > 0, distances, jnp.nan))
     of_distinct = jnp.where(jnp.isnan(of_distinct), 1, of_distinct)

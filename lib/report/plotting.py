@@ -72,8 +72,8 @@ def save_animation(
     figure: Figure, draw: Callable[[int], Any], num_frames: int, path: str | os.PathLike,
     *, frames_per_second: int = 20,
 ) -> Path:  # fmt: skip
-    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, and closes it. The layout
-    of the first frame is kept, so that nothing moves but what is drawn."""
+    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, and closes it. The
+    layout of the first frame is kept: nothing moves but what is drawn."""
     writer = animation.PillowWriter(fps=frames_per_second)
 
     def write(name: Path) -> None:

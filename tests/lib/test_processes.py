@@ -28,6 +28,7 @@ def free_port() -> int:
 
 def start(*command, **options) -> subprocess.Popen:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time is compiling
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=environment,

@@ -26,10 +26,6 @@ QUICK = (
     "distances of a batch",
     "mean embeddings, D = 10,000, d = 8,192",
 )
-KNOWN = {
-    # The pairs of a median distance, 2 MB.
-    "two-sample test, 10,000": {"a large constant"},
-}
 PROGRAMS = benchmark("gpu_programs").PROGRAMS
 
 
@@ -71,7 +67,7 @@ def test_programs_lower_for_accelerators(name, platform, monkeypatch):
     monkeypatch.setattr(convolution, "_on_cpu", lambda: False)
     text = lowered(program, platform)
     named = faults(text, double=program.double, networks=program.networks)
-    assert named == KNOWN.get(name, set())
+    assert not named
 
 
 def test_faults_are_seen():

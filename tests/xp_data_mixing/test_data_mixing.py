@@ -123,6 +123,10 @@ def test_exact_weights_against_a_loop_and_cvxpy(statistic):
     np.testing.assert_allclose(result.objective, result.mmd_squared.optimal, rtol=0, atol=1e-13)
     np.testing.assert_allclose(result.kernel_mean, np.diag(unbiased)[:3].mean(), rtol=1e-12)
     np.testing.assert_allclose(result.noise, np.diag(biased - unbiased), rtol=1e-11)
+    between = np.array([[1, -1, 0], [0, 1, -1]])  # every change of weights of sum 1
+    signal, noise = (between @ a[:3, :3] @ between.T for a in (unbiased, biased - unbiased))
+    ratios = np.sort(np.linalg.eigvals(np.linalg.solve(noise, signal)))
+    np.testing.assert_allclose(result.signal_to_noise, ratios, rtol=1e-9)
 
 
 def test_held_out_mmd_by_hand():
@@ -238,10 +242,7 @@ def test_intervals_cover_the_truth(mixture):
 
 def unequal(seed, rows):
     """Four overlapping Gaussians, one of them with few rows, and a target of equal shares."""
-    rng, sizes = np.random.default_rng(seed), (rows, 1000, 1000, 1000)
-    centers = np.random.default_rng(99).normal(size=(4, 3))
-    sources = [rng.normal(size=(n, 3)) + center for n, center in zip(sizes, centers)]
-    return sources, rng.normal(size=(1000, 3)) + centers[rng.choice(4, p=[0.25] * 4, size=1000)]
+    return toy(seed, (rows, 1000, 1000, 1000), (0.25,) * 4, m=1000, spread=1.0)
 
 
 @pytest.mark.slow
@@ -253,16 +254,6 @@ def test_intervals_cover_the_truth_beside_one_small_source():
     # 150 draws of .9 lie within .9 +- 2.5 * .0245.
     covered = np.mean((low <= 0.25) & (high >= 0.25), axis=0)
     assert np.all(covered > 0.9 - 2.5 * np.sqrt(0.9 * 0.1 / 150))
-
-
-@pytest.mark.parametrize("statistic", ["u", "v"])
-def test_signal_over_noise_of_two_sources_by_hand(statistic):
-    sources, target = toy(sizes=(15, 40), mixture=(0.5, 0.5))
-    result = run_estimate(sources, target, bandwidth=2.0, estimator="exact", statistic=statistic)
-    biased, gram = (gram_of_means([*sources, target], 2.0, unbiased=u) for u in (False, True))
-    signal = gram[0, 0] - 2 * gram[0, 1] + gram[1, 1]
-    noise = np.trace(biased[:2, :2] - gram[:2, :2])
-    np.testing.assert_allclose(result.signal_to_noise, [signal / noise], rtol=1e-4)
 
 
 # Warnings
@@ -357,18 +348,14 @@ def test_one_small_source_warns(rows, warned):
 NAMES = ["train1.pt", "train2.pt", "train3.pt", "val1.pt", "val2.pt"]
 
 
-def save_toy(folder):
-    """Three training and two validation files of a toy."""
-    sources, target = toy(sizes=(60, 50, 70), m=80)
-    for name, rows in zip(NAMES, [*sources, *np.split(target, [30])]):
-        torch.save(torch.tensor(rows, dtype=torch.float32), folder / name)
-    return [str(folder / name) for name in NAMES]
-
-
 @pytest.fixture
 def files(tmp_path):
-    """Training and validation files of that toy, in several formats and precisions."""
-    paths = save_toy(tmp_path)
+    """Three training and two validation files of a toy, in several formats and precisions; the
+    second one also as .pt."""
+    sources, target = toy(sizes=(60, 50, 70), m=80)
+    for name, rows in zip(NAMES, [*sources, *np.split(target, [30])]):
+        torch.save(torch.tensor(rows, dtype=torch.float32), tmp_path / name)
+    paths = [str(tmp_path / name) for name in NAMES]
     second, paths[1] = paths[1], str(tmp_path / "train2.npy")
     np.save(paths[1], torch.load(second).numpy())
     torch.save({"gradients": torch.load(paths[2]).to(torch.bfloat16)}, paths[2])
@@ -558,16 +545,16 @@ def run(command, folder):
     return done.stdout
 
 
+@pytest.mark.usefixtures("files")
 def test_snippet_as_printed(tmp_path):
-    save_toy(tmp_path)
     printed = run(f"python -c {shlex.quote(DOCUMENT)}", tmp_path)
     paths, weights = zip(*(line.split(" -> Weight: ") for line in printed.splitlines()))
     assert list(paths) == [f"Dataset: {tmp_path / name}" for name in NAMES[:3]]
     assert abs(sum(map(float, weights)) - 1) < 2e-4
 
 
+@pytest.mark.usefixtures("files")
 def test_command_as_printed(tmp_path):
-    save_toy(tmp_path)
     run(COMMAND, tmp_path)
     check_document(tmp_path / "out.json", 3)
 

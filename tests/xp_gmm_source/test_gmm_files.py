@@ -46,13 +46,6 @@ def fitted(kind="full", *, pca=None, engine="jax", shape=SHAPE):
     return gmm_files.ImageMixture(fit.mixture, fit.projection, *statistics, shape, {"a": 1})
 
 
-def torch_stats(image_mixture):
-    """Mean and deviation as GMM_TORCH takes them."""
-    order, names = gmm_files.channels_first(SHAPE), ("mean", "std")
-    arrays = [getattr(image_mixture, name)[order].reshape(1, 3, 3, 2) for name in names]
-    return dict(zip(names, map(torch.tensor, arrays)))
-
-
 @pytest.fixture(scope="module")
 def stored():
     """One mixture of each kind, and one behind a PCA."""
@@ -143,35 +136,10 @@ def test_convert(tmp_path, capsys):
         convert.main(convert.Arguments(path, trust_pickle=True, image_shape=(5, 4, 1)))
 
 
-@of_all_kinds
-def test_draws_in_torch_have_the_moments_of_the_mixture(stored, name, tmp_path):
-    """Mean 0, and the covariance of the standardized mixture in the order [channels, H, W]."""
-    whole, num = stored[name], 40_000
-    mean, covariance = moments(*whole[:2])
-    np.testing.assert_allclose(whole.mean, mean, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(whole.std, np.sqrt(np.diagonal(covariance)), rtol=1e-9)
-    order = gmm_files.channels_first(SHAPE)
-    correlation = (covariance / np.outer(whole.std, whole.std))[np.ix_(order, order)]
-    gmm_files.save(tmp_path / "mixture.npz", whole)
-    gmm_files.save_stats(tmp_path / "stats.pt", whole.mean, whole.std, SHAPE)
-    stats = torch.load(tmp_path / "stats.pt", weights_only=True)
-    assert stats["mean"].shape == stats["std"].shape == (1, 3, 3, 2)
-    content = gmm_files.published(whole)
-    for sampler in (
-        GMM_TORCH(content["gmm"], stats, "cpu", pca=content["pca"], seed=0),
-        GMM_TORCH.from_npz(tmp_path / "mixture.npz", seed=1),
-    ):
-        x0 = sampler.sample(num)
-        assert x0.shape == (num, 3, 3, 2)
-        assert x0.dtype == torch.float32
-        flat = x0.reshape(num, -1).double().numpy()
-        assert np.abs(flat.mean(axis=0)).max() < 5 / np.sqrt(num)
-        # The variance of a product of two coordinates is at most the kurtosis, here about 4.
-        assert np.abs(np.cov(flat.T) - correlation).max() < 5 * 2 / np.sqrt(num)
-
-
 def test_torch_seeds_and_the_published_normalization(stored):
-    content, stats = gmm_files.published(stored["full"])["gmm"], torch_stats(stored["full"])
+    content = gmm_files.published(stored["full"])["gmm"]
+    ramp = torch.linspace(0, 1, 18).reshape(1, 3, 3, 2)
+    stats = {"mean": ramp, "std": 1 + ramp}
     draws = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -183,29 +151,39 @@ def test_torch_seeds_and_the_published_normalization(stored):
     pixels = seeded[0] * stats["std"] + stats["mean"]
     published = GMM_TORCH(content, stats, seed=7, per_channel=True).sample(4)
     means, stds = (stats[name].mean(dim=(2, 3), keepdim=True) for name in ("mean", "std"))
-    torch.testing.assert_close(published.double(), (pixels - means) / stds, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(published, (pixels - means) / stds, rtol=1e-5, atol=1e-5)
 
 
 @of_all_kinds
-def test_draws_in_torch_tell_their_components(stored, name):
-    """Each component's draws have its own mean and covariance, in float64, whichever way they are
-    asked for; `sample_from_cluster` gives pixels."""
-    whole, num = stored[name], 20_000
-    content, order = gmm_files.published(whole), gmm_files.channels_first(SHAPE)
-    options = {"dtype": torch.float64, "device": "cpu", "pca": content["pca"], "seed": 2}
-    sampler = GMM_TORCH(gmm=content["gmm"], gmm_stats=torch_stats(whole), **options)
-    draws, owners = sampler.sample(num_samples=num, return_cluster=True)
-    assert (draws.dtype, sampler.n_cluster) == (torch.float64, 2)
-    pixels = draws * sampler.std + sampler.mu
-    mixed = sampler.sample_from_cluster(num, owners)
-    for k in range(2):
-        mean, covariance = moments(whole.mixture._replace(weights=np.eye(2)[k]), whole.projection)
-        scale = np.sqrt(np.diagonal(covariance)[order])
-        correlation = covariance[np.ix_(order, order)] / np.outer(scale, scale)
-        for x in (pixels[owners == k], sampler.sample_from_cluster(num, k), mixed[owners == k]):
-            z = (x.reshape(len(x), -1).numpy() - mean[order]) / scale
-            assert np.abs(z.mean(axis=0)).max() < 5 / np.sqrt(len(z))
-            assert np.abs(np.cov(z.T) - correlation).max() < 5 * np.sqrt(2 / len(z))
+def test_draws_in_torch_have_the_moments_of_their_components(stored, name, tmp_path):
+    """In both precisions, from both files, whichever way they are asked for: `sample` by the
+    statistics, in the order [channels, H, W], and `sample_from_cluster` as pixels."""
+    whole, num, order = stored[name], 20_000, gmm_files.channels_first(SHAPE)
+    gmm_files.save(tmp_path / "mixture.npz", whole)
+    gmm_files.save_stats(tmp_path / "stats.pt", whole.mean, whole.std, SHAPE)
+    stats = torch.load(tmp_path / "stats.pt", weights_only=True)
+    (content, pca), exact = gmm_files.published(whole).values(), {"dtype": torch.float64}
+    for sampler, dtype in (
+        (GMM_TORCH(gmm=content, gmm_stats=stats, pca=pca, seed=2, **exact), torch.float64),
+        (GMM_TORCH.from_npz(tmp_path / "mixture.npz", seed=1), torch.float32),
+    ):
+        for statistic, wanted in ((sampler.mu, whole.mean), (sampler.std, whole.std)):
+            assert statistic.shape == (1, 3, 3, 2)
+            np.testing.assert_allclose(statistic.ravel(), wanted[order], rtol=1e-6, atol=1e-6)
+        draws, owners = sampler.sample(num_samples=num, return_cluster=True)
+        assert (draws.dtype, draws.shape, sampler.n_cluster) == (dtype, (num, 3, 3, 2), 2)
+        pixels = draws * sampler.std + sampler.mu
+        mixed = sampler.sample_from_cluster(num, owners)
+        for k, weight in enumerate(np.asarray(whole.mixture.weights)):
+            assert abs(np.mean(owners.numpy() == k) - weight) < 5 * 0.5 / np.sqrt(num)
+            one = whole.mixture._replace(weights=np.eye(2)[k])
+            mean, covariance = moments(one, whole.projection)
+            scale = np.sqrt(np.diagonal(covariance)[order])
+            correlation = covariance[np.ix_(order, order)] / np.outer(scale, scale)
+            for x in (pixels[owners == k], sampler.sample_from_cluster(num, k), mixed[owners == k]):
+                z = (x.reshape(len(x), -1).numpy() - mean[order]) / scale
+                assert np.abs(z.mean(axis=0)).max() < 5 / np.sqrt(len(z))
+                assert np.abs(np.cov(z.T) - correlation).max() < 5 * np.sqrt(2 / len(z))
 
 
 def test_no_statistics_leave_the_draws_as_they_are():
