@@ -3,11 +3,15 @@
 import doctest
 import re
 from functools import partial
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_oracles import kernel, mmd_squared
 from scripts import REPOSITORY
+
+from lib import kernels
 
 README = (REPOSITORY / "README.md").read_text()
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text()
@@ -85,6 +89,21 @@ def test_the_table_of_modules_is_complete():
     named = re.findall(r"`(\w+)`", "".join(row.split(" | ")[0] for row in table.splitlines()[2:]))
     rooms = {path.stem for path in (REPOSITORY / "lib").iterdir() if path.name[0] not in "_."}
     assert sorted(named) == sorted(rooms)
+
+
+def test_the_kernel_of_contributing_is_what_its_terms_say():
+    """The lines that its difference adds, put where they belong."""
+    difference = re.search(r"```diff\n(.*?)```", CONTRIBUTING, re.DOTALL)[1]
+    added = [line[1:] for line in difference.splitlines() if line.startswith("+")]
+    (entry,) = (i for i, line in enumerate(added) if line.endswith("),"))
+    module = dict(vars(kernels))
+    exec("\n".join(added[:entry]), module)
+    tested = {"kernels": SimpleNamespace(**module), "np": np}
+    exec("def terms(name, s, b):\n" + "\n".join(added[entry + 1 :]), tested)
+    ((name, kernel),) = eval(f"{{{added[entry]}}}", tested).items()
+    x, y = jnp.array([[0.0, 0.3]]), jnp.array([[1.0, -0.4], [0.0, 0.3]])
+    expected = tested["terms"](name, np.array([1.49, 0.0]), 0.7)[0][0]
+    np.testing.assert_allclose(kernel(0.7)(x, y)[0], expected, rtol=1e-5)
 
 
 def test_every_benchmark_is_on_their_page():
