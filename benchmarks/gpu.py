@@ -48,11 +48,13 @@ from xp_dataset_distillation import condense, evaluate
 from xp_dataset_distillation.config import EVALUATORS, CondenseConfig, Evaluator
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
+from xp_gmm_source.config import CIFAR10
 from xp_gmm_source.sources import GMMSource, gaussian
 
 normal = scaling_systems.normal
 SINGLE = 1e-4
 ROUNDS, LONG = 5, 3.0
+UNET = "multipliers", "blocks", "attention", "patch"  # of a preset, beside the width
 
 
 # ---- Right
@@ -310,11 +312,11 @@ def condensation_step(C, n, ipc, side, width, networks) -> Timed:
     return Timed(partial(jax.jit(function), *arguments), products, 0, "network")
 
 
-def matching_step(batch, width, side) -> Timed:
+def matching_step(batch, width, side, **others) -> Timed:
     optimizer, images = optax.adam(2e-4), jnp.zeros((1024, side, side, 3), jnp.uint8)
 
     def prepared(method: convolution.Method):
-        network = UNet(width=width, convolution=method)
+        network = UNet(width=width, convolution=method, **others)
         options = {"network": network, "optimizer": optimizer}
         start = partial(flow_matching.init, image_shape=images.shape[1:], **options)
         step = jax.jit(partial(flow_matching.train_step, batch_size=batch, **options))
@@ -367,6 +369,10 @@ def timings(tiny: bool) -> dict[str, tuple[Callable[..., Timed], Sizes]]:
     condensed = {"C": 2, "n": 8, "ipc": 1} if tiny else {"C": 10, "n": 256, "ipc": 10}
     sets = {"n": 16, "epochs": 1, "seeds": 2} if tiny else {"n": 400, "epochs": 5, "seeds": 5}
     embedded = {"n": 64, "d": 4, "D": 8} if tiny else {"n": 8192, "d": 8192, "D": 10_000}
+    if jax.default_backend() != "cpu":  # which would take half an hour
+        shape = {name: getattr(CIFAR10, name) for name in ("width", *UNET)}
+        preset = "flow matching step, 512 images, gpu preset"
+        programs[preset] = matching_step, shape | {"side": 32, "batch": 512}
     return programs | {
         "DrMMD step, 300 particles, 2,000 points": (particle_step, exact),
         "KALE step, the same": (particle_step, exact | {"flow": "kale"}),

@@ -15,7 +15,6 @@ import numpy as np
 import optax
 
 from lib import drmmd, flow_matching, gd, kernels, mmd
-from lib.flow_matching.unet import UNet
 from lib.gmm import Mixture, em, prepare
 from lib.gmm.covariances import Full
 from lib.networks import classification, network_by_name
@@ -26,6 +25,8 @@ from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.real_data import RealData, Setting
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
+from xp_gmm_source import flow
+from xp_gmm_source.config import CIFAR10
 from xp_gmm_source.shaped_sources import FrequencySource
 from xp_gmm_source.sources import GMMSource
 
@@ -165,7 +166,8 @@ def draws(drawn_from: flow_matching.Source, num: int):
 
 
 def matching_step(coupling: flow_matching.Coupling, batch_size: int = 512):
-    network, optimizer = UNet(width=128, convolution="xla"), optax.adam(2e-4)
+    """Of the gpu preset."""
+    network, optimizer = flow.network(CIFAR10), optax.adam(2e-4)
     start = partial(
         flow_matching.init, network=network, optimizer=optimizer, image_shape=(32, 32, 3)
     )

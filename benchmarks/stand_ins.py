@@ -29,7 +29,7 @@ class _Module(types.ModuleType):
         return getattr(Nothing, name)
 
 
-MISSING = [name for name in ("jaxtyping", "tyro", "tqdm", "PIL")
+MISSING = [name for name in ("jaxtyping", "tyro", "tqdm", "PIL", "joblib")
            if importlib.util.find_spec(name) is None]  # fmt: skip
 for name in MISSING:
     sys.modules[name] = _Module(name)
