@@ -10,4 +10,6 @@ if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
   if [[ -z ${VIRTUAL_ENV:-} && -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 fi
+# The CPU is what the GPU's results are held against.
+if [[ ${JAX_PLATFORMS:-cpu} != *cpu* ]]; then export JAX_PLATFORMS=$JAX_PLATFORMS,cpu; fi
 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" benchmarks/gpu.py "$@"
