@@ -312,11 +312,11 @@ def condensation_step(C, n, ipc, side, width, networks) -> Timed:
     return Timed(partial(jax.jit(function), *arguments), products, 0, "network")
 
 
-def matching_step(batch, width, side, **others) -> Timed:
+def matching_step(batch, width, side, **unet) -> Timed:
     optimizer, images = optax.adam(2e-4), jnp.zeros((1024, side, side, 3), jnp.uint8)
 
     def prepared(method: convolution.Method):
-        network = UNet(width=width, convolution=method, **others)
+        network = UNet(width=width, convolution=method, **unet)
         options = {"network": network, "optimizer": optimizer}
         start = partial(flow_matching.init, image_shape=images.shape[1:], **options)
         step = jax.jit(partial(flow_matching.train_step, batch_size=batch, **options))
