@@ -341,15 +341,14 @@ def median_bandwidth(
     # A power of two: dividing by it rounds nothing, and squares neither vanish nor overflow.
     exponent = jnp.frexp(jnp.max(jnp.abs(pooled - pooled[:1])))[1]
     unit = jnp.ldexp(jnp.ones((), pooled.dtype), exponent)
-    # Each pair once: i with the 1st, 2nd, ... row after it, around the end. Counted where they are
-    # used, for as constants the indices of 1000 points would be 4 MB of the program.
+    # Each pair once: a row with those after it, halfway around; just opposite ones, met twice, come
+    # extra. As constants of the program the indices of 1000 points would be 4 MB.
     n = pooled.shape[0]
-    i, after = jnp.arange(n * (n - 1) // 2) % n, 1 + jnp.arange(n * (n - 1) // 2) // n
-    j = (i + after) % n
-    distances = squared_distances(pooled / unit, pooled / unit)[
-        jnp.minimum(i, j), jnp.maximum(i, j)
-    ]
-    distances = safe_sqrt(distances)
+    i, after = jnp.arange(n)[None, :], jnp.arange(1, (n + 1) // 2)[:, None]
+    opposite = jnp.arange(n // 2 if n % 2 == 0 else 0)
+    squared = squared_distances(pooled / unit, pooled / unit)
+    beside, across = squared[i, (i + after) % n], squared[opposite, opposite + n // 2]
+    distances = safe_sqrt(jnp.concatenate([beside.ravel(), across]))
     median = jnp.median(distances)
     of_distinct = jnp.nanmedian(jnp.where(distances > 0, distances, jnp.nan))
     of_distinct = jnp.where(jnp.isnan(of_distinct), 1, of_distinct)
