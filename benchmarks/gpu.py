@@ -212,7 +212,7 @@ def cast(arrays: Any, dtype: Any, *, of: Any) -> Any:
 
 
 def difference(check: Check, tiny: bool, device: jax.Device, precision: str | None) -> float:
-    """The largest over the outputs of max |found - expected| / max |expected|; inf where one of
+    """The largest over the outputs of max |computed - expected| / max |expected|; inf where one of
     them is not finite."""
     wide, given = not check.network, check.arguments(tiny)
     if not check.double:
@@ -228,15 +228,15 @@ def difference(check: Check, tiny: bool, device: jax.Device, precision: str | No
             placed = jax.device_put(arguments, place)
             return jax.tree.map(np.asarray, jax.jit(check.function)(*placed))
 
-    found = outputs(device, given, check.double or check.mixed, precision)
+    computed = outputs(device, given, check.double or check.mixed, precision)
     expected = outputs(jax.local_devices(backend="cpu")[0], exact, wide, "highest")
 
-    def apart(found, expected):
-        gap = np.max(np.abs(found.astype(np.float64) - expected), initial=0.0)
+    def apart(computed, expected):
+        gap = np.max(np.abs(computed.astype(np.float64) - expected), initial=0.0)
         largest = np.max(np.abs(expected), initial=0.0)
         return float(gap / largest if largest else gap)
 
-    worst = max(jax.tree.leaves(jax.tree.map(apart, found, expected)))
+    worst = max(jax.tree.leaves(jax.tree.map(apart, computed, expected)))
     return worst if np.isfinite(worst) else float("inf")
 
 
@@ -479,7 +479,7 @@ def tables(report: dict[str, Any], beside: dict[str, Any]) -> list[Table]:
     if beside:
         heads += [f"s on {beside['device']}", "times as fast"]
     where = f"{report['device']}, jax {jax.__version__}"
-    found = [
+    shown = [
         Table(["program", "difference", "allowed"], checked, f"Beside float64, on {where}."),
         Table(heads, timed, f"Seconds of one call, on {where}."),
     ]
@@ -487,8 +487,8 @@ def tables(report: dict[str, Any], beside: dict[str, Any]) -> list[Table]:
         row = report["condensed"]
         cells = f"{row['steps']:,}", f"{row['seconds']:.0f}", f"{100 * row['accuracy']:.1f}%"
         heads = ["steps", "s, compiling too", "accuracy"]
-        found.append(Table(heads, [cells], f"{row['data']}, ten images per class, on {where}."))
-    return found
+        shown.append(Table(heads, [cells], f"{row['data']}, ten images per class, on {where}."))
+    return shown
 
 
 def parsed() -> argparse.Namespace:
@@ -512,15 +512,15 @@ def check_all(tiny: bool, device: jax.Device, report: dict[str, Any]) -> Iterato
             allowed = check.tolerance if precision else None
             label = name if precision else f"{name}, at the device's own precision"
             try:
-                found = difference(check, tiny, device, precision)
+                gap = difference(check, tiny, device, precision)
             except Exception as error:  # the other programs are still worth knowing
                 report["failed"][label] = repr(error)
                 yield f"{label}: {error!r}"
                 continue
-            report["checks"][label] = {"difference": found, "allowed": allowed}
-            if allowed is not None and found > allowed:
-                report["failed"][label] = f"differs by {found:.1e}, not {allowed:.0e}"
-            yield f"{label}: {found:.1e}"
+            report["checks"][label] = {"difference": gap, "allowed": allowed}
+            if allowed is not None and gap > allowed:
+                report["failed"][label] = f"differs by {gap:.1e}, not {allowed:.0e}"
+            yield f"{label}: {gap:.1e}"
 
 
 def time_all(tiny: bool, only: list[str], report: dict[str, Any]) -> Iterator[str]:
@@ -562,8 +562,8 @@ def main() -> int:
     one = report["times"].get("condensation step, 1 network")
     if data is not None and one and (tiny or left > 10):
         steps = 3 if tiny else max(1, min(10_000, int(min(left, 100) / one["seconds"])))
-        found = condensed(data, arguments.out / "condensed", steps, tiny)
-        report["condensed"] = {"data": data.name} | found
+        outcome = condensed(data, arguments.out / "condensed", steps, tiny)
+        report["condensed"] = {"data": data.name} | outcome
     elif data is not None:
         print(f"{data} is not condensed: {left:.0f} s are left for it")
     report["minutes"] = (time.perf_counter() - began) / 60

@@ -157,8 +157,8 @@ def started(options: DeviceOptions) -> Iterator[Mesh | None]:
     """
     options = _with_environment(options)
     hosts = options.num_processes or 1
-    alone = options.coordinator is None and options.devices in (None, 1)
-    if alone:  # else JAX would take three quarters of the other GPUs' memory too
+    single = options.coordinator is None and options.devices in (None, 1)
+    if single:  # else JAX would take three quarters of the other GPUs' memory too
         jax.config.update("jax_cuda_visible_devices", "0")
     if options.devices is not None:
         if options.devices < 1 or options.devices % hosts:
@@ -169,7 +169,7 @@ def started(options: DeviceOptions) -> Iterator[Mesh | None]:
     if options.coordinator is not None:
         address = None if options.coordinator == "auto" else options.coordinator
         jax.distributed.initialize(address, options.num_processes, options.process_id)
-    mesh = device_mesh(1 if alone else options.devices)
+    mesh = device_mesh(1 if single else options.devices)
     with contextlib.ExitStack() as stack:
         if options.coordinator is not None:
             stack.callback(jax.distributed.shutdown)
