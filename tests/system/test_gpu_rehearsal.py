@@ -43,10 +43,10 @@ def test_the_whole_script(tmp_path):
 
 @pytest.mark.parametrize(("wrong", "expected"), [(0.0, 0.0), (0.01, 0.01), (np.nan, np.inf)])
 def test_a_difference_is_seen(wrong, expected):
-    """Of a function that is off only in float32, which is what the device runs."""
+    """In the second output, of a function that is off only in float32, as the device runs it."""
 
     def function(x):
-        return x + (wrong if x.dtype == np.float32 else 0)
+        return x, x + (wrong if x.dtype == np.float32 else 0)
 
     check = gpu.Check(function, lambda _: (np.ones(3),))
     difference = gpu.difference(check, True, jax.devices()[0], "highest")
