@@ -137,7 +137,7 @@ def mixture(K: int, d: int, dtype: Any) -> Mixture:
 def e_step(K: int, d: int, device: jax.Device):
     """One chunk of rows."""
     zeros, add, _ = sums._chunk_adder(
-        em.block_moments, None, np.dtype("f4"), CHUNK_OF_ROWS, (device,), 0
+        em.block_moments, None, np.dtype("f4"), CHUNK_OF_ROWS, (device,)
     )
     chunk = shape(CHUNK_OF_ROWS, d), shape(CHUNK_OF_ROWS, dtype=jnp.float64)
     prepared = jax.eval_shape(partial(prepare, dtype=np.dtype("f4")), mixture(K, d, jnp.float64))
@@ -191,7 +191,8 @@ def matching_costs(batch_size: int = 512):
 
 def embeddings(D: int, d: int, device: jax.Device):
     mesh = jax.sharding.Mesh(np.array([device]), ("rows",))
-    arguments = shape(1024, d), 1024, 0, None, shape(D, d), shape(1), None, None, None
+    shared = shape(D, d), shape(1), None, None
+    arguments = shape(1024, d), 1024, 0, None, shared, None
     return fourier_means._chunk_sums, arguments, {"mesh": mesh, "num_blocks": 1}
 
 

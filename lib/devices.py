@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import PyTree
 
-AXIS = "devices"
-"""The one axis of a mesh."""
+AXIS = "devices"  # the one axis of a mesh
 
 
 def device_mesh(num_devices: int | None = None) -> Mesh:
@@ -86,13 +86,11 @@ def fetch(tree: PyTree) -> PyTree:
     """The arrays as NumPy's, on every process, wherever their parts lie."""
 
     def get(leaf):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            if not leaf.is_fully_replicated:
-                assert isinstance(leaf.sharding, NamedSharding)
-                mesh = leaf.sharding.mesh
-                leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, Spec()))(leaf)
-            leaf = leaf.addressable_data(0)
-        return np.asarray(leaf)
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return np.asarray(leaf)
+        if leaf.is_fully_replicated:
+            return np.asarray(leaf.addressable_data(0))
+        return multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.tree.map(get, tree)
 
@@ -109,11 +107,8 @@ def grid(mesh: Mesh, rows: int, columns: int, names: tuple[str, str]) -> Mesh:
     def busiest(across: int) -> tuple[int, int]:
         return -(-rows // (mesh.size // across)) * (columns // across), across
 
-    across = min(
-        (k for k in range(1, mesh.size + 1) if mesh.size % k == 0 and columns % k == 0),
-        key=busiest,
-    )
-    return Mesh(mesh.devices.reshape(-1, across), names)
+    possible = [k for k in range(1, mesh.size + 1) if mesh.size % k == 0 and columns % k == 0]
+    return Mesh(mesh.devices.reshape(-1, min(possible, key=busiest)), names)
 
 
 def over_devices(
@@ -140,11 +135,8 @@ def over_devices(
         shared, rows = arguments[:replicated], arguments[replicated:]
         count = jax.tree.leaves(rows)[0].shape[0]
         missing = -count % mesh.shape[axis]
-
-        def fill(leaf):
-            return jnp.concatenate([leaf, *[leaf[-1:]] * missing])
-
-        rows = jax.tree.map(fill, rows) if missing else rows
+        if missing:
+            rows = jax.tree.map(lambda leaf: jnp.concatenate([leaf, *[leaf[-1:]] * missing]), rows)
         in_specs = (*specs, *(Spec(axis),) * len(rows))
         results = jax.shard_map(
             function, mesh=mesh, in_specs=in_specs, out_specs=Spec(axis), check_vma=False

@@ -47,8 +47,8 @@ class FlowState(NamedTuple):
 
 
 class FlowResult(NamedTuple):
-    """`losses[t]`: the value before step t; `particles[i]`: the particles after
-    `recorded_steps(...)[i]` steps, the first being x0."""
+    """`losses[t]`, [n_epochs, ...]: the value before step t; `particles[i]`: those after
+    `recorded_steps(n_epochs, record_every)[i]` steps, the first being x0."""
 
     losses: np.ndarray
     particles: np.ndarray
@@ -74,21 +74,17 @@ def flow_step(
     """step(rng, state, x_tgt) -> (state, value before the step): a pure function, for loops of
     your own. `rng` is the key of the whole run. Where the state has a carry, the function gets it
     as its fourth argument and returns the next one."""
-
     evaluate: Callable[..., Any] = target_value_and_grad
 
     def step(rng, state, x_tgt):
         key = jax.random.fold_in(rng, state.step)
-        carry = state.carry
-        if carry is None:
-            value, gradient = evaluate(state.particles, x_tgt, key)
-        else:
-            value, gradient, carry = evaluate(state.particles, x_tgt, key, carry)
+        carried = () if state.carry is None else (state.carry,)
+        value, gradient, *carried = evaluate(state.particles, x_tgt, key, *carried)
         updates, optimizer_state = optimizer.update(
             gradient, state.optimizer_state, state.particles
         )
         particles = optax.apply_updates(state.particles, updates)
-        return FlowState(particles, optimizer_state, state.step + 1, carry), value
+        return FlowState(particles, optimizer_state, state.step + 1, *carried), value
 
     return step
 
@@ -135,10 +131,6 @@ def wasserstein_gradient_descent(
         divides its work is up to `target_value_and_grad`. Results are those of one device, to
         rounding; a checkpoint can be resumed on another number of devices.
 
-    Returns:
-      (losses, particles), NumPy arrays: losses[t] is the value before step t, [n_epochs, ...];
-      particles[i] those after `recorded_steps(n_epochs, record_every)[i]` steps.
-
     Raises:
       ValueError: before any step, on NaN or infinity in the input, an empty class, a dimension
         that differs, a negative step size, momentum out of range, or records between the start
@@ -151,7 +143,7 @@ def wasserstein_gradient_descent(
     x0, x_tgt = jnp.asarray(x0), jax.tree.map(jnp.asarray, x_tgt)
     _check_input(x0, x_tgt, n_epochs, lr, m, record_every)
     if optimizer is None:
-        optimizer = _heavy_ball(lr, float(m))
+        optimizer = _sgd(lr, momentum=float(m) or None)
     carried = () if carry is None else (without_weak_types(carry),)
     value_and_grad = _traced_once(target_value_and_grad)
     returned = value_and_grad.eval_shape(x0, x_tgt, rng, *carried)
@@ -161,7 +153,8 @@ def wasserstein_gradient_descent(
     value, gradient, *following = returned
     if gradient.shape != x0.shape:
         raise ValueError(f"gradient {gradient.shape} is not of the particles' shape {x0.shape}")
-    if jax.tree.map(_kind, following) != jax.tree.map(_kind, list(carried)):
+    kinds = partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
+    if kinds(following) != kinds(list(carried)):
         raise ValueError("the carry that comes back is not of the shapes and types that went in")
     losses = np.zeros((n_epochs, *value.shape), value.dtype)
     particles = np.zeros((len(recorded_steps(n_epochs, record_every)), *x0.shape), x0.dtype)
@@ -210,9 +203,7 @@ def wasserstein_gradient_descent(
             "losses": losses[:done],
             "particles": particles[: 1 + done // record_every],
         },
-        place=partial(
-            jax.tree.map, lambda leaf: devices.device_put(leaf, mesh, _where(leaf, x0.shape, mesh))
-        ),
+        place=lambda state: _divide(devices.device_put, state, mesh),
         max_chunk=max_steps,
         keeps_state=not held_once,
         checkpoint_seconds=checkpoint_seconds,
@@ -251,25 +242,16 @@ def wasserstein_gradient_descent_lbfgs(
     x0 = jnp.asarray(x0)
     memory = optax.scale_by_lbfgs().init(x0)._replace(params=x0)
     return wasserstein_gradient_descent(
-        x0,
-        x_tgt,
-        _quasi_newton(target_value_and_grad),
-        rng,
-        n_epochs,
-        lr,
-        carry=memory,
-        **options,
+        x0, x_tgt, _quasi_newton(target_value_and_grad), rng, n_epochs, lr, carry=memory, **options
     )
 
 
 # The compiled loop
 
 
-@lru_cache(maxsize=32)
-def _traced_once(target_value_and_grad):
-    """The function itself to JAX, which keeps its trace: the check of its shapes is the trace that
-    is compiled."""
-    return jax.jit(target_value_and_grad, inline=True)
+# The function itself to JAX, which keeps its trace: the check of its shapes is the one compiled.
+_traced_once = lru_cache(maxsize=32)(partial(jax.jit, inline=True))
+_sgd = lru_cache(maxsize=32)(optax.sgd)
 
 
 @lru_cache(maxsize=32)
@@ -289,11 +271,6 @@ def _quasi_newton(target_value_and_grad: TargetValueAndGrad) -> StatefulValueAnd
     return value_and_direction
 
 
-@lru_cache(maxsize=32)
-def _heavy_ball(lr, m: float) -> optax.GradientTransformation:
-    return optax.sgd(lr, momentum=m or None)
-
-
 def _max_steps(particle_bytes: int, record_every: int) -> int:
     """Steps in a chunk, at most: they bound what is buffered on the device."""
     slots = max(1, MAX_RECORD_BYTES_PER_CHUNK // max(1, particle_bytes))
@@ -305,6 +282,12 @@ def _where(leaf: AnyArray, shape: tuple[int, ...], mesh: Mesh | None) -> Partiti
     return devices.partition_spec(shape, (-2, -3), mesh) if leaf.shape == shape else PartitionSpec()
 
 
+def _divide(put: Callable[..., Any], state: FlowState, mesh: Mesh | None) -> FlowState:
+    """`devices.device_put` or `devices.constrain` of every leaf, as `_where` says."""
+    shape = state.particles.shape
+    return jax.tree.map(lambda leaf: put(leaf, mesh, _where(leaf, shape, mesh)), state)
+
+
 @lru_cache(maxsize=32)
 def _advance(
     target_value_and_grad, optimizer, record_every: int, mesh: Mesh | None = None, held_once=False
@@ -313,12 +296,6 @@ def _advance(
     buffers (losses, records) written in place, and the state too where it is `held_once`; cached,
     so that a second flow with the same functions and shapes compiles nothing."""
     step = flow_step(target_value_and_grad, optimizer)
-
-    def like_the_start(state):
-        shape = state.particles.shape
-        return jax.tree.map(
-            lambda leaf: devices.constrain(leaf, mesh, _where(leaf, shape, mesh)), state
-        )
 
     @partial(jax.jit, donate_argnums=(1, 4) if held_once else 4)
     def advance(rng, state, x_tgt, num_steps, buffers):
@@ -330,7 +307,7 @@ def _advance(
             # What would begin one more is dropped.
             slot = state.step // record_every - start // record_every
             state, value = step(rng, state, x_tgt)
-            state = like_the_start(state)
+            state = _divide(devices.constrain, state, mesh)
             if len(records):
                 records = records.at[slot].set(state.particles, mode="drop")
             return state, losses.at[i].set(value), records
@@ -344,10 +321,6 @@ def _advance(
         return state, jnp.isfinite(state.particles).all(), buffers
 
     return advance
-
-
-def _kind(leaf: Any) -> tuple:
-    return leaf.shape, leaf.dtype
 
 
 # Input validation
@@ -369,14 +342,13 @@ def _check_input(x0, x_tgt, n_epochs, lr, m, record_every) -> None:
             raise ValueError(f"{name} holds NaN or infinity, first at index {where}")
     if "x_tgt" in arrays and x0.shape[-1] != x_tgt.shape[-1]:
         raise ValueError(f"x0 {x0.shape} and x_tgt {x_tgt.shape} differ in dimension")
-    if n_epochs < 1:
-        raise ValueError(f"n_epochs must be at least 1, got {n_epochs}")
+    for name, number in (("n_epochs", n_epochs), ("record_every", record_every)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     if not callable(lr) and not (lr > 0 and math.isfinite(lr)):
         raise ValueError(f"the step size lr must be positive, got {lr}")
     if not 0 <= m < 1:
         raise ValueError(f"the momentum m must lie in [0, 1), got {m}")
-    if record_every < 1:
-        raise ValueError(f"record_every must be at least 1, got {record_every}")
     # The length of `recorded_steps`, without making what may be too long to make.
     between = (n_epochs - 1) // record_every
     size = (2 + between) * x0.nbytes

@@ -39,10 +39,9 @@ def wasserstein_gradient_descent_save(
     function overwrites), except the last, which are those after all steps. Arguments and errors as
     `lib.gd.wasserstein_gradient_descent`.
     """
-    losses, particles = gd.wasserstein_gradient_descent(
-        x0, x_tgt, target_value_and_grad, rng, n_epochs, lr, m, record_every=save_interval,
-        **options,
-    )  # fmt: skip
+    flow = x0, x_tgt, target_value_and_grad, rng, n_epochs, lr, m
+    options["record_every"] = save_interval
+    losses, particles = gd.wasserstein_gradient_descent(*flow, **options)
     if n_epochs % save_interval:
         # `lib.gd` has one more, the last multiple of the interval before the end.
         particles = np.delete(particles, -2, axis=0)

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from lib.numerics import check_seed
 from lib.rows import check_same_width
 from lib.rows.files import RowFile, check_distinct, open_rows
-from lib.runs import console, processes
+from lib.runs import console
 from lib.runs.commands import run_command
 from lib.runs.files import write_json
 from lib.runs.processes import DeviceOptions
@@ -267,7 +267,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> MixingResult:
     kind = MMDDataMixerRBF if arguments.exact else MMDDataMixer
     options = {field.name: getattr(arguments, field.name) for field in fields(MMDDataMixer)}
     mixer = kind(**options)
-    devices = processes.own_devices(mesh)
+    devices = None if mesh is None else mesh.local_devices
     result = mixer.mix(arguments.train_paths, arguments.val_paths, devices=devices)
     document = reports.document(
         result,

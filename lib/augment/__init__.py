@@ -3,9 +3,6 @@
 from lib.augment._siamese import (
     OPERATIONS,
     Augmentation,
-    Dialect,
-    Images,
-    Number,
     Parameters,
     apply,
     augment,

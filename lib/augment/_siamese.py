@@ -11,29 +11,38 @@ of the image itself, and borders and holes stay 0. No image affects another, so 
 equal parameters change it alike in any batch.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lib.augment._warps import rotate, sample_grid
-from lib.runs.settings import check_not_negative
+from lib.augment._warps import Images, rotate, sample_grid
 
 GEOMETRY = ("crop", "scale", "rotate")
-COLOR = ("brightness", "saturation", "contrast")
+# By operation a, b and the value that changes nothing: a + b u, u uniform on [0, 1), is added to
+# the image as brightness, or is the factor of the other two. These and what follows are the
+# published strengths.
+COLOR = {
+    "brightness": (-0.5, 1.0, 0.0),
+    "saturation": (0.0, 2.0, 1.0),
+    "contrast": (0.5, 1.0, 1.0),
+}
 OPERATIONS = ("flip", *GEOMETRY, "cutout", *COLOR)
-LARGEST = {"flip_probability": 1, "crop_share": 1, "rotation_degrees": 180, "cutout_share": 1}
+FLIP_PROBABILITY = 0.5
+CROP_SHARE = 0.125  # The largest shift, as a share of a side.
+SCALE_RATIO = 1.2  # Sides shrink and grow by this factor at most.
+ROTATION_DEGREES = 15.0
+CUTOUT_SHARE = 0.5  # The side of the hole, as a share of the image's.
 
 Dialect = Literal["idc", "dsa"]
-Images = Float[Array, "n height width channels"]
 Number = Float[Array, "*num"] | None
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may be done to images, and how strongly; the defaults are the published strengths.
+    """What may be done to images, at the published strengths.
 
     `operations` are names among `OPERATIONS`, or "color", which stands for the last three as one.
     `dialect` says which of them are done each time:
@@ -41,20 +50,12 @@ class Augmentation:
         uniformly, of those of crop, scale and rotate that are named.
       "dsa": exactly one, drawn uniformly ("color" counts once; a drawn flip has its probability).
 
-    Hashable: a static argument of jit. Raises ValueError on names that are unknown or come twice,
-    an unknown dialect and strengths out of range.
+    Hashable: a static argument of jit. Raises ValueError on names that are unknown or come twice
+    and on an unknown dialect.
     """
 
     operations: tuple[str, ...]
     dialect: Dialect
-    flip_probability: float = 0.5
-    crop_share: float = 0.125  # The largest shift, as a share of a side.
-    scale_ratio: float = 1.2  # Sides shrink and grow by this factor at most.
-    rotation_degrees: float = 15.0
-    cutout_share: float = 0.5  # The side of the hole, as a share of the image's.
-    brightness: float = 1.0  # x + brightness (u - 1/2), u uniform on [0, 1).
-    saturation: float = 2.0  # The factor is saturation u.
-    contrast: float = 0.5  # The factor is contrast + u.
 
     def __post_init__(self):
         unknown = [name for name in self.operations if name not in (*OPERATIONS, "color")]
@@ -68,12 +69,6 @@ class Augmentation:
                 raise ValueError(f"{name} is named more than once: {'_'.join(self.operations)}")
         if self.dialect not in ("idc", "dsa"):
             raise ValueError(f'the dialect must be "idc" or "dsa", got {self.dialect!r}')
-        check_not_negative(self, *(field.name for field in fields(self)[2:]))
-        for name, most in LARGEST.items():
-            if getattr(self, name) > most:
-                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
-        if self.scale_ratio < 1:
-            raise ValueError(f"scale_ratio must be at least 1, got {self.scale_ratio}")
 
     def _expanded(self) -> list[str]:
         parts = [COLOR if name == "color" else (name,) for name in self.operations]
@@ -119,7 +114,7 @@ def draw(key: Array, augmentation: Augmentation, num: int | None = None) -> Para
     An operation that is named but not drawn this time has the value that changes nothing.
     """
     shape, dialect = () if num is None else (num,), augmentation.dialect
-    named, strengths = augmentation._expanded(), augmentation
+    named = augmentation._expanded()
     rivals = [name for name in augmentation.operations if dialect == "dsa" or name in GEOMETRY]
     key_choice, *keys = jax.random.split(key, 1 + len(OPERATIONS))
     choice = jax.random.randint(key_choice, shape, 0, max(1, len(rivals)))
@@ -135,24 +130,20 @@ def draw(key: Array, augmentation: Augmentation, num: int | None = None) -> Para
     values = {}
     if "flip" in named:
         (u,) = uniforms("flip", 1)
-        values["flip"] = drawn("flip") & (u < strengths.flip_probability)
-    for name, share in (("crop", strengths.crop_share), ("cutout", strengths.cutout_share)):
+        values["flip"] = drawn("flip") & (u < FLIP_PROBABILITY)
+    for name, share in (("crop", CROP_SHARE), ("cutout", CUTOUT_SHARE)):
         if name in named:
             values[f"{name}_row"], values[f"{name}_column"] = uniforms(name, 2)
             values[f"{name}_share"] = jnp.where(drawn(name), share, 0.0)
     if "scale" in named:
-        low, high = 1 / strengths.scale_ratio, strengths.scale_ratio
+        low, high = 1 / SCALE_RATIO, SCALE_RATIO
         factors = jnp.where(drawn("scale"), low + (high - low) * uniforms("scale", 2), 1.0)
         values["scale_rows"], values["scale_columns"] = factors
     if "rotate" in named:
         (u,) = uniforms("rotate", 1)
-        angle = jnp.deg2rad(strengths.rotation_degrees) * (2 * u - 1)
+        angle = jnp.deg2rad(ROTATION_DEGREES) * (2 * u - 1)
         values["angle"] = jnp.where(drawn("rotate"), angle, 0.0)
-    for name, start, factor, neutral in (
-        ("brightness", -strengths.brightness / 2, strengths.brightness, 0.0),
-        ("saturation", 0.0, strengths.saturation, 1.0),
-        ("contrast", strengths.contrast, 1.0, 1.0),
-    ):
+    for name, (start, factor, neutral) in COLOR.items():
         if name in named:
             (u,) = uniforms(name, 1)
             values[name] = jnp.where(drawn(name), start + factor * u, neutral)

@@ -87,8 +87,7 @@ def _rotated(angle, i, j, height: int, width: int):
 
 
 def _pixels(height: int, width: int):
-    i, j = jnp.divmod(jnp.arange(height * width, dtype=float), width)
-    return i, j
+    return jnp.divmod(jnp.arange(height * width, dtype=float), width)
 
 
 def _window(row, column, offsets):

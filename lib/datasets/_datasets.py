@@ -1,9 +1,8 @@
-"""Data sets and where they come from: the only module that knows torchvision, files and downloads.
+"""Data sets and where they come from: the only module that knows torchvision and downloads.
 
 A `Dataset` holds uint8 images and labels as numpy arrays on the host. `draw`, `flat` and
-`as_images` are the doors to jax: points are images as rows of d = H * W * channels numbers in
-[0, 1], and a set of class distributions is one array [C, n, d]. The synthetic sets have the same
-shape. Nothing here is cached, and nothing is written but a completed download.
+`as_images` lead to jax: points are images as rows of d = H * W * channels numbers in [0, 1], and a
+set of class distributions is one array [C, n, d]. Nothing is written but a completed download.
 """
 
 import functools
@@ -61,27 +60,23 @@ class _Source(NamedTuple):
     archive: str = ""
 
 
-def _idx(name: str) -> _Source:
-    # torchvision wants all four files, whichever split is read.
-    kinds = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-    files = tuple(f"{name}/raw/{kind}-ubyte" for kind in kinds)
-    return _Source(name, "", files, files)
-
-
-def _cifar(name: str, folder: str, files: str, archive: str) -> _Source:
+def _whole(name: str, folder: str, files: str, archive: str = "") -> _Source:
+    """Of a set all of whose `files`, told apart by blanks, torchvision wants for either split."""
     paths = tuple(f"{folder}/{file}" for file in files.split())
     return _Source(name, "", paths, paths, archive)
 
 
+_IDX = "{0}-images-idx3-ubyte {0}-labels-idx1-ubyte "
+_IDX = _IDX.format("train") + _IDX.format("t10k")
 _BATCHES = "batches.meta test_batch " + " ".join(f"data_batch_{i}" for i in range(1, 6))
 _SOURCES = {
-    "mnist": _idx("MNIST"),
-    "fashion_mnist": _idx("FashionMNIST"),
-    "kmnist": _idx("KMNIST"),
+    "mnist": _whole("MNIST", "MNIST/raw", _IDX),
+    "fashion_mnist": _whole("FashionMNIST", "FashionMNIST/raw", _IDX),
+    "kmnist": _whole("KMNIST", "KMNIST/raw", _IDX),
     "usps": _Source("USPS", "USPS", ("USPS/usps.bz2",), ("USPS/usps.t.bz2",)),
     "svhn": _Source("SVHN", "SVHN", ("SVHN/train_32x32.mat",), ("SVHN/test_32x32.mat",)),
-    "cifar10": _cifar("CIFAR10", "cifar-10-batches-py", _BATCHES, "cifar-10-python.tar.gz"),
-    "cifar100": _cifar(
+    "cifar10": _whole("CIFAR10", "cifar-10-batches-py", _BATCHES, "cifar-10-python.tar.gz"),
+    "cifar100": _whole(
         "CIFAR100", "cifar-100-python", "meta train test", "cifar-100-python.tar.gz"
     ),
 }
@@ -175,26 +170,20 @@ def file_stem(name_or_path: str | Path, *, data_root: str | Path | None = None) 
     return f"{_name(_find(name_or_path, _root(data_root)))}-{known_by[len(CONTENT) :][:8]}"
 
 
-def _digits() -> np.ndarray:
-    """[1797, 65]: 8 x 8 pixels 0..16 and the label. scikit-learn's file, without the seconds that
-    importing scikit-learn takes."""
+def _load_digits(split: Split) -> Dataset:
     spec = importlib.util.find_spec("sklearn")
     path = Path(spec.origin if spec and spec.origin else "").parent / "datasets/data/digits.csv.gz"
-    if path.is_file():
-        return np.loadtxt(path, delimiter=",", dtype=np.uint8)
-    from sklearn.datasets import load_digits
+    if path.is_file():  # without the seconds that importing scikit-learn takes
+        table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    else:
+        from sklearn.datasets import load_digits
 
-    return np.column_stack(load_digits(return_X_y=True))
-
-
-def _load_digits(split: Split) -> Dataset:
-    table = _digits()
-    labels = table[:, -1].astype(np.int32)
-    rank_in_class = np.empty_like(labels)
+        table = np.column_stack(load_digits(return_X_y=True))
+    labels = table[:, -1].astype(np.int32)  # after 8 x 8 pixels 0..16
+    in_test = np.zeros(len(labels), bool)
     for c in range(10):
-        members = labels == c
-        rank_in_class[members] = np.arange(members.sum())
-    chosen = (rank_in_class % 5 == 4) == (split == "test")
+        in_test[np.flatnonzero(labels == c)[4::5]] = True
+    chosen = in_test == (split == "test")
     images = np.rint(table[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     return Dataset("digits", images[chosen], labels[chosen], tuple("0123456789"), "digits")
 
@@ -371,9 +360,9 @@ def draw(
 ) -> Float32[Array, "classes n d"]:
     """Draws `num_per_class` images of every class without replacement: [C, n, d] in [0, 1].
 
-    `classes` are labels or class names, in the order of the result; None is all of them. A class
-    drawn with the same key has the same images whatever the other classes are. Raises ValueError
-    for a class that is too small (named), unknown or repeated, and for `num_per_class` < 1.
+    `classes` are labels or class names, in the order of the result; None is all of them. Which
+    images are drawn is what `draw_indices` says. Raises ValueError for a class that is too small
+    (named), unknown or repeated, and for `num_per_class` < 1.
     """
     return flat(dataset, draw_indices(key, dataset, num_per_class, classes=classes))
 

@@ -55,14 +55,9 @@ class _Pictures(NamedTuple):
 
 
 def read_image_folder(path: Path, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """(images uint8 [n, H, W, channels], labels int32 [n], class names) of one split.
-
-    Images are turned as their metadata say (EXIF orientation). Of one with several frames the first
-    is read; a line on stderr counts these, another the files that are ignored.
-
-    Raises ValueError naming the file: one that cannot be read, sizes or colors that differ, a
-    class without an image, no class at all, a link to a folder that it lies in.
-    """
+    """(images uint8 [n, H, W, channels], labels int32 [n], class names) of one split, as
+    `lib.datasets.load` says. A line on stderr counts the images with several frames, another the
+    files that are ignored. Raises ValueError, which names the file."""
     with contextlib.ExitStack() as stack:
         tree = _open_tree(path, stack)
         class_names, files = _files_of(path, _find_pictures(path, tree.entries), split)
@@ -158,30 +153,26 @@ def _open_tree(path: Path, stack: contextlib.ExitStack) -> _Tree:
 
 def _walk(path: Path) -> list[str]:
     """The entries below a folder, through links, but not into hidden folders."""
-    entries = []
-    root = path.resolve()
-    above = frozenset(_inode(folder) for folder in (root, *root.parents))
-    pending = [("", above)]
-    while pending:
-        folder, above = pending.pop()
-        try:
-            with os.scandir(path / folder) as items:
-                for item in items:
-                    entry = folder + item.name
-                    if not os.path.isdir(path / entry):  # a link to itself is neither
-                        entries.append(entry)
-                    elif not _hidden(item.name):
-                        inode = _inode(path / entry)
-                        if inode in above:
-                            raise ValueError(
-                                f"{path}: {entry} is a link to a folder that it lies in, so its "
-                                "files have no end: delete the link"
-                            )
-                        entries.append(f"{entry}/")
-                        pending.append((f"{entry}/", above | {inode}))
-        except OSError as error:
-            where = f"{path}: cannot read the folder {folder or '.'}"
-            raise ValueError(f"{where}: {error.strerror}") from error
+    root, entries = path.resolve(), []
+    above = {str(path): frozenset(map(_inode, (root, *root.parents)))}  # of every folder
+
+    def stop(error: OSError) -> None:
+        where = os.path.relpath(error.filename, path)
+        raise ValueError(f"{path}: cannot read the folder {where}/: {error.strerror}") from error
+
+    for folder, names, files in os.walk(path, onerror=stop, followlinks=True):
+        prefix = "" if folder == str(path) else f"{os.path.relpath(folder, path)}/"
+        entries += [prefix + file for file in files]
+        names[:] = [name for name in names if not _hidden(name)]
+        for name in names:
+            inode = _inode(path / prefix / name)
+            if inode in above[folder]:
+                raise ValueError(
+                    f"{path}: {prefix}{name} is a link to a folder that it lies in, so its files "
+                    "have no end: delete the link"
+                )
+            entries.append(f"{prefix}{name}/")
+            above[os.path.join(folder, name)] = above[folder] | {inode}
     return entries
 
 
@@ -218,12 +209,6 @@ def _formats() -> tuple[str, ...]:
 
 
 @functools.cache
-def _suffixes() -> tuple[str, ...]:
-    readable = (*_formats(), "MPO")  # JPEG's reader knows it
-    return tuple(s for s, name in Image.registered_extensions().items() if name in readable)
-
-
-@functools.cache
 def _print(line: str) -> None:
     """Once a process: both splits, and several passes, find the same."""
     print(line, file=sys.stderr, flush=True)
@@ -243,10 +228,10 @@ def _find_pictures(where: Path, entries: Iterable[str]) -> _Pictures:
         parts = _parts(_composed(entry))
         if not any(map(_hidden, parts)):
             folders[entry] = parts if entry.endswith("/") else parts[:-1]
-    suffixes = _suffixes()
+    readable = (*_formats(), "MPO")  # JPEG's reader knows it
+    suffixes = tuple(s for s, name in Image.registered_extensions().items() if name in readable)
     images = [entry for entry in folders if entry.lower().endswith(suffixes)]
-    others = [entry for entry in folders if not entry.endswith("/")]
-    others = sorted(set(others) - set(images))
+    others = sorted({entry for entry in folders if not entry.endswith("/")} - set(images))
     for entry in others:
         if entry.lower().endswith(_PHONES):
             raise ValueError(

@@ -43,24 +43,14 @@ def gaussians(
     means: Real[ArrayLike, "classes d"],
     num_points: int,
     *,
-    scale: Real[ArrayLike, "..."] | None = None,
-    covariances: Real[ArrayLike, "classes d d"] | None = None,
+    scale: Real[ArrayLike, "..."],
 ) -> Float[Array, "classes n d"]:
-    """Normal samples, one distribution a class: [C, n, d].
-
-    Give either `scale`, a standard deviation for all classes or [C] of them, or `covariances`
-    [C, d, d]; ValueError otherwise. A covariance that is not positive definite gives NaN.
-    """
-    if (scale is None) == (covariances is None):
-        raise ValueError("give either scale or covariances")
+    """Normal samples, one distribution per class: [C, n, d]. `scale` is a standard deviation for
+    all classes, or [C] of them."""
     means = jnp.asarray(means, float)
     num_classes, d = means.shape
     noise = jax.random.normal(key, (num_classes, num_points, d))
-    if covariances is None:
-        noise = noise * jnp.broadcast_to(jnp.asarray(scale, float), (num_classes,))[:, None, None]
-    else:
-        factors = jnp.linalg.cholesky(jnp.asarray(covariances, float))
-        noise = jnp.einsum("cij,cnj->cni", factors, noise, precision=jax.lax.Precision.HIGHEST)
+    noise = noise * jnp.broadcast_to(jnp.asarray(scale, float), (num_classes,))[:, None, None]
     return means[:, None, :] + noise
 
 

@@ -25,9 +25,8 @@ def _through_pillow(dataset: Dataset, change: Callable[[Image.Image], Image.Imag
 def resize(dataset: Dataset, size: int | tuple[int, int]) -> Dataset:
     """Images of size `size` (a side, or (H, W)): bilinear, and antialiased where they shrink."""
     height, width = (size, size) if isinstance(size, int) else size
-    images = _through_pillow(
-        dataset, lambda image: image.resize((width, height), Image.Resampling.BILINEAR)
-    )
+    bilinear = Image.Resampling.BILINEAR
+    images = _through_pillow(dataset, lambda image: image.resize((width, height), bilinear))
     return _renamed(dataset, images, f"{height}x{width}")
 
 
@@ -81,10 +80,8 @@ def normalization_constants(dataset: Dataset) -> Normalization:
     blocks = np.array_split(dataset.images, -(-len(dataset.images) // 4096))
     means, deviations = [], []
     for channel in range(dataset.image_shape[-1]):
-        counts = np.zeros(256, np.int64)
-        for block in blocks:
-            counts += np.bincount(block[..., channel].ravel(), minlength=256)
-        weights = counts / counts.sum()
+        counts = sum(np.bincount(block[..., channel].ravel(), minlength=256) for block in blocks)
+        weights = counts / np.sum(counts)
         means.append(float(weights @ levels))
         deviations.append(float(np.sqrt(weights @ (levels - means[-1]) ** 2)))
     return Normalization(tuple(means), tuple(deviations))

@@ -6,7 +6,6 @@ from lib.flow_matching.training import (
     Source,
     TrainState,
     Velocity,
-    draw_batch,
     draw_step,
     fit,
     init,

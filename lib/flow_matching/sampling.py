@@ -29,7 +29,7 @@ def euler(
 
     Returns x(1), or with `keep_path` the states at times 0, h, ..., 1, [num_steps + 1, B, d].
     """
-    return _fixed_steps(lambda x, t, h: x + h * _at(velocity, x, t), x0, num_steps, keep_path)
+    return _fixed_steps(lambda v, x, t, h: x + h * v(x, t), velocity, x0, num_steps, keep_path)
 
 
 def heun(
@@ -40,24 +40,23 @@ def heun(
     Returns what `euler` returns.
     """
 
-    def step(x, t, h):
-        first = _at(velocity, x, t)
-        return x + h / 2 * (first + _at(velocity, x + h * first, t + h))
+    def step(v, x, t, h):
+        first = v(x, t)
+        return x + h / 2 * (first + v(x + h * first, t + h))
 
-    return _fixed_steps(step, x0, num_steps, keep_path)
-
-
-def _at(velocity, x, t):
-    return velocity(x, jnp.full(len(x), t, x.dtype))
+    return _fixed_steps(step, velocity, x0, num_steps, keep_path)
 
 
-def _fixed_steps(step, x0, num_steps, keep_path):
+def _fixed_steps(step, velocity, x0, num_steps, keep_path):
     if isinstance(num_steps, int) and num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     h = jnp.asarray(1 / num_steps, x0.dtype)
 
+    def at(x, t):
+        return velocity(x, jnp.full(len(x), t, x.dtype))
+
     def body(x, i):
-        x = step(x, i.astype(x.dtype) * h, h)
+        x = step(at, x, i.astype(x.dtype) * h, h)
         return x, x if keep_path else None
 
     if not isinstance(num_steps, int):

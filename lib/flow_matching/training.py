@@ -1,4 +1,4 @@
-"""Flow matching on straight paths: couplings, training, and how straight the flows are.
+"""Flow matching on straight paths: couplings and training.
 
 Data x1 are images in [-1, 1] as flat rows of d = H W channels numbers, x0 is drawn from a source,
 and x_t = (1 - t) x0 + t x1. The velocity E[x1 - x0 | x_t] is learnt by least squares (Lipman et
@@ -101,10 +101,7 @@ def interpolate(
 
 
 def loss(
-    velocity: Velocity,
-    x0: Float[Array, "B d"],
-    x1: Float[Array, "B d"],
-    times: Float[Array, " B"],
+    velocity: Velocity, x0: Float[Array, "B d"], x1: Float[Array, "B d"], times: Float[Array, " B"]
 ) -> Float[Array, ""]:
     """Mean over rows of |v(x_t, t) - (x1 - x0)|^2 / d (Tong et al., 2024, equation 10, at
     sigma = 0): per coordinate, in squared units of the data."""
@@ -112,17 +109,14 @@ def loss(
     return jnp.mean(jnp.square(residuals))
 
 
-def optimal_permutation(x0: Float[Array, "B d"], x1: Float[Array, "B d"]) -> Int[np.ndarray, " B"]:
-    """The permutation p that minimizes sum_i |x0[p_i] - x1_i|^2, [B]: exact optimal transport
-    within a batch (Pooladian et al., 2023; Tong et al., 2024).
+def optimal_permutation(costs: Float[Array, "B B"]) -> Int[np.ndarray, " B"]:
+    """The permutation p that minimizes sum_i costs[i, p_i], [B]. Of costs |x1_i - x0_j|^2
+    (`lib.kernels.squared_distances`) it is exact optimal transport within a batch (Pooladian et
+    al., 2023; Tong et al., 2024).
 
-    SciPy's assignment solver on the host, O(B^3), so not for use inside jit. Where a distance is
-    NaN or infinite the identity comes back.
+    SciPy's assignment solver on the host, O(B^3), so not for use inside jit. Where a cost is NaN or
+    infinite the identity comes back.
     """
-    return _assignment(squared_distances(x1, x0))
-
-
-def _assignment(costs: Float[Array, "B B"]) -> np.ndarray:
     from scipy.optimize import linear_sum_assignment
 
     costs = devices.fetch(costs)
@@ -134,6 +128,7 @@ def _assignment(costs: Float[Array, "B B"]) -> np.ndarray:
 # A step
 
 
+@partial(jax.jit, static_argnames=("network", "optimizer", "image_shape"))
 def init(
     key: Key[Array, ""],
     network: nn.Module,
@@ -141,35 +136,8 @@ def init(
     image_shape: tuple[int, ...],
 ) -> TrainState:
     """The state before the first step."""
-    images, times = jnp.zeros((1, *image_shape)), jnp.zeros(1)
-    parameters = network.init(key, images, times)
+    parameters = network.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1))
     return TrainState(parameters, parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
-
-
-# One program, whose trace its check of shapes shares.
-_init = jax.jit(init, static_argnums=(1, 2, 3))
-
-
-def draw_batch(
-    key: Key[Array, ""],
-    images: Num[Array, "n height width channels"],
-    batch_size: int,
-    *,
-    augment_flip: bool = False,
-) -> Float[Array, "B d"]:
-    """`batch_size` images drawn independently (so one may come twice), as flat rows in float.
-
-    uint8 is mapped from 0..255 to [-1, 1]. With `augment_flip` each is mirrored left to right with
-    probability 1/2.
-    """
-    index_key, flip_key = jax.random.split(key)
-    batch = images[jax.random.randint(index_key, (batch_size,), 0, len(images))]
-    if batch.dtype == jnp.uint8:
-        batch = batch.astype(jnp.float32) / 127.5 - 1
-    if augment_flip:
-        flipped = jax.random.bernoulli(flip_key, shape=(batch_size, 1, 1, 1))
-        batch = jnp.where(flipped, batch[:, :, ::-1], batch)
-    return batch.reshape(batch_size, -1)
 
 
 def draw_step(
@@ -182,10 +150,21 @@ def draw_step(
     augment_flip: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B d"], Float[Array, "B d"], Float[Array, " B"]]:
-    """(x0, x1, times) of a step: the source's own pairs. `key` is that of the whole run."""
+    """(x0, x1, times) of a step: the source's own pairs. `key` is that of the whole run.
+
+    x1 are images drawn independently (so one may come twice), as flat rows. uint8 is mapped from
+    0..255 to [-1, 1]. With `augment_flip` each is mirrored left to right with probability 1/2.
+    """
     batch_key, source_key, time_key = jax.random.split(jax.random.fold_in(key, step), 3)
-    x1 = draw_batch(batch_key, images, batch_size, augment_flip=augment_flip)
-    x1 = devices.constrain(x1, mesh)  # all of the batch in one place, for the assignment
+    index_key, flip_key = jax.random.split(batch_key)
+    batch = images[jax.random.randint(index_key, (batch_size,), 0, len(images))]
+    if batch.dtype == jnp.uint8:
+        batch = batch.astype(jnp.float32) / 127.5 - 1
+    if augment_flip:
+        flipped = jax.random.bernoulli(flip_key, shape=(batch_size, 1, 1, 1))
+        batch = jnp.where(flipped, batch[:, :, ::-1], batch)
+    # All of the batch in one place, for the assignment.
+    x1 = devices.constrain(batch.reshape(batch_size, -1), mesh)
     x0 = devices.constrain(source.couple(source_key, x1), mesh)
     return x0, x1, jax.random.uniform(time_key, (batch_size,), x1.dtype)
 
@@ -243,7 +222,6 @@ def fit(
     ema_decay: float = 0.999,
     augment_flip: bool = False,
     run: Run | None = None,
-    checkpoint_seconds: float = 60.0,
     show_progress: bool = True,
     description: str = "flow matching",
     mesh: Mesh | None = None,
@@ -260,7 +238,6 @@ def fit(
       augment_flip: mirrors images at random.
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
         from. SIGINT and SIGTERM then save and raise `Interrupted`.
-      checkpoint_seconds: seconds between saves.
       mesh: devices (`lib.devices`) that share each batch.
 
     Raises:
@@ -272,8 +249,8 @@ def fit(
     images, source = jnp.asarray(images), jax.tree.map(jnp.asarray, source)
     _check_input(images, source, num_steps, batch_size, coupling, ema_decay)
     init_key, key = jax.random.split(key)
-    start = partial(_init, init_key, network, optimizer, images.shape[1:])
-    parameters = jax.eval_shape(start).parameters
+    start = partial(init, init_key, network, optimizer, images.shape[1:])
+    parameters = jax.eval_shape(start).parameters  # shares its trace with the start itself
     settings = {
         "network": network,
         "batch_size": batch_size,
@@ -292,7 +269,7 @@ def fit(
         its distances are asked for first, and assigned on a thread."""
         for step in range(done, min(done + 2 * size, num_steps)):
             if step not in assigned:
-                assigned[step] = thread.submit(_assignment, costs(np.int32(step), *inputs))
+                assigned[step] = thread.submit(optimal_permutation, costs(np.int32(step), *inputs))
         table = np.zeros((MAX_COUPLED_STEPS, batch_size), np.int32)
         table[:size] = [assigned.pop(step).result() for step in range(done, done + size)]
         return devices.device_put(table, mesh)
@@ -303,10 +280,9 @@ def fit(
         state, finite, buffer = _advance(
             state, size, buffer, table, *inputs, optimizer=optimizer, mesh=mesh, **settings
         )
-        new_losses, finite = devices.fetch((buffer, finite))
-        new_losses = losses[done : done + size] = new_losses[:size]
-        shown = {"loss": new_losses.mean()}
-        return Chunk(state, shown, first_nonfinite(new_losses, bool(finite)))
+        found, finite = devices.fetch((buffer, finite))
+        found = losses[done : done + size] = found[:size]
+        return Chunk(state, {"loss": found.mean()}, first_nonfinite(found, bool(finite)))
 
     with ThreadPoolExecutor(1) as thread:
         state, _ = run_steps(
@@ -326,7 +302,6 @@ def fit(
             history=lambda done: losses[:done],
             place=partial(devices.device_put, mesh=mesh),
             max_chunk=MAX_STEPS_PER_CHUNK if coupling == "independent" else MAX_COUPLED_STEPS,
-            checkpoint_seconds=checkpoint_seconds,
             show_progress=show_progress,
             description=description,
         )
@@ -336,14 +311,7 @@ def fit(
 
 @partial(
     jax.jit,
-    static_argnames=(
-        "network",
-        "optimizer",
-        "batch_size",
-        "ema_decay",
-        "augment_flip",
-        "mesh",
-    ),
+    static_argnames=("network", "optimizer", "batch_size", "ema_decay", "augment_flip", "mesh"),
     donate_argnames="buffer",
 )
 def _advance(state, size, buffer, permutations, key, source, images, **settings):

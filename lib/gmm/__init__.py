@@ -2,7 +2,6 @@
 
 from lib.gmm._mixture import (
     Mixture,
-    Prepared,
     cast,
     component_log_prob,
     from_sklearn,

@@ -18,6 +18,7 @@ from lib.numerics import AnyArray, product
 
 PANEL = 192  # columns: narrower panels skip more of a triangle, in slower products
 SPLIT = 64  # columns from which two panels pay
+MOST_PANELS = 8  # more skip little, and each is a launch on a GPU
 GROUP = 128  # rows: draws of one component are made together, as many at a time
 ACTIVE_EIGHTHS = (0, 1, 2, 4, 6)  # sizes, in parts of a block, to which rows without weight are cut
 LOST = 1e-3  # of a variance: rounding errors above it make it none
@@ -30,23 +31,18 @@ def row_sums(x: Float[Array, "b d"]) -> Float[Array, " b"]:
     return product(x, jnp.ones(x.shape[1], x.dtype))
 
 
-def _panels(dimension: int, most: int | None = None) -> list[tuple[int, int]]:
-    count = max(1 if dimension < SPLIT else 2, round(dimension / PANEL))
-    count = count if most is None else min(count, most)
+def _panels(dimension: int, most: int = MOST_PANELS) -> list[tuple[int, int]]:
+    count = min(max(1 if dimension < SPLIT else 2, round(dimension / PANEL)), most)
     edges = np.linspace(0, dimension, count + 1).astype(int).tolist()
     return list(itertools.pairwise(edges))
 
 
 def triangular_product(
-    x: Float[Array, "b d"], triangle: Float[AnyArray, "d d"]
+    x: Float[Array, "b d"], triangle: Float[AnyArray, "d d"], *, most: int = MOST_PANELS
 ) -> Float[Array, "b d"]:
-    """x T' for a lower triangular T."""
-    return _triangular_product(x, triangle, _panels(x.shape[1]))
-
-
-def _triangular_product(x, triangle, panels):
-    parts = [product(x[:, :j], triangle[i:j, :j].T) for i, j in panels]
-    return jnp.concatenate(parts, axis=1)
+    """x T' for a lower triangular T, in no more than `most` panels."""
+    panels = _panels(x.shape[1], most)
+    return jnp.concatenate([product(x[:, :j], triangle[i:j, :j].T) for i, j in panels], axis=1)
 
 
 def congruence(
@@ -54,10 +50,10 @@ def congruence(
 ) -> Float[Array, "d d"]:
     """The lower half of T M T' for a lower triangular T and a symmetric M; 0 above it, or nearly so
     near the diagonal. Not mirrored: factors need no more, and every d^2 numbers count."""
-    # Each panel copies its share of the matrix: many of them take many times its memory.
-    panels = _panels(len(matrix), most=4)
-    half = _triangular_product(matrix, triangle, panels)
-    return lower_half(tuple(product(triangle[i:j, :j], half[:j, :j]) for i, j in panels))
+    most = 4  # Each panel copies its share of the matrix: many take many times its memory.
+    half = triangular_product(matrix, triangle, most=most)
+    panels = _panels(len(matrix), most)
+    return _lower_half(tuple(product(triangle[i:j, :j], half[:j, :j]) for i, j in panels))
 
 
 def weighted_gram(
@@ -78,7 +74,7 @@ def over_responsible(sums: Callable, x: Float[Array, "b d"], weights: Float[Arra
     return lax.platform_dependent(x, weights, cpu=partial(_sums_of_few, sums), default=sums)
 
 
-def _sums_of_few(sums: Callable, x: Array, weights: Array) -> PyTree:
+def _sums_of_few(sums, x, weights):
     sizes = sorted({len(x) * eighths // 8 for eighths in ACTIVE_EIGHTHS})
     rows, places = jnp.arange(len(x)), jnp.cumsum(weights > 0)
     active = places[-1]
@@ -86,17 +82,15 @@ def _sums_of_few(sums: Callable, x: Array, weights: Array) -> PyTree:
     order = jnp.zeros_like(rows).at[jnp.where(weights > 0, places - 1, len(x))].set(rows)
 
     def sums_of(size):
-        def cut():
-            kept = order[:size]
-            return sums(x[kept], jnp.where(rows[:size] < active, weights[kept], 0))
-
-        return cut
+        kept = order[:size]
+        return sums(x[kept], jnp.where(rows[:size] < active, weights[kept], 0))
 
     index = jnp.searchsorted(jnp.asarray(sizes), active)
-    return lax.switch(index, [*map(sums_of, sizes), lambda: sums(x, weights)])
+    branches = [partial(sums_of, size) for size in sizes]
+    return lax.switch(index, [*branches, partial(sums, x, weights)])
 
 
-def lower_half(panels: tuple[Float[Array, "..."], ...]) -> Float[Array, "d d"]:
+def _lower_half(panels):
     """Panels as a matrix that is right on and below the diagonal."""
     d = panels[-1].shape[1]
     return jnp.concatenate([jnp.pad(p, ((0, 0), (0, d - p.shape[1]))) for p in panels])
@@ -104,7 +98,7 @@ def lower_half(panels: tuple[Float[Array, "..."], ...]) -> Float[Array, "d d"]:
 
 def symmetric(panels: tuple[Float[Array, "..."], ...]) -> Float[Array, "d d"]:
     """The matrix that `weighted_gram` left in panels."""
-    lower = lower_half(panels)
+    lower = _lower_half(panels)
     return jnp.tril(lower) + jnp.tril(lower, -1).T
 
 
@@ -119,16 +113,18 @@ def _first_ridge(diagonal: Float[Array, " d"]) -> Float[Array, ""]:
 
 
 def factorize(
-    covariance: Float[Array, "d d"],
+    covariance: Float[Array, "d d"], regularization: ScalarLike = 0.0
 ) -> tuple[Float[Array, "d d"], Float[Array, "d d"], Float[Array, ""]]:
-    """(L, L^-1, ridge) with L L' = covariance + ridge I; of the covariance the lower half is read.
+    """(L, L^-1, ridge) with L L' = covariance + (regularization + ridge) I; of the covariance the
+    lower half is read.
 
     The ridge is 0 unless the factorization fails or a pivot is no larger than its rounding error,
     d eps of the variance; then it rises tenfold from there until neither is so. NaN stays NaN.
     """
     d = len(covariance)
-    diagonal = jnp.diagonal(covariance)
     identity = jnp.eye(d, dtype=covariance.dtype)
+    covariance = covariance + regularization * identity
+    diagonal = jnp.diagonal(covariance)
 
     def attempt(ridge):
         return jnp.linalg.cholesky(covariance + ridge * identity, symmetrize_input=False)
@@ -169,10 +165,6 @@ def per_point(sums: Float[Array, "K *m"], counts: Float[Array, " K"]) -> Float[A
     return sums / jnp.where(counts > 0, counts, 1).reshape(-1, *(1,) * (sums.ndim - 1))
 
 
-def regularized(covariance, regularization):
-    return covariance + regularization * jnp.eye(len(covariance), dtype=covariance.dtype)
-
-
 def expanded_distances(points, centers):
     """|x_i - c_k|^2 [n, K], expanded: for points whose distances are not far below their norms."""
     norms = row_sums(jnp.square(points))[:, None] + row_sums(jnp.square(centers))[None, :]
@@ -190,15 +182,12 @@ def distances_from_nearest(
     |r|^2 - 2 <r, c_k - c_j> + |c_k - c_j|^2, of which no term is far above the result where c_j is
     about the nearest. Centers may have any origin, best their middle.
     """
-    norms, own = row_sums(jnp.square(residuals))[:, None], _one_hot(nearest, centers)
+    norms = row_sums(jnp.square(residuals))[:, None]
+    own = jax.nn.one_hot(nearest, len(centers), dtype=centers.dtype)
     gaps = jnp.sum(jnp.square(centers[:, None] - centers[None]), axis=2)
     cross = product(residuals, centers.T)
     cross = cross - jnp.sum(cross * own, axis=1, keepdims=True)
     return jnp.where(own > 0, norms, jnp.maximum(norms - 2 * cross + gaps[nearest], 0))
-
-
-def _one_hot(nearest, centers):
-    return jax.nn.one_hot(nearest, len(centers), dtype=centers.dtype)
 
 
 def first_moments_about(
@@ -208,16 +197,15 @@ def first_moments_about(
     responsibilities: Float[Array, "n K"],
 ) -> Float[Array, "K d"]:
     """sum_i r_ik (x_i - c_k), from residuals as in `distances_from_nearest`."""
-
     # Sums over pairs of centers are fused: nothing of size K K d is kept.
-    counts = product(_one_hot(nearest, centers).T, responsibilities)
+    own = jax.nn.one_hot(nearest, len(centers), dtype=centers.dtype)
+    counts = product(own.T, responsibilities)
     carried = jnp.sum(counts[:, :, None] * (centers[:, None] - centers[None]), axis=0)
     return product(responsibilities.T, residuals) + carried
 
 
 def pair_scatter(weights: Float[Array, "K K"], centers: Float[Array, "K d"]) -> Float[Array, "d d"]:
     """sum_{k<l} w_kl (c_k - c_l)(c_k - c_l)' for symmetric weights; O(K d (K + d)) operations."""
-
     differences = centers[:, None] - centers[None]
     scatter = product(centers.T, jnp.sum(weights[:, :, None] * differences, axis=1))
     return (scatter + scatter.T) / 2
@@ -237,9 +225,9 @@ def is_lost(squared_moves: AnyArray, rounding: ScalarLike) -> AnyArray:
 
 
 def draw_by_component(
-    draw, noise: tuple[Array, ...], components: Int[Array, " B"], num: int
-) -> Array:
-    """`draw(component, *rows of noise)` for every row, in groups that share a component.
+    draw: Callable, noise: Float[Array, "B r"], components: Int[Array, " B"], num: int
+) -> Float[Array, "B d"]:
+    """`draw(component, rows of noise)` for every row, in groups that share a component.
 
     Rows are sorted by component and each component's padded to whole groups: O(B) rows of work, and
     one component's factor at a time instead of B of them. Noise is handed out in the sorted order:
@@ -254,24 +242,16 @@ def draw_by_component(
     places = begins[components[order]] + jnp.arange(size)
     groups = (size + num * (group - 1)) // group
     owners = jnp.minimum(jnp.searchsorted(ends, jnp.arange(groups), side="right"), num - 1)
-    blocks = [
-        jnp.zeros((groups * group, z.shape[1]), z.dtype)
-        .at[places]
-        .set(z)
-        .reshape(groups, group, -1)
-        for z in noise
-    ]
-    shape = jax.eval_shape(draw, owners[0], *(z[0] for z in blocks))
+    blocks = jnp.zeros((groups * group, noise.shape[1]), noise.dtype).at[places].set(noise)
+    blocks = blocks.reshape(groups, group, -1)
+    shape = jax.eval_shape(draw, owners[0], blocks[0])
 
     def draw_group(item):
-        index, owner, *rows = item
+        index, owner, rows = item
         # Groups past the last hold no draw.
-        return lax.cond(
-            index < ends[-1],
-            lambda: draw(owner, *rows),
-            lambda: jnp.zeros(shape.shape, shape.dtype),
-        )
+        nothing = partial(jnp.zeros, shape.shape, shape.dtype)
+        return lax.cond(index < ends[-1], lambda: draw(owner, rows), nothing)
 
-    drawn = lax.map(draw_group, (jnp.arange(groups), owners, *blocks)).reshape(-1, shape.shape[1])
+    drawn = lax.map(draw_group, (jnp.arange(groups), owners, blocks)).reshape(-1, shape.shape[1])
     # Row `order[i]` asked for what lies at `places[i]`.
     return drawn[jnp.zeros_like(places).at[order].set(places)]

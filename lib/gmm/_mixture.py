@@ -9,6 +9,7 @@ argument: closed over, its factors are constants that XLA folds slowly.
 Fitting is in `lib.gmm.em`, starts in `lib.gmm.starts`, data of any size in `lib.rows`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,6 @@ from lib.gmm.covariances import (
     from_cholesky,
     from_matrices,
     invert_triangles,
-    log_normalizers,
 )
 from lib.numerics import AnyArray, at_least_float32, map_blocks
 
@@ -59,14 +59,13 @@ class Prepared(NamedTuple):
 
 def prepare(mixture: Mixture, dtype: DTypeLike) -> Prepared:
     """`mixture` for points in `dtype`: once, before a loop over blocks."""
-    mixture = jax.tree.map(jnp.asarray, mixture)
-    normalizers = log_normalizers(mixture.covariance, mixture.means.shape[1])
-    covariance = mixture.covariance
+    weights, means, covariance = jax.tree.map(jnp.asarray, mixture)
+    normalizers = (means.shape[1] * math.log(2 * math.pi) + covariance.log_determinants()) / 2
     if isinstance(covariance, Full | Tied):
         # Densities and moments need only the inverse; the other factor is as large.
         covariance = covariance._replace(cholesky=None)  # type: ignore[arg-type]
-    low = jax.tree.map(lambda leaf: leaf.astype(dtype), (mixture.means, covariance))
-    return Prepared(jnp.log(mixture.weights) + normalizers, *low)
+    low = jax.tree.map(lambda leaf: leaf.astype(dtype), (means, covariance))
+    return Prepared(jnp.log(weights) - normalizers, *low)
 
 
 def joint_log_densities(

@@ -15,7 +15,6 @@ mu + L E z, and a new covariance is L Cov(z) L': its error is relative in every 
 float32 keeps eigenvalues that lie many orders below the largest.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, ScalarLike
+from jaxtyping import Array, Float, Int, Key
 
 from lib.gmm._linalg import (
     congruence,
@@ -37,7 +36,6 @@ from lib.gmm._linalg import (
     over_responsible,
     pair_scatter,
     per_point,
-    regularized,
     row_sums,
     symmetric,
     triangular_product,
@@ -62,16 +60,10 @@ class Covariance(Protocol):
         second ones in the structure's own form."""
 
     def m_step(
-        self,
-        means: AnyArray,
-        counts: Array,
-        first: Array,
-        second: Any,
-        regularization: ScalarLike,
-        rounding: ScalarLike,
+        self, means, counts, first, second, regularization, rounding
     ) -> tuple[Array, "Covariance", Array]:
-        """The new means, covariances and ridges [K] from moments and counts [K]; see
-        `lib.gmm.em.maximization`."""
+        """The new means [K, d], covariances and ridges [K] from the old means, counts [K] and
+        moments; the scalars `regularization` and `rounding` are those of `em.maximization`."""
 
     def sample_noise(self, key: Key[Array, ""], components: Int[Array, " B"]) -> Array:
         """Draws of N(0, Sigma_k), [B, d], k = `components[i]`."""
@@ -90,8 +82,8 @@ class Full(NamedTuple):
     inverse: Float[AnyArray, "K d d"]
 
     def mahalanobis(self, points, means):
-        def component(parameters):
-            mean, inverse = parameters
+        def component(item):
+            mean, inverse = item
             whitened = triangular_product(points - mean[None, :], inverse)
             return row_sums(jnp.square(whitened)), whitened
 
@@ -102,10 +94,7 @@ class Full(NamedTuple):
         def sums(z, weights):
             return product(weights, z), weighted_gram(z, weights)
 
-        def component(item):
-            return over_responsible(sums, *item)
-
-        return lax.map(component, (whitened, responsibilities.T))
+        return lax.map(lambda item: over_responsible(sums, *item), (whitened, responsibilities.T))
 
     def m_step(self, means, counts, first, second, regularization, rounding):
         def component(item):
@@ -113,8 +102,7 @@ class Full(NamedTuple):
             moment = symmetric(gram) / jnp.where(count > 0, count, 1)
             moment = moment - shift[:, None] * shift[None, :]
             covariance = congruence(cholesky, moment)
-            covariance = regularized(covariance, regularization)
-            new_cholesky, new_inverse, ridge = factorize(covariance)
+            new_cholesky, new_inverse, ridge = factorize(covariance, regularization)
             move = product(cholesky, shift)
             lost = is_lost(jnp.max(jnp.square(product(new_inverse, move))), rounding)
             updated = (count > 0) & ~lost
@@ -138,7 +126,7 @@ class Full(NamedTuple):
         def draw(k, z):
             return triangular_product(z, self.cholesky[k])
 
-        return draw_by_component(draw, (noise,), components, num)
+        return draw_by_component(draw, noise, components, num)
 
     def log_determinants(self):
         return 2 * jnp.sum(jnp.log(jnp.diagonal(self.cholesky, axis1=1, axis2=2)), axis=1)
@@ -183,7 +171,7 @@ class Tied(NamedTuple):
         moved = product((counts[:, None] * shifts).T, shifts)
         moment = (symmetric(gram) + pair_scatter(pairs, centers) - moved) / total
         covariance = congruence(self.cholesky, moment)
-        cholesky, inverse, ridge = factorize(regularized(covariance, regularization))
+        cholesky, inverse, ridge = factorize(covariance, regularization)
         moves = product(shifts, self.cholesky.T)
         squared = product(counts / total, jnp.square(product(moves, inverse.T)))
         lost = is_lost(jnp.max(squared), rounding)
@@ -214,8 +202,7 @@ class Diagonal(NamedTuple):
             # Differences, not an expanded square: a pixel may be constant in only one component.
             return row_sums(jnp.square((points - mean[None, :]) * (1 / scales)[None, :]))
 
-        squared = lax.map(component, (means, self.scales)).T
-        return squared, (points, means)
+        return lax.map(component, (means, self.scales)).T, (points, means)
 
     def moments(self, residuals, responsibilities):
         points, means = residuals
@@ -350,9 +337,8 @@ class LowRank(NamedTuple):
         loadings, explained = lax.map(component, (shifts, cross, self.loadings, self.projections))
         variances = squares - jnp.square(shifts) - explained
         variances, ridge = floor_variances(variances, regularization)
-        new = LowRank(
-            loadings, jnp.sqrt(variances), latent_projections(loadings, jnp.sqrt(variances))
-        )
+        scales = jnp.sqrt(variances)
+        new = LowRank(loadings, scales, latent_projections(loadings, scales))
         lost = is_lost(jnp.max(jnp.square(shifts) / variances, axis=1), rounding)
         empty = counts <= 0
         return (
@@ -370,7 +356,7 @@ class LowRank(NamedTuple):
         def draw(k, u):
             return product(u, self.loadings[k].T)
 
-        return draw_by_component(draw, (latent,), components, num) + self.scales[components] * rest
+        return draw_by_component(draw, latent, components, num) + self.scales[components] * rest
 
     def log_determinants(self):
         inner = _inner_matrices(self.loadings, self.scales)[0]
@@ -403,10 +389,9 @@ def latent_projections(
 
 def full(num_components: int, variances: Float[AnyArray, " d"]) -> Full:
     """Every component with the covariance diag(variances): where EM starts."""
-    scales = jnp.diag(jnp.sqrt(jnp.asarray(variances)))
-    inverse = jnp.diag(1 / jnp.sqrt(jnp.asarray(variances)))
-    shape = (num_components, *scales.shape)
-    return Full(jnp.broadcast_to(scales, shape), jnp.broadcast_to(inverse, shape))
+    scales = jnp.sqrt(jnp.asarray(variances))
+    factors = jnp.diag(scales), jnp.diag(1 / scales)
+    return Full(*(jnp.broadcast_to(f, (num_components, *f.shape)) for f in factors))
 
 
 def tied(num_components: int, variances: Float[AnyArray, " d"]) -> Tied:
@@ -438,10 +423,8 @@ def low_rank(key: Key[Array, ""], rank: int):
         d = len(variances)
         if not 1 <= rank < d:
             raise ValueError(f"the rank must be at least 1 and below d = {d}, got {rank}")
-        loadings = jax.random.normal(key, (num_components, d, rank), jnp.float32)
-        loadings = (
-            loadings.astype(variances.dtype) * jnp.sqrt(variances / (2 * rank))[None, :, None]
-        )
+        normal = jax.random.normal(key, (num_components, d, rank), jnp.float32)
+        loadings = normal.astype(variances.dtype) * jnp.sqrt(variances / (2 * rank))[None, :, None]
         scales = jnp.broadcast_to(jnp.sqrt(variances / 2), (num_components, d))
         return LowRank(loadings, scales, latent_projections(loadings, scales))
 
@@ -483,8 +466,3 @@ def invert_triangles(triangles: Float[AnyArray, "*K d d"]) -> Float[np.ndarray, 
     flat = triangles.reshape(-1, *identity.shape)
     inverses = [solve_triangular(triangle, identity, lower=True) for triangle in flat]
     return np.reshape(inverses, triangles.shape)
-
-
-def log_normalizers(covariance: Covariance, dimension: int) -> Float[Array, " K"]:
-    """-(d log 2 pi + log|Sigma_k|) / 2, [K], or [1] where the covariance is tied."""
-    return -(dimension * math.log(2 * math.pi) + covariance.log_determinants()) / 2

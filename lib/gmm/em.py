@@ -93,12 +93,7 @@ def expectation(
     dtype = jnp.asarray(mixture.means).dtype
     prepared = prepare(mixture, x.dtype)
     return sum_over_blocks(
-        block_moments,
-        prepared,
-        (x, weights),
-        dtype=x.dtype,
-        total_dtype=dtype,
-        block_size=block_size,
+        block_moments, prepared, x, weights, dtype=x.dtype, total_dtype=dtype, block_size=block_size
     )
 
 
@@ -213,7 +208,6 @@ def fit(
     tolerance: float = 1e-3,
     max_iterations: int = 100,
     run: Run | None = None,
-    checkpoint_seconds: float = 60.0,
     show_progress: bool = True,
     description: str = "EM",
 ) -> FitResult:
@@ -240,10 +234,15 @@ def fit(
       RunFileError: the folder's checkpoint is of another start, other data or options.
     """
     _check_fit(data, held_out, start, regularization, tolerance, max_iterations)
-    crowded = _warn_if_crowded(data, start)
+    (num_components, d), is_full = start.means.shape, isinstance(start.covariance, Full)
+    present = np.count_nonzero(data.weights)
+    crowded = is_full and present <= num_components * d
+    if crowded:
+        points = f"{present} points for {num_components} full covariances in {d} dimensions"
+        _warn_singular(f"{points}: at least one")
     log_likelihoods = np.full(max_iterations, np.nan)
     held_outs = np.full(max_iterations + 1, np.nan)
-    counts, ridges = np.full((2, max_iterations, len(start.weights)), np.nan)
+    counts, ridges = np.full((2, max_iterations, num_components), np.nan)
 
     def history(done: int) -> dict[str, np.ndarray]:
         return {
@@ -296,13 +295,14 @@ def fit(
             place=partial(cast, dtype=jnp.float64),
             converged=converged,
             max_chunk=1,
-            checkpoint_seconds=checkpoint_seconds,
             show_progress=show_progress,
             description=description,
         )
         mixture = jax.tree.map(np.asarray, jax.device_get(mixture))
-    if done and not crowded:
-        _warn_if_singular(mixture, counts[done - 1])
+    least = np.min(counts[done - 1], where=counts[done - 1] > 0, initial=np.inf)
+    if is_full and not crowded and least <= d:
+        points = f"a component owns {least:.1f} points in {d} dimensions"
+        _warn_singular(f"{points}: its full covariance")
     return FitResult(mixture, converged(done), **history(done))
 
 
@@ -338,34 +338,22 @@ def _finite(mixture: Mixture, log_likelihood: float, step: int) -> float:
     return log_likelihood
 
 
-def _warn_if_crowded(data: Rows, start: Mixture) -> bool:
-    """Warns, and says so, where some full covariance must have fewer points than dimensions."""
-    (num_components, d), present = start.means.shape, np.count_nonzero(data.weights)
-    crowded = isinstance(start.covariance, Full) and bool(present <= num_components * d)
-    if crowded:
-        warnings.warn(
-            f"{present} points for {num_components} full covariances in {d} dimensions: at least "
-            "one is singular except for the regularization; use tied, diagonal or low_rank",
-            stacklevel=3,
-        )
-    return crowded
+def _warn_singular(which: str) -> None:
+    """To the caller of `fit`."""
+    advice = "singular except for the regularization; use tied, diagonal or low_rank"
+    warnings.warn(f"{which} is {advice}", stacklevel=3)
 
 
-def _warn_if_singular(mixture: Mixture, counts: np.ndarray) -> None:
-    d = mixture.means.shape[1]
-    if isinstance(mixture.covariance, Full) and 0 < counts[counts > 0].min() <= d:
-        warnings.warn(
-            f"a component owns {counts[counts > 0].min():.1f} points in {d} dimensions: its full "
-            "covariance is singular except for the regularization; use tied, diagonal or low_rank",
-            stacklevel=3,
-        )
+def check_num_components(data: Rows, num_components: int) -> None:
+    """Raises ValueError unless there are from one to as many as points of positive weight."""
+    present = np.count_nonzero(data.weights)
+    if not 1 <= num_components <= present:
+        raise ValueError(f"{num_components} components, but {present} points of positive weight")
 
 
 def _check_fit(data, held_out, start, regularization, tolerance, max_iterations) -> None:
     num_components, d = start.means.shape
-    present = np.count_nonzero(data.weights)
-    if num_components > present:
-        raise ValueError(f"{num_components} components, but {present} points of positive weight")
+    check_num_components(data, num_components)
     for name, rows in (("the data", data), ("the held-out data", held_out)):
         if rows is not None and rows.shape[1] != d:
             raise ValueError(f"{name} have dimension {rows.shape[1]}, the start {d}")

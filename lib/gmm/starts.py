@@ -1,4 +1,4 @@
-"""Where EM starts: from given responsibilities, or from k-means with k-means++ seeds."""
+"""Where EM starts: from k-means with k-means++ seeds."""
 
 import gc
 from collections.abc import Callable
@@ -7,18 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Float, Key
 
 from lib.gmm._linalg import distances_from_nearest, expanded_distances, row_sums
 from lib.gmm._mixture import Mixture, cast
 from lib.gmm.covariances import Covariance
-from lib.gmm.em import block_moments, maximize_in_place, prepare_jit
-from lib.numerics import AnyArray, product, uniform_weights
+from lib.gmm.em import block_moments, check_num_components, maximize_in_place, prepare_jit
+from lib.numerics import AnyArray, product
 from lib.rows import Rows
 from lib.rows.sums import sum_over_rows
 
 Structure = Callable[[int, Float[AnyArray, " d"]], Covariance]
-
 
 SEED_POINTS = 10_000
 """Points among which k-means++ looks for its seeds."""
@@ -28,39 +27,22 @@ START_ROUNDING = 1e-12
 """Above float64's: a start is right to about 1e-6 of its variances, however far apart they lie."""
 
 
-# Given responsibilities
-
-
-def responsibilities_start(
+def kmeans_start(
+    key: Key[Array, ""],
     data: Rows,
-    responsibilities: Shaped[AnyArray, "n K"],
+    num_components: int,
     structure: Structure,
     *,
     regularization: float = 1e-6,
+    max_passes: int = 30,
 ) -> Mixture:
-    """The M-step from given responsibilities, such as one-hot labels: where scikit-learn starts.
+    """The M-step from the clusters of `kmeans`, one component a cluster; float64 on the host.
 
     `structure` is one of `full`, `tied`, `diagonal`, `spherical` and `low_rank(key, rank)` of
     `lib.gmm.covariances`. One pass for the scale of the features and one for the moments, both in
-    float64; the result is float64 on the host. Raises ValueError where a component has no
-    responsibility at all.
+    float64. Raises ValueError as `kmeans`.
     """
-    responsibilities = np.asarray(responsibilities)
-    if responsibilities.ndim != 2 or len(responsibilities) != data.shape[0]:
-        raise ValueError(f"responsibilities are [{data.shape[0]}, K], got {responsibilities.shape}")
-    num_components = responsibilities.shape[1]
-    _check_num_components(data, num_components)
-    empty = data.weights @ responsibilities <= 0
-    if empty.any():
-        raise ValueError(f"component {int(np.argmax(empty))} starts with no point")
-    return _maximized(
-        data, num_components, structure, regularization, _given_moments, (), responsibilities
-    )
-
-
-def _maximized(data, num_components, structure, regularization, function, parameters, *columns):
-    """The M-step from the moments that `function` takes of blocks, in float64."""
-    dtype = np.dtype(np.float64)
+    centers, dtype = kmeans(key, data, num_components, max_passes=max_passes), np.dtype(np.float64)
     with jax.enable_x64(True):
         weight, first, second = sum_over_rows(_block_spread, (), data, dtype=dtype)
         mean = first / weight
@@ -70,11 +52,10 @@ def _maximized(data, num_components, structure, regularization, function, parame
         variances = jnp.maximum(variances, jnp.where(scale > 0, 1e-3 * scale, 1))
         means = jnp.broadcast_to(mean, (num_components, len(mean)))
         weights = jnp.full(num_components, 1 / num_components)
-        start = Mixture(weights, means, structure(num_components, variances))
-        start = cast(start, jnp.float64)
+        start = cast(Mixture(weights, means, structure(num_components, variances)), jnp.float64)
         for _ in range(2):
             prepared = prepare_jit(start, dtype)
-            moments = sum_over_rows(function, (prepared, parameters), data, *columns, dtype=dtype)
+            moments = sum_over_rows(_cluster_moments, (prepared, centers), data, dtype=dtype)
             del prepared
             gc.collect()  # jaxlib lets go of what it borrowed from numpy as garbage is collected
             start, ridge = maximize_in_place(
@@ -90,37 +71,9 @@ def _block_spread(_, points, weights):
     return jnp.sum(weights), product(weights, points), product(weights, jnp.square(points))
 
 
-def _given_moments(parameters, points, weights, responsibilities):
-    return block_moments(parameters[0], points, weights, responsibilities)
-
-
-def _nearest_moments(parameters, points, weights):
+def _cluster_moments(parameters, points, weights):
     prepared, centers = parameters
-    nearest = _nearest(points, centers.astype(points.dtype))[1]
-    return block_moments(prepared, points, weights, nearest)
-
-
-def _check_num_components(data: Rows, num_components: int) -> None:
-    present = np.count_nonzero(data.weights)
-    if not 1 <= num_components <= present:
-        raise ValueError(f"{num_components} components, but {present} points of positive weight")
-
-
-# k-means
-
-
-def kmeans_start(
-    key: Key[Array, ""],
-    data: Rows,
-    num_components: int,
-    structure: Structure,
-    *,
-    regularization: float = 1e-6,
-    max_passes: int = 30,
-) -> Mixture:
-    """The M-step from the clusters of `kmeans`: one component a cluster."""
-    centers = kmeans(key, data, num_components, max_passes=max_passes)
-    return _maximized(data, num_components, structure, regularization, _nearest_moments, centers)
+    return block_moments(prepared, points, weights, _nearest(points, centers)[1])
 
 
 def kmeans(
@@ -133,7 +86,7 @@ def kmeans(
     loses its points stays where it is. Raises ValueError with more components than points, or than
     distinct points among those drawn.
     """
-    _check_num_components(data, num_components)
+    check_num_components(data, num_components)
     drawing_key, seeding_key = jax.random.split(key)
     present = np.flatnonzero(data.weights)
     if len(present) > SEED_POINTS:
@@ -166,14 +119,13 @@ def kmeans_plus_plus(
     key: Key[Array, ""],
     points: Float[Array, "n d"],
     num_components: int,
-    weights: Float[Array, " n"] | None = None,
+    weights: Float[Array, " n"],
 ) -> Float[Array, "K d"]:
     """K of the points, each drawn with probability w_i D_i^2, D_i the distance to those before.
 
     Arthur and Vassilvitskii, k-means++: the advantages of careful seeding (SODA 2007). O(n K d).
     With fewer than K distinct points some repeat; none of weight 0 is drawn.
     """
-    weights = uniform_weights(points) if weights is None else weights
 
     def draw(distances, key):
         shares = weights * distances

@@ -5,18 +5,16 @@ Images are [N, H, W, channels] with values as the caller normalized them; output
 layer. Parameters of the one serve the other, which has no use for the last layer's.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float
 
-from lib.networks.convolution import Convolution, Method
+from lib.networks.convolution import Convolution, Images, Method
 
-Images = Float[Array, "n height width channels"]
 Outputs = Float[Array, "n classes_or_features"]
-Norm = Literal["instance", "layer", "none"]
 
 # torch's default for convolutions and linear layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), whose
 # variance is 1 / (3 fan_in). It scales biases alike; here they start at 0.
@@ -24,9 +22,7 @@ torch_like = variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Conv(Convolution):
-    """A convolution that starts as torch's do, except its biases. Networks take its method, how
-    gradients are computed, as `convolution`: "xla" on GPU, and "patches" on CPU, where it is many
-    times faster in compiled loops; parameters and values are the same."""
+    """A convolution that starts as torch's do, except its biases."""
 
     kernel_init: nn.initializers.Initializer = torch_like
 
@@ -107,38 +103,53 @@ def _pool(x: Float[Array, "channels height width n"]):
     return x.reshape(channels, height // 2, 2, width // 2, 2, n).mean(axis=(2, 4))
 
 
-class ConvNet(nn.Module):
-    """`depth` blocks of 3x3 convolution, norm, ReLU and 2x2 average pooling, then a linear layer:
-    the network of data set condensation (Zhao and Bilen, 2021).
+class _ConvolutionalNetwork(nn.Module):
+    """What the networks of data set condensation share: `features`, flattened, and a linear layer.
 
-    28x28 images are padded to 32x32. With the defaults it has 317,706 parameters at 28x28 gray and
-    320,010 at 32x32 color. `norm` "instance" is a group norm with as many groups as channels,
-    "layer" one over all of an image's pixels and channels, with a scale and a shift for each. The
-    features are the last pool's output, flattened: 2,048 by default. Images smaller than 2^depth a
-    side raise ValueError.
-
-    `convolution` is how gradients are computed: "xla", XLA's own, on GPU, and "patches" on CPU,
-    where steps in compiled loops take a seventh of the time with gradients in images, a twentieth
-    with gradients in parameters; parameters and values are the same.
+    `convolution` is how gradients are computed; parameters and values are the same: see `Method`.
     """
 
     num_classes: int | None = 10
-    depth: int = 3
-    width: int = 128
-    norm: Norm = "instance"
     convolution: Method = "xla"
 
     @nn.compact
     def __call__(self, images: Images) -> Outputs:
         check_size(self, images.shape[1:])
+        x = self.features(images).reshape(len(images), -1)
+        if self.num_classes is None:
+            return x
+        return nn.Dense(self.num_classes, kernel_init=torch_like)(x)
+
+    def features(self, images: Images) -> Array:
+        raise NotImplementedError
+
+    def conv(self, x, width: int, size: int = 3, stride: int = 1, use_bias: bool = True):
+        """A convolution and an instance norm: a group norm with as many groups as channels, whose
+        moments are an image's own (no running statistics, no difference in training)."""
+        x = Conv(width, size, self.convolution, stride=stride, use_bias=use_bias)(x)
+        return nn.GroupNorm(num_groups=None, group_size=1, epsilon=1e-5)(x)
+
+
+class ConvNet(_ConvolutionalNetwork):
+    """`depth` blocks of 3x3 convolution, norm, ReLU and 2x2 average pooling, then a linear layer:
+    the network of data set condensation (Zhao and Bilen, 2021).
+
+    28x28 images are padded to 32x32. With the defaults it has 317,706 parameters at 28x28 gray and
+    320,010 at 32x32 color. The features are the last pool's output, flattened: 2,048 by default.
+    Images smaller than 2^depth a side raise ValueError.
+    """
+
+    depth: int = 3
+    width: int = 128
+
+    def features(self, images: Images) -> Array:
         x = _padded(images)
         for _ in range(self.depth):
-            x = Conv(self.width, 3, self.convolution)(x)
-            x = nn.avg_pool(nn.relu(_normalized(x, self.norm)), (2, 2), strides=(2, 2))
-        return _head(x, self.num_classes)
+            x = nn.avg_pool(nn.relu(self.conv(x, self.width)), (2, 2), strides=(2, 2))
+        return x
 
 
-class AlexNet(nn.Module):
+class AlexNet(_ConvolutionalNetwork):
     """Five convolutions, three 2x2 max pools and a linear layer: AlexNet (Krizhevsky et al., 2012)
     for small images, as Zhao and Bilen (2021) test condensed sets with.
 
@@ -148,23 +159,17 @@ class AlexNet(nn.Module):
 
     SMALLEST: ClassVar[int] = 8
 
-    num_classes: int | None = 10
     widths: tuple[int, int, int, int, int] = (128, 192, 256, 192, 192)
-    norm: Norm = "none"
-    convolution: Method = "xla"
 
-    @nn.compact
-    def __call__(self, images: Images) -> Outputs:
-        check_size(self, images.shape[1:])
+    def features(self, images: Images) -> Array:
         x = _padded(images)
         for i, (width, size) in enumerate(zip(self.widths, (5, 5, 3, 3, 3))):
-            x = Conv(width, size, self.convolution)(x)
-            x = nn.relu(_normalized(x, self.norm))
+            x = nn.relu(Conv(width, size, self.convolution)(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2)) if i in (0, 1, 4) else x
-        return _head(x, self.num_classes)
+        return x
 
 
-class VGG11(nn.Module):
+class VGG11(_ConvolutionalNetwork):
     """Eight 3x3 convolutions with norms, five 2x2 max pools, one linear layer: VGG-11 (Simonyan and
     Zisserman, 2015) for small images, as Zhao and Bilen (2021) test condensed sets with.
 
@@ -174,24 +179,18 @@ class VGG11(nn.Module):
 
     SMALLEST: ClassVar[int] = 32
 
-    num_classes: int | None = 10
     widths: tuple[tuple[int, ...], ...] = ((64,), (128,), (256, 256), (512, 512), (512, 512))
-    norm: Norm = "instance"
-    convolution: Method = "xla"
 
-    @nn.compact
-    def __call__(self, images: Images) -> Outputs:
-        check_size(self, images.shape[1:])
+    def features(self, images: Images) -> Array:
         x = _padded(images)
         for stage in self.widths:
             for width in stage:
-                x = Conv(width, 3, self.convolution)(x)
-                x = nn.relu(_normalized(x, self.norm))
+                x = nn.relu(self.conv(x, width))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        return _head(x, self.num_classes)
+        return x
 
 
-class ResNet18(nn.Module):
+class ResNet18(_ConvolutionalNetwork):
     """ResNet-18 (He et al., 2016) for small images, as Zhao and Bilen (2021) test condensed sets
     with: a 3x3 convolution of stride 1 first and no pool after it, then two basic blocks at
     each width, all but the first width at half the side of the one before, the mean over pixels,
@@ -202,33 +201,22 @@ class ResNet18(nn.Module):
 
     SMALLEST: ClassVar[int] = 9  # below, the last norms are over one pixel, and leave nothing of it
 
-    num_classes: int | None = 10
     widths: tuple[int, ...] = (64, 128, 256, 512)
-    norm: Norm = "instance"
-    convolution: Method = "xla"
 
-    @nn.compact
-    def __call__(self, images: Images) -> Outputs:
-        check_size(self, images.shape[1:])
-        x = nn.relu(_normalized(self.conv(images, self.widths[0], 3, 1), self.norm))
+    def features(self, images: Images) -> Array:
+        x = nn.relu(self.conv(images, self.widths[0], use_bias=False))
         for stage, width in enumerate(self.widths):
             x = self.block(x, width, stride=1 if stage == 0 else 2)
             x = self.block(x, width, stride=1)
-        return _head(x.mean(axis=(1, 2)), self.num_classes)
-
-    def conv(self, x, width: int, size: int, stride: int):
-        return Conv(width, size, self.convolution, stride=stride, use_bias=False)(x)
+        return x.mean(axis=(1, 2))
 
     def block(self, x, width: int, stride: int):
         """Two 3x3 convolutions, and the input added: through a 1x1 one where shapes differ."""
-        y = nn.relu(_normalized(self.conv(x, width, 3, stride), self.norm))
-        y = _normalized(self.conv(y, width, 3, 1), self.norm)
+        y = nn.relu(self.conv(x, width, stride=stride, use_bias=False))
+        y = self.conv(y, width, use_bias=False)
         if stride > 1 or x.shape[3] != width:
-            x = _normalized(self.conv(x, width, 1, stride), self.norm)
+            x = self.conv(x, width, 1, stride, use_bias=False)
         return nn.relu(y + x)
-
-
-# What the networks share
 
 
 def _padded(images):
@@ -236,23 +224,6 @@ def _padded(images):
     if images.shape[1:3] != (28, 28):
         return images
     return jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-
-
-def _normalized(x, norm):
-    """Moments are an image's own: no running statistics, no difference in training."""
-    if norm == "instance":
-        return nn.GroupNorm(num_groups=None, group_size=1, epsilon=1e-5)(x)
-    if norm == "layer":
-        axes = (1, 2, 3)
-        return nn.LayerNorm(epsilon=1e-5, reduction_axes=axes, feature_axes=axes)(x)
-    if norm == "none":
-        return x
-    raise ValueError(f'norm is "instance", "layer" or "none", got {norm!r}')
-
-
-def _head(x, num_classes: int | None) -> Outputs:
-    x = x.reshape(len(x), -1)
-    return x if num_classes is None else nn.Dense(num_classes, kernel_init=torch_like)(x)
 
 
 def check_size(network: nn.Module, image_shape: tuple[int, ...]) -> None:

@@ -71,7 +71,7 @@ def train(
     from the beginning of the epoch, which count in the loss only as far as it mixes them into the
     others.
     """
-    state = _start(key, network, images, optimizer=optimizer, num_epochs=num_epochs)
+    state = _start(key, images, network=network, optimizer=optimizer, num_epochs=num_epochs)
     options = {"network": network, "optimizer": optimizer, "transform": transform}
     num_steps = num_epochs * steps_per_epoch(len(images), batch_size)
     state, *_ = _steps(key, state, images, labels, num_steps, batch_size=batch_size, **options)
@@ -106,9 +106,8 @@ def fit_seeds(
         rounding. For convolutions that is better: one with several kernels costs twice as much as
         one each on a CPU, and on a GPU its gradient is a grouped one with windows as large as the
         image (jax issue 13800).
-      run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
-        from. SIGINT and SIGTERM then save and raise `Interrupted`.
-      checkpoint_seconds: seconds between saves.
+      run, checkpoint_seconds: the run folder (`lib.runs.open_run`) to save into and to resume from,
+        and the seconds between saves; `lib.runs.loop.run_steps` says more.
       mesh: devices (`lib.devices`) that share the seeds, or the sets where there are several.
 
     Raises:
@@ -124,12 +123,11 @@ def fit_seeds(
     start = partial(_start_all, keys, images, num_epochs=num_epochs, **options)
     options |= {"batch_size": batch_size, "transform": transform}
     inputs = devices.device_put((keys, images, labels), mesh)
+    step = partial(_advance, at_once=at_once, mesh=mesh, **options)
 
     def advance(state, done, size):
-        state, loss, first_bad = _advance(
-            state, size, *inputs, at_once=at_once, mesh=mesh, **options
-        )
-        loss, first_bad = devices.fetch((loss, first_bad))
+        state, *results = step(state, size, *inputs)
+        loss, first_bad = devices.fetch(results)
         bad = int(np.min(first_bad))
         return Chunk(state, {"loss": np.mean(loss)}, None if bad == NEVER else bad - done)
 
@@ -150,7 +148,7 @@ def fit_seeds(
 # The compiled loop
 
 
-def _start(key, network, images, *, optimizer, num_epochs) -> TrainState:
+def _start(key, images, *, network, optimizer, num_epochs) -> TrainState:
     parameters = network.init(jax.random.split(key)[0], images[:1])
     losses = jnp.zeros(num_epochs, images.dtype)
     return TrainState(parameters, optimizer.init(parameters), losses, jnp.zeros((), jnp.int32))
@@ -215,9 +213,7 @@ _ENSEMBLE = TrainState._make((0, 0, 0, None))
 
 @partial(jax.jit, static_argnames=("network", "optimizer", "num_epochs"))
 def _start_all(keys, images, *, network, optimizer, num_epochs) -> TrainState:
-    def start(key, images):
-        return _start(key, network, images, optimizer=optimizer, num_epochs=num_epochs)
-
+    start = partial(_start, network=network, optimizer=optimizer, num_epochs=num_epochs)
     of_seeds = jax.vmap(start, (0, None), _ENSEMBLE)
     if images.ndim == 5:
         of_seeds = jax.vmap(of_seeds, (None, 0), _ENSEMBLE)
@@ -225,8 +221,7 @@ def _start_all(keys, images, *, network, optimizer, num_epochs) -> TrainState:
 
 
 @partial(
-    jax.jit,
-    static_argnames=("network", "optimizer", "batch_size", "transform", "at_once", "mesh"),
+    jax.jit, static_argnames=("network", "optimizer", "batch_size", "transform", "at_once", "mesh")
 )
 def _advance(
     state, num_steps, keys, images, labels, *, at_once=True, mesh=None, **options
@@ -248,12 +243,11 @@ def _advance(
     def of_sets(keys, images, labels, own):
         return jax.vmap(of_seeds, (0, 0, None, 0))(images, labels, keys, own)
 
+    own = state[:3]
     if images.ndim == 5:
-        results = devices.over_devices(of_sets, mesh, replicated=1)(keys, images, labels, state[:3])
+        results = devices.over_devices(of_sets, mesh, replicated=1)(keys, images, labels, own)
     else:
-        results = devices.over_devices(of_seeds, mesh, replicated=2)(
-            images, labels, keys, state[:3]
-        )
+        results = devices.over_devices(of_seeds, mesh, replicated=2)(images, labels, keys, own)
     following, losses, first_bad = results
     following = devices.constrain(TrainState._make((*following, state.step + num_steps)), mesh)
     return following, losses, first_bad

@@ -10,8 +10,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 Images = Float[Array, "n height width channels"]
-# How gradients are computed: "xla", XLA's own, is for GPU, and "patches" is faster on CPU.
 Method = Literal["patches", "xla"]
+"""How gradients are computed: "xla", XLA's own, is for GPU. On CPU "patches" takes, in compiled
+loops, a seventh of its time for gradients in images, a tenth to a twentieth in parameters."""
 
 
 def fastest() -> Method:
@@ -34,10 +35,8 @@ def _patch_convolution(x, kernel):
     """XLA's convolution, with gradients of our own: the input's is one more convolution, with the
     kernel reversed, and the kernel's a matrix product with patches.
 
-    Inside a loop XLA's own gradients on CPU make a training step 10 to 20 times slower, and a step
-    that moves images 7 times. Forwards and for the input's gradient its convolution is as fast as
-    products with patches or faster, and needs none of their memory. No forward mode: `jax.jvp`
-    raises.
+    Forwards and for the input's gradient XLA's convolution is as fast as products with patches or
+    faster, and needs none of their memory. No forward mode: `jax.jvp` raises.
     """
     return _xla_convolution(x, kernel)
 

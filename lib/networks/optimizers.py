@@ -4,21 +4,13 @@ A jitted training loop takes its optimizer as a static argument, and jit tells f
 identity: with two objects of the same setting it would compile twice.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import optax
 
-
-@cache
-def adam(learning_rate: float) -> optax.GradientTransformation:
-    """`optax.adam` (Kingma and Ba, 2015)."""
-    return optax.adam(learning_rate)
-
-
-@cache
-def adamw(learning_rate: float, *, weight_decay: float = 0.01) -> optax.GradientTransformation:
-    """`optax.adamw` (Loshchilov and Hutter, 2019) with the decay that torch has by default."""
-    return optax.adamw(learning_rate, weight_decay=weight_decay)
+adam = cache(optax.adam)  # Kingma and Ba, 2015
+# Loshchilov and Hutter, 2019; with the decay that torch has by default.
+adamw = cache(partial(optax.adamw, weight_decay=0.01))
 
 
 @cache

@@ -33,12 +33,11 @@ def data_uri(content: bytes, form: str) -> str:
 
 def duration(seconds: float) -> str:
     """Such as 7 s, 2 min 5 s, 1 h 20 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600:,} h {seconds // 60 % 60} min"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def in_bytes(count: int) -> str:
@@ -61,10 +60,8 @@ def flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested objects as one, its names joined by dots."""
     fields: dict[str, Any] = {}
     for name, value in document.items():
-        if isinstance(value, dict):
-            fields |= flat(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = value
+        nested = isinstance(value, dict)
+        fields |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return fields
 
 

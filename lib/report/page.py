@@ -53,14 +53,11 @@ ENVIRONMENT = {
     "packages": "{versions}",
     "system": "{system}",
 }
-_BAD_IMAGE = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
-    Image.DecompressionBombError,
+_DAMAGE = (
+    OSError, ValueError, TypeError, KeyError, IndexError, EOFError, MemoryError, SyntaxError,
+    struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError,
 )  # fmt: skip
-_BAD_ARRAYS = (
-    OSError, ValueError, TypeError, KeyError, IndexError, EOFError, MemoryError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+"""What reading a damaged image or npz raises."""
 
 
 def write_page(results: str | os.PathLike) -> Path:
@@ -125,32 +122,24 @@ class _Reader:
         sections = {}
         for path in _files(folder, "*.json"):
             if path.name not in ("config.json", "env.json"):
-                title = f"{run}: {path.stem}" if run else path.stem
-                sections[path.stem] = {"title": title, "figures": [], **self.summary(path)}
-        others = next(iter(sections)) if run and len(sections) == 1 else ""
-        for path in _files(folder, "*.png", "*.gif", "figures/*.png", "figures/*.gif"):
-            stem = max(
-                (stem for stem in sections if path.stem.startswith(stem)), key=len, default=others
-            )
-            title = f"{run}: figures" if run else "Other figures"
-            if figure := self.figure(path):
-                empty: dict[str, Any] = {
-                    "title": title,
+                document = self.json(path)
+                sections[path.stem] = {
+                    "title": f"{run}: {path.stem}" if run else path.stem,
                     "figures": [],
-                    "source": None,
-                    "tables": [],
+                    "source": self.name(path),
+                    "link": self.link(path),
+                    "tables": self.tables(path, document),
+                    **self.made(document.get("environment")),
                 }
-                sections.setdefault(stem, empty)["figures"].append(figure)
+        others = next(iter(sections)) if run and len(sections) == 1 else ""
+        title = f"{run}: figures" if run else "Other figures"
+        for path in _files(folder, "*.png", "*.gif", "figures/*.png", "figures/*.gif"):
+            stems = (stem for stem in sections if path.stem.startswith(stem))
+            stem = max(stems, key=len, default=others)
+            if figure := self.figure(path):
+                bare: dict[str, Any] = {"title": title, "figures": [], "source": None, "tables": []}
+                sections.setdefault(stem, bare)["figures"].append(figure)
         return list(sections.values())
-
-    def summary(self, path: Path) -> dict[str, Any]:
-        document = self.json(path)
-        return {
-            "source": self.name(path),
-            "link": self.link(path),
-            "tables": self.tables(path, document),
-            **self.made(document.get("environment")),
-        }
 
     def tables(self, path: Path, document: dict[str, Any]) -> list[Table]:
         """Those that `write_summary` put there; what else has this name is a problem."""
@@ -169,8 +158,7 @@ class _Reader:
 
     def made(self, env: Any) -> dict[str, Any]:
         """When, by what command, in which environment, of an env.json or a summary's."""
-        env = env if isinstance(env, dict) else {}
-        number = None
+        env, number = env if isinstance(env, dict) else {}, None
         if env:
             row = tuple(_filled(form, env) for form in ENVIRONMENT.values())
             number = self.environments.setdefault(row, len(self.environments) + 1)
@@ -191,9 +179,7 @@ class _Reader:
             "steps": self.steps(run),
             "span": span,
             "duration": html.duration(span[1] - span[0]) if span else "–",
-            "config": "\n".join(
-                f"{name}: {words(value)}" for name, value in html.flat(config).items()
-            ),
+            "config": "\n".join(f"{k}: {words(v)}" for k, v in html.flat(config).items()),
             **self.made(env),
         }
 
@@ -207,7 +193,7 @@ class _Reader:
                     return f"{int(np.ravel(stored[name])[-1]):,}"
         except FileNotFoundError:
             pass
-        except _BAD_ARRAYS as error:
+        except _DAMAGE as error:
             self.unreadable(path, error)
         return "–"
 
@@ -220,16 +206,15 @@ class _Reader:
                 image.verify()
             if form not in PIXEL:
                 raise ValueError(f"a file of {form}")
-            note = ""
+            size, linked, note = html.in_bytes(len(content)), False, ""
             if form == "GIF" and len(content) > LARGEST_GIF:
-                note = f"{html.in_bytes(len(content))}, not in the page"
+                linked, note = True, f"{size}, not in the page"
             elif form == "PNG" and len(content) > LARGEST_PNG:
-                note = f"smaller than the file, of {html.in_bytes(len(content))}"
+                note = f"smaller than the file, of {size}"
                 content = html.smaller(content, LARGEST_PNG)
-        except _BAD_IMAGE as error:
+        except _DAMAGE as error:
             self.unreadable(path, error)
             return None
-        linked = form == "GIF" and bool(note)
         return {
             "source": None if linked else html.data_uri(content, form),
             "name": path.name,
@@ -269,9 +254,9 @@ def _files(folder: Path, *patterns: str) -> list[Path]:
     return sorted((path for path in paths if not path.name.startswith(".")), key=_natural)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    parts = re.split(r"([0-9]+)", str(path))
-    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
+def _natural(path: Path) -> list[int | str]:
+    parts = re.split(r"([0-9]+)", str(path))  # text and digits by turns
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _span(run: runs.Run, env: dict[str, Any]) -> tuple[float, float] | None:

@@ -1,21 +1,20 @@
 """One matplotlib style, and the parts that figures share. The only module that draws."""
 
+import io
 import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import animation
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
-from lib.runs import processes
-from lib.runs.files import make_folder, named_errors
+from lib.runs.files import atomic_file
 
 # Okabe and Ito's palette: told apart by color-blind readers.
 CLASS_COLORS = (
@@ -37,59 +36,43 @@ STYLE: Any = {
 }
 
 
-@contextmanager
-def style() -> Iterator[None]:
+def style() -> AbstractContextManager[None]:
     """The common style, only within the block."""
-    with mpl.rc_context(STYLE):
-        yield
-
-
-def _into_place(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
-    """Calls `write` with a temporary name in the same folder, then renames it to `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    with processes.first_alone(f"drawing {path}") as first, named_errors(path, temporary):
-        if not first:
-            return path
-        make_folder(path.parent)
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return path
+    return mpl.rc_context(STYLE)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     """Writes the figure whole or not at all, closes it, and returns the path."""
+    path = Path(path)
     try:
-        return _into_place(path, figure.savefig)
+        with atomic_file(path) as file:
+            figure.savefig(file, format=path.suffix[1:] or None)
     finally:
         plt.close(figure)
+    return path
 
 
 def save_animation(
-    figure: Figure, draw: Callable[[int], Any], num_frames: int, path: str | os.PathLike,
-    *, frames_per_second: int = 20,
-) -> Path:  # fmt: skip
-    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, and closes it. The
-    layout of the first frame is kept: nothing moves but what is drawn."""
-    writer = animation.PillowWriter(fps=frames_per_second)
-
-    def write(name: Path) -> None:
-        writer.setup(figure, name, dpi=90)
+    figure: Figure, draw: Callable[[int], Any], num_frames: int, path: str | os.PathLike
+) -> Path:
+    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, 20 a second, and closes
+    it. The layout of the first frame is kept: nothing moves but what is drawn."""
+    frames = []
+    try:
         for i in range(num_frames):
             draw(i)
             if i == 0:
                 figure.draw_without_rendering()
                 figure.set_layout_engine("none")
-            writer.grab_frame()
-        writer.finish()
-
-    try:
-        return _into_place(path, write)
+            figure.savefig(stream := io.BytesIO(), format="png", dpi=90)
+            frames.append(Image.open(stream).convert("RGB"))
+        with atomic_file(path) as file:
+            frames[0].save(
+                file, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0
+            )
     finally:
         plt.close(figure)
+    return Path(path)
 
 
 def scatter_classes(axes: Axes, points: np.ndarray, *, target: np.ndarray | None = None) -> None:
@@ -114,17 +97,13 @@ def plot_paths(axes: Axes, records: np.ndarray, *, longest: float = np.inf) -> N
         axes.plot(*np.moveaxis(paths, -1, 0), lw=0.3, alpha=0.25, color=color, zorder=2)
 
 
-def tile_images(images: np.ndarray, *, padding: int = 1) -> np.ndarray:
-    """Images [rows, columns, H, W, channels] in [0, 1] as one [H', W', channels], white between."""
+def tile_images(images: np.ndarray) -> np.ndarray:
+    """Images [rows, columns, H, W, channels] in [0, 1] as one [H', W', channels], with a white
+    pixel between them."""
     rows, columns, height, width, channels = images.shape
-    sheet = np.ones(
-        (rows * (height + padding) - padding, columns * (width + padding) - padding, channels)
-    )
-    for i in range(rows):
-        for j in range(columns):
-            top, left = i * (height + padding), j * (width + padding)
-            sheet[top : top + height, left : left + width] = np.clip(images[i, j], 0, 1)
-    return sheet
+    tiles = np.ones((rows, height + 1, columns, width + 1, channels))
+    tiles[:, :-1, :, :-1] = np.clip(images, 0, 1).swapaxes(1, 2)
+    return tiles.reshape(rows * (height + 1), -1, channels)[:-1, :-1]
 
 
 def show_images(axes: Axes, images: np.ndarray) -> None:

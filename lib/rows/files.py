@@ -16,6 +16,9 @@ import numpy as np
 from lib.rows._formats import DTYPES, FORMATS, Read, StoredArray, clear_errors, find_arrays
 
 _ROWS_AT_ONCE = 512  # of those read one by one: what is mapped for them stays below 64 MiB
+_MOST_LISTED = 10
+_SPARSE = {"format", "shape", "data"}  # keys that every file of scipy.sparse.save_npz has
+_BEFORE_KEY = re.compile(rf"(?:{'|'.join(map(re.escape, FORMATS))}):(?=.)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +120,6 @@ def path_and_key(path: str | Path) -> tuple[Path, str | None]:
     return next(iter(of_files or splits), (path, None))
 
 
-_BEFORE_KEY = re.compile(rf"(?:{'|'.join(map(re.escape, FORMATS))}):(?=.)", re.IGNORECASE)
-
-
 def _choose(path: Path, arrays: dict[str, StoredArray], key: str | None) -> tuple[str, StoredArray]:
     if not arrays:
         raise ValueError(f"{path} holds no tensor")
@@ -142,10 +142,6 @@ def _choose(path: Path, arrays: dict[str, StoredArray], key: str | None) -> tupl
     return next(iter((matrices or arrays).items()))
 
 
-_SPARSE = {"format", "shape", "data"}
-"""Keys that every file of scipy.sparse.save_npz has."""
-
-
 def _listing(path: Path, arrays: dict[str, StoredArray]) -> str:
     """What to ask for, and its shape; of many arrays the first."""
     shown = [
@@ -154,9 +150,6 @@ def _listing(path: Path, arrays: dict[str, StoredArray]) -> str:
     ]
     rest = len(arrays) - len(shown)
     return ", ".join(shown) + (f" and {rest} more" if rest else "")
-
-
-_MOST_LISTED = 10
 
 
 def check_distinct(files: Iterable[RowFile]) -> None:

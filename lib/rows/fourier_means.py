@@ -22,13 +22,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from lib.numerics import product
 from lib.rff import features_of_projections, frequency_projections
-from lib.rows._rows import (
-    as_rows,
-    check_bandwidths,
-    fill_up,
-    one_behind,
-    read_ahead,
-)
+from lib.rows._rows import as_rows, check_bandwidths, fill_up, one_behind, read_ahead
 
 # Chunks are filled up to a multiple of so many rows: few shapes, so few compilations.
 ROW_MULTIPLE = 256
@@ -118,6 +112,8 @@ def stream_mean_embeddings(
     by_rows, everywhere = NamedSharding(mesh, Spec("rows")), NamedSharding(mesh, Spec())
     frequencies, phases, block_key = jax.device_put((frequencies, phases, block_key), everywhere)
     dtype, starts = sample.dtype, range(0, n, chunk_size)
+    offset = None if offset is None else np.asarray(offset, dtype)
+    shared = frequencies, bandwidths.astype(dtype), phases, offset
 
     def sums():
         chunks = read_ahead(np.asarray(sample.x[i : i + chunk_size]) for i in starts)
@@ -129,10 +125,7 @@ def stream_mean_embeddings(
                     len(chunk),
                     first_row,
                     block_key,
-                    frequencies,
-                    bandwidths.astype(dtype),
-                    phases,
-                    None if offset is None else np.asarray(offset, dtype),
+                    shared,
                     fill_up(weights.astype(dtype), size) if sample.weighted else None,
                     mesh=mesh,
                     num_blocks=num_blocks,
@@ -162,27 +155,19 @@ def stream_mean_embeddings(
 
 @partial(jax.jit, static_argnames=("mesh", "num_blocks", "transform"))
 def _chunk_sums(
-    rows,
-    num_rows,
-    first_row,
-    block_key,
-    frequencies,
-    bandwidths,
-    phases,
-    offset,
-    weights,
-    *,
-    mesh,
-    num_blocks,
-    transform=None,
+    rows, num_rows, first_row, block_key, shared, weights, *, mesh, num_blocks, transform=None
 ):
-    """Of the first `num_rows` rows: sums [S, B, F], sizes of the blocks, which are not finite."""
+    """Of the first `num_rows` rows: sums [S, B, F], sizes of the blocks, which are not finite.
+
+    `shared` by all devices: frequencies, bandwidths, phases or None, offset or None.
+    """
     blocks = jnp.zeros(len(rows), int)
     if num_blocks > 1:
         blocks = row_blocks(block_key, first_row, len(rows), num_blocks)
     blocks = jnp.where(jnp.arange(len(rows)) < num_rows, blocks, -1)
 
-    def on_one_device(rows, blocks, weights, frequencies, bandwidths, phases, offset):
+    def on_one_device(rows, blocks, weights, shared):
+        frequencies, bandwidths, phases, offset = shared
         points = rows.astype(bandwidths.dtype)
         points = points if transform is None else transform(points)
         points = points.reshape(len(rows), -1)
@@ -201,11 +186,10 @@ def _chunk_sums(
         not_finite = ~jnp.isfinite(projections[:, 0]) & (blocks >= 0)
         return *lax.psum((lax.map(sums, bandwidths), sizes), "rows"), not_finite
 
-    shared = frequencies, bandwidths, phases, offset
     by_rows = Spec("rows")
     return jax.shard_map(
         on_one_device,
         mesh=mesh,
-        in_specs=(by_rows, by_rows, by_rows, *(Spec(),) * len(shared)),
+        in_specs=(by_rows, by_rows, by_rows, Spec()),
         out_specs=(Spec(), Spec(), by_rows),
-    )(rows, blocks, weights, *shared)
+    )(rows, blocks, weights, shared)

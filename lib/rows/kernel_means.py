@@ -178,8 +178,6 @@ def streamed_median_bandwidth(
             f"all rows of {names}{more} are equal, so no distance gives a bandwidth: give a number "
             "in place of auto"
         )
+    most = max(2, len(points))
     with jax.enable_x64(points.dtype == np.float64):
-        bandwidth = median_bandwidth(
-            median_key, jnp.asarray(points), max_points=max(2, len(points))
-        )
-        return float(bandwidth)
+        return float(median_bandwidth(median_key, jnp.asarray(points), max_points=most))

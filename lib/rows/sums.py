@@ -8,7 +8,6 @@ transformed there block by block, and only sums in float64 stay.
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from lib.devices import device_put, gather
 from lib.numerics import to_blocks
@@ -29,30 +28,27 @@ MOST_BYTES_FOR_THREADS = 64 * 2**20
 def sum_over_blocks(
     function: Callable,
     parameters: PyTree,
-    rows: tuple[Array, ...],
+    x: Shaped[Array, "n ..."],
+    weights: Float[Array, " n"],
     *,
     transform: Transform | None = None,
     dtype: DTypeLike,
     total_dtype: DTypeLike,
     block_size: int,
 ) -> PyTree:
-    """The sum of function(parameters, points [b, d], weights [b], *columns) over blocks of rows.
+    """The sum of function(parameters, points [b, d], weights [b]) over blocks of rows.
 
-    `rows` are x [n, ...], weights [n] and any more columns [n, ...]. Points and weights come in
-    `dtype`, sums are kept in `total_dtype`. A pure function, to be jitted.
+    Points and weights come in `dtype`, sums are kept in `total_dtype`. Pure, to be jitted.
     """
-    x, weights, *columns = rows
-    blocks = [*to_blocks(x.reshape(len(x), -1), weights, block_size)]
-    blocks += [to_blocks(column, weights, block_size)[0] for column in columns]
+    blocks = to_blocks(x.reshape(len(x), -1), weights, block_size)
 
     def block_sum(block):
-        values, weights, *columns = block
+        values, weights = block
         points = values.reshape(-1, *x.shape[1:]).astype(dtype)
         points = points if transform is None else transform(points)
-        points = points.reshape(len(values), -1)
-        return function(parameters, points, weights.astype(dtype), *columns)
+        return function(parameters, points.reshape(len(values), -1), weights.astype(dtype))
 
-    shapes = jax.eval_shape(block_sum, [array[0] for array in blocks])
+    shapes = jax.eval_shape(block_sum, jax.tree.map(lambda leaf: leaf[0], blocks))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, total_dtype), shapes)
 
     def add(total, block):
@@ -62,10 +58,10 @@ def sum_over_blocks(
 
 
 @lru_cache(maxsize=64)
-def _chunk_adder(function, transform, dtype, block_size, devices, num_columns: int):
-    """(zeros, add, mesh): zeros(parameters, *chunk) is a total of nothing, and
-    add(total, parameters, *chunk) one with the chunk, in place. A chunk is (x, weights, *columns).
-    Each device adds its rows to a total of its own, [devices, ...]."""
+def _chunk_adder(function, transform, dtype, block_size, devices):
+    """(zeros, add, mesh): zeros(parameters, x, weights) is a total of nothing, and
+    add(total, parameters, x, weights) one with the chunk, in place. Each device adds its rows to a
+    total of its own, [devices, ...]."""
     mesh = Mesh(np.array(devices), ("rows",))
     by_rows, replicated = PartitionSpec("rows"), PartitionSpec()
 
@@ -73,7 +69,7 @@ def _chunk_adder(function, transform, dtype, block_size, devices, num_columns: i
         total = sum_over_blocks(
             function,
             parameters,
-            chunk,
+            *chunk,
             transform=transform,
             dtype=dtype,
             total_dtype=jnp.float64,
@@ -84,7 +80,7 @@ def _chunk_adder(function, transform, dtype, block_size, devices, num_columns: i
     chunk_sum = jax.shard_map(
         sum_on_device,
         mesh=mesh,
-        in_specs=(replicated, *(by_rows,) * (2 + num_columns)),
+        in_specs=(replicated, by_rows, by_rows),
         out_specs=by_rows,
         check_vma=False,
     )
@@ -101,46 +97,35 @@ def _chunk_adder(function, transform, dtype, block_size, devices, num_columns: i
     return zeros, add, mesh
 
 
-def _chunks(
-    data: Rows, columns: tuple, mesh: Mesh, first: int = 0, step: int = 1
-) -> Iterator[tuple[Array, ...]]:
-    """Chunks number `first`, `first` + `step`, ... of one length, divided over the devices; rows
-    past the last have weight 0."""
+def _chunks(data: Rows, mesh: Mesh, first: int = 0, step: int = 1) -> Iterator[tuple[Array, ...]]:
+    """Chunks (x, weights) number `first`, `first` + `step`, ... of one length, divided over the
+    devices; rows past the last have weight 0."""
     n, num_devices = data.shape[0], len(data.devices)
     size = -(-n // -(-n // data.chunk_size))
     size = -(-size // num_devices) * num_devices
     for begin in range(first * size, n, step * size):
         rows = slice(begin, begin + size)
-        chunk = [data.stored(rows), data.weights[rows], *(column[rows] for column in columns)]
-        missing = size - len(chunk[1])
-        if missing:
-            chunk = [fill_up(np.asarray(array), size) for array in chunk]
-            chunk[1][-missing:] = 0
-        yield tuple(device_put(array, mesh, PartitionSpec("rows")) for array in chunk)
+        x, weights = data.stored(rows), data.weights[rows]
+        if missing := size - len(weights):
+            x, weights = fill_up(np.asarray(x), size), np.pad(weights, (0, missing))
+        yield device_put((x, weights), mesh, PartitionSpec("rows"))
 
 
 def sum_over_rows(
-    function: Callable,
-    parameters: PyTree,
-    data: Rows,
-    *columns: Any,
-    dtype: DTypeLike | None = None,
+    function: Callable, parameters: PyTree, data: Rows, *, dtype: DTypeLike | None = None
 ) -> PyTree:
-    """The float64 sum over rows of function(parameters, points, weights, *columns), called block by
-    block; it must be a module-level function. `columns` are further arrays with a row per point;
-    points and weights come in `dtype`, that of `data` by default.
+    """The float64 sum over rows of function(parameters, points, weights), called block by block; it
+    must be a module-level function. Points and weights come in `dtype`, that of `data` by default.
 
     On a CPU two threads add up every other chunk each, unless the sums are large: XLA's own threads
     leave half of two cores idle where matrices are small. The result does not depend on how many
     cores there are.
     """
     dtype = data.dtype if dtype is None else np.dtype(dtype)
-    zeros, add, mesh = _chunk_adder(
-        function, data.transform, dtype, data.block_size, data.devices, len(columns)
-    )
+    zeros, add, mesh = _chunk_adder(function, data.transform, dtype, data.block_size, data.devices)
     with jax.enable_x64(True):
         parameters = device_put(parameters, mesh)
-        first = next(_chunks(data, columns, mesh))
+        first = next(_chunks(data, mesh))
         total = zeros(parameters, *first)
         num_threads = _num_threads(data, total)
         # The first chunk by itself: one thread compiles for both.
@@ -150,7 +135,7 @@ def sum_over_rows(
     def add_chunks(thread):
         with jax.enable_x64(True):
             total = totals[thread]
-            for chunk in _chunks(data, columns, mesh, thread or num_threads, num_threads):
+            for chunk in _chunks(data, mesh, thread or num_threads, num_threads):
                 total = add(total, parameters, *chunk)
                 if num_threads > 1:
                     jax.block_until_ready(total)

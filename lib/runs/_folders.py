@@ -7,19 +7,16 @@
         checkpoint.npz   the state after so many steps
         arrays.npz       the final result, written last, so it marks a finished run
 
-A finished run keeps no checkpoint.
-
 Every file but metrics.jsonl is written atomically (`lib.runs.files`). metrics.jsonl grows by whole
 lines; a line that a killed process left without its end does not count. Beside the checkpoint lies
-the one before it (checkpoint.previous.npz), to resume from should the last one be damaged.
+the one before it (checkpoint.previous.npz), to resume from should the last one be damaged. A
+finished run keeps neither.
 
 Where the configuration names data of the user's own, it does so by their content (`CONTENT`), not
 by a path: the same data elsewhere have the same folder, other data another one.
 
-One process at a time may hold an unfinished run: `open_run` locks its folder (`lib.runs`),
-and the lock goes with the `Run`. To read a run that may be going on elsewhere, make `Run(folder)`
-directly: only `open_run` writes. Of several processes that work on one command
-(`lib.runs.processes`) the first one writes, and the others wait for it.
+One process at a time may hold an unfinished run: `open_run` locks its folder. To read a run that
+may be going on elsewhere, make `Run(folder)` directly: only `open_run` writes.
 """
 
 import contextlib
@@ -27,7 +24,6 @@ import dataclasses
 import datetime
 import glob
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -41,25 +37,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
 
 from lib.numerics import check_seed
 from lib.runs import files, processes
 from lib.runs._locks import FolderLock, lock_folder
-from lib.runs.files import (
-    DamagedFileError,
-    RunFileError,
-    make_folder,
-    named_errors,
-    write_bytes,
-    write_json,
-)
+from lib.runs._programs import first_core, versions
+from lib.runs.files import DamagedFileError, Identity, PathLike, RunFileError
 
-CONTENT = "content:"
-"""What a value of a configuration begins with that stands for the content of data."""
+CONTENT = "content:"  # begins a value of a configuration that stands for the content of data
 NOT_HASHED = ("seed", "progress", "results")
-Identity = Mapping[str, np.ndarray]
 _PACKAGES = (
     *("jax", "jaxlib", "numpy", "optax", "flax", "scikit-learn", "torch"),
     *("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
@@ -71,11 +58,11 @@ def config_hash(config: Any, *, exclude: Iterable[str] = NOT_HASHED) -> str:
 
     The order of fields does not count, nor do the top-level fields named in `exclude`.
     """
-    return hashlib.sha256(_canonical(_hashed(config, exclude)).encode()).hexdigest()[:10]
+    return hashlib.sha256(_canonical(config, exclude).encode()).hexdigest()[:10]
 
 
-def _canonical(plain: Any) -> str:
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"))
+def _canonical(config: Any, exclude: Iterable[str]) -> str:
+    return json.dumps(_hashed(config, exclude), sort_keys=True, separators=(",", ":"))
 
 
 def _hashed(config: Any, exclude: Iterable[str]) -> dict[str, Any]:
@@ -87,29 +74,15 @@ def _hashed(config: Any, exclude: Iterable[str]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run's folder and the paths of its files. Making it touches no file.
-
-    `lock` keeps other processes out for as long as the run of `open_run` is around.
-    """
+    """One run's folder and the paths of its files. Making it touches no file."""
 
     folder: Path
     lock: FolderLock | None = dataclasses.field(default=None, repr=False, compare=False)
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.npz"
-
-    @property
-    def previous_checkpoint(self) -> Path:
-        return self.folder / "checkpoint.previous.npz"
-
-    @property
-    def arrays(self) -> Path:
-        return self.folder / "arrays.npz"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
+    checkpoint = property(lambda self: self.folder / "checkpoint.npz")
+    previous_checkpoint = property(lambda self: files.previous_of(self.checkpoint))
+    arrays = property(lambda self: self.folder / "arrays.npz")
+    metrics = property(lambda self: self.folder / "metrics.jsonl")
 
     @property
     def finished(self) -> bool:
@@ -117,8 +90,7 @@ class Run:
         return self.arrays.exists()
 
     def finish(self, /, **arrays: Any) -> None:
-        """Writes the final result, after everything else: from here on the run is finished. Deletes
-        what was saved to resume from."""
+        """Writes the final result, after everything else, and deletes what was saved."""
         files.save_arrays(self.arrays, **arrays)
         self.discard_saved()
 
@@ -126,19 +98,12 @@ class Run:
         """The final result of a finished run; see `lib.runs.files.load_arrays`."""
         return files.load_arrays(self.arrays)
 
-    def save_checkpoint(
-        self, state: PyTree, *, step: int, identity: Identity | None = None
-    ) -> None:
+    def save_checkpoint(self, state: PyTree, *, step: int, identity: Identity = None) -> None:
         """Writes the checkpoint and keeps the one before it; append the metrics of the steps before
         it first."""
-        previous = self.previous_checkpoint
-        files.save_checkpoint(
-            self.checkpoint, state, step=step, identity=identity, previous=previous
-        )
+        files.save_checkpoint(self.checkpoint, state, step=step, identity=identity)
 
-    def load_checkpoint(
-        self, like: PyTree, identity: Identity | None = None
-    ) -> tuple[PyTree, int] | None:
+    def load_checkpoint(self, like: PyTree, identity: Identity = None) -> tuple[PyTree, int] | None:
         """The state and its step, or None where no checkpoint is; see
         `lib.runs.files.load_checkpoint`.
 
@@ -174,9 +139,9 @@ class Run:
     def discard_saved(self) -> None:
         """Deletes what was saved to resume from, if anything; the next start begins anew."""
         with processes.first_alone(f"discarding what was saved in {self.folder}") as first:
-            for path in (self.previous_checkpoint, self.checkpoint):
-                if first:
-                    path.unlink(missing_ok=True)
+            if first:
+                self.previous_checkpoint.unlink(missing_ok=True)
+                self.checkpoint.unlink(missing_ok=True)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends one line a row, all of them or none. Raises ValueError if a row has no integer
@@ -189,52 +154,46 @@ class Run:
             if not isinstance(row.get("step"), int):
                 raise ValueError(f'a row of metrics needs an integer "step": {row}')
             lines.append(json.dumps(row, allow_nan=False) + "\n")
+        content = memoryview("".join(lines).encode())
         with processes.first_alone(f"appending to {self.metrics}") as first:
-            if first:
-                self._append("".join(lines).encode())
-
-    def _append(self, content: bytes) -> None:
-        with named_errors(self.metrics), open(self.metrics, "ab", buffering=0) as file:
-            before, content = file.tell(), memoryview(content)
-            try:
-                while content:
-                    content = content[file.write(content) :]
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(before)
-                raise
+            if not first:
+                return
+            with files.named_errors(self.metrics), open(self.metrics, "ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    while content:
+                        content = content[file.write(content) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(before)
+                    raise
 
     def truncate_metrics(self, step: int) -> None:
-        """Drops the rows at or after `step`, and a line without its end; keeps the other bytes."""
-        with processes.first_alone(f"shortening {self.metrics}") as first:
-            kept = b"".join(line for line, row in self._lines() if row["step"] < step)
-            if first and self.metrics.exists() and self.metrics.stat().st_size != len(kept):
-                write_bytes(self.metrics, kept)
+        """Drops the rows at or after `step`, and a line without its end; keeps the other bytes.
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows, NaN and infinities as floats again; none if there is no file.
-
-        A last line without its end is left out. Raises RunFileError on any other broken line.
+        Raises RunFileError on a line that is no row.
         """
-        return [files.from_json(row) for _, row in self._lines()]
+        with processes.first_alone(f"shortening {self.metrics}") as first:
+            kept = b"".join(line for line, at in self._lines() if at < step)
+            if first and self.metrics.exists() and self.metrics.stat().st_size != len(kept):
+                files.write_bytes(self.metrics, kept)
 
-    def _lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    def _lines(self) -> Iterator[tuple[bytes, int]]:
+        """The lines, each with its step, but for a last one without its end."""
         if not self.metrics.exists():
             return
         for number, line in enumerate(self.metrics.read_bytes().splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                row = json.loads(line)
-                row["step"] + 0
+                yield line, json.loads(line)["step"] + 0
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 message = f"{self.metrics}, line {number} is no row of metrics: delete the line"
                 raise RunFileError(message) from error
-            yield line, row
 
 
 def open_run(
-    results_root: str | os.PathLike,
+    results_root: PathLike,
     experiment: str,
     name: str,
     config: Any,
@@ -251,9 +210,8 @@ def open_run(
     by-products that several runs share), waited for. A finished run may be opened by anyone; what
     a writer that was killed in `Run.finish` left to resume from is deleted.
 
-    Data of the user's own are known by their content: the folder of the same data and settings is
-    reopened under whatever name it has, and where the data are others than those of a folder that
-    is there, a line on stderr says so.
+    The folder of the same data and settings is reopened under whatever name it has, and where the
+    data are others than those of a folder that is there, a line on stderr says so.
 
     Raises RunFileError if config.json holds something else, FolderBusyError, OSError where the
     folder cannot be written, and ValueError for a seed as `lib.numerics.check_seed` does.
@@ -264,27 +222,30 @@ def open_run(
     run = Run(folder)
     with processes.first_alone(f"opening {folder}") as first:
         if first:
-            make_folder(folder)
+            files.make_folder(folder)
             if not run.finished:
                 run = Run(folder, lock_folder(folder, wait=wait))
-                _remove_leftovers(folder)
+                for leftover in folder.glob(".*.tmp"):  # of killed writers, as we hold the folder
+                    if leftover.is_dir():
+                        shutil.rmtree(leftover)
+                    else:
+                        leftover.unlink(missing_ok=True)
             if run.finished:
                 with contextlib.suppress(OSError):  # a folder that may only be read
                     run.discard_saved()
     path, wanted = folder / "config.json", {**_hashed(config, exclude), "seed": seed}
     if not path.exists():
-        write_json(path, wanted)
-    try:
+        files.write_json(path, wanted)
+    stored = None
+    with contextlib.suppress(ValueError, RecursionError):
         stored = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        stored = None
     if stored != wanted:
         raise RunFileError(
             f"{path} is not this run's configuration: it was edited, or two configurations share a "
             f"hash. Restore it, or move {folder} away"
         )
     if not (folder / "env.json").exists():
-        write_json(folder / "env.json", environment())
+        files.write_json(folder / "env.json", environment())
     return run
 
 
@@ -292,15 +253,15 @@ def _folder(parent: Path, name: str, config: Any, exclude: Iterable[str]) -> Pat
     """Where the runs of a configuration lie; a line says so where other data have some."""
     digest = config_hash(config, exclude=exclude)
     folder = parent / f"{name}-{digest}"
-    settings = _canonical(_hashed(config, exclude))
+    settings = _canonical(config, exclude)
     if CONTENT not in settings or folder.exists():
         return folder
     if same := sorted(parent.glob(f"*-{digest}")):
         return same[0]
     for other in sorted(parent.glob(f"{glob.escape(name)}-*/seed*/config.json")):
         with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-            stored = _hashed(json.loads(other.read_bytes()), (*exclude, "seed"))
-            if _without_data(_canonical(stored)) == _without_data(settings):
+            stored = _canonical(json.loads(other.read_bytes()), (*exclude, "seed"))
+            if _without_data(stored) == _without_data(settings):
                 if processes.is_first():
                     was = f"the data are no longer those of {other.parents[1]}"
                     print(f"{was}: a new result, {folder}", file=sys.stderr, flush=True)
@@ -312,49 +273,34 @@ def _without_data(settings: str) -> str:
     return re.sub(rf'"{CONTENT}[0-9a-f]*"', f'"{CONTENT}"', settings)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Removes temporary files and folders, which are those of killed writers while we hold it."""
-    for leftover in folder.glob(".*.tmp"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
 def environment() -> dict[str, Any]:
     """What a result depends on beside its configuration: versions, device, commit, command, time.
 
     "commit" and "dirty" are None outside a git checkout; "dirty" counts untracked files.
     """
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     device, changes = jax.devices()[0], _git("status", "--porcelain")
-    about_device = {
-        "platform": device.platform,
-        "kind": device.device_kind,
-        "count": jax.device_count(),
-    }
+    about = {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
     if device.platform == "gpu":
-        about_device["runtime"] = device.client.platform_version
+        about["runtime"] = device.client.platform_version
         query = "--query-gpu=driver_version"
-        about_device["driver"] = _printed("nvidia-smi", "--id=0", query, "--format=csv,noheader")
+        about["driver"] = printed("nvidia-smi", "--id=0", query, "--format=csv,noheader")
+    processor = platform.processor() or platform.machine()
+    models = [line.partition(":")[2] for line in first_core() if line.startswith("model name")]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else changes != "",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(_PACKAGES),
         "system": platform.platform(),
-        "device": about_device,
+        "device": about,
         "x64": bool(jax.config.read("jax_enable_x64")),
-        "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
+        "cpu": {"model": [*models, processor][0].strip(), "cores": os.cpu_count()},
     }
 
 
-def provenance(summary: str | os.PathLike) -> str:
+def provenance(summary: PathLike) -> str:
     """Where the numbers of a stored summary come from, as a line of Markdown: file, commit, device,
     day, seeds where it names them, command. Reads what `environment` wrote."""
     told = json.loads(Path(summary).read_text())
@@ -372,21 +318,12 @@ def provenance(summary: str | os.PathLike) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    return _printed("git", "-C", str(Path(__file__).parent), *arguments)
+    return printed("git", "-C", str(Path(__file__).parent), *arguments)
 
 
-def _printed(*command: str) -> str | None:
+def printed(*command: str) -> str | None:
     """What a command prints, if there is one and it ends well."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout.strip()
+    return None

@@ -17,7 +17,6 @@ from pathlib import Path
 with contextlib.suppress(ImportError):  # not on Windows, where folders stay without locks
     import fcntl
 
-LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -28,9 +27,10 @@ class FolderBusyError(OSError):
 class FolderLock:
     """A lock held: it is let go of with the last reference to it, and with the process."""
 
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-        weakref.finalize(self, os.close, descriptor)
+    def __init__(self, folder: Path, wait: bool):
+        self.descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, self.descriptor)
+        _take(self.descriptor, folder, wait)
 
 
 _HELD: "weakref.WeakValueDictionary[Path, FolderLock]" = weakref.WeakValueDictionary()
@@ -47,16 +47,10 @@ def lock_folder(folder: str | os.PathLike, *, wait: bool = False) -> FolderLock:
     folder = Path(folder)
     where = folder.resolve()
     with _GUARD:
-        if (held := _HELD.get(where)) is not None:
-            return held
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _take(descriptor, folder, wait)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        _HELD[where] = lock = FolderLock(descriptor)
-    return lock
+        lock = _HELD.get(where)
+        if lock is None:
+            _HELD[where] = lock = FolderLock(folder, wait)
+        return lock
 
 
 def _take(descriptor: int, folder: Path, wait: bool) -> None:

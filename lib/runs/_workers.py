@@ -25,17 +25,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import submitit
 
+from lib.runs._folders import printed
 from lib.runs._locks import FolderBusyError, lock_folder
+from lib.runs.files import write_json
 
 ROOT = Path(__file__).parents[2]  # where commands run
 Command = tuple[str, ...]  # what follows `python`
 _PLACE = re.compile(r"\{(\w+)\}")
-_TEN_YEARS = 10 * 365 * 24 * 60  # minutes: the local executor cannot go without a limit
 _SLURM_LOOK = 5.0  # seconds from one look at the jobs to the next
 _REMIND = 10.0  # seconds; a SIGTERM that comes while a worker starts may be lost
 
@@ -74,13 +74,8 @@ class Entry:
     command: Command
     folder: Path
 
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.txt"
-
-    @property
-    def done(self) -> Path:
-        return self.folder / "done.json"
+    log = property(lambda self: self.folder / "log.txt")
+    done = property(lambda self: self.folder / "done.json")
 
     def __str__(self) -> str:
         return shlex.join(("python", *self.command))
@@ -119,10 +114,14 @@ class Worker(submitit.helpers.Checkpointable):
         start = datetime.datetime.now(datetime.UTC)
         with open(entry.log, "ab", buffering=0) as log:
             log.write(f"# {start:%Y-%m-%d %H:%M:%S} UTC, {platform.node()}: {entry}\n".encode())
+            # Without a buffer, the log of a process that is killed says how far it came.
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            if environment.get("SUBMITIT_EXECUTOR") == "local":
+                environment.pop("CUDA_VISIBLE_DEVICES", None)
             process = subprocess.Popen(
                 [sys.executable, *entry.command],
                 cwd=ROOT,
-                env=self._environment(),
+                env={**environment, **self.gpus},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -135,24 +134,12 @@ class Worker(submitit.helpers.Checkpointable):
         for number, handler in previous.items():
             signal.signal(number, handler)
         if status == 0:
-            # Here: it imports jax, and workers wait in little memory without.
-            from lib.runs.files import write_json
-
-            about = {"command": entry.command, "exit_status": 0}
-            about |= {"time": end.isoformat(timespec="seconds")}
-            write_json(entry.done, {**about, "seconds": (end - start).total_seconds()})
+            time, seconds = end.isoformat(timespec="seconds"), (end - start).total_seconds()
+            about = {"command": entry.command, "exit_status": 0, "time": time, "seconds": seconds}
+            write_json(entry.done, about)
         elif signal.SIGUSR2 in received:
-            submitits = previous[signal.SIGUSR2]
-            assert callable(submitits)
-            submitits(signal.SIGUSR2, None)  # does not return
+            signal.raise_signal(signal.SIGUSR2)  # submitit's handler does not return
         return status
-
-    def _environment(self) -> dict[str, str]:
-        # Without a buffer, the log of a process that is killed says how far it came.
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if environment.get("SUBMITIT_EXECUTOR") == "local":
-            environment.pop("CUDA_VISIBLE_DEVICES", None)
-        return {**environment, **self.gpus}
 
 
 def gpu_shares(workers: int) -> list[dict[str, str]]:
@@ -161,10 +148,7 @@ def gpu_shares(workers: int) -> list[dict[str, str]]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [gpu for gpu in (named or "").split(",") if gpu]
     if named is None:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-            listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-            gpus = listed.stdout.split()
+        gpus = (printed("nvidia-smi", "--query-gpu=index", "--format=csv,noheader") or "").split()
     if not gpus:
         return [{} if named is None else {"CUDA_VISIBLE_DEVICES": named}] * workers
     memory = {}
@@ -192,10 +176,10 @@ def submit(
     slurm: Mapping[str, Any] | None,
     *,
     workers: int,
-    gpus: Mapping[str, str] = MappingProxyType({}),
+    gpus: Mapping[str, str],
 ) -> list[submitit.Job]:
-    """Starts a worker for each entry: on Slurm as one array, `workers` at once; else here, all, on
-    a share of the `gpus` (see `gpu_shares`).
+    """Starts a worker for each entry and prints a line: on Slurm as one array, `workers` at once;
+    else here, all, on a share of the `gpus` (see `gpu_shares`).
 
     Raises OSError where there is no Slurm or it refuses the job.
     """
@@ -204,30 +188,33 @@ def submit(
     # A folder of its own: the local executor's files go by process ids, which come again.
     folder = tempfile.mkdtemp(prefix="workers-", dir=sweeps)
     if slurm is None:
-        executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(timeout_min=_TEN_YEARS)
+        executor: submitit.Executor = submitit.LocalExecutor(folder)
+        executor.update_parameters(timeout_min=10 * 365 * 24 * 60)  # it wants a limit: ten years
         # Ctrl-C goes to all processes of a terminal: only the sweep shall answer it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return executor.map_array(Worker(dict(gpus)), entries)
+            jobs = executor.map_array(Worker(gpus), entries)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
-        executor = submitit.SlurmExecutor(folder)
-        executor.update_parameters(
-            time=slurm["time"],
-            array_parallelism=workers,
-            additional_parameters={"job_name": "sweep", **slurm},
-        )
-        return executor.map_array(Worker({}), entries)
-    except RuntimeError as error:
-        raise OSError(f"no job for Slurm: {' '.join(str(error).split())}") from error
+    else:
+        options = {"job_name": "sweep", **slurm}
+        try:
+            executor = submitit.SlurmExecutor(folder)
+            executor.update_parameters(
+                time=slurm["time"], array_parallelism=workers, additional_parameters=options
+            )
+            jobs = executor.map_array(Worker(gpus), entries)
+        except RuntimeError as error:
+            raise OSError(f"no job for Slurm: {' '.join(str(error).split())}") from error
+    for entry, job in zip(entries, jobs):
+        verb = "submitted" if slurm else "started"
+        print(f"{verb}: {entry}  (job {job.job_id}, {entry.log})", flush=True)
+    return jobs
 
 
 def _outcome(entry: Entry, job: submitit.Job) -> str:
     """How a job ended, in words: "finished", or what happened."""
-    local = isinstance(job, submitit.LocalJob)
-    status = None
+    local, status = isinstance(job, submitit.LocalJob), None
     # On Slurm files may take a while to show, for which result() waits.
     if not local or job.paths.result_pickle.exists():
         with contextlib.suppress(submitit.core.utils.UncompletedJobError):
@@ -235,8 +222,7 @@ def _outcome(entry: Entry, job: submitit.Job) -> str:
     if entry.done.exists() or status == 0:
         words = "finished"
     elif status is None:
-        # Its files stay: they may say more.
-        state = "" if local else f" ({job.state})"
+        state = "" if local else f" ({job.state})"  # its files stay: they may say more
         return ": ".join(filter(None, (f"worker died{state}", last_line(job.paths.stderr))))
     elif isinstance(status, str):
         words = status
@@ -274,17 +260,14 @@ def run(
     """
     waiting, outcomes = list(entries), {}
     running: dict[submitit.Job, tuple[Entry, float, dict[str, str]]] = {}
-    free = gpu_shares(workers)
+    free = [{}] if slurm else gpu_shares(workers)
     remind_at = None
     while running or (waiting and not stop_requested()):
-        while waiting and (slurm or len(running) < workers) and not stop_requested():
-            batch = waiting if slurm else waiting[:1]
-            waiting = waiting[len(batch) :]
-            gpus = {} if slurm else free.pop()
+        while waiting and free and not stop_requested():
+            batch, waiting = (waiting, []) if slurm else (waiting[:1], waiting[1:])
+            gpus = free.pop()
             for entry, job in zip(batch, submit(batch, slurm, workers=workers, gpus=gpus)):
                 running[job] = entry, time.monotonic(), gpus
-                verb = "submitted" if slurm else "started"
-                print(f"{verb}: {entry}  (job {job.job_id}, {entry.log})", flush=True)
         for job, (entry, began, gpus) in list(running.items()):
             if job.done():
                 outcomes[entry] = _outcome(entry, job)

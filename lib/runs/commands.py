@@ -14,11 +14,10 @@ from lib.runs import console, files, keep_compiled_programs, processes
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
 
+# Options of commands that name a folder to write to, a file to write, a seed or several.
 OUTPUT_FOLDERS = ("results", "output_dir", "out_dir")
-"""Options of commands that name a folder to write to; `OUTPUT_FILES` a file."""
 OUTPUT_FILES = ("output_file", "report", "out")
 SEEDS = ("seed", "seeds", "first_seed", "random_state", "random_seed")
-"""Options that are a seed, or several."""
 
 
 def run_command(main: Callable[..., Any], parse: Callable[[], Any], *, lower: str = "") -> None:
@@ -43,7 +42,7 @@ def run_command(main: Callable[..., Any], parse: Callable[[], Any], *, lower: st
                         _check_outputs(arguments)
                         main(arguments, *given)
                 except BaseException as error:
-                    if processes.several_processes() and not _all_stop(error):
+                    if processes.several_processes():
                         _end_alone(error)
                     raise
     except KeyboardInterrupt:
@@ -81,18 +80,17 @@ def _check_seeds(arguments: Any) -> None:
 
 
 def _check_outputs(arguments: Any) -> None:
-    for name in (*OUTPUT_FOLDERS, *OUTPUT_FILES):
-        path = getattr(arguments, name, None)
-        if path is not None:
+    for name in OUTPUT_FOLDERS + OUTPUT_FILES:
+        if (path := getattr(arguments, name, None)) is not None:
             files.check_writable(path, is_folder=name in OUTPUT_FOLDERS)
 
 
-def _all_stop(error: BaseException) -> bool:
-    """Whether it is the stop that all processes have agreed on."""
-    return isinstance(error, SystemExit) and error.code == console.STATUS_OF_A_STOP
-
-
 def _end_alone(error: BaseException) -> None:
+    """Ends this process at once, without waiting for the others as a tidy end does; does nothing on
+    the stop that all of them have agreed on."""
+    status = error.code if isinstance(error, SystemExit) else 1
+    if status == console.STATUS_OF_A_STOP:
+        return
     if isinstance(error, jax.errors.JaxRuntimeError):
         print(
             "A process of this command has died or cannot be reached "
@@ -102,4 +100,6 @@ def _end_alone(error: BaseException) -> None:
         )
     elif not isinstance(error, SystemExit):
         traceback.print_exception(error)
-    processes.leave(error.code if isinstance(error, SystemExit) else 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -14,7 +14,6 @@ from tqdm import tqdm
 from lib.runs import processes
 
 STATUS_OF_A_STOP = 130
-_EXHAUSTED = "RESOURCE_EXHAUSTED"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -37,40 +36,32 @@ def one_line_errors(*, lower: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, Interrupted) as error:
-        _end(
-            error,
-            f"{type(error).__name__}: {error}",
-            STATUS_OF_A_STOP if isinstance(error, Interrupted) else 1,
-        )
-    except (MemoryError, RuntimeError, AssertionError) as error:
-        exhausted = isinstance(error, jax.errors.JaxRuntimeError) and _EXHAUSTED in str(error)
-        if not exhausted and not isinstance(error, MemoryError):
-            if (line := processes.missing_platforms()) is not None:
-                _end(error, line, 1)
+    except (Exception, Interrupted) as error:
+        line = _line(error, lower)
+        if line is None or sys.flags.dev_mode:
             raise
+        print(line, file=sys.stderr)
+        sys.exit(STATUS_OF_A_STOP if isinstance(error, Interrupted) else 1)
+
+
+def _line(error: BaseException, lower: str) -> str | None:
+    """What to say of an error in one line; None where it is a fault of our own."""
+    if isinstance(error, ValueError | OSError | FloatingPointError | Interrupted):
+        return f"{type(error).__name__}: {error}"
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if exhausted or isinstance(error, MemoryError):
         advice = f"lower {lower}" if lower else "take a smaller problem"
         reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
-        _end(error, f"Out of memory: {advice}, or use a machine with more{reason}", 1)
-
-
-def _end(error: BaseException, line: str, status: int) -> NoReturn:
-    if sys.flags.dev_mode:
-        raise error
-    print(line, file=sys.stderr)
-    sys.exit(status)
+        return f"Out of memory: {advice}, or use a machine with more{reason}"
+    if isinstance(error, RuntimeError | AssertionError):
+        return processes.missing_platforms()
+    return None
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGINT and SIGTERM ask for a stop instead of raising.
-
-        with interruptible() as stop_requested:
-            for chunk in chunks:
-                ...
-                if stop_requested():
-                    run.save_checkpoint(state, step=step)
-                    raise Interrupted(run.checkpoint, step)
+    """Within the block SIGINT and SIGTERM ask for a stop instead of raising: what it yields tells
+    whether one did, and a loop then saves and raises `Interrupted`.
 
     A SIGINT after the first request raises KeyboardInterrupt as soon as Python can, that is when a
     running device call returns. A request that the block ends without answering is delivered again
@@ -105,9 +96,6 @@ class _Lines:
     def write(self, text: str) -> None:
         if text.strip():
             sys.stderr.write(text.strip() + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
 
 
 @contextlib.contextmanager

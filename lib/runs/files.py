@@ -20,7 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import jax
 import ml_dtypes
@@ -29,7 +29,8 @@ from jaxtyping import PyTree
 
 from lib.runs import processes
 
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+PathLike = str | os.PathLike
+Identity = Mapping[str, np.ndarray] | None
 _DTYPES = "__dtypes__"  # the npz member that names the dtypes npy has no word for
 
 
@@ -42,15 +43,9 @@ class DamagedFileError(RunFileError):
 
 
 @contextlib.contextmanager
-def atomic_file(
-    path: str | os.PathLike, *, previous: str | os.PathLike | None = None
-) -> Iterator[BinaryIO]:
+def atomic_file(path: PathLike, *, previous: PathLike | None = None) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` when complete, or leaves no trace. Its folder is
-    made where it is missing.
-
-    The file that it replaces takes the name `previous`, if given. Raises OSError that names `path`
-    where it cannot be written: a full disk, a read-only folder.
-    """
+    made where it is missing; the file that it replaces takes the name `previous`, if given."""
     path = Path(path)
     temporary = _temporary(path)
     with processes.first_alone(f"writing {path}") as first, named_errors(path, temporary):
@@ -63,8 +58,12 @@ def atomic_file(
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if previous is not None:
-                _keep(path, Path(previous))
+            if previous is not None and path.exists():
+                Path(previous).unlink(missing_ok=True)
+                try:
+                    os.link(path, previous)
+                except OSError:  # a file system without links: for a moment there is no `path`
+                    os.replace(path, previous)
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
@@ -75,7 +74,7 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def make_folder(folder: str | os.PathLike) -> None:
+def make_folder(folder: PathLike) -> None:
     """Makes the folder, and those above it, unless it is there. Raises OSError that names it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -84,7 +83,7 @@ def make_folder(folder: str | os.PathLike) -> None:
         raise OSError(error.errno, reason, str(folder)) from error
 
 
-def check_writable(path: str | os.PathLike, *, is_folder: bool = False) -> None:
+def check_writable(path: PathLike, *, is_folder: bool = False) -> None:
     """Makes the folder that `path` lies in, or `path` itself, and tries to write there: to be
     called before the work whose result goes there. Raises OSError, which names it."""
     path = Path(path)
@@ -100,24 +99,10 @@ def check_writable(path: str | os.PathLike, *, is_folder: bool = False) -> None:
             temporary.unlink()
 
 
-def _keep(path: Path, previous: Path) -> None:
-    """Gives the file at `path`, if there is one, the name `previous` too."""
-    if path.exists():
-        previous.unlink(missing_ok=True)
-        try:
-            os.link(path, previous)
-        except OSError:  # a file system without links: for a moment there is no `path`
-            os.replace(path, previous)
-
-
 @contextlib.contextmanager
-def named_errors(
-    path: str | os.PathLike, temporary: str | os.PathLike | None = None
-) -> Iterator[None]:
-    """Errors of writing that name no file, or the temporary one, become errors about `path`.
-
-    A full disk names no file where a file is written to, but where it is opened.
-    """
+def named_errors(path: PathLike, temporary: PathLike | None = None) -> Iterator[None]:
+    """Errors of writing that name no file, as a full disk's while the file is written to, or the
+    temporary one, become errors about `path`."""
     try:
         yield
     except OSError as error:
@@ -126,13 +111,13 @@ def named_errors(
         raise OSError(error.errno, f"{error.strerror}, so it is not written", str(path)) from error
 
 
-def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+def write_bytes(path: PathLike, content: bytes) -> None:
     """Writes `content` to `path`: at every moment the file there is the old one or the new one."""
     with atomic_file(path) as file:
         file.write(content)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: PathLike, value: Any) -> None:
     """Writes `value` to `path` atomically, as indented JSON.
 
     Dataclasses become objects, arrays and tuples lists, paths strings. Raises TypeError on
@@ -146,9 +131,7 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
-        if math.isfinite(value):
-            return float(value)
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return float(value) if math.isfinite(value) else json.dumps(float(value))  # its name
     if isinstance(value, Path):
         return value.as_posix()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -171,18 +154,7 @@ def rounded(value: Any, digits: int) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def from_json(value: Any) -> Any:
-    """Undoes what `to_json` does to NaN and the infinities."""
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
-    if isinstance(value, list):
-        return [from_json(item) for item in value]
-    if isinstance(value, dict):
-        return {name: from_json(item) for name, item in value.items()}
-    return value
-
-
-def save_arrays(path: str | os.PathLike, /, **arrays: Any) -> None:
+def save_arrays(path: PathLike, /, **arrays: Any) -> None:
     """Writes the arrays to `path` atomically, as an npz that `numpy.load` reads without pickle.
 
     Bits are kept. Typed PRNG keys and dtypes that npy does not know (bfloat16, float8) are stored
@@ -192,7 +164,7 @@ def save_arrays(path: str | os.PathLike, /, **arrays: Any) -> None:
         _write_arrays(file, path, arrays)
 
 
-def _write_arrays(file: BinaryIO, path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+def _write_arrays(file: BinaryIO, path: PathLike, arrays: Mapping[str, Any]) -> None:
     members, dtypes = {}, {}
     for name, array in arrays.items():
         if isinstance(array, jax.Array) and jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -214,7 +186,7 @@ def _write_arrays(file: BinaryIO, path: str | os.PathLike, arrays: Mapping[str, 
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
+def load_arrays(path: PathLike) -> dict[str, Any]:
     """What `save_arrays` wrote, bit for bit: numpy arrays, and typed PRNG keys as such.
 
     Raises FileNotFoundError, or DamagedFileError if the file is damaged: every member's checksum is
@@ -225,13 +197,10 @@ def load_arrays(path: str | os.PathLike) -> dict[str, Any]:
             with zipfile.ZipFile(file) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"wrong checksum in {damaged}")
-                arrays: dict[str, Any] = {}
-                for info in archive.infolist():
-                    name = info.filename.removesuffix(".npy")
-                    with archive.open(info) as member:
-                        _check_promise(cast(zipfile.ZipExtFile, member), info)
-                    with archive.open(info) as member:
-                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                arrays: dict[str, Any] = {
+                    info.filename.removesuffix(".npy"): _read_member(archive, info)
+                    for info in archive.infolist()
+                }
             for name, dtype in json.loads(str(arrays.pop(_DTYPES, "{}"))).items():
                 if dtype.startswith("key:"):
                     impl = dtype.removeprefix("key:")
@@ -265,52 +234,46 @@ def read_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
             raise ValueError("a header that nests too deeply") from None
 
 
-def _check_promise(member: zipfile.ZipExtFile, info: zipfile.ZipInfo) -> None:
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     """Raises ValueError unless the member holds, uncompressed, what its npy header promises."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
-    shape, _, dtype = read_npy_header(member)
-    size = member.tell() + math.prod(shape) * dtype.itemsize
-    if size != info.file_size and not dtype.hasobject:  # objects are refused by who reads them
-        raise ValueError(f"{info.filename} does not hold the {dtype}{list(shape)} it promises")
+    with archive.open(info) as member:
+        shape, _, dtype = read_npy_header(member)
+        size = member.tell() + math.prod(shape) * dtype.itemsize
+        if size != info.file_size and not dtype.hasobject:  # `read_array` refuses objects
+            raise ValueError(f"{info.filename} does not hold the {dtype}{list(shape)} it promises")
+        member.seek(0)
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
-def save_checkpoint(
-    path: str | os.PathLike,
-    state: PyTree,
-    *,
-    step: int,
-    identity: Mapping[str, np.ndarray] | None = None,
-    previous: str | os.PathLike | None = None,
-) -> None:
+def save_checkpoint(path: PathLike, state: PyTree, *, step: int, identity: Identity = None) -> None:
     """Writes the leaves of `state`, their names and the number of steps done, atomically; beside
-    them `identity`, which `load_checkpoint` compares.
-
-    The checkpoint that was there is kept as `previous`, if given.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    them `identity`, which `load_checkpoint` compares. Keeps the file of before (`previous_of`)."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
     names = json.dumps([jax.tree_util.keystr(where) for where, _ in leaves])
     members = {f"leaf{i}": leaf for i, (_, leaf) in enumerate(leaves)}
     members |= {f"identity {name}": value for name, value in (identity or {}).items()}
-    with atomic_file(path, previous=previous) as file:
+    with atomic_file(path, previous=previous_of(path)) as file:
         _write_arrays(file, path, {"step": np.int64(step), "names": names, **members})
 
 
-def load_checkpoint(
-    path: str | os.PathLike, like: PyTree, identity: Mapping[str, np.ndarray] | None = None
-) -> tuple[PyTree, int]:
+def previous_of(checkpoint: PathLike) -> Path:
+    """Where the checkpoint before this one lies."""
+    return Path(checkpoint).with_suffix(".previous.npz")
+
+
+def load_checkpoint(path: PathLike, like: PyTree, identity: Identity = None) -> tuple[PyTree, int]:
     """The state and the step that `save_checkpoint` wrote, in the structure of `like`.
 
     `like` has the state's structure, shapes and dtypes, or is a function of the step that returns
     them; its values are not read, so that `jax.eval_shape` of the initial state serves. Leaves are
-    numpy arrays (typed PRNG keys are keys, Python numbers are Python numbers); put them on the
-    device yourself. They are strongly typed: start from a state without weak types, or a resumed
-    run may promote otherwise.
+    numpy arrays (typed PRNG keys are keys, Python numbers are Python numbers) without weak types:
+    start from a state without them, or a resumed run may promote otherwise.
 
     Raises FileNotFoundError, DamagedFileError, or RunFileError if a part of `identity` is another
     one, or the leaves' names, shapes or dtypes are not those of `like`. Leaves are compared by
-    their path in the tree rather than by the printed tree, which can hold the addresses of
-    functions.
+    their path in the tree: the printed tree can hold the addresses of functions.
     """
     stored = load_arrays(path)
     try:
@@ -318,14 +281,11 @@ def load_checkpoint(
         saved = {name: stored[f"leaf{i}"] for i, name in enumerate(names)}
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise DamagedFileError(f"{path} is not a checkpoint: delete it to start again") from error
-    differing = [
-        name
-        for name, value in (identity or {}).items()
-        if not np.array_equal(stored.get(f"identity {name}", ()), value)
-    ]
-    if differing:
+    own = identity or {}
+    other = [n for n in own if not np.array_equal(stored.get(f"identity {n}", ()), own[n])]
+    if other:
         raise RunFileError(
-            f"{path} belongs to a run with another {', '.join(differing)}, or was made by another "
+            f"{path} belongs to a run with another {', '.join(other)}, or was made by another "
             "version: delete its folder to start anew"
         )
     like = like(step) if callable(like) else like

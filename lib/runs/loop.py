@@ -23,7 +23,7 @@ from lib import devices
 from lib.runs import processes
 from lib.runs._folders import Run
 from lib.runs.console import Interrupted, interruptible, progress
-from lib.runs.files import RunFileError
+from lib.runs.files import Identity, RunFileError
 
 SECONDS_PER_CHUNK = 0.5
 _HASHED_BYTES = 2**26
@@ -93,8 +93,10 @@ def run_steps(
       RunFileError: the folder's checkpoint is of another identity, or past `num_steps`.
     """
     state = without_weak_types(state)
-    digests = {name: fingerprint(part) for name, part in identity().items()} if run else {}
-    state, done = _resume(run, state, num_steps, digests, history)
+    done, digests = 0, {}
+    if run:
+        digests = {name: fingerprint(part) for name, part in identity().items()}
+        state, done = _resume(run, state, num_steps, digests, history)
     state = place(state)
     size, saved, rows = 1, time.monotonic(), list[dict[str, Any]]()
 
@@ -109,11 +111,7 @@ def run_steps(
     with (
         interruptible() as stop_requested,
         progress(
-            num_steps,
-            initial=done,
-            description=description,
-            enabled=show_progress,
-            line_every=10.0,
+            num_steps, initial=done, description=description, enabled=show_progress, line_every=10.0
         ) as tick,
     ):
         while done < num_steps and not converged(done):
@@ -133,7 +131,7 @@ def run_steps(
             size = max(1, int(size * min(2.0, SECONDS_PER_CHUNK / seconds)))
             size = min(size, max_chunk or size)
             due = time.monotonic() - saved > checkpoint_seconds
-            size, stopping, due = processes.agreed(processes.NextChunk(size, stop_requested(), due))
+            size, stopping, due = processes.agreed(size, stop_requested(), due)
             finished = done == num_steps or converged(done)
             if stopping or finished or due:
                 save()
@@ -143,15 +141,9 @@ def run_steps(
 
 
 def _resume(
-    run: Run | None,
-    state: PyTree,
-    num_steps: int,
-    digests: Mapping[str, np.ndarray],
-    history: Callable[[int], PyTree],
+    run: Run, state: PyTree, num_steps: int, digests: Identity, history: Callable[[int], PyTree]
 ) -> tuple[PyTree, int]:
     """The saved state and its step, if there is one; fills the history up to it."""
-    if run is None:
-        return state, 0
 
     def saved_after(step: int) -> PyTree:
         if step > num_steps:
@@ -177,9 +169,8 @@ def first_nonfinite(values: np.ndarray, state_finite: bool) -> int | None:
     """The first of the steps' `values` [steps, ...] that is not finite. Where all are but the state
     after them is not, the last step made it so."""
     bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    if bad.any():
-        return int(np.argmax(bad))
-    return None if state_finite else len(values) - 1
+    bad[-1] |= not state_finite
+    return int(np.argmax(bad)) if bad.any() else None
 
 
 def fingerprint(tree: PyTree) -> np.ndarray:

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -30,20 +29,6 @@ def is_first() -> bool:
     return not several_processes() or jax.process_index() == 0
 
 
-def leave(status: Any) -> NoReturn:
-    """Ends this process at once, without waiting for the others as a tidy end does."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else 1)
-
-
-def wait_for_all(what: str) -> None:
-    """Returns when every process has come here. `what` must be the same for all: processes that
-    have parted ways fail rather than hang."""
-    if several_processes():
-        multihost_utils.sync_global_devices(what)
-
-
 _ALONE: list[str] = []
 
 
@@ -51,34 +36,27 @@ _ALONE: list[str] = []
 def first_alone(what: str) -> Iterator[bool]:
     """Yields whether this process is the first, between two moments at which all have come here:
     what the first one does inside is done for those who go on after it. Inside another such block
-    it is that block's moments that count."""
-    if _ALONE:
+    it is that block's moments that count. `what` must be the same for all: processes that have
+    parted ways fail rather than hang."""
+    if _ALONE or not several_processes():
         yield is_first()
         return
-    wait_for_all(f"before {what}")
+    multihost_utils.sync_global_devices(f"before {what}")
     _ALONE.append(what)
     try:
         yield is_first()
     finally:
         _ALONE.pop()
-    wait_for_all(f"after {what}")
+    multihost_utils.sync_global_devices(f"after {what}")
 
 
-class NextChunk(NamedTuple):
-    """What a long loop does next: so many steps, unless it stops; a save before, if one is due."""
-
-    num_steps: int
-    stopping: bool
-    due: bool
-
-
-def agreed(proposed: NextChunk) -> NextChunk:
-    """What all processes do next: as many steps as the first would, a save where the first is due,
-    a stop where any was asked to. Clocks and signals differ between processes."""
+def agreed(num_steps: int, stopping: bool, due: bool) -> tuple[int, bool, bool]:
+    """What all processes of a long loop do next: as many steps as the first would, a stop where any
+    was asked to, a save where the first is due. Clocks and signals differ between processes."""
     if not several_processes():
-        return proposed
-    proposals = multihost_utils.process_allgather(np.array(proposed, np.int32))
-    return NextChunk(int(proposals[0, 0]), bool(proposals[:, 1].any()), bool(proposals[0, 2]))
+        return num_steps, stopping, due
+    proposals = multihost_utils.process_allgather(np.array([num_steps, stopping, due], np.int32))
+    return int(proposals[0, 0]), bool(proposals[:, 1].any()), bool(proposals[0, 2])
 
 
 def own_share(count: int) -> range:
@@ -95,11 +73,9 @@ def gathered(rows: Sequence[np.ndarray], count: int) -> np.ndarray:
         raise ValueError(f"{count} pieces of work for {jax.process_count()} processes")
     most = -(-count // jax.process_count())
     own = np.stack([*rows, *[rows[-1]] * (most - len(rows))])
-    bits = np.frombuffer(own.tobytes(), np.uint8)
-    gathered_bits = multihost_utils.process_allgather(bits)
-    gathered_bits = np.frombuffer(np.asarray(gathered_bits).tobytes(), own.dtype)
-    gathered_bits = gathered_bits.reshape(-1, *own.shape)  # [processes, most, ...]
-    return np.swapaxes(gathered_bits, 0, 1).reshape(-1, *own.shape[1:])[:count]
+    bits = multihost_utils.process_allgather(np.frombuffer(own.tobytes(), np.uint8))
+    shares = np.frombuffer(bits.tobytes(), own.dtype).reshape(-1, *own.shape)
+    return np.swapaxes(shares, 0, 1).reshape(-1, *own.shape[1:])[:count]
 
 
 # ---- Commands
@@ -141,13 +117,6 @@ def missing_platforms() -> str | None:
     )
 
 
-def own_devices(mesh: Mesh | None) -> tuple[jax.Device, ...] | None:
-    """This process's devices of a mesh."""
-    if mesh is None:
-        return None
-    return tuple(d for d in mesh.devices.flat if d.process_index == jax.process_index())
-
-
 @contextlib.contextmanager
 def started(options: DeviceOptions) -> Iterator[Mesh | None]:
     """Connects the processes, if there are several, and yields their mesh, None for one device.
@@ -186,19 +155,17 @@ def started(options: DeviceOptions) -> Iterator[Mesh | None]:
 def _with_environment(options: DeviceOptions) -> DeviceOptions:
     """The options, and where none names a coordinator, what the environment says."""
     if options.coordinator is None and (address := os.environ.get("JAX_COORDINATOR_ADDRESS")):
-        numbers = {}
-        for field in ("num_processes", "process_id"):
-            given = os.environ.get(f"JAX_{field.upper()}")
-            numbers[field] = getattr(options, field) if given is None else int(given)
+        names = ("num_processes", "process_id")
+        given = {name: os.environ.get(f"JAX_{name.upper()}") for name in names}
+        numbers = {name: int(number) for name, number in given.items() if number is not None}
         options = dataclasses.replace(options, coordinator=address, **numbers)
-    numbered = options.num_processes is not None or options.process_id is not None
-    if options.coordinator is None and numbered:
-        raise ValueError("--num_processes and --process_id need --coordinator ADDRESS:PORT")
-    if options.coordinator not in (None, "auto"):
-        count, own = options.num_processes, options.process_id
-        if count is None or own is None or not 0 <= own < count:
-            raise ValueError(
-                f"--coordinator {options.coordinator} needs --num_processes and a --process_id "
-                f"below it, got {count} and {own}"
-            )
+    count, own = options.num_processes, options.process_id
+    if options.coordinator is None:
+        if (count, own) != (None, None):
+            raise ValueError("--num_processes and --process_id need --coordinator ADDRESS:PORT")
+    elif options.coordinator != "auto" and (count is None or own is None or not 0 <= own < count):
+        raise ValueError(
+            f"--coordinator {options.coordinator} needs --num_processes and a --process_id below "
+            f"it, got {count} and {own}"
+        )
     return options

@@ -38,8 +38,7 @@ def settings_of(kind: type[Settings], arguments: Any) -> Settings:
 def chosen(wanted: Iterable[str], available: Mapping[str, Any], *, kind: str) -> tuple[str, ...]:
     """The names that are wanted, or all where none is. Raises ValueError on one that is not there,
     naming those that are."""
-    unknown = set(wanted) - set(available)
-    if unknown:
+    if unknown := set(wanted) - set(available):
         raise ValueError(
             f"no {kind} {', '.join(sorted(unknown))}; there are {', '.join(available)}"
         )

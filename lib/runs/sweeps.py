@@ -2,9 +2,7 @@
 
     python -m lib.runs.sweeps --grid seed=0,1,2 lr=1,5 -- \\
         xp_dataset_distillation/condense.py echo --dataset digits --seed {seed} --lr {lr}
-    python -m lib.runs.sweeps --grid ... --workers 2 -- ...
     python -m lib.runs.sweeps --grid ... --slurm time=120 gpus=1 partition=long --detach -- ...
-    python -m lib.runs.sweeps --grid ... --dry_run -- ...
 
 The same sweep again runs what is missing. What it keeps of a command is in `lib/runs/_workers.py`.
 """
@@ -20,8 +18,6 @@ import tyro
 from lib import datasets, runs
 from lib.rows.files import open_rows
 from lib.runs import _workers, console
-
-AT_ONCE_ON_SLURM = 256
 
 
 @dataclass(frozen=True)
@@ -52,23 +48,19 @@ def known_by(command: _workers.Command) -> _workers.Command:
     known, option = [], ""
     with contextlib.chdir(_workers.ROOT):  # where the command looks for them
         for word in words:
-            if word.startswith("--"):
+            if is_option := word.startswith("--"):
                 option = word.replace("-", "_").strip("_")
-                known.append(word)
-            else:
-                known.append(_content(option, word, data_root))
+            known.append(word if is_option else _content(option, word, data_root))
     return command if known == words else tuple(known)
 
 
 def _content(option: str, word: str, data_root: str | None) -> str:
     """What stands for a value of an option."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # the command says what is wrong with it
         if option.endswith("dataset"):
             return datasets.identity(word, data_root=data_root)
         if option in ("train_paths", "val_paths"):
             return f"{runs.CONTENT}{open_rows(word).fingerprint()}"
-    except (OSError, ValueError):
-        pass  # the command says what is wrong with it
     return word
 
 
@@ -83,7 +75,7 @@ def main(arguments: Arguments, template: list[str]) -> int:
         raise ValueError("--detach is for --slurm")
     workers = arguments.workers
     if workers is None:
-        workers = AT_ONCE_ON_SLURM if slurm else 1
+        workers = 256 if slurm else 1
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     folder = (_workers.ROOT / arguments.results / "sweeps").resolve()
@@ -98,9 +90,8 @@ def main(arguments: Arguments, template: list[str]) -> int:
             print(f"{'to run  ' if entry in missing else 'finished'}  {entry}")
         return 0
     if arguments.detach:
-        jobs = _workers.submit(missing, slurm, workers=workers) if missing else []
-        for entry, job in zip(missing, jobs):
-            print(f"submitted: {entry}  (job {job.job_id}, {entry.log})")
+        if missing:
+            _workers.submit(missing, slurm, workers=workers, gpus={})
         return 0
     with console.interruptible() as stop_requested:
         outcomes = _workers.run(missing, slurm, workers=workers, stop_requested=stop_requested)

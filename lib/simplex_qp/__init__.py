@@ -13,10 +13,4 @@ from lib.simplex_qp._problem import (
     objective,
     penalties,
 )
-from lib.simplex_qp._solve import (
-    Solution,
-    SolverError,
-    solve,
-    solve_batch,
-    solve_with_cvxpy,
-)
+from lib.simplex_qp._solve import Solution, SolverError, solve, solve_batch, solve_with_cvxpy

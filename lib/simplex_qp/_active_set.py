@@ -63,9 +63,6 @@ class Program(NamedTuple):
     def upper_bounds(self) -> Bordered:
         return np.full(len(self.right), np.inf) if self.upper is None else self.upper
 
-    def total(self) -> float:
-        return self.right[-1] / self.saddle[-1, 0]
-
 
 class Minimum(NamedTuple):
     """`x` [n] within its bounds; `state` [n] AT_LOWER, FREE or AT_UPPER; `gap` >= value - minimum.
@@ -82,34 +79,26 @@ class Minimum(NamedTuple):
 def make_program(
     hessian: Float[np.ndarray, "n n"],
     linear: Vector,
-    lower: Vector | None = None,
-    upper: Vector | None = None,
+    bounds: tuple[Vector, Vector] | None = None,
     *,
     scale: float | None = None,
 ) -> Program:
-    """The program of the module with sum 1; `lower` 0 and `upper` infinite, `scale` max H_ii by
+    """The program of the module with sum 1; bounds of 0 and infinity and `scale` max H_ii by
     default. That H is positive semidefinite and a point feasible is not checked.
     """
     n = len(linear)
     scale = scale or float(hessian.diagonal().max()) or 1.0
-    saddle, right, low = np.empty((n + 1, n + 1)), np.empty(n + 1), np.zeros(n + 1)
-    saddle[:n, :n], right[:n] = hessian, linear
-    saddle[n] = saddle[:n, n] = right[n] = -0.1 * scale
-    saddle[n, n], low[n], high = 0, -np.inf, None
-    if lower is not None:
-        low[:n] = lower
-    if upper is not None or lower is not None:
-        high = np.full(n + 1, np.inf)
-        high[:n] = np.inf if upper is None else upper
-    return Program(saddle, right, low, high, scale)
+    saddle, right = np.empty((n + 1, n + 1)), np.append(linear, -0.1 * scale)
+    saddle[:n, :n] = hessian
+    saddle[n] = saddle[:n, n] = right[n]
+    saddle[n, n] = 0
+    lower, upper = bounds or (np.zeros(n), None)
+    high = None if upper is None else np.append(upper, np.inf)
+    return Program(saddle, right, np.append(lower, -np.inf), high, scale)
 
 
 def minimize(
-    program: Program,
-    *,
-    start: Vector | None = None,
-    damping: float = 0.0,
-    corrections: int = 10,
+    program: Program, *, start: Vector | None = None, damping: float = 0.0, corrections: int = 10
 ) -> Minimum:
     """Solves `program` until the gap is rounding error, by iterative refinement.
 
@@ -121,50 +110,42 @@ def minimize(
     `damping` >= 0 is raised where a system is singular and where corrections do not help. Holds two
     copies of the rows of the free entries, and one of the system where there is damping.
     """
-    saddle, right, _, _, scale = program
-    state = _starting_state(program, start)
-    current = _damped(program, damping) if damping else program
-    best, center, iterations = None, None, 0
+    saddle, right, lower, upper, scale = program
+    state = np.zeros(len(right), np.int8)
+    if start is not None:
+        state[:-1][start <= lower[:-1]] = AT_LOWER
+        if upper is not None:
+            state[:-1][start >= upper[:-1]] = AT_UPPER
+    current, center, best, iterations = program, 0.0, None, 0
     for _ in range(1 + corrections):
-        while True:
+        y = None
+        while y is None:
             try:
-                y, state, count = _solve(current, state)
-                break
+                y, state, count = _solve(_damped(current, damping) if damping else current, state)
             except np.linalg.LinAlgError:
                 damping = _more(damping, scale)
-                current = current._replace(saddle=_damped(program, damping).saddle)
         iterations += count
-        y = _within(program, y if center is None else center + y, state)
+        y = _within(program, center + y, state)
         residual = saddle.dot(y) - right
         minimum = Minimum(y[:-1], state[:-1], _gap(program, y, residual), iterations)
         if minimum.gap <= ROUNDING * scale:
             return minimum
         helped = best is None or minimum.gap < 0.5 * best.gap
         if best is None or minimum.gap < best.gap:
-            best, center, remaining = minimum, y, -residual
+            best, center = minimum, y
+            around = {"lower": lower - y, "upper": program.upper_bounds() - y}
+            current = program._replace(right=-residual, **around)
         if not helped:
             damping = _more(damping, scale)
             if damping > WORST_DAMPING * scale:
                 break
-        current = _about(program, center, remaining, damping)
     assert best is not None  # of the first pass
     return best._replace(iterations=iterations)
 
 
-def _starting_state(program, start):
-    state = np.zeros(len(program.right), np.int8)
-    if start is not None:
-        state[:-1][start <= program.lower[:-1]] = AT_LOWER
-        if program.upper is not None:
-            state[:-1][start >= program.upper[:-1]] = AT_UPPER
-    return state
-
-
-def _about(program, center, right, damping):
-    """The program of the difference from `center`."""
-    saddle = _damped(program, damping).saddle if damping else program.saddle
-    lower, upper = program.lower - center, program.upper_bounds() - center
-    return Program(saddle, right, lower, upper, program.scale)
+def bound_states(x: Vector, lower: Vector, upper: Vector) -> Int8[np.ndarray, " n"]:
+    """Of each entry of `x`: AT_LOWER, AT_UPPER or FREE."""
+    return np.where(x <= lower, AT_LOWER, np.where(x >= upper, AT_UPPER, FREE)).astype(np.int8)
 
 
 def _more(damping, scale):
@@ -240,6 +221,7 @@ def _pivot_blocks(program, state):
     lower, upper = program.lower, program.upper
     tolerance, state = ROUNDING * program.scale, state.copy()
     y, fixed, fewest, patience, iterations = lower, None, len(state) + 1, PATIENCE, 0
+    movable = True
     if upper is not None:
         movable = lower < upper
         state[~movable] = AT_LOWER
@@ -255,24 +237,15 @@ def _pivot_blocks(program, state):
         y, residual = _stationary(program, free, fixed)
         iterations += 1
         low = (y < lower).nonzero()[0]
-        wrong = len(low)
+        enters = high = low[:0]
         if residual is not None:
-            if upper is None:
-                enters = residual < -tolerance
-            else:
-                enters = movable & (state * residual > tolerance)
-            enters = enters.nonzero()[0]
-            wrong += len(enters)
+            enters = (movable & (state * residual > tolerance)).nonzero()[0]
         if upper is not None:
             high = (y > upper).nonzero()[0]
-            wrong += len(high)
+        wrong = len(low) + len(enters) + len(high)
         if wrong == 0:
             return y, state, iterations, True
-        state[low] = AT_LOWER
-        if residual is not None:
-            state[enters] = FREE
-        if upper is not None:
-            state[high] = AT_UPPER
+        state[low], state[enters], state[high] = AT_LOWER, FREE, AT_UPPER
         patience = PATIENCE if wrong < fewest else patience - 1
         fewest = min(fewest, wrong)
     return y, state, iterations, False
@@ -315,7 +288,8 @@ def _descend(program, y):
     is free, over the pair that should.
     """
     saddle, right, lower, upper, scale = program
-    y = np.append(project_onto_simplex(y[:-1], lower[:-1], upper[:-1], program.total()), 0.0)
+    total = right[-1] / saddle[-1, 0]
+    y = np.append(project_onto_simplex(y[:-1], lower[:-1], upper[:-1], total), 0.0)
     movable, last = lower < upper, len(y) - 1
     movable[last] = False
     iterations = 0
@@ -324,9 +298,8 @@ def _descend(program, y):
         """Whether towards the minimizer over `free` (a mask) it goes down; if so, `y` moves."""
         nonlocal iterations, y
         iterations += 1
-        target, _ = _stationary(
-            program, np.append(np.flatnonzero(free), last), np.where(free, 0, y)
-        )
+        rows = np.append(np.flatnonzero(free), last)
+        target, _ = _stationary(program, rows, np.where(free, 0, y))
         step = target - y
         step[last] = 0
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -359,8 +332,7 @@ def _descend(program, y):
             free[[up, down]] = True
         if not go(free):
             break
-    state = np.where(y <= lower, AT_LOWER, np.where(y >= upper, AT_UPPER, FREE))
-    return y, state.astype(np.int8), iterations
+    return y, bound_states(y, lower, upper), iterations
 
 
 # Certificate and projection
@@ -409,8 +381,7 @@ def free_entries(
 
     That shift lies between two of the 2 n at which an entry meets a bound: sorted, then bisected,
     O(n log n). Only differences of entries are taken, so that none is too large for the others to
-    count.
-    `lower` may be -inf and `upper` inf.
+    count. `lower` may be -inf and `upper` inf.
     """
     n, bounds = len(y), np.concatenate([lower, upper])
     order = np.argsort(bounds - np.tile(y, 2), kind="stable")

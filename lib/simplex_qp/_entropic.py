@@ -23,12 +23,10 @@ from jaxtyping import Float
 from scipy.special import kl_div, rel_entr
 
 from lib.simplex_qp._active_set import (
-    AT_LOWER,
-    AT_UPPER,
-    FREE,
     ROUNDING,
     Minimum,
     Vector,
+    bound_states,
     free_entries,
     make_program,
     mend_sum,
@@ -100,16 +98,9 @@ def minimize_entropic(
         logarithm = np.log(w / prior)
         model = hessian.copy()
         model.flat[:: len(w) + 1] += strength / (2 * w)
-        model_minimum = minimize(
-            make_program(
-                model,
-                linear - 0.5 * strength * logarithm,
-                np.maximum(lower, SMALLEST_SHARE * w),
-                upper,
-                scale=scale,
-            ),
-            corrections=1,
-        )
+        bounds = np.maximum(lower, SMALLEST_SHARE * w), upper
+        program = make_program(model, linear - 0.5 * strength * logarithm, bounds, scale=scale)
+        model_minimum = minimize(program, corrections=1)
         iterations += model_minimum.iterations
         if settled:
             # A gap of eps leaves weights to sqrt(eps), which one step more squares.
@@ -132,5 +123,6 @@ def minimize_entropic(
         else:
             break
     w = mend_sum(w, lower, upper, 1.0)
-    state = np.where((w <= lower) & (lower > 0), AT_LOWER, np.where(w >= upper, AT_UPPER, FREE))
-    return Minimum(w, state.astype(np.int8), gap, iterations)
+    # A weight that underflows to 0 is free.
+    state = bound_states(w, np.where(lower > 0, lower, -np.inf), upper)
+    return Minimum(w, state, gap, iterations)

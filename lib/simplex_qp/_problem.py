@@ -7,8 +7,7 @@ which is MMD^2 between a mixture of N domains and a target, with an optional pen
 weights p: l2_penalty |w - p|^2, or kl_penalty sum_i w_i log(w_i / p_i), or both. With A = (mu_i .
 mu_j) and b = (mu_i . mu_Q) its first term is w'Aw - 2 b'w + |mu_Q|^2, which on the simplex is w'Gw
 with the centered G = A - b1' - 1b' + |mu_Q|^2 11' = CC', C = M - mu_Q: its condition number is far
-smaller, and it yields MMD^2 without cancellation. Everything here is float64
-NumPy.
+smaller, and it yields MMD^2 without cancellation. Everything here is float64 NumPy.
 
 The certificate of any weights is the Frank-Wolfe gap: by convexity g . w - min_v g . v over the
 feasible v, g the gradient at w, bounds how far the objective at w lies above its minimum. The KL
@@ -24,7 +23,13 @@ from jaxtyping import Float
 from scipy.linalg.lapack import dsyevd
 from scipy.special import rel_entr
 
-from lib.simplex_qp._active_set import Program, linear_gap, make_program, project_onto_simplex
+from lib.simplex_qp._active_set import (
+    Program,
+    Vector,
+    linear_gap,
+    make_program,
+    project_onto_simplex,
+)
 from lib.simplex_qp._entropic import entropic_gap
 
 # Sums given from outside (priors, bounds, weights) may be off by this much.
@@ -51,18 +56,16 @@ class Problem(NamedTuple):
 
     `program` has H = G + (ridge + l2_penalty + diagonal_shift) I and c = l2_penalty p; upper bounds
     are infinite where the sum implies them. `diagonal_shift` >= 0 is what was missing for H to be
-    positive semidefinite. `largest_eigenvalue` and `condition` are those of H;
-    the condition number is infinite where H is singular to rounding error.
+    positive semidefinite. `condition` is that of H, infinite where H is singular to rounding error.
     """
 
     program: Program
     quadratic: Quadratic
-    prior: Float[np.ndarray, " n"] | None
+    prior: Vector | None
     ridge: float
     l2_penalty: float
     kl_penalty: float
     diagonal_shift: float
-    largest_eigenvalue: float
     condition: float
 
     @property
@@ -75,11 +78,11 @@ class Problem(NamedTuple):
         return self.program.saddle[:-1, :-1]
 
     @property
-    def linear(self) -> Float[np.ndarray, " n"]:
+    def linear(self) -> Vector:
         return self.program.right[:-1]
 
     @property
-    def bounds(self) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    def bounds(self) -> tuple[Vector, Vector]:
         """Lower and upper bounds, 0 and infinite where there are none."""
         return self.program.lower[:-1], self.program.upper_bounds()[:-1]
 
@@ -170,15 +173,13 @@ def make_problem(
     """
     n = len(quadratic.gram)
     ridge = _check_strength("ridge", ridge)
-    l2_penalty, kl_penalty = (
-        _check_strength("l2_penalty", l2_penalty),
-        _check_strength("kl_penalty", kl_penalty),
-    )
+    l2_penalty = _check_strength("l2_penalty", l2_penalty)
+    kl_penalty = _check_strength("kl_penalty", kl_penalty)
     if prior is not None:
         prior = _check_prior(np.asarray(prior, np.float64), n)
     elif l2_penalty or kl_penalty:
         raise ValueError(f"l2_penalty {l2_penalty} and kl_penalty {kl_penalty} need a prior")
-    bounds = None, None
+    bounds = None
     if lower is not None or upper is not None or (kl_penalty and not np.all(prior)):
         bounds = _check_bounds(lower, upper, prior if kl_penalty else None, n)
     diagonal = ridge + l2_penalty
@@ -189,16 +190,10 @@ def make_problem(
     hessian = quadratic.gram.copy()
     hessian.flat[:: n + 1] += diagonal + diagonal_shift
     smallest, largest = diagonal_shift - missing, largest + diagonal + diagonal_shift
+    condition = largest / smallest if smallest > rounding else np.inf
+    program = make_program(hessian, np.zeros(n) if prior is None else l2_penalty * prior, bounds)
     return Problem(
-        make_program(hessian, np.zeros(n) if prior is None else l2_penalty * prior, *bounds),
-        quadratic,
-        prior,
-        ridge,
-        l2_penalty,
-        kl_penalty,
-        diagonal_shift,
-        largest,
-        largest / smallest if smallest > rounding else np.inf,
+        program, quadratic, prior, ridge, l2_penalty, kl_penalty, diagonal_shift, condition
     )
 
 
@@ -264,13 +259,13 @@ def _check_bounds(lower, upper, prior, n):
         point[np.argmax(point)] += 1 - math.fsum(point.tolist())
         return point, point
     upper = np.where(upper >= 1 - (least - lower), np.inf, upper)
-    return (lower, upper) if lower.any() or np.isfinite(upper).any() else (None, None)
+    return (lower, upper) if lower.any() or np.isfinite(upper).any() else None
 
 
 # Values and certificates
 
 
-def mmd_squared(problem: Problem, weights: Float[np.ndarray, " n"]) -> float:
+def mmd_squared(problem: Problem, weights: Vector) -> float:
     """|sum_i w_i mu_i - mu_Q|^2; from a Gram matrix w'Gw, of any sign."""
     factor = problem.quadratic.factor
     if factor is None:
@@ -279,7 +274,7 @@ def mmd_squared(problem: Problem, weights: Float[np.ndarray, " n"]) -> float:
     return float(difference.dot(difference))
 
 
-def penalties(problem: Problem, weights: Float[np.ndarray, " n"]) -> float:
+def penalties(problem: Problem, weights: Vector) -> float:
     """(ridge + diagonal_shift) |w|^2 and the penalties towards the prior."""
     value = (problem.ridge + problem.diagonal_shift) * float(weights.dot(weights))
     if problem.l2_penalty:
@@ -289,12 +284,12 @@ def penalties(problem: Problem, weights: Float[np.ndarray, " n"]) -> float:
     return value
 
 
-def objective(problem: Problem, weights: Float[np.ndarray, " n"]) -> float:
+def objective(problem: Problem, weights: Vector) -> float:
     """mmd_squared + penalties: the module's objective, with the diagonal shift."""
     return mmd_squared(problem, weights) + penalties(problem, weights)
 
 
-def frank_wolfe_gap(problem: Problem, weights: Float[np.ndarray, " n"]) -> float:
+def frank_wolfe_gap(problem: Problem, weights: Vector) -> float:
     """A bound on objective(weights) - minimum, for feasible weights from anywhere.
 
     Raises ValueError where they miss the sum or a bound by more than `SUM_TOLERANCE`; see
@@ -307,24 +302,19 @@ def frank_wolfe_gap(problem: Problem, weights: Float[np.ndarray, " n"]) -> float
     slope = 2 * (problem.hessian.dot(weights) - problem.linear)
     if not problem.kl_penalty:
         return linear_gap(weights, slope, lower, upper)
+    kept, penalty = domains_kept(problem)
+    return entropic_gap(weights[kept], slope[kept], *penalty)
+
+
+def domains_kept(problem: Problem) -> tuple[np.ndarray, tuple[Vector, float, Vector, Vector]]:
+    """Indices of the domains that kl_penalty and upper bounds allow a weight, and the penalty's
+    prior and strength and the bounds of these."""
     assert problem.prior is not None  # `make_problem` refuses kl_penalty without
-    kept = domains_kept(problem)
-    return entropic_gap(
-        weights[kept],
-        slope[kept],
-        problem.prior[kept],
-        problem.kl_penalty,
-        lower[kept],
-        upper[kept],
-    )
+    lower, upper = problem.bounds
+    kept = np.flatnonzero((problem.prior > 0) & (upper > 0))
+    return kept, (problem.prior[kept], problem.kl_penalty, lower[kept], upper[kept])
 
 
-def domains_kept(problem: Problem) -> np.ndarray:
-    """Indices of the domains that kl_penalty and upper bounds allow a weight."""
-    assert problem.prior is not None  # `make_problem` refuses kl_penalty without
-    return np.flatnonzero((problem.prior > 0) & (problem.bounds[1] > 0))
-
-
-def nearest_weights(problem: Problem, weights: ArrayLike) -> Float[np.ndarray, " n"]:
+def nearest_weights(problem: Problem, weights: ArrayLike) -> Vector:
     """The feasible weights nearest to `weights`, such as those of a solver with tolerances."""
     return project_onto_simplex(np.asarray(weights, np.float64), *problem.bounds, 1.0)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int8
 
-from lib.simplex_qp._active_set import AT_LOWER, AT_UPPER, DAMPING, FREE, Minimum, minimize
+from lib.simplex_qp._active_set import AT_LOWER, DAMPING, Minimum, bound_states, minimize
 from lib.simplex_qp._entropic import minimize_entropic
 from lib.simplex_qp._problem import (
     Problem,
@@ -59,7 +59,13 @@ def solve(problem: Problem, *, start: ArrayLike | None = None) -> Solution:
     them lie off their bounds counts. Problems with kl_penalty begin at the prior.
     """
     if problem.kl_penalty:
-        return _solution(problem, _minimize_with_kl_penalty(problem))
+        kept, penalty = domains_kept(problem)
+        hessian = problem.hessian[np.ix_(kept, kept)]
+        minimum = minimize_entropic(hessian, problem.linear[kept], *penalty)
+        # The domains that can have no weight come back with a weight of 0.
+        weights, state = np.zeros(problem.size), np.full(problem.size, AT_LOWER, np.int8)
+        weights[kept], state[kept] = minimum.x, minimum.state
+        return _solution(problem, minimum._replace(x=weights, state=state))
     if start is not None:
         start = np.asarray(start, np.float64)
         if start.shape != (problem.size,):
@@ -82,36 +88,11 @@ def solve_batch(problems: Iterable[Problem]) -> list[Solution]:
     return solutions
 
 
-def _minimize_with_kl_penalty(problem):
-    """Domains that can have no weight are left out, and come back with a weight of 0."""
-    kept = domains_kept(problem)
-    lower, upper = problem.bounds
-    minimum = minimize_entropic(
-        problem.hessian[np.ix_(kept, kept)],
-        problem.linear[kept],
-        problem.prior[kept],
-        problem.kl_penalty,
-        lower[kept],
-        upper[kept],
-    )
-    weights, state = np.zeros(problem.size), np.full(problem.size, AT_LOWER, np.int8)
-    weights[kept], state[kept] = minimum.x, minimum.state
-    return minimum._replace(x=weights, state=state)
-
-
 def _solution(problem, minimum):
-    weights = minimum.x
+    weights, active, gap, iterations = minimum
     distance = mmd_squared(problem, weights)
-    return Solution(
-        weights,
-        distance + penalties(problem, weights),
-        distance,
-        minimum.gap,
-        problem.condition,
-        minimum.state,
-        problem.diagonal_shift,
-        minimum.iterations,
-    )
+    value, shift = distance + penalties(problem, weights), problem.diagonal_shift
+    return Solution(weights, value, distance, gap, problem.condition, active, shift, iterations)
 
 
 # Another solver
@@ -133,9 +114,8 @@ def solve_with_cvxpy(problem: Problem, *, solver: str | None = None) -> Solution
     except ImportError as error:
         raise SolverError("other solvers need cvxpy: pip install cvxpy") from error
     if solver is not None and solver not in cvxpy.installed_solvers():
-        raise SolverError(
-            f"cvxpy has no solver {solver!r} here; it has {', '.join(cvxpy.installed_solvers())}"
-        )
+        known = ", ".join(cvxpy.installed_solvers())
+        raise SolverError(f"cvxpy has no solver {solver!r} here; it has {known}")
     lower, upper = problem.bounds
     bounded = np.flatnonzero(np.isfinite(upper))
     w = cvxpy.Variable(problem.size)
@@ -143,9 +123,8 @@ def solve_with_cvxpy(problem: Problem, *, solver: str | None = None) -> Solution
     value = cvxpy.quad_form(w, cvxpy.psd_wrap(problem.hessian / problem.scale))
     value -= 2 / problem.scale * (problem.linear @ w)
     if problem.kl_penalty:
-        assert problem.prior is not None  # `make_problem` refuses kl_penalty without
-        kept = domains_kept(problem)
-        divergence = cvxpy.sum(cvxpy.kl_div(w[kept], problem.prior[kept]))
+        kept, (prior, *_) = domains_kept(problem)
+        divergence = cvxpy.sum(cvxpy.kl_div(w[kept], prior))
         value += problem.kl_penalty / problem.scale * divergence
     constraints = [cvxpy.sum(w) == 1, w >= lower, w[bounded] <= upper[bounded]]
     program = cvxpy.Problem(cvxpy.Minimize(value), constraints)
@@ -160,6 +139,5 @@ def solve_with_cvxpy(problem: Problem, *, solver: str | None = None) -> Solution
         raise SolverError(f"{name} ended with the status {program.status}")
     assert w.value is not None  # it is optimal
     weights = nearest_weights(problem, w.value)
-    state = np.where(weights <= lower, AT_LOWER, np.where(weights >= upper, AT_UPPER, FREE))
-    gap = frank_wolfe_gap(problem, weights)
-    return _solution(problem, Minimum(weights, state.astype(np.int8), gap, 0))
+    state, gap = bound_states(weights, lower, upper), frank_wolfe_gap(problem, weights)
+    return _solution(problem, Minimum(weights, state, gap, 0))

@@ -2,7 +2,6 @@
 
 from lib.sliced_wasserstein._distances import (
     Coupling,
-    check_order,
     exact_coupling,
     orthogonal_directions,
     pairwise_cost,

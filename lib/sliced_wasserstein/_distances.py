@@ -50,6 +50,9 @@ def orthogonal_directions(
 
 # Couplings on the line
 
+NUM_PERCENTILES = 100
+"""Of a projection in the published approximation, `percentile_coupling`."""
+
 
 class Coupling(NamedTuple):
     """How the sorted points of two measures on the line meet: K pairs, the k-th of mass `mass[k]`.
@@ -83,10 +86,8 @@ def exact_coupling(n: int, m: int) -> Coupling:
     return Coupling(_take(starts // m, n), _take(starts // n, m), mass)
 
 
-def percentile_coupling(
-    levels: Float[Array, "L K"], *, num_percentiles: int = 100
-) -> Callable[[int, int], Coupling]:
-    """The published approximation (Bonet et al., 2025): each projection is summed up by equally
+def percentile_coupling(levels: Float[Array, "L K"]) -> Callable[[int, int], Coupling]:
+    """The published approximation (Bonet et al., 2025): each projection is summed up by 100 equally
     spaced percentiles, and both quantile functions, interpolated linearly between these, are
     compared at given levels in [0, 1], K for every direction.
 
@@ -104,9 +105,9 @@ def percentile_coupling(
                 f"levels for {num_directions} directions, projections on {sorted_points.shape[-1]}"
             )
         n = sorted_points.shape[-2]
-        rows = jnp.linspace(0, n - 1, num_percentiles, dtype=levels.dtype)
-        percentiles = _between_rows(sorted_points, jnp.broadcast_to(rows[:, None], (len(rows), 1)))
-        return _between_rows(percentiles, levels.T * (num_percentiles - 1))
+        rows = jnp.linspace(0, n - 1, NUM_PERCENTILES, dtype=levels.dtype)
+        percentiles = _between_rows(sorted_points, rows[:, None])
+        return _between_rows(percentiles, levels.T * (NUM_PERCENTILES - 1))
 
     return lambda n, m: Coupling(quantiles, quantiles, mass)
 
@@ -147,6 +148,9 @@ def _weighted_coupling(x_mass: Array, y_mass: Array) -> tuple[Array, Array, Arra
 MAX_RUNNING_SUM = 2**26
 """Numbers that a running sum over pairs of measures holds, at most: 256 MiB in float32."""
 
+MAX_FUSED_SUM = 2**13
+"""Terms per sum: of more XLA keeps partial sums, some hundred for each number of the result."""
+
 
 def _power(difference: Array, p: int) -> Array:
     # The maximum is |.| with slope 0 at 0, as `_power_slope` has it; that of jnp.abs is 1 there.
@@ -182,19 +186,24 @@ def _looped_cost(x: Array, y: Array, mass: Array, *, p: int) -> Array:
         start = jnp.zeros((x.shape[0], y.shape[0], x.shape[2]), x.dtype)
         return lax.fori_loop(0, mass.shape[0], add, start).sum(axis=-1)
 
-    rows = max(1, MAX_RUNNING_SUM // (y.shape[0] * x.shape[2]))
-    if rows >= len(x):
-        return against_all(x)
-    return lax.map(lambda row: against_all(row[None])[0], x, batch_size=rows)
+    return _in_rows(against_all, x, len(y) * x.shape[2])
 
 
 def _fused_cost(x: Array, y: Array, mass: Array, *, p: int) -> Array:
-    powers = _power(x[:, None] - y[None], p)
-    return (mass[None, None, :, None] * powers).sum(axis=(2, 3))
+    def against_all(x):
+        powers = _power(x[:, None] - y[None], p)
+        return (mass[None, None, :, None] * powers).sum(axis=(2, 3))
+
+    # XLA sums long rows in two steps, and keeps what is between them: a number per k, or per l.
+    return _in_rows(against_all, x, len(y) * max(x.shape[1:]))
 
 
-def _pairwise_cost_forward(x, y, mass, p):
-    return pairwise_cost(x, y, mass, p), (x, y, mass)
+def _in_rows(function: Callable[[Array], Array], x: Array, numbers: int) -> Array:
+    """function(x), where a row of x takes `numbers` in between."""
+    rows = max(1, MAX_RUNNING_SUM // numbers)
+    if rows >= len(x):
+        return function(x)
+    return lax.map(lambda row: function(row[None])[0], x, batch_size=rows)
 
 
 def _pairwise_slope(x: Array, y: Array, mass: Array, slope: Array, p: int) -> Array:
@@ -215,8 +224,16 @@ def _looped_slope(x: Array, y: Array, mass: Array, slope: Array, *, p: int) -> A
 
 
 def _fused_slope(x: Array, y: Array, mass: Array, slope: Array, *, p: int) -> Array:
-    weight = slope[:, :, None, None] * mass[None, None, :, None]
-    return (weight * _power_slope(x[:, None] - y[None], p)).sum(axis=1)
+    # Tied to x, which changes from block to block of directions: XLA would keep the product of
+    # slope and mass, [A, B, K], from before the loop.
+    x, slope = lax.optimization_barrier((x, slope))
+
+    def against(y, slope):
+        weight = slope[:, :, None, None] * mass[None, None, :, None]
+        return (weight * _power_slope(x[:, None] - y[None], p)).sum(axis=1)
+
+    starts = range(0, len(y), MAX_FUSED_SUM)
+    return sum(against(y[b : b + MAX_FUSED_SUM], slope[:, b : b + MAX_FUSED_SUM]) for b in starts)
 
 
 def _pairwise_cost_backward(p, residuals, slope):
@@ -228,7 +245,9 @@ def _pairwise_cost_backward(p, residuals, slope):
     )
 
 
-pairwise_cost.defvjp(_pairwise_cost_forward, _pairwise_cost_backward)
+pairwise_cost.defvjp(
+    lambda x, y, mass, p: (pairwise_cost(x, y, mass, p), (x, y, mass)), _pairwise_cost_backward
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -241,16 +260,14 @@ def self_pairwise_cost(
     return pairwise_cost(x, lax.optimization_barrier(x), mass, p)
 
 
-def _self_pairwise_cost_forward(x, mass, p):
-    return self_pairwise_cost(x, mass, p), (x, mass)
-
-
 def _self_pairwise_cost_backward(p, residuals, slope):
     x, mass = residuals
     return _pairwise_slope(x, x, mass, slope + slope.T, p), jnp.zeros_like(mass)
 
 
-self_pairwise_cost.defvjp(_self_pairwise_cost_forward, _self_pairwise_cost_backward)
+self_pairwise_cost.defvjp(
+    lambda x, mass, p: (self_pairwise_cost(x, mass, p), (x, mass)), _self_pairwise_cost_backward
+)
 
 
 # Distances
@@ -289,9 +306,7 @@ def sum_over_directions(
     def add(total, block):
         return jax.tree.map(jnp.add, total, term(*shared, block)), None
 
-    zero = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(term, *shared, blocks[0])
-    )
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(term, *shared, blocks[0]))
     total, _ = lax.scan(add, zero, blocks)
     if whole == count:
         return total
@@ -309,11 +324,6 @@ def _sum_over_devices(term, directions, block_size, shared, mesh):
 
     totals = devices.over_devices(of_one, mesh, replicated=len(shared))(*shared, directions)
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), totals)
-
-
-def check_order(p: int) -> None:
-    if p not in (1, 2):
-        raise ValueError(f"p must be 1 or 2, got {p!r}")
 
 
 def sliced_wasserstein_power(
@@ -342,7 +352,8 @@ def sliced_wasserstein_power(
     Raises as `lib.numerics.as_sample`, and ValueError for p other than 1 or 2 and for clouds of
     different dimension.
     """
-    check_order(p)
+    if p not in (1, 2):
+        raise ValueError(f"p must be 1 or 2, got {p!r}")
     x, x_weights = as_sample("x", x, x_weights)
     y, y_weights = as_sample("y", y, y_weights)
     directions = jnp.asarray(directions)
@@ -351,32 +362,21 @@ def sliced_wasserstein_power(
         raise ValueError(
             f"x {x.shape}, y {y.shape} and directions {directions.shape} must share their last axis"
         )
-    weighted = x_weights is not None or y_weights is not None
-    if weighted and coupling is not exact_coupling:
-        raise ValueError("weights need exact_coupling")
-
+    arguments = x, y, directions, x_weights, y_weights
     if coupling is exact_coupling:
-        return _exact_power(x, y, directions, x_weights, y_weights, p=p, block_size=block_size)
-    return _coupled_power(x, y, directions, p, coupling, block_size)
+        return _exact_power(*arguments, p=p, coupling=coupling, block_size=block_size)
+    if x_weights is not None or y_weights is not None:
+        raise ValueError("weights need exact_coupling")
+    return _power_of_clouds(*arguments, p=p, coupling=coupling, block_size=block_size)
 
 
-def _coupled_power(x, y, directions, p, coupling, block_size):
+def _power_of_clouds(x, y, directions, x_weights, y_weights, *, p, coupling, block_size):
     def cost(block):
-        pair = coupling(x.shape[0], y.shape[0])
-        u = pair.source(sort_columns(project(x, block)))
-        v = pair.target(sort_columns(project(y, block)))
-        return pairwise_cost(u[None], v[None], pair.mass.astype(u.dtype), p)[0, 0]
-
-    return sum_over_directions(cost, directions, block_size) / directions.shape[0]
-
-
-# Jitted here, since users call distances outside of jit, where each loop would be compiled anew.
-@partial(jax.jit, static_argnames=("p", "block_size"))
-def _exact_power(x, y, directions, x_weights, y_weights, *, p, block_size):
-    if x_weights is None and y_weights is None:
-        return _coupled_power(x, y, directions, p, exact_coupling, block_size)
-
-    def cost(block):
+        if x_weights is None and y_weights is None:
+            pair = coupling(len(x), len(y))
+            u = pair.source(sort_columns(project(x, block)))
+            v = pair.target(sort_columns(project(y, block)))
+            return pairwise_cost(u[None], v[None], pair.mass.astype(u.dtype), p)[0, 0]
         u, u_mass = _sorted_with_mass(project(x, block), x_weights)
         v, v_mass = _sorted_with_mass(project(y, block), y_weights)
         source, target, mass = jax.vmap(_weighted_coupling, in_axes=1, out_axes=1)(u_mass, v_mass)
@@ -386,13 +386,15 @@ def _exact_power(x, y, directions, x_weights, y_weights, *, p, block_size):
     return sum_over_directions(cost, directions, block_size) / directions.shape[0]
 
 
+# Jitted here, since users call distances outside of jit, where each loop would be compiled anew.
+_exact_power = jax.jit(_power_of_clouds, static_argnames=("p", "coupling", "block_size"))
+
+
 def _sorted_with_mass(projections: Array, weights: Array | None) -> tuple[Array, Array]:
-    n, num_directions = projections.shape
     if weights is None:
-        weights = jnp.ones(n, projections.dtype)
-    mass = jnp.broadcast_to((weights / jnp.sum(weights))[:, None], (n, num_directions))
+        weights = jnp.ones(len(projections), projections.dtype)
     ordered, permutation = sort_with_permutation(projections)
-    return ordered, jnp.take_along_axis(mass, permutation, axis=0)
+    return ordered, (weights / jnp.sum(weights))[permutation]
 
 
 def sliced_wasserstein(

@@ -104,31 +104,20 @@ def _mirror_negative(bits: Array) -> Array:
 def _by_network(x: Array, with_permutation: bool):
     n, m = x.shape[-2:]
     passes = min(m, -(-n * m // MOST_VALUES_A_PASS))
-    flat = _cut_columns(x.reshape(-1, n, m), passes)
+    width = -(-m // passes)
+    # Each matrix as `passes` of equal width, the last filled up with zeros.
+    flat = jnp.pad(x.reshape(-1, n, m), ((0, 0), (0, 0), (0, -m % passes)))
+    flat = jnp.swapaxes(flat.reshape(-1, n, passes, width), 1, 2).reshape(-1, n, width)
     packed = with_permutation and x.dtype == jnp.float32
     network = _packed_network if packed else partial(_network, with_permutation=with_permutation)
-    together = max(1, VALUES_A_PASS // (n * flat.shape[-1]))
-    if together == 1 or len(flat) == 1:
-        keys, origin = lax.map(network, flat)
-    else:
-        keys, origin = lax.map(network, flat, batch_size=min(together, len(flat)))
+    together = min(VALUES_A_PASS // (n * width), len(flat))
+    keys, origin = lax.map(network, flat, batch_size=together if together > 1 else None)
 
     def whole(parts: Array) -> Array:
-        return _join_columns(parts, passes)[..., :m].reshape(x.shape)
+        joined = jnp.swapaxes(parts.reshape(-1, passes, n, width), 1, 2)
+        return joined.reshape(-1, n, passes * width)[..., :m].reshape(x.shape)
 
     return whole(keys), whole(origin) if with_permutation else None
-
-
-def _cut_columns(matrices: Float[Array, "b n m"], count: int) -> Array:
-    """Each matrix as `count` of equal width, the last filled up with zeros."""
-    b, n, m = matrices.shape
-    matrices = jnp.pad(matrices, ((0, 0), (0, 0), (0, -m % count)))
-    return jnp.swapaxes(matrices.reshape(b, n, count, -1), 1, 2).reshape(b * count, n, -1)
-
-
-def _join_columns(parts: Array, count: int) -> Array:
-    _, n, width = parts.shape
-    return jnp.swapaxes(parts.reshape(-1, count, n, width), 1, 2).reshape(-1, n, count * width)
 
 
 def _by_xla(x: Array, with_permutation: bool):
@@ -190,8 +179,7 @@ def _take_rows(values: Array, origin: Array) -> Array:
     a gradient back to the points, is 9 times faster on CPU than that of `take_along_axis`."""
     n, m = values.shape[-2:]
     matrix = jnp.arange(values.size // (n * m), dtype=jnp.int32).reshape((*values.shape[:-2], 1, 1))
-    index = (matrix * n + origin) * m + jnp.arange(m, dtype=jnp.int32).reshape(
-        (1,) * (values.ndim - 1) + (m,)
-    )
+    column = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    index = (matrix * n + origin) * m + column
     flat = values.reshape(-1).at[index.reshape(-1)]
     return flat.get(mode="promise_in_bounds", unique_indices=True).reshape(values.shape)

@@ -1,6 +1,7 @@
 """Of the tests of loops in chunks (`lib.runs.loop`): counts, stops at a step, and equal bits."""
 
 import contextlib
+import json
 import signal
 
 import jax
@@ -37,6 +38,11 @@ def stop_after(monkeypatch, step, number=signal.SIGINT):
             signal.raise_signal(number)
 
     return record_chunks(monkeypatch, after)
+
+
+def metrics(run):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in run.metrics.read_bytes().splitlines()]
 
 
 def assert_same_bits(tree, other):

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from chunks import interrupt
+from chunks import interrupt, metrics
 from gaussian_mixtures import dense, restricted, weighted_moments
-from scipy.special import softmax
 from sklearn.cluster import KMeans
 from sklearn.decomposition import FactorAnalysis
 from sklearn.mixture import GaussianMixture
@@ -29,7 +28,7 @@ from lib.gmm import (
 from lib.gmm import _linalg as linalg
 from lib.gmm.covariances import Full, Spherical, from_matrices
 from lib.gmm.em import fit, mean_log_likelihood
-from lib.gmm.starts import kmeans, kmeans_plus_plus, kmeans_start, responsibilities_start
+from lib.gmm.starts import kmeans, kmeans_plus_plus, kmeans_start
 from lib.rows import Rows
 from lib.rows.files import open_rows
 from lib.rows.fourier_means import stream_mean_embeddings
@@ -64,16 +63,17 @@ def clusters(seed, n=300, d=5, num=3, spread=1.5):
     return means[labels] + np.einsum("nij,nj->ni", mixing[labels], rng.normal(size=(n, d)))
 
 
-def soft(x, num, seed=0):
-    """Responsibilities [n, num] by the distance to `num` of the points."""
-    centers = x[np.random.default_rng(seed).choice(len(x), num, replace=False)]
-    squared = np.square(x[:, None] - centers).sum(axis=2)
-    return softmax(-squared / squared.mean() * 4, axis=1)
+def start_of(x, structure, num=3):
+    """Components of one weight and width about some of the points, in float64."""
+    means = x[np.random.default_rng(1).choice(len(x), num, replace=False)]
+    with jax.enable_x64(True):
+        covariance = STRUCTURES[structure](num, np.full(x.shape[1], x.var(axis=0).mean()))
+        return jax.tree.map(np.asarray, Mixture(np.full(num, 1 / num), means, covariance))
 
 
-def start_of(x, structure, num=3, seed=0, **options):
-    data = Rows(x, dtype=np.float64)
-    return responsibilities_start(data, soft(x, num, seed), STRUCTURES[structure], **options)
+def kmeans_start_of(x, structure, num=3, weights=None, **options):
+    data = Rows(x, weights=weights, dtype=np.float64)
+    return kmeans_start(jax.random.key(0), data, num, STRUCTURES[structure], **options)
 
 
 def test_sums_skip_rows_without_weight(x64):
@@ -132,26 +132,21 @@ def test_converges_as_scikit_learn():
 
 
 @pytest.mark.parametrize("structure", SKLEARN)
-def test_start_from_responsibilities(structure):
-    """Means and covariances by their definitions, with weights of the points."""
+def test_start_from_clusters(structure):
+    """Means and covariances by their definitions, with weights of the points; also of clusters 1e8
+    standard deviations apart, which leave nothing of a second moment about the mean of all."""
     x, weights, ridge = clusters(3, n=90), np.random.default_rng(0).random(90), 0.01
-    start_from = partial(
-        responsibilities_start, structure=STRUCTURES[structure], regularization=ridge
-    )
-    shares = soft(x, 3)
-    start = start_from(Rows(x, weights=weights, dtype=np.float64), shares)
-    means, moments, counts = weighted_moments(x, shares * weights[:, None])
-    np.testing.assert_allclose(start.weights, counts / counts.sum(), rtol=1e-12)
-    np.testing.assert_allclose(start.means, means, rtol=1e-10, atol=1e-12)
-    expected = restricted(structure, moments + ridge * np.eye(5), counts / counts.sum())
-    np.testing.assert_allclose(start.covariance.matrices(), expected, rtol=1e-10, atol=1e-12)
-    # Clusters 1e8 standard deviations apart leave nothing of a second moment about the mean of all.
-    one_hot = np.eye(3)[np.arange(90) % 3]
-    apart, own = (
-        start_from(Rows(x + shift, dtype=np.float64), one_hot)
-        for shift in (1e8 * (one_hot[:, :1] - one_hot[:, 1:2]), -one_hot @ one_hot.T @ x / 30)
-    )
-    np.testing.assert_allclose(dense(apart), dense(own), atol=1e-7)
+    apart = x + 1e8 * (np.arange(90)[:, None] % 3)
+    for rows, atol in ((x, 1e-12), (apart, 1e-7)):
+        data = Rows(rows, weights=weights, dtype=np.float64)
+        centers = kmeans(jax.random.key(0), data, 3)
+        start = kmeans_start_of(rows, structure, weights=weights, regularization=ridge)
+        labels = np.square(rows[:, None] - centers).sum(axis=2).argmin(axis=1)
+        means, moments, counts = weighted_moments(rows, np.eye(3)[labels] * weights[:, None])
+        np.testing.assert_allclose(start.weights, counts / counts.sum(), rtol=1e-12)
+        np.testing.assert_allclose(start.means, means, rtol=1e-10, atol=1e-12)
+        expected = restricted(structure, moments + ridge * np.eye(5), counts / counts.sum())
+        np.testing.assert_allclose(start.covariance.matrices(), expected, rtol=1e-10, atol=atol)
 
 
 @pytest.mark.slow
@@ -162,7 +157,7 @@ def test_float32_products_beside_float64(structure):
     basis = np.linalg.qr(rng.normal(size=(24, 24)))[0]
     x = 0.5 + (clusters(4, n=3000, d=24) * np.geomspace(0.3, 1e-3, 24)) @ basis
     x[:, :3] = [0.25, 0.0, 1.0]
-    start = start_of(x, structure)
+    start = kmeans_start_of(x, structure, max_passes=0)
     histories = [
         quiet_fit(Rows(x, dtype=dtype), start, tolerance=0.0, max_iterations=8).log_likelihoods
         for dtype in (np.float32, np.float64)
@@ -177,7 +172,7 @@ def test_low_rank_climbs_to_factor_analysis():
     rng = np.random.default_rng(8)
     x = rng.normal(size=(500, 2)) @ rng.normal(size=(2, 12)) + 0.7 * rng.normal(size=(500, 12))
     data, climb = Rows(x, dtype=np.float64), partial(quiet_fit, regularization=0.0)
-    start = responsibilities_start(data, np.ones((500, 1)), STRUCTURES["low rank"])
+    start = start_of(x, "low rank", num=1)
     result = climb(data, start, tolerance=1e-8, max_iterations=500)
     assert result.converged
     theirs = FactorAnalysis(2, svd_method="lapack", tol=1e-10, max_iter=5000).fit(x).score(x)
@@ -219,7 +214,7 @@ def test_held_out_data_stop_the_fit():
     """Few points in many dimensions: held-out likelihood falls while training's rises."""
     x = clusters(11, n=200, d=8, num=2)
     train, held_out = (Rows(part, dtype=np.float64) for part in (x[:60], x[60:]))
-    start = responsibilities_start(train, soft(x[:60], 3), covariances.full, regularization=0.01)
+    start = kmeans_start_of(x[:60], "full", regularization=0.01)
     result = quiet_fit(train, start, held_out=held_out, tolerance=0.0, regularization=0.01)
     assert result.converged
     assert len(result.held_out) == len(result.log_likelihoods) + 1 < 100
@@ -238,7 +233,7 @@ def test_resumes_to_the_same_bits(run, monkeypatch):
     interrupt(monkeypatch, partial(quiet_fit, data, start, run=run, **options), 3)
     resumed = quiet_fit(data, start, run=run, **options)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    found = [(row["step"], row["log_likelihood"]) for row in run.read_metrics()]
+    found = [(row["step"], row["log_likelihood"]) for row in metrics(run)]
     assert found == list(enumerate(whole.log_likelihoods))
     again = quiet_fit(data, start, run=run, **options)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
@@ -262,10 +257,6 @@ X = clusters(13, n=20)
         (lambda start: quiet_fit(Rows(X[:2]), start), "3 components, but 2 points"),
         (lambda start: kmeans(jax.random.key(0), Rows(X), 21), "21 components, but 20 points"),
         (lambda start: quiet_fit(Rows(X[:, :4]), start), "the data have dimension 4, the start 5"),
-        (
-            lambda start: responsibilities_start(Rows(X), np.eye(2)[[0] * 20], covariances.full),
-            "component 1 starts with no point",
-        ),
         (lambda start: quiet_fit(Rows(X), start, regularization=-1.0), "regularization must be"),
         (
             lambda _: covariances.low_rank(jax.random.key(0), 5)(1, jnp.ones(5)),
@@ -328,7 +319,7 @@ def test_duplicated_points():
     data = Rows(x, dtype=np.float64)
     with pytest.raises(ValueError, match="2 components, but 1 distinct points"):
         kmeans(jax.random.key(0), data, 2)
-    start = responsibilities_start(data, np.ones((30, 1)), covariances.full, regularization=0.0)
+    start = kmeans_start_of(x, "full", num=1, regularization=0.0)
     result = quiet_fit(data, start, regularization=0.0, max_iterations=3)
     assert (result.ridges > 0).all()
     assert np.isfinite(result.log_likelihoods).all()
@@ -363,7 +354,7 @@ def test_kmeans_plus_plus_draws_by_squared_distance():
     """Of three points on a line from seed 0: the second is drawn by its squared distance."""
     points = jnp.asarray([[0.0], [1.0], [3.0]])
     keys = jax.random.split(jax.random.key(0), 4000)
-    draw = jax.jit(jax.vmap(lambda key: kmeans_plus_plus(key, points, 2)[:, 0]))
+    draw = jax.jit(jax.vmap(lambda key: kmeans_plus_plus(key, points, 2, jnp.ones(3))[:, 0]))
     draws = np.asarray(draw(keys))
     first_is_0 = draws[draws[:, 0] == 0, 1]
     assert abs(len(first_is_0) / 4000 - 1 / 3) < 0.03
@@ -396,7 +387,7 @@ def test_kmeans_start_finds_clusters_apart():
 
 
 def example(structure, num=3, d=5):
-    return start_of(2 * clusters(18, d=d), structure, num=num)
+    return kmeans_start_of(2 * clusters(18, d=d), structure, num=num)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

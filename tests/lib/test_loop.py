@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from chunks import record_chunks, stop_after
+from chunks import metrics, record_chunks, stop_after
 
 from lib.runs import Run
 from lib.runs.console import Interrupted
@@ -125,7 +125,7 @@ def test_a_signal_saves_and_stops_and_a_second_call_goes_on(monkeypatch, loop, r
         np.testing.assert_array_equal(loop.sums[:total], np.cumsum(range(total)))
     assert chunks == [1] * 6
     assert saves == [3, 7, 9]
-    assert run.read_metrics() == [{"step": step, "done": step + 1} for step in range(9)]
+    assert metrics(run) == [{"step": step, "done": step + 1} for step in range(9)]
 
 
 @pytest.mark.parametrize(("step", "stored"), [(2, False), (7, True)])
@@ -165,10 +165,10 @@ def test_divergence_names_the_step_and_saves_the_state_before_its_chunk(monkeypa
             lambda step: ({"sum": np.int32(0)}, loop.sums[:step])
         )
         assert (state["sum"], step) == (3, 3)
-        assert [row["step"] for row in run.read_metrics()] == [0, 2]
+        assert [row["step"] for row in metrics(run)] == [0, 2]
     loop.advance = types.MethodType(Loop.advance, loop)
     loop(7, run)
-    assert [row["step"] for row in run.read_metrics()] == [0, 2, 3, 5, 6]
+    assert [row["step"] for row in metrics(run)] == [0, 2, 3, 5, 6]
 
 
 def test_where_numbers_cease_to_be_finite():
@@ -194,7 +194,7 @@ def test_after_an_error_it_goes_on_from_the_last_save(monkeypatch, loop, run, sa
     loop.advance = types.MethodType(Loop.advance, loop)
     loop(7, run)
     np.testing.assert_array_equal(loop.sums[:7], np.cumsum(range(7)))
-    assert [row["step"] for row in run.read_metrics()] == list(range(7))
+    assert [row["step"] for row in metrics(run)] == list(range(7))
 
 
 def test_what_is_promoted_does_not_depend_on_a_stop(loop, run):

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from chunks import metrics
 
 from lib.runs import Run, processes
 from lib.runs.files import load_arrays
@@ -79,7 +80,7 @@ def test_the_first_process_alone_writes_and_prints(found):
     assert "done" not in printed[2]
     (stopped,) = folder.glob("test/stopped-*/seed0")
     # Every step is a chunk.
-    assert [row["step"] for row in Run(stopped).read_metrics()] == list(range(40))
+    assert [row["step"] for row in metrics(Run(stopped))] == list(range(40))
     assert json.loads((stopped / "config.json").read_text()) == {"seed": 0}
     assert not list(folder.rglob(".*.tmp"))
 
@@ -164,8 +165,7 @@ def test_commands_on_two_processes(tmp_path, name):
 
 
 def test_one_process_agrees_with_itself():
-    proposed = processes.NextChunk(5, True, False)
-    assert processes.agreed(proposed) is proposed
+    assert processes.agreed(5, True, False) == (5, True, False)
     assert processes.is_first()
     assert list(processes.own_share(3)) == [0, 1, 2]
     np.testing.assert_array_equal(
@@ -174,7 +174,6 @@ def test_one_process_agrees_with_itself():
     with processes.first_alone("here") as first, processes.first_alone("and here") as again:
         assert first
         assert again
-    assert processes.own_devices(None) is None
 
 
 @pytest.mark.parametrize(

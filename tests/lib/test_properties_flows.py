@@ -15,6 +15,7 @@ from strategies import DECADES, DTYPES, SEEDS, few, sample
 
 from lib import flow_matching, gd
 from lib.flow_matching import sampling
+from lib.kernels import squared_distances
 
 KEY = jax.random.key(0)
 
@@ -58,7 +59,8 @@ def test_paths_losses_and_couplings(shape, dtype, exponent, seed):
     times, matrix = (rng.uniform(size=size).astype(dtype) for size in (n, (d, d)))
     times[0] = seed % 2
     with jax.enable_x64(True):
-        order = flow_matching.optimal_permutation(*map(jnp.asarray, (x0, x1)))
+        costs = squared_distances(jnp.asarray(x1), jnp.asarray(x0))
+        order = flow_matching.optimal_permutation(costs)
         arrays = matched(*map(jnp.asarray, (x0, x1, times, matrix)))
         path, loss, gradients, drawn = jax.tree.map(np.asarray, arrays)
     eps, wide = np.finfo(dtype).eps, [a.astype(float) for a in (x0, x1, times, matrix)]

@@ -27,7 +27,7 @@ NETWORKS = (
     (networks.ConvNet(3, depth=1, width=4, convolution="patches"), (2, 5, 2)),
     (unet.UNet(width=4, multipliers=(1,), attention=(0,)), (5, 3, 1)),
     (networks.LeNet5(3), (12, 13, 1)),
-    (networks.ConvNet(None, depth=2, width=4, norm="layer"), (4, 4, 1)),
+    (networks.ConvNet(None, depth=2, width=4), (4, 4, 1)),
     (networks.AlexNet(3, widths=(4, 4, 4, 4, 4), convolution="patches"), (8, 8, 1)),
     (networks.VGG11(3, widths=((4,),) * 5), (32, 32, 1)),
     (networks.ResNet18(3, widths=(4, 6)), (9, 9, 1)),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tqdm.std
-from chunks import assert_same_bits
+from chunks import assert_same_bits, metrics
 from stored import CONDENSED, MIXTURE
 
 from lib import gd, runs
@@ -189,7 +189,7 @@ def test_metrics_are_appended_whole_or_not_at_all(run, monkeypatch):
             run.append_metrics([{"step": 1}, {"step": 2}])
     assert run.metrics.read_bytes() == before
     run.append_metrics([{"step": 1}])
-    assert [row["step"] for row in run.read_metrics()] == [0, 1]
+    assert [row["step"] for row in metrics(run)] == [0, 1]
 
 
 def test_a_read_only_folder_is_named_and_finished_runs_are_read(tmp_path, run, monkeypatch):

@@ -85,7 +85,7 @@ def test_bad_arguments_end_in_one_clear_line(tmp_path, monkeypatch, capsys, argu
 
 def test_tiles_keep_every_pixel_and_clip():
     images = np.random.default_rng(0).uniform(-1, 2, (2, 3, 4, 5, 1))
-    sheet = plotting.tile_images(images, padding=1)
+    sheet = plotting.tile_images(images)
     assert sheet.shape == (9, 17, 1)
     for i in range(2):
         for j in range(3):
