@@ -1,7 +1,7 @@
 """Compiles the main programs for an H100 that is not there: launches and memory of each.
 
     pip install "jax[cuda12]==VERSION"     # the version of jax that is installed; 6 GB
-    python benchmarks/absent_gpu.py [--programs NAME_PART ...]
+    python benchmarks/absent_gpu.py [--programs NAME_PART ...] [--fits]
 
 XLA's compiler for GPUs needs no GPU. Its optimized program says how many kernels, copies and
 library calls a call launches, loops times their known trip counts, a loop of unknown length once;
@@ -9,6 +9,7 @@ of branches the longer counts. Memory is that of arguments, results and temporar
 results take from arguments. Nothing runs, so nothing here is a time.
 """
 
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ import jax
 import tyro
 from gpu_programs import PROGRAMS, Program
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
-from scaling_systems import bytes_of
+from jax.sharding import Mesh
+from scaling import GIGABYTES, named, sizes_of, what_fits
+from scaling_systems import SYSTEMS, bytes_of, placed
 
 from lib.networks import convolution
 from lib.report.tables import Table, write_summary
@@ -54,6 +56,8 @@ NOT_LAUNCHED = {
 class Arguments:
     programs: tuple[str, ...] = ()
     """Those whose names hold one of these; none: all."""
+    fits: bool = False
+    """Instead: the memory of what is said to fill a GPU, by docs/scaling.md."""
     results: Path = Path("results")
 
 
@@ -98,17 +102,29 @@ def launches(text: str) -> int:
 
 def compiled(program: Program, device):
     """The program compiled for the device."""
-    where = SingleDeviceSharding(device)
-
-    def there(leaf):
-        if not hasattr(leaf, "dtype"):
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
     with jax.enable_x64(program.double):
         function, arguments, keywords = program.build(device)
-        arguments = jax.tree.map(there, arguments)
+        arguments = placed(arguments, Mesh([device], ("devices",)))
         return function.trace(*arguments, **keywords).lower().compile()
+
+
+def fits(device) -> tuple[list[dict], Table]:
+    rows, cells = [], []
+    for row, gb in itertools.product(what_fits(), GIGABYTES):
+        name, system = row["system"], SYSTEMS[row["system"]]
+        sizes = sizes_of(row, gb)
+        # Mixing weights are numpy's; some options need so little that time is what ends it.
+        if not GIGABYTES[gb] or name == "weights" or "nystrom" in sizes.values():
+            continue
+        with jax.enable_x64(system.double):
+            held = system.program(Mesh([device], ("devices",)), False, **sizes).memory
+        held += system.beside(**sizes)
+        ratio = held / system.needs(True, **sizes)
+        rows.append({"system": name, "sizes": sizes, "bytes": held, "held / said": ratio})
+        cells.append([system.title, named(sizes), f"{held / 1e9:.1f}", f"{ratio:.2f}"])
+        print(cells[-1], flush=True)
+    caption = "Programs of the largest sizes, compiled for an H100 that is not there."
+    return rows, Table(["system", "sizes", "GB", "held / said"], cells, caption)
 
 
 def main(arguments: Arguments) -> Path:
@@ -117,6 +133,10 @@ def main(arguments: Arguments) -> Path:
     convolution._on_cpu = lambda: False  # what lib asks the device that is there
     one_gpu = {"platform": "cuda", "target_config": H100, "topology": "1x1x1"}
     (device,) = topologies.get_topology_desc("", **one_gpu).devices
+    path = arguments.results / "benchmarks" / "absent_gpu.json"
+    if arguments.fits:
+        rows, table = fits(device)
+        return write_summary(path.with_stem("absent_gpu_fits"), {"rows": rows}, [table])
     rows, cells = [], []
     for name, program in PROGRAMS.items():
         if arguments.programs and not any(part in name for part in arguments.programs):
@@ -126,7 +146,6 @@ def main(arguments: Arguments) -> Path:
         rows.append({"program": name, "launches": count, "bytes": held})
         cells.append([name, f"{count:,}", f"{held / 1e6:,.0f}"])
         print(cells[-1], flush=True)
-    path = arguments.results / "benchmarks" / "absent_gpu.json"
     heads = ["program", "launches", "MB"]
     caption = "Compiled for an H100 that is not there; a loop of unknown length counts once."
     return write_summary(path, {"rows": rows}, [Table(heads, cells, caption)])

@@ -47,7 +47,8 @@ from lib.runs.commands import run_command
 from lib.runs.files import rounded, write_json
 
 DEVICES = (1, 2, 4, 8)
-GIGABYTES = (8, 24, 80)
+GIGABYTES = {8: False, 24: True, 80: True}
+"""Memory sizes, and whether they are a GPU's."""
 USABLE = 0.75
 """Of a device's memory: what JAX takes of a GPU by default."""
 COLUMNS = 5  # of the figure
@@ -302,17 +303,23 @@ def in_a_process(*arguments: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def what_fits(budgets: tuple[int, ...] = GIGABYTES) -> list[dict[str, Any]]:
+def what_fits() -> list[dict[str, Any]]:
     rows = []
     for name, variable, sizes, turned in FITS:
         for options in ({}, turned) if turned else ({},):
             row = {"system": name, "variable": variable, "sizes": sizes | options}
             row["largest"] = {
-                str(gb): largest(name, variable, USABLE * gb * 1e9, **sizes | options)
-                for gb in budgets
+                str(gb): largest(name, variable, USABLE * gb * 1e9, on_gpu, **sizes | options)
+                for gb, on_gpu in GIGABYTES.items()
             }
             rows.append(row)
     return rows
+
+
+def sizes_of(row: dict[str, Any], gigabytes: int) -> dict[str, Any]:
+    """All sizes of a row's program that fills so much memory."""
+    varied = dict.fromkeys(row["variable"].split("="), row["largest"][str(gigabytes)])
+    return row["sizes"] | varied
 
 
 # Rows that no memory depends on, in place of more than a step needs.
@@ -321,15 +328,14 @@ FEWER = {"em": {"n": 4096}, "embeddings": {"n": 2048}}
 
 def run_fits(gigabytes: int, systems: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
-    for row in what_fits((gigabytes,)):
-        name, (size,) = row["system"], row["largest"].values()
-        sizes = row["sizes"] | dict.fromkeys(row["variable"].split("="), size) | FEWER.get(name, {})
+    for row in what_fits():
+        name, sizes = row["system"], sizes_of(row, gigabytes) | FEWER.get(row["system"], {})
         if systems and name not in systems:
             continue
-        if size > MOST_RUN or "class_chunk" in sizes:  # hours
+        if row["largest"][str(gigabytes)] > MOST_RUN or "class_chunk" in sizes:  # hours
             continue
         system = SYSTEMS[name]
-        predicted = system.predicted(**sizes) + system.beside(**sizes) + system.host(**sizes)
+        predicted = system.needs(GIGABYTES[gigabytes], **sizes) + system.host(**sizes)
         found = in_a_process("--fit_alone", json.dumps([name, sizes]))
         rows.append({"system": name, "sizes": sizes, "predicted": predicted} | found)
         held, said = found["peak"] / 1e9, predicted / 1e9

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as Spec
 
 from lib import drmmd, gd, kernels, mmd, rff
-from lib.devices import device_put, partition_spec
+from lib.devices import partition_spec
 from lib.gd import wasserstein_gradient_descent
 from lib.gmm import Mixture, em, prepare
 from lib.gmm.covariances import Full
@@ -32,6 +32,8 @@ from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.real_data import RealData, Setting
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
+
+WHOLE = Spec()  # on every device
 
 
 class Program(NamedTuple):
@@ -52,6 +54,13 @@ class System(NamedTuple):
     """Bytes that a flow holds on the device while the program runs."""
     host: Callable[..., float] = lambda **_: 0
     """Bytes of the host, which a CPU's process holds too."""
+    on_gpu: Callable[..., float] | None = None
+    """`predicted` of programs compiled for an H100 that is not there, where that is another."""
+
+    def needs(self, on_gpu: bool, **sizes) -> float:
+        """Bytes that the device holds."""
+        predicted = (self.on_gpu if on_gpu else None) or self.predicted
+        return predicted(**sizes) + self.beside(**sizes)
 
 
 def bytes_of(compiled) -> int:
@@ -65,17 +74,31 @@ def from_functions(arguments, function, specs=None) -> Callable[..., Program]:
 
     def program(mesh, run, **sizes):
         make = partial(arguments, **sizes)
-        arrays = run or mesh is not None
-        given = jax.block_until_ready(jax.jit(make)()) if arrays else jax.eval_shape(make)
+        given = jax.eval_shape(make)
         if mesh is not None:
             first, *others = given
-            given = (device_put(first, mesh, specs(first, mesh) if specs else Spec()),)
-            given += device_put(tuple(others), mesh)
-        compiled = jax.jit(function(mesh, **sizes)).lower(*given).compile()
-        call = (lambda: jax.block_until_ready(compiled(*given))) if run else None
-        return Program(call, bytes_of(compiled))
+            spec = specs(first, mesh) if specs else WHOLE
+            given = placed(first, mesh, spec), *placed(others, mesh)
+        over = mesh if mesh is not None and mesh.size > 1 else None
+        compiled = jax.jit(function(over, **sizes)).lower(*given).compile()
+        if not run:
+            return Program(None, bytes_of(compiled))
+        given = jax.block_until_ready(jax.jit(make)())
+        return Program(lambda: jax.block_until_ready(compiled(*given)), bytes_of(compiled))
 
     return program
+
+
+def placed(tree, mesh, spec=WHOLE):
+    """The shapes of a tree's arrays as they lie on a mesh's devices, which need not be there."""
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+
+    def there(leaf):
+        if not hasattr(leaf, "dtype"):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(there, tree)
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32):
@@ -117,6 +140,8 @@ FLOW_STEPS = 2
 def _wow_flow_program(mesh, run, **sizes):
     """The loop that a flow compiles: momentum, and records between the start and the end."""
     advance, arguments, _ = gpu_programs.wow_flow(record_every=1, **sizes)
+    if mesh is not None:
+        arguments = placed(arguments, mesh)
     memory = bytes_of(advance.lower(*arguments).compile())
     if not run:
         return Program(None, memory)
@@ -131,6 +156,15 @@ def _wow_flow_predicted(C, n, d, **options):
     particles = 4 * C * n * d
     slots = max(1, gd.MAX_RECORD_BYTES_PER_CHUNK // particles)
     return _wow_predicted(C=C, n=n, d=d, **options) + (1 + slots) * particles
+
+
+def _wow_flow_on_gpu(C, n, d, L, block_size=None):
+    """Particles, momentum, records and target; 4 arrays [C, n] of the directions, or with blocks
+    the gradient and 5.25 of a block; 6 or 5 [C, C], and what XLA keeps of sums over pairs."""
+    block = min(block_size or L, L)
+    particles, arrays, costs = (5, 5.25, 5) if block < L else (4, 4, 6)
+    sums = costs * C**2 + 0.6 * min(MAX_RUNNING_SUM, C**2 * max(n, block))
+    return 4 * (particles * C * n * d + arrays * C * n * block + sums)
 
 
 # ---- DrMMD
@@ -216,6 +250,15 @@ def _condensation_predicted(
     return maps + C * side**2 * channels * (max(n, 256) + 12 * ipc)
 
 
+def _condensation_on_gpu(
+    C, n, width, networks=1, class_chunk=None, ipc=5, side=28, channels=1, **_
+):
+    """As above; decoded images are a quarter of a map, and condensed ones take 8 arrays."""
+    chunk, pixels = min(class_chunk or C, C), (32 if side == 28 else side) ** 2
+    maps = 4 * chunk * (1.235 * n + 0.24 * 4 * ipc) * width * pixels
+    return maps + C * side**2 * channels * (max(n, 256) + 34 * ipc)
+
+
 # ---- EM
 
 
@@ -231,23 +274,18 @@ def _em_program(mesh, run, n, d, K, block_size=512, chunk_size=4096):
     and of the one that maximizes."""
     devices = tuple(mesh.devices.flat) if mesh is not None else (jax.devices()[0],)
     single, size = np.dtype(np.float32), min(n, chunk_size)
-    zeros, add, over = row_sums._chunk_adder(em.block_moments, None, single, block_size, devices, 0)
+    zeros, add, over = row_sums._chunk_adder(em.block_moments, None, single, block_size, devices)
     mixture = jax.eval_shape(partial(_mixture, K, d))
     prepared = jax.eval_shape(partial(prepare, dtype=single), mixture)
     chunk = jax.ShapeDtypeStruct((size, d), single), jax.ShapeDtypeStruct((size,), np.float64)
     total = jax.eval_shape(zeros, prepared, *chunk)
 
-    def lie(tree, spec):
-        sharding = jax.sharding.NamedSharding(over, spec)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-        )
-
-    total, chunk = lie((total, chunk), Spec("rows"))
-    prepared = lie(prepared, Spec())
+    total, chunk = placed((total, chunk), over, Spec("rows"))
+    prepared, mixture = placed((prepared, mixture), over)
     adding = bytes_of(add.lower(total, prepared, *chunk).compile())
     adding += sum(leaf.size * 8 for leaf in jax.tree.leaves(mixture))
     sums = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), total)
+    sums = placed(sums, over)
     maximize = em.maximize_in_place.lower(mixture, sums, regularization=1e-6)
     memory = max(adding, bytes_of(maximize.compile()))
     if not run:
@@ -266,6 +304,10 @@ def _em_predicted(n, d, K, block_size=512, chunk_size=4096):
     return max(maximizing, 8 * d**2 * (4.3 * K + 1) + block)
 
 
+def _em_on_gpu(n, d, K, **_):
+    return 8 * d**2 * (5 * K + 8)
+
+
 # ---- Mean embeddings in one pass, and mixing weights
 
 
@@ -279,10 +321,7 @@ def _stream_program(mesh, run, n, d, D, N=1, chunk_size=1024):
         size,
         0,
         None,
-        jax.ShapeDtypeStruct((D, d), np.float32, sharding=whole),
-        jnp.ones(1),
-        None,
-        None,
+        (jax.ShapeDtypeStruct((D, d), np.float32, sharding=whole), jnp.ones(1), None, None),
         None,
         mesh=over,
         num_blocks=1,
@@ -307,6 +346,12 @@ def _stream_predicted(n, d, D, N=1, chunk_size=1024):
     """Two chunks, the frequencies, the products and 2 D features, which are put together once."""
     size = min(n, chunk_size)
     return 4 * (2 * size * d + D * d + 4 * size * D)
+
+
+def _stream_on_gpu(n, d, D, N=1, chunk_size=1024):
+    """From 100,000 frequencies on features come piece by piece."""
+    size = min(n, chunk_size)
+    return 4 * (2 * size * d + D * d + 1.25 * size * D)
 
 
 def _weights_program(mesh, run, N, D):
@@ -345,6 +390,7 @@ SYSTEMS = {
         _wow_flow_predicted,
         # The caller's particles, and the records.
         host=lambda C, n, d, **_: 4 * C * n * d * (2 + FLOW_STEPS),
+        on_gpu=_wow_flow_on_gpu,
     ),
     "drmmd": System(
         "DrMMD step",
@@ -369,20 +415,23 @@ SYSTEMS = {
         False,
         from_functions(_condensation_arguments, _condensation_function),
         _condensation_predicted,
+        on_gpu=_condensation_on_gpu,
     ),
-    "em": System("EM iteration", True, _em_program, _em_predicted),
-    "embeddings": System("mean embeddings", False, _stream_program, _stream_predicted),
+    "em": System("EM iteration", True, _em_program, _em_predicted, on_gpu=_em_on_gpu),
+    "embeddings": System(
+        "mean embeddings", False, _stream_program, _stream_predicted, on_gpu=_stream_on_gpu
+    ),
     "weights": System("mixing weights", False, _weights_program, _weights_predicted),
 }
 
 
-def largest(name: str, variable: str, budget: float, **sizes) -> int:
+def largest(name: str, variable: str, budget: float, on_gpu: bool = False, **sizes) -> int:
     """The largest `variable`, or several alike ("N=M"), whose predicted bytes are in `budget`."""
     system, low, high = SYSTEMS[name], 1, 2**40
     while high - low > 1:
         middle = (low + high) // 2
         named = sizes | dict.fromkeys(variable.split("="), middle)
-        if system.predicted(**named) + system.beside(**named) <= budget:
+        if system.needs(on_gpu, **named) <= budget:
             low = middle
         else:
             high = middle
