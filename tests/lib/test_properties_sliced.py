@@ -152,7 +152,7 @@ def test_pairwise_costs(seed, dtype, exponent, p, identical):
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_sums_of_accelerators_and_in_parts(monkeypatch, p):
-    """One fused sum, and rows of classes one by one, against NumPy."""
+    """Fused sums, and a few rows of classes at a time, against NumPy."""
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=(c, 4, 3)) for c in (5, 3))
     mass, slope = rng.dirichlet(np.ones(4)), rng.normal(size=(5, 3))
@@ -160,7 +160,9 @@ def test_sums_of_accelerators_and_in_parts(monkeypatch, p):
     expected = np.einsum("k,abkl->ab", mass, np.abs(difference) ** p)
     np.testing.assert_allclose(_distances._fused_cost(*arrays, p=p), expected, rtol=1e-14)
     monkeypatch.setattr(_distances, "MAX_RUNNING_SUM", 2 * 3 * 3)  # two rows of five
-    np.testing.assert_allclose(_distances._looped_cost(*arrays, p=p), expected, rtol=1e-14)
+    monkeypatch.setattr(_distances, "MAX_FUSED_SUM", 2)  # of three classes
+    for cost in (_distances._looped_cost, _distances._fused_cost):
+        np.testing.assert_allclose(cost(*arrays, p=p), expected, rtol=1e-14)
     slopes = p * np.abs(difference) ** (p - 1) * np.sign(difference)
     expected = np.einsum("ab,k,abkl->akl", slope, mass, slopes)
     fused = _distances._fused_slope(*arrays, jnp.asarray(slope), p=p)
