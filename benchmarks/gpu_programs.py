@@ -19,7 +19,7 @@ from lib.gmm import Mixture, em, prepare
 from lib.gmm.covariances import Full
 from lib.networks import classification, network_by_name
 from lib.rows import fourier_means, sums
-from lib.two_sample import two_sample_test
+from lib.two_sample import MMD, two_sample_test
 from xp_dataset_distillation import objectives
 from xp_dataset_distillation.config import CondenseConfig
 from xp_dataset_distillation.real_data import RealData, Setting
@@ -199,7 +199,7 @@ def embeddings(D: int, d: int, device: jax.Device):
 def permutation_test(n: int, d: int):
     def test(key, x, y):
         grid = [kernels.gaussian(bandwidth) for bandwidth in kernels.bandwidth_grid(key, x, y)]
-        return two_sample_test(key, x, y, grid)
+        return two_sample_test(key, x, y, grid, lmbdas=MMD)
 
     return jax.jit(test), (key(), shape(n, d), shape(n, d)), {}
 

@@ -3,8 +3,8 @@
     python xp_drmmd/experiments.py --preset quick
     python xp_drmmd/experiments.py --preset paper --only rings filters --seeds 0 1 2
 
-The groups and their settings are in `config.py`. A finished flow is skipped, an interrupted one
-resumes.
+The groups and their settings are in `config.py`; `tests`, of two samples, is in `power.py`. A
+finished flow is skipped, an interrupted one resumes.
 """
 
 from collections.abc import Mapping
@@ -23,6 +23,7 @@ from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from xp_drmmd import tables
 from xp_drmmd.config import EXPERIMENT, FlowConfig, Preset, StudentConfig, presets
+from xp_drmmd.power import run_tests
 from xp_drmmd.run import run_flow
 from xp_drmmd.student_teacher import run_student
 
@@ -78,7 +79,11 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs the groups; returns their summaries."""
     groups = presets(arguments.preset)
     summaries = []
-    for group in settings.chosen(arguments.only, groups, kind="group"):
+    for group in settings.chosen(arguments.only, groups | {"tests": {}}, kind="group"):
+        if group == "tests":
+            print("tests of two samples")
+            summaries.append(run_tests(arguments.preset, arguments.results, arguments.data_root))
+            continue
         print(f"{group}, {len(groups[group])} flows x {len(arguments.seeds)} seeds")
         summaries.append(run_group(group, groups[group], arguments, mesh))
     return summaries

@@ -64,11 +64,20 @@ def published(experiment, pattern):
 
 def tour(shown):
     assert shown.count("image/png") == 8
-    assert shown.numbers_after("all bandwidths at once: p = ")[0] < 0.05
+    assert shown.numbers_after("of all bandwidths: p = ")[0] < 0.05
     start, end = shown.numbers_after("log-likelihood from ")
     assert end > start + 1
     mmd2, difference = shown.numbers_after("MMD² ")
     assert abs(mmd2 - difference) < 2e-4
+
+
+def two_sample(shown):
+    assert shown.count("image/png") == 2
+    assert shown.numbers_after("all together: p = ")[0] < 0.05
+    of_the_top, of_all = shown.numbers_after("largest witness ")[0], 10
+    assert of_the_top > 2 * of_all  # a tenth of the images are an 8
+    assert shown.numbers_after("wider: p = ")[0] < 0.05
+    assert shown.numbers_after("independence: p = ")[0] < 0.05
 
 
 def rings(shown):
