@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,12 +31,23 @@ from scipy.spatial.distance import cdist
 from sklearn.ensemble import RandomForestClassifier
 
 from lib.report import plotting
+from lib.report.spreads import standard_error
 from lib.report.tables import Table, write_summary
 from lib.runs.commands import run_command
 from lib.runs.files import write_json
 from lib.two_sample import LMBDAS, MMD, two_sample_test
 from xp_drmmd.alternatives import left_out, pairs
-from xp_drmmd.power import ALPHA, OURS, Method, figure, interval, key_of, mmd_median, rejections
+from xp_drmmd.power import (
+    ALPHA,
+    OURS,
+    Hits,
+    Method,
+    figure,
+    interval,
+    key_of,
+    mmd_median,
+    rejections,
+)
 
 
 @dataclass(frozen=True)
@@ -300,10 +312,14 @@ def paired(ours: list[bool], other: list[bool]) -> str:
     return f"{difference.mean():+.2f} ± {1.96 * standard_error(difference):.2f}"
 
 
-def stored(folder: Path, name: str, level: float) -> dict[str, list[bool]]:
+def stored(folder: Path, name: str, level: float, num_draws: int) -> Hits:
+    """Of a pair's level where every method has all its draws, else nothing."""
     path = folder / f"power_{name}_{level:g}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    return {method: hits for of_method in found.values() for method, hits in of_method.items()}
+    hits = {
+        test: row[:num_draws] for of_method in found.values() for test, row in of_method.items()
+    }
+    return hits if len(found) == 7 and min(map(len, hits.values())) == num_draws else {}
 
 
 def tables(arguments: Arguments, folder: Path) -> Path:
@@ -312,7 +328,7 @@ def tables(arguments: Arguments, folder: Path) -> Path:
              "classifier"]  # fmt: skip
     for name, pair in every.items():
         for level in pair.levels:
-            hits = stored(folder, name, level)
+            hits = stored(folder, name, level, arguments.draws)
             if not hits:
                 continue
             rates = {method: float(np.mean(row)) for method, row in hits.items()}
@@ -354,7 +370,10 @@ def tables(arguments: Arguments, folder: Path) -> Path:
     document |= {"time": timing, "level": levels}
     path = arguments.results / "benchmarks" / "published_tests.json"
     return write_summary(
-        path, {"power": document}, made, figures=functools.partial(draw_figure, folder)
+        path,
+        {"power": document},
+        made,
+        figures=functools.partial(draw_figure, folder, arguments.draws),
     )
 
 
@@ -362,12 +381,14 @@ def _cell(row) -> str:
     return f"{row['seconds']:.2f} s, {row['bytes'] / 1e9:.1f}" if row else "-"
 
 
-def draw_figure(folder: Path, path: Path) -> list[Path]:
+def draw_figure(folder: Path, draws: int, path: Path) -> list[Path]:
     curves = {}
     for name, pair in pairs().items():
-        hits = [stored(folder, name, level) for level in pair.levels]
-        if all(hits):
-            curves[name] = pair, hits
+        found = {
+            level: hits for level in pair.levels if (hits := stored(folder, name, level, draws))
+        }
+        if found:
+            curves[name] = pair._replace(levels=tuple(found)), list(found.values())
     with plotting.style():
         return [plotting.save_figure(figure(curves), path.with_suffix(".png"))]
 
