@@ -160,9 +160,9 @@ def _wow_flow_predicted(C, n, d, **options):
 
 def _wow_flow_on_gpu(C, n, d, L, block_size=None):
     """Particles, momentum, records and target; 4 arrays [C, n] of the directions, or with blocks
-    the gradient and 5.25 of a block; 6 or 5 [C, C], and what XLA keeps of sums over pairs."""
+    the gradient and 5.25 of a block; 7.5 or 5 [C, C], and what XLA keeps of sums over pairs."""
     block = min(block_size or L, L)
-    particles, arrays, costs = (5, 5.25, 5) if block < L else (4, 4, 6)
+    particles, arrays, costs = (5, 5.25, 5) if block < L else (4, 4, 7.5)
     sums = costs * C**2 + 0.6 * min(MAX_RUNNING_SUM, C**2 * max(n, block))
     return 4 * (particles * C * n * d + arrays * C * n * block + sums)
 

@@ -118,7 +118,7 @@ class Sample(NamedTuple):
     """Rows [n, d] in float32, what each is called, the number of rows that it is drawn from, and of
     folders the images [n, side, side, 3]."""
 
-    path: Path
+    source: str
     rows: np.ndarray
     names: list[str]
     total: int
@@ -129,7 +129,7 @@ def read_sample(path: Path, arguments: Arguments) -> Sample:
     if path.is_dir():
         images, files, total = read_images(path, arguments)
         names = [str(file.relative_to(path)) for file in files]
-        return Sample(path, embed(images, arguments), names, total, images)
+        return Sample(str(path), embed(images, arguments), names, total, images)
     file = open_rows(path)
     total = file.shape[0]
     kept = drawn(total, arguments)
@@ -140,7 +140,7 @@ def read_sample(path: Path, arguments: Arguments) -> Sample:
             f"{path}: {bad.sum()} rows hold values that are not finite in float32, the first is "
             f"row {kept[np.argmax(bad)]}; leave them out"
         )
-    return Sample(path, rows, [f"row {i}" for i in kept], total)
+    return Sample(str(path), rows, [f"row {i}" for i in kept], total)
 
 
 def read(arguments: Arguments) -> tuple[Sample, Sample]:
@@ -150,12 +150,12 @@ def read(arguments: Arguments) -> tuple[Sample, Sample]:
     x, y = (read_sample(path, arguments) for path in (arguments.x, arguments.y))
     if x.rows.shape[1] != y.rows.shape[1]:
         raise ValueError(
-            f"{x.path} has {x.rows.shape[1]} columns and {y.path} {y.rows.shape[1]}: "
+            f"{x.source} has {x.rows.shape[1]} columns and {y.source} {y.rows.shape[1]}: "
             "the two must have equally many"
         )
     for sample in (x, y):
         if len(sample.rows) < 2:
-            raise ValueError(f"{sample.path}: two rows or more are needed, it has one")
+            raise ValueError(f"{sample.source}: two rows or more are needed, it has one")
     return x, y
 
 
@@ -175,7 +175,9 @@ def compare(x: Sample, y: Sample, arguments: Arguments) -> dict[str, Any]:
 
     result = jax.tree.map(np.asarray, test(key, x.rows, y.rows))
     if not np.isfinite(result.p_value):
-        raise ValueError(f"{x.path}, {y.path}: the kernels' values are not finite; scale the rows")
+        raise ValueError(
+            f"{x.source}, {y.source}: the kernels' values are not finite; scale the rows"
+        )
     best = np.unravel_index(np.argmin(result.p_values), result.p_values.shape)
     kernels = default_kernels(key, jnp.concatenate([x.rows, y.rows]))
     kernel, lmbda = kernels[int(best[0])], LMBDAS[int(best[1])]
@@ -295,7 +297,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> dict[str, Any]:
     telling = most_telling(found, x, y)
     document = {
         "samples": {
-            name: {"path": str(sample.path), "rows": sample.total, "used": len(sample.rows)}
+            name: {"path": sample.source, "rows": sample.total, "used": len(sample.rows)}
             for name, sample in (("x", x), ("y", y))
         },
         **{name: value for name, value in found.items() if name not in ("witness", "influence")},

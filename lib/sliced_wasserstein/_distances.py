@@ -224,13 +224,13 @@ def _looped_slope(x: Array, y: Array, mass: Array, slope: Array, *, p: int) -> A
 
 
 def _fused_slope(x: Array, y: Array, mass: Array, slope: Array, *, p: int) -> Array:
-    # Tied to x, which changes from block to block of directions: XLA would keep the product of
-    # slope and mass, [A, B, K], from before the loop.
-    x, slope = lax.optimization_barrier((x, slope))
+    few = len(x) * len(y) * x.shape[1] <= MAX_RUNNING_SUM
 
     def against(y, slope):
-        weight = slope[:, :, None, None] * mass[None, None, :, None]
-        return (weight * _power_slope(x[:, None] - y[None], p)).sum(axis=1)
+        slope, masses = slope[:, :, None, None], mass[None, None, :, None]
+        powers = _power_slope(x[:, None] - y[None], p)
+        # XLA takes slope * mass, [A, B, K], out of a loop over blocks of directions and keeps it.
+        return (slope * masses * powers if few else slope * (masses * powers)).sum(axis=1)
 
     starts = range(0, len(y), MAX_FUSED_SUM)
     return sum(against(y[b : b + MAX_FUSED_SUM], slope[:, b : b + MAX_FUSED_SUM]) for b in starts)
