@@ -11,7 +11,7 @@ RESULTS=${RESULTS:-results}
 # PyTorch's own wheels without CUDA, which PyPI does not have for Linux on x86-64.
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 # The quick presets in their order, the first picture first, with seconds on two quiet cores.
-QUICK="xp_transfer_learning:97 xp_drmmd:47 xp_dataset_distillation:40 xp_gmm_source:95 xp_data_mixing:30"
+QUICK="xp_transfer_learning:97 xp_drmmd:60 xp_dataset_distillation:40 xp_gmm_source:95 xp_data_mixing:30"
 
 experiments() { for script in xp_*/run.sh; do dirname "$script"; done; }
 

@@ -355,7 +355,8 @@ def tables(arguments: Arguments, folder: Path) -> Path:
             path = folder / f"level_{zlib.crc32(repr((title, n, m)).encode())}.json"
             found = json.loads(path.read_text()) if path.exists() else {}
             (row,) = next(iter(found.values()), {"": []}).values()
-            cells.append(f"{np.mean(row):.3f}" if row else "-")
+            done = len(row) == arguments.null_draws
+            cells.append(f"{np.mean(row):.3f}" if done else "-")
         levels.append([title, *cells])
     heads = ["null", *(f"{n}, {m}" for n, m in SIZES)]
     error = np.sqrt(ALPHA * (1 - ALPHA) / arguments.null_draws)

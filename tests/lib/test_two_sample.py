@@ -308,11 +308,13 @@ def test_k_samples_against_a_loop_and_two_of_them_against_the_test_of_two(x64):
         value += len(sample) / 22 * 1.1 * s @ middle @ gram @ middle @ inverse @ s
     result = test(samples, [gaussian(1.0)], lmbdas=(0.1,))
     np.testing.assert_allclose(result.statistics[0, 0], value, rtol=1e-9)
-    assert test([samples[0] + 2, samples[1] - 2, samples[2]]).p_value <= 0.02
+    far = [samples[0] + 2, samples[1] - 2, samples[2]]
+    assert jax.jit(lambda far: test(far).p_value)(far) <= 0.02
 
     x, y = samples[:2]
-    two = two_sample_test(jax.random.key(0), x, y, num_permutations=99)
-    of_two = test([x, y])
+    kernels = [gaussian(1.0), laplace(0.5, distance="l1")]
+    two = two_sample_test(jax.random.key(0), x, y, kernels, num_permutations=99)
+    of_two = test([x, y], kernels)
     np.testing.assert_allclose(of_two.statistics, two.statistics * 9 * 7 / 16**2, rtol=1e-8)
     np.testing.assert_allclose(of_two.p_value, two.p_value)
     with pytest.raises(ValueError, match="two or more, got 1"):
@@ -345,10 +347,13 @@ def test_independence_against_a_loop(x64):
 def test_level_of_independence():
     repeats = 1000
     x, y = normal(0, repeats, 15, 1).astype("f"), normal(1, repeats, 15, 2).astype("f")
-    test = partial(independence_test, num_permutations=59)
-    p = jax.jit(lambda *a: jax.lax.map(lambda draw: test(*draw).p_value, a))(
-        jax.random.split(jax.random.key(0), repeats), x, y
-    )
+    kernels = [gaussian(0.5), gaussian(2.0), laplace(1.0)]
+
+    def test(draw):
+        return independence_test(*draw, kernels, kernels, num_permutations=59).p_value
+
+    draws = jax.random.split(jax.random.key(0), repeats), x, y
+    p = jax.jit(partial(jax.lax.map, test))(draws)
     assert np.sum(np.asarray(p) <= 0.05) <= binom.ppf(1 - 1e-3, repeats, 0.05)
 
 
