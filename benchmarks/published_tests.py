@@ -60,7 +60,7 @@ class Arguments:
     null_draws: int = 1000
     results: Path = Path("results")
     data_root: Path | None = None
-    alone: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
     """A method and a number of points: one measurement of time."""
 
 
@@ -90,7 +90,7 @@ def _unbiased_under_relabelling(rng, x, y):
     labels = np.stack([labels, *(rng.permutation(labels) for _ in range(NUM_PERMUTATIONS))], axis=1)
     first, second = labels.astype(float), (~labels).astype(float)
     upper = np.triu_indices(n + m, 1)
-    found = {}
+    statistics = {}
     for kind, metric in (("gaussian", "sqeuclidean"), ("laplace", "cityblock")):
         distances = cdist(pooled, pooled, metric)
         between = distances[upper] if kind == "laplace" else np.sqrt(distances[upper])
@@ -103,8 +103,8 @@ def _unbiased_under_relabelling(rng, x, y):
             xx, xy = np.sum(first * of_first, axis=0), np.sum(second * of_first, axis=0)
             yy = np.sum(second * of_second, axis=0)
             values = xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
-            found[kind, bandwidth] = values, np.mean(gram[upper] ** 2)
-    return found
+            statistics[kind, bandwidth] = values, np.mean(gram[upper] ** 2)
+    return statistics
 
 
 def mmdagg(statistics: np.ndarray) -> bool:
@@ -139,8 +139,8 @@ def fuse(statistics: np.ndarray, squares: np.ndarray, n: int) -> bool:
 
 
 def agg_and_fuse(rng, x, y) -> dict[str, bool]:
-    found = _unbiased_under_relabelling(rng, x, y)
-    statistics, squares = (np.stack(list(part)) for part in zip(*found.values()))
+    of_kernels = _unbiased_under_relabelling(rng, x, y)
+    statistics, squares = (np.stack(list(part)) for part in zip(*of_kernels.values()))
     return {"MMDAgg": mmdagg(statistics), "MMD-FUSE": fuse(statistics, squares, len(x))}
 
 
@@ -284,10 +284,10 @@ def times(arguments: Arguments, folder: Path) -> None:
         done = found.setdefault(name, {})
         for n in COUNTS:
             last = [row["seconds"] for row in done.values()]
-            growth = (n / COUNTS[COUNTS.index(n) - 1]) ** 2 if "features" not in name else 1
+            growth = (n / COUNTS[COUNTS.index(n) - 1]) ** 2
             if str(n) in done or (last and last[-1] * growth > LONGEST and name not in LINEAR):
                 continue
-            command = [sys.executable, __file__, "time", "--alone", name, str(n)]
+            command = [sys.executable, __file__, "time", "--measured", name, str(n)]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if output.returncode:
                 print(f"{name} {n}: failed", flush=True)
@@ -319,7 +319,12 @@ def stored(folder: Path, name: str, level: float, num_draws: int) -> Hits:
     hits = {
         test: row[:num_draws] for of_method in found.values() for test, row in of_method.items()
     }
-    return hits if len(found) == 7 and min(map(len, hits.values())) == num_draws else {}
+    return (
+        hits
+        if len(found) == len(chosen(Arguments("tables")))
+        and min(map(len, hits.values())) == num_draws
+        else {}
+    )
 
 
 def tables(arguments: Arguments, folder: Path) -> Path:
@@ -397,8 +402,8 @@ def draw_figure(folder: Path, draws: int, path: Path) -> list[Path]:
 def main(arguments: Arguments) -> None:
     jax.config.update("jax_enable_x64", True)
     folder = arguments.results / "benchmarks" / "published_tests"
-    if arguments.alone:
-        print(json.dumps(timed(arguments.alone[0], int(arguments.alone[1]))))
+    if arguments.measured:
+        print(json.dumps(timed(arguments.measured[0], int(arguments.measured[1]))))
         return
     {"power": power, "level": level, "time": times, "tables": tables}[arguments.what](
         arguments, folder

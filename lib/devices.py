@@ -125,7 +125,7 @@ def over_devices(
     The first `replicated` arguments go to every device as they are, or sharded as `specs` says. A
     leading axis that the devices cannot share equally is filled up with copies of its last row,
     whose results are cut off: the function must treat each row by itself. Of rows that they can
-    share it may make one result a device, to be summed up. Differentiable.
+    share it may make one result per device, to be summed up. Differentiable.
     """
     if mesh is None:
         return function

@@ -23,9 +23,8 @@ from matplotlib import pyplot as plt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lib import runs
-from lib.kernels import quantile_bandwidths
 from lib.networks import ConvNet
-from lib.numerics import key_of_seed
+from lib.numerics import key_of_seed, named_key
 from lib.report import _html as html
 from lib.report import plotting
 from lib.report.spreads import spread
@@ -35,11 +34,11 @@ from lib.runs.files import write_bytes, write_json
 from lib.runs.processes import DeviceOptions
 from lib.two_sample import (
     LMBDAS,
-    default_kernels,
     mmd_squared_interval,
     two_sample_test,
     witness,
 )
+from lib.two_sample._permutations import default_families
 
 REJECTED = 3
 TEMPLATE = Path(__file__).with_name("two_sample.html.j2")
@@ -170,8 +169,7 @@ def compare(x: Sample, y: Sample, arguments: Arguments) -> dict[str, Any]:
 
     @jax.jit
     def test(key, x, y):
-        kernels = default_kernels(key, jnp.concatenate([x, y]))
-        return two_sample_test(key, x, y, kernels, num_permutations=num, rank=rank)
+        return two_sample_test(key, x, y, num_permutations=num, rank=rank)
 
     result = jax.tree.map(np.asarray, test(key, x.rows, y.rows))
     if not np.isfinite(result.p_value):
@@ -179,7 +177,12 @@ def compare(x: Sample, y: Sample, arguments: Arguments) -> dict[str, Any]:
             f"{x.source}, {y.source}: the kernels' values are not finite; scale the rows"
         )
     best = np.unravel_index(np.argmin(result.p_values), result.p_values.shape)
-    kernels = default_kernels(key, jnp.concatenate([x.rows, y.rows]))
+    # Those of the test, by the same key.
+    kernels, names = [], []
+    families = default_families(named_key(key, "bandwidths"), jnp.concatenate([x.rows, y.rows]))
+    for kind, (family, grid) in zip(("Gaussian", "Laplace"), families):
+        kernels += [family(bandwidth) for bandwidth in grid]
+        names += [f"{kind} kernel, bandwidth {bandwidth:.3g}" for bandwidth in grid]
     kernel, lmbda = kernels[int(best[0])], LMBDAS[int(best[1])]
 
     few = slice(0, MAX_INTERVAL)
@@ -197,20 +200,13 @@ def compare(x: Sample, y: Sample, arguments: Arguments) -> dict[str, Any]:
         "rejected": bool(result.p_value <= arguments.alpha),
         "p_values": result.p_values.tolist(),
         "statistics": result.statistics.tolist(),
-        "kernels": names_of_kernels(key, x, y),
+        "kernels": names,
         "lambdas": ["inf" if np.isinf(lmbda) else lmbda for lmbda in LMBDAS],
         "most_telling": {"kernel": int(best[0]), "lambda": str(lmbda)},
         "mmd_squared": {name: float(value) for name, value in size._asdict().items()},
         "witness": values,
         "influence": influence / influence.sum() if influence.sum() > 0 else influence,
     }
-
-
-def names_of_kernels(key, x: Sample, y: Sample) -> list[str]:
-    pooled = jnp.concatenate([x.rows, y.rows])
-    names = [f"Gaussian kernel, bandwidth {h:.3g}" for h in quantile_bandwidths(key, pooled)]
-    grid = quantile_bandwidths(key, pooled, distance="l1")
-    return names + [f"Laplace kernel, bandwidth {h:.3g}" for h in grid]
 
 
 def most_telling(found: dict, x: Sample, y: Sample) -> dict[str, list]:

@@ -144,7 +144,7 @@ class Tied(NamedTuple):
     def mahalanobis(self, points, means):
         middle = jnp.mean(means, axis=0, keepdims=True)
         centers = product(means - middle, self.inverse.T)
-        # The nearest mean by the linear discriminants: no second product of d^2 a point.
+        # The nearest mean by the linear discriminants: no second product of d^2 per point.
         scores = product(points - middle, product(centers, self.inverse).T)
         nearest = jnp.argmax(scores - row_sums(jnp.square(centers))[None, :] / 2, axis=1)
         whitened = triangular_product(points - means[nearest], self.inverse)

@@ -179,7 +179,7 @@ class Run:
                 files.write_bytes(self.metrics, kept)
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
-        """The lines, each with its step, but for a last one without its end."""
+        """The lines, each with its step, except a last one without its end."""
         if not self.metrics.exists():
             return
         for number, line in enumerate(self.metrics.read_bytes().splitlines(keepends=True), 1):

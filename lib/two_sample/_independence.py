@@ -13,8 +13,7 @@ from lib.two_sample._permutations import (
     PermutationTest,
     aggregated_test,
     centered,
-    default_families,
-    each_alone,
+    families_of,
     permutations,
 )
 
@@ -42,22 +41,15 @@ def independence_test(
         raise ValueError(
             f"x and y must have equally many rows, two or more; got shapes {x.shape} and {y.shape}"
         )
-    families, grams = [], []
-    for name, points, kernels in (("x", x, x_kernels), ("y", y, y_kernels)):
-        if kernels is None:
-            families.append(default_families(named_key(key, f"bandwidths of {name}"), points))
-        elif not kernels:
-            raise ValueError(f"{name}_kernels is empty")
-        else:
-            families.append(each_alone(kernels))
     order = jax.random.permutation(named_key(key, "order of the rows"), len(x))
-    for points, members in zip((x, y), families):
-        rows = points[order]
-        found = [
+    grams = []
+    for name, points, kernels in (("x", x, x_kernels), ("y", y, y_kernels)):
+        own_key, rows = named_key(key, f"bandwidths of {name}"), points[order]
+        of_families = [
             map_leading(lambda h, family=family, rows=rows: family(h)(rows, rows), grid)
-            for family, grid in members
+            for family, grid in families_of(kernels, own_key, points, name=f"{name}_kernels")
         ]
-        grams.append(jnp.concatenate(found))
+        grams.append(jnp.concatenate(of_families))
     drawn = permutations(key, num_permutations, len(x))
     drawn = jnp.concatenate([jnp.arange(len(x))[None], drawn])
     middle, others = jax.vmap(centered)(grams[0]), grams[1]

@@ -77,12 +77,18 @@ def default_families(key, pooled) -> list[tuple[Callable[[Any], Kernel], Array]]
     ]
 
 
-def each_alone(kernels: Sequence[Kernel]) -> list[tuple[Callable[[Any], Kernel], Array]]:
-    """Any kernels as such families."""
+def families_of(
+    kernels: Sequence[Kernel] | None, key, points, *, name: str = "kernels"
+) -> list[tuple[Callable[[Any], Kernel], Array]]:
+    """The default ones, or the given kernels as families of one. Raises ValueError for none."""
 
     def family(kernel):
         return lambda _: kernel
 
+    if kernels is None:
+        return default_families(key, points)
+    if not len(kernels):
+        raise ValueError(f"{name} is empty")
     return [(family(kernel), jnp.zeros(1)) for kernel in kernels]
 
 
@@ -182,12 +188,9 @@ def _permutation_test(
     and the same after relabelling."""
     pooled = jnp.concatenate(samples)
     sizes, size = [len(sample) for sample in samples], len(pooled)
-    if kernels is None:
-        families = default_families(named_key(key, "bandwidths"), pooled)
-    else:
-        families = each_alone(kernels)
-    if not families or not len(lmbdas):
-        raise ValueError(f"{'lmbdas is' if families else 'kernels is'} empty")
+    families = families_of(kernels, named_key(key, "bandwidths"), pooled)
+    if not len(lmbdas):
+        raise ValueError("lmbdas is empty")
     if not all(lmbda > 0 for lmbda in lmbdas):
         raise ValueError(f"lmbdas must be positive, got {tuple(lmbdas)}")
     mmd_only = all(map(math.isinf, lmbdas))
