@@ -6,6 +6,7 @@ rows). A bootstrap draw, or a fold left out, is then a count of each block, with
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from lib.rows import Rows
-from lib.rows.fourier_means import ROW_MULTIPLE, OnRows, stream_mean_embeddings
+from lib.rows.fourier_means import (
+    ROW_MULTIPLE,
+    OnRows,
+    Readout,
+    row_blocks,
+    stream_mean_embeddings,
+)
 from lib.rows.kernel_means import exact_gram_of_means
 from lib.runs import processes
 
@@ -27,16 +34,24 @@ class BlockMoments(NamedTuple):
     sizes [G, B]            rows of each block, 0 where there is none
     sums [G, B, F]          of the rows' features
     products [G, B, G, B]   sums of the kernel over the rows of each two blocks
+    squares [G, B]          sums of k(x, x) over the rows; None where it is 1
     """
 
     sizes: Int[np.ndarray, "G B"]
     sums: Float[np.ndarray, "G B F"] | None
     products: Float[np.ndarray, "G B G B"] | None
+    squares: Float[np.ndarray, "G B"] | None = None
 
     @property
     def filled(self) -> np.ndarray:
         """Which blocks hold rows, [G, B]."""
         return self.sizes > 0
+
+    def mean_squares(self, counts: Float[np.ndarray, "G B"]) -> Float[np.ndarray, " G"] | float:
+        """Of the groups' rows, blocks counted so often, the mean of k(x, x)."""
+        if self.squares is None:
+            return 1.0
+        return (counts * self.squares).sum(axis=1) / (counts * self.sizes).sum(axis=1)
 
 
 class Selected:
@@ -62,46 +77,76 @@ def feature_moments(
     frequencies: Float[Array, "D d"],
     bandwidth: float,
     *,
+    readout: Readout | None = None,
+    corrections: Sequence[tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n G"]]] = (),
     num_blocks: int,
     chunk_size: int = 1024,
     devices: Sequence[jax.Device] | None = None,
     on_rows: OnRows | None = None,
 ) -> BlockMoments:
-    """Sums of the features [cos(W x / sigma), sin(W x / sigma)] (F = 2 D), not divided by sqrt(D).
+    """Sums of the features [cos(W x / sigma), sin(W x / sigma)] / sqrt(D) (F = 2 D); or of what a
+    `readout` makes of them, whose last column is the square of the others.
 
-    One pass; memory as in `lib.rows.fourier_means`. Of several processes each reads groups of its
-    own. The origin is the mean of the last group's first rows: kernels do not depend on it,
-    rounding does.
+    `corrections` of the first groups are (rows, what is added to what is read out of them). One
+    pass; memory as in `lib.rows.fourier_means`. Of several processes each reads groups of its own.
     """
-    offset = groups[-1].take(slice(0, ROW_MULTIPLE)).mean(axis=0, dtype=np.float64)
+    offset = origin(groups)
     if max(rows.shape[0] for rows in groups) <= 16 * chunk_size:
         chunk_size = min(chunk_size, ROW_MULTIPLE)  # one shape: compiling takes longer than these
     sizes_and_sums = []
-    for rows in (groups[i] for i in processes.own_share(len(groups))):
+    for i in processes.own_share(len(groups)):
         streamed = stream_mean_embeddings(
-            rows,
+            groups[i],
             frequencies,
             [bandwidth],
             offset=offset,
+            readout=readout,
             num_blocks=num_blocks,
             block_key=block_key,
             chunk_size=chunk_size,
             devices=devices,
             on_rows=on_rows,
         )
-        sizes_and_sums.append((streamed.block_sizes.astype(int), streamed.block_sums[:, 0]))
+        sums = streamed.block_sums[:, 0]
+        if i < len(corrections):
+            indices, differences = corrections[i]
+            np.add.at(sums, _blocks_of(block_key, indices, num_blocks), differences)
+        sizes_and_sums.append((streamed.block_sizes.astype(int), sums))
     sizes, sums = (processes.gathered(part, len(groups)) for part in zip(*sizes_and_sums))
-    return BlockMoments(sizes, sums * np.sqrt(len(frequencies)), None)
+    if readout is None:
+        return BlockMoments(sizes, sums, None)
+    return BlockMoments(sizes, sums[..., :-1], None, sums[..., -1])
+
+
+def _blocks_of(block_key, indices, num_blocks):
+    """The blocks of some rows."""
+    if num_blocks == 1:
+        return np.zeros(len(indices), int)
+    missing = -len(indices) % ROW_MULTIPLE  # few shapes, so few compilations
+    filled = np.pad(indices, (0, missing)).reshape(-1, ROW_MULTIPLE)
+    of_chunks = [_blocks(block_key, rows, num_blocks=num_blocks) for rows in filled]
+    return np.concatenate(of_chunks)[: len(indices)]
+
+
+@partial(jax.jit, static_argnames="num_blocks")
+def _blocks(block_key, rows, *, num_blocks):
+    return jax.vmap(lambda row: row_blocks(block_key, row, 1, num_blocks)[0])(rows)
+
+
+def origin(groups: Sequence[Rows]) -> Float[np.ndarray, " d"]:
+    """Mean of the last group's first rows: kernels do not depend on the origin, rounding does."""
+    return groups[-1].take(slice(0, ROW_MULTIPLE)).mean(axis=0, dtype=np.float64)
 
 
 def split_features(moments: BlockMoments, first: int) -> tuple[BlockMoments, BlockMoments]:
     """The features of the `first` frequencies and those of the others, each with |z(x)| = 1."""
     assert moments.sums is not None  # they are of features
     cosines, sines = np.split(moments.sums, 2, axis=-1)
+    total = cosines.shape[-1]
 
     def part(chosen):
         both = np.concatenate([cosines[..., chosen], sines[..., chosen]], axis=-1)
-        return moments._replace(sums=both / np.sqrt(max(1, both.shape[-1] // 2)))
+        return moments._replace(sums=both * np.sqrt(total) / np.sqrt(max(1, both.shape[-1] // 2)))
 
     return part(slice(0, first)), part(slice(first, None))
 

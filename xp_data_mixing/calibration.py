@@ -1,23 +1,28 @@
-"""Settings of an estimator chosen from the sources only, and the best default made of it.
+"""Features and metric chosen from the sources only, by how well they recover known mixtures.
 
 Self-calibration: each source is halved at random. A target of known weights is made of the second
-halves, and the first halves have to recover them; then with the halves exchanged. The settings that
-do so best, in total variation on average over Dirichlet weights, are taken. Neither the target nor
-any truth about it is used.
+halves, and the first halves have to recover them; then with the halves exchanged. What does so
+best, in total variation on average over Dirichlet weights, is taken. Neither the target nor any
+truth about it is used.
 
-`estimate_calibrated` does so for whitened random Fourier features (`xp_data_mixing.whitening`), in
-memory. `calibrated_bandwidth` does so for MMD itself, from one Gram matrix of the halves.
+The choice is between random Fourier features of a few bandwidths in the metrics of
+`xp_data_mixing.whitening`, of which MMD is one, and posteriors (`xp_data_mixing.posteriors`), whose
+bandwidth and ridge are those of least cross-entropy on rows left out. `calibrated_bandwidth`
+chooses the bandwidth of MMD with the kernel itself, from one Gram matrix of the halves.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from lib.rff import features_of_projections, frequency_projections, gaussian_frequencies
-from lib.rows.kernel_means import noise_of_means, streamed_median_bandwidth
+from lib.rff import features_of_projections
+from lib.rows.kernel_means import noise_of_means
+from xp_data_mixing import posteriors
 from xp_data_mixing.whitening import simplex_weights, spectrum, whitened_weights
 
 CONCENTRATION = 0.5
@@ -25,7 +30,16 @@ CONCENTRATION = 0.5
 NUM_TARGETS = 30
 FACTORS = (0.35, 0.7, 1.4)
 """Bandwidths to choose from, over the median distance."""
-DAMPINGS = (1e-3, 1e-2, 1e-1)
+METRICS = (1e-3, 1e-2, 1e-1, math.inf)
+"""Dampings of whitened Fourier features; inf is MMD."""
+RIDGES = (0.01, 0.03, 0.1)
+"""Of the classifiers, over the number of rows."""
+POSTERIOR_DAMPING = 0.01
+"""Between .001 and .1 it makes no difference."""
+WHITENED_FEATURES = 300
+"""Most frequencies that are whitened: the cost grows with their cube."""
+
+Kind = Literal["whitened", "posteriors"]
 
 
 def total_variation(weights: ArrayLike, truth: ArrayLike) -> np.ndarray:
@@ -55,7 +69,7 @@ def halves(
     return [(order[: -(-len(order) // 2)], order[-(-len(order) // 2) :]) for order in orders]
 
 
-# MMD
+# MMD of the kernel itself
 
 
 def calibrated_bandwidth(
@@ -85,115 +99,143 @@ def calibrated_bandwidth(
     return int(np.argmin(errors)), np.array(errors)
 
 
-# Whitened features
+# Features
 
 
-class CalibratedResult(NamedTuple):
-    """What `estimate_calibrated` returns.
+class Choice(NamedTuple):
+    """What features weights are estimated from: the damping is the metric's (inf: that of MMD),
+    the ridge the classifiers'. `errors`: mean total variation of the pseudo-targets for everything
+    that was tried, by its name."""
 
-    weights [N]; replicates [R, N] of the bootstrap and intervals [N, 2], None without; the
-    bandwidth and damping chosen, and the pseudo-targets' mean total variation of every pair
-    [factors, dampings], None where both were given.
-    """
-
-    weights: Float[np.ndarray, " N"]
-    replicates: Float[np.ndarray, "R N"]
-    intervals: Float[np.ndarray, "N 2"] | None
+    kind: Kind
     bandwidth: float
     damping: float
-    errors: Float[np.ndarray, "B L"] | None
+    ridge: float | None
+    errors: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        of_bandwidth = f"bandwidth {self.bandwidth:.4g}"
+        if self.kind == "posteriors":
+            return f"posteriors, {of_bandwidth}, ridge {self.ridge:g}"
+        if np.isinf(self.damping):
+            return f"MMD, {of_bandwidth}"
+        return f"whitened, {of_bandwidth}, damping {self.damping:g}"
 
 
-def estimate_calibrated(
+def fourier(
+    projections: Float[np.ndarray, "n D"], bandwidth: float, *, most: int | None = None
+) -> Float[np.ndarray, "n F"]:
+    """Fourier features, of the first `most` frequencies."""
+    return np.asarray(_features(projections[:, :most], bandwidth))
+
+
+_features = jax.jit(features_of_projections)
+
+
+def choose(
     key: Key[Array, ""],
-    sources: Sequence[Any],
-    target: Any,
-    *,
-    bandwidth: float | None = None,
-    damping: float | None = None,
-    num_features: int = 300,
-    bootstrap: int = 0,
-    confidence: float = 0.9,
-) -> CalibratedResult:
-    """Weights of the sources in the target, by whitened Fourier features of calibrated settings.
+    projections: Sequence[Float[np.ndarray, "n D"]],
+    bandwidths: Sequence[float],
+    kinds: Sequence[Kind],
+) -> Choice:
+    """Of these kinds and bandwidths what recovers mixtures of the sources best.
 
-    Sets and target are arrays [n, d], the features of all of them in memory: 2 num_features each
-    row, and matrices of (2 num_features)^2. With `bandwidth` and `damping` both given nothing is
-    calibrated. Intervals are percentiles over `bootstrap` draws of the rows of sources and target.
-
-    Raises ValueError where only one of bandwidth and damping is given, and where a source has fewer
-    than four rows (two without calibration).
+    `projections` of rows of each source on D frequencies of variance 1, in float32 or float64. One
+    source is any mixture of itself. Raises ValueError where a source has fewer than four rows.
     """
-    if (bandwidth is None) != (damping is None):
-        raise ValueError(f"give both bandwidth and damping or neither: {bandwidth}, {damping}")
-    sources, target = [np.asarray(rows) for rows in sources], np.asarray(target)
-    sizes, errors = [len(rows) for rows in sources], None
-    if min(sizes) < (4 if bandwidth is None else 2) or not len(target):
-        raise ValueError(f"too few rows: {sizes} in the sources, {len(target)} in the target")
-    frequency_key, median_key, calibration_key, bootstrap_key = jax.random.split(key, 4)
-    dimension = target.shape[1]
-    frequencies = gaussian_frequencies(frequency_key, num_features, dimension)
-    # All bandwidths share the projections, and one program serves sources of any sizes.
-    projections = _project(np.concatenate([*sources, target]), frequencies)
-    ends = np.cumsum(sizes)
-
-    def features(bandwidth):
-        return np.split(np.asarray(_features(projections, bandwidth)), ends)
-
-    if bandwidth is None or damping is None:
-        median = streamed_median_bandwidth(median_key, sources)
-        bandwidths = [factor * median for factor in FACTORS]
-        all_features = (features(sigma)[:-1] for sigma in bandwidths)
-        errors = _whitened_errors(calibration_key, all_features, sizes)
-        i, j = np.unravel_index(errors.argmin(), errors.shape)
-        bandwidth, damping = bandwidths[i], DAMPINGS[j]
-    rows = features(bandwidth)
-    whitened = spectrum(rows[:-1])
-    target_mean = rows[-1].mean(axis=0, dtype=np.float64) @ whitened.basis
-    weights = whitened_weights(whitened, target_mean, damping)
-    replicates, intervals = np.zeros((0, len(sources))), None
-    if bootstrap:
-        rng = host_rng(bootstrap_key)
-        drawn = [_resampled_means(rng, sample, bootstrap) @ whitened.basis for sample in rows]
-        replicates = np.stack(
-            [
-                whitened_weights(whitened, means[-1], damping, replicate=means[:-1])
-                for means in np.stack(drawn, axis=1)
-            ]
+    sizes = [len(rows) for rows in projections]
+    if min(sizes) < 4:
+        raise ValueError(
+            f"too few rows to choose features by halves: four of each source, got {sizes}"
         )
-        tails = (1 - confidence) / 2, (1 + confidence) / 2
-        low, high = np.quantile(replicates, tails, axis=0)
-        intervals = np.stack([np.minimum(low, weights), np.maximum(high, weights)], axis=1)
-    return CalibratedResult(
-        weights, replicates, intervals, float(bandwidth), float(damping), errors
-    )
+    halves_key, weights_key, folds_key = jax.random.split(key, 3)
+    parts, rng = halves(halves_key, sizes), host_rng(folds_key)
+    weights = pseudo_weights(weights_key, len(sizes))
+    tried: list[Choice] = []
+    errors: list[float] = []
+    if "whitened" in kinds or len(sizes) == 1:
+        for bandwidth in bandwidths:
+            features = [fourier(rows, bandwidth, most=WHITENED_FEATURES) for rows in projections]
+            tried += [Choice("whitened", bandwidth, damping, None) for damping in METRICS]
+            errors += _whitened_errors(features, parts, weights)
+    if "posteriors" in kinds and len(sizes) > 1:
+        bandwidth, ridge = _best_classifier(rng, projections, bandwidths)
+        features = [fourier(rows, bandwidth) for rows in projections]
+        tried.append(Choice("posteriors", bandwidth, POSTERIOR_DAMPING, ridge))
+        errors.append(_posterior_errors(rng, features, parts, weights, ridge))
+    by_name = {choice.name: error for choice, error in zip(tried, errors)}
+    return tried[int(np.argmin(errors))]._replace(errors=by_name)
 
 
-_project, _features = jax.jit(frequency_projections), jax.jit(features_of_projections)
+def _both_ways(parts):
+    """(Rows of each source to recover with, rows that the pseudo-targets are made of), twice."""
+    first, second = zip(*parts)
+    return (first, second), (second, first)
 
 
-def _resampled_means(rng, rows, replicates):
-    """Means of as many rows drawn with replacement, [R, F] float64."""
-    counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=replicates)
-    return (counts.astype(rows.dtype) @ rows).astype(np.float64) / len(rows)
+def _whitened_errors(features, parts, weights) -> list[float]:
+    """For each of `METRICS` the mean total variation of the pseudo-targets."""
+    errors = np.zeros(len(METRICS))
+    for fit, held in _both_ways(parts):
+        known = spectrum([rows[chosen] for rows, chosen in zip(features, fit)])
+        means = [
+            rows[chosen].mean(axis=0, dtype=np.float64) for rows, chosen in zip(features, held)
+        ]
+        targets = weights @ np.stack(means) @ known.basis
+        for j, damping in enumerate(METRICS):
+            recovered = [whitened_weights(known, target, damping) for target in targets]
+            errors[j] += total_variation(np.stack(recovered), weights).mean() / 2
+    return errors.tolist()
 
 
-def _whitened_errors(key, all_features, sizes):
-    """Mean total variation of the pseudo-targets, [bandwidths, DAMPINGS]; `all_features` has the
-    sources' features for each bandwidth."""
-    halves_key, weights_key = jax.random.split(key)
-    parts = halves(halves_key, sizes)
-    weights, errors = pseudo_weights(weights_key, len(sizes)), []
-    for sources in all_features:
-        first, second = (
-            [rows[chosen] for rows, chosen in zip(sources, side)] for side in zip(*parts)
+def _best_classifier(rng, projections, bandwidths) -> tuple[float, float]:
+    """The bandwidth and ridge of least cross-entropy on a fold that is left out."""
+    sizes = [len(rows) for rows in projections]
+    labels, num_sources = np.repeat(np.arange(len(sizes)), sizes), len(sizes)
+    left_out = posteriors.random_folds(rng, sizes) == 0
+    weights = posteriors.balanced(labels, num_sources)
+    kept = np.tile(weights * ~left_out, (len(RIDGES), 1))
+    losses = {}
+    for bandwidth in bandwidths:
+        features = fourier(np.concatenate(projections), bandwidth)
+        ridges = np.array(RIDGES, np.float32) / len(labels)
+        classifiers = posteriors.fit_classifiers(
+            features, labels, kept, ridges, num_sources=num_sources
         )
-        tv = np.zeros(len(DAMPINGS))
-        for fit, held in ((first, second), (second, first)):
-            known = spectrum(fit)
-            means = np.stack([rows.mean(axis=0, dtype=np.float64) for rows in held]) @ known.basis
-            for j, damping in enumerate(DAMPINGS):
-                recovered = np.stack([whitened_weights(known, w @ means, damping) for w in weights])
-                tv[j] += total_variation(recovered, weights).mean() / 2
-        errors.append(tv)
-    return np.stack(errors)
+        for ridge, logits in zip(RIDGES, posteriors.logits(classifiers, features[left_out])):
+            losses[bandwidth, ridge] = posteriors.log_loss(
+                logits, labels[left_out], weights[left_out]
+            )
+    return min(losses, key=losses.__getitem__)
+
+
+def _posterior_errors(rng, features, parts, weights, ridge) -> float:
+    """Mean total variation of the pseudo-targets."""
+    errors = []
+    for fit, held in _both_ways(parts):
+        sizes = [len(chosen) for chosen in fit]
+        known = [rows[chosen] for rows, chosen in zip(features, fit)]
+        classifiers, own = posteriors.cross_fitted(
+            np.concatenate(known),
+            np.repeat(np.arange(len(sizes)), sizes),
+            posteriors.random_folds(rng, sizes),
+            ridge,
+            num_sources=len(sizes),
+        )
+        own = np.split(own, np.cumsum(sizes)[:-1])
+        logits = [
+            posteriors.logits(classifiers, rows[chosen]) for rows, chosen in zip(features, held)
+        ]
+        for w in weights:
+
+            def mean(prior, logits=logits, w=w):
+                of_sources = [
+                    posteriors.with_prior(rows, prior).mean(axis=(0, 1)) for rows in logits
+                ]
+                return w @ np.stack(of_sources)
+
+            recovered, _, _ = posteriors.weights_and_prior(own, mean, POSTERIOR_DAMPING)
+            errors.append(total_variation(recovered, w))
+    return float(np.mean(errors))

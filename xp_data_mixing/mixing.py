@@ -27,7 +27,7 @@ least for the largest weight, where one source is all of the target or sources o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 from scipy.linalg import eigh, null_space
 
+from lib.numerics import named_key
 from lib.rff import gaussian_frequencies
 from lib.rows import Rows, as_rows, check_bandwidths, check_same_width, pooled
+from lib.rows.files import RowFile
 from lib.rows.fourier_means import OnRows
 from lib.rows.kernel_means import noise_of_means, streamed_median_bandwidth
 from lib.simplex_qp import (
@@ -56,12 +58,23 @@ from xp_data_mixing.block_moments import (
     exact_moments,
     feature_moments,
     grams,
+    origin,
     split_features,
 )
+from xp_data_mixing.calibration import FACTORS, Choice, Kind, host_rng
+from xp_data_mixing.features import fitted_features
 from xp_data_mixing.mixing_warnings import WEAK, find_warnings
 
 FOLDS = 5
 """Of the held-out MMD^2."""
+Estimator = Literal["rff", "exact", "whitened", "posteriors", "auto"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+ADAPTIVE: dict[str, tuple[Kind, ...]] = {
+    "whitened": ("whitened",),
+    "posteriors": ("posteriors",),
+    "auto": ("whitened", "posteriors"),
+}
+"""The kinds of features that these estimators choose from."""
 
 
 @dataclass(frozen=True)
@@ -72,24 +85,43 @@ class Kernel:
     """sigma in the units of the rows. auto: the median distance of a subsample."""
     bandwidth_rows: int = 1000
     """Rows of that subsample, of all samples together."""
-    estimator: Literal["rff", "exact"] = "rff"
+    estimator: Estimator = "rff"
     """rff: random Fourier features, one pass over the rows. exact: the kernel itself, quadratic in
-    the rows."""
+    the rows. whitened: Fourier features in the metric of their covariance within the sources.
+    posteriors: those of classifiers between the sources. auto: whichever of these two recovers
+    mixtures of the sources better (see `xp_data_mixing.calibration`)."""
     num_features: int = 1000
-    """Frequencies of rff, each a cosine and a sine. They depend on the key and d only."""
+    """Frequencies of the features, each a cosine and a sine. They depend on the key and d only."""
     check_features: int = 256
-    """Further frequencies, for the held-out MMD^2; 0 leaves it out."""
+    """Further frequencies of rff, for the held-out MMD^2; 0 leaves that out, of any estimator."""
     statistic: Literal["v", "u"] = "v"
     """u: without the pairs of a row with itself, which in v add (1 - A_ii) / n_i to the distance of
-    a small source."""
+    a small source. Of rff and exact: the other estimators are always u."""
+    sample_rows: int = 10_000
+    """Rows of all sources together, and of the target, that whitened, posteriors and auto are
+    chosen and fitted on; the means come from all rows."""
+    choice: Choice | None = None
+    """What a result of whitened, posteriors or auto has chosen, for similar sources: then nothing
+    is chosen anew."""
+
+    @property
+    def unbiased(self) -> bool:
+        return self.statistic == "u" or self.adaptive
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether features are fitted to the rows."""
+        return self.estimator in ADAPTIVE
 
     def __post_init__(self):
         if self.bandwidth != "auto":
             check_bandwidths([self.bandwidth])
-        for name, known in (("estimator", ("rff", "exact")), ("statistic", ("v", "u"))):
+        for name, known in (("estimator", ESTIMATORS), ("statistic", ("v", "u"))):
             if getattr(self, name) not in known:
                 value = getattr(self, name)
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if self.sample_rows < 1:
+            raise ValueError(f"sample_rows must be at least 1, got {self.sample_rows}")
         if self.num_features < 1 or self.check_features < 0:
             sizes = f"{self.num_features}, {self.check_features}"
             raise ValueError(f"num_features >= 1 and check_features >= 0 are needed, got {sizes}")
@@ -172,6 +204,9 @@ class MixingResult(NamedTuple):
                          makes of MMD^2
     unidentifiable       how many of these directions noise explains
     bandwidth            sigma; `median_rule`: whether the median distance gave it
+    choice               the features of an adaptive estimator, with the error of all that was
+                         tried; None for others. Then all MMD^2 and means are of these features,
+                         whose mean square within sources is 1, and kernel_mean is NaN
     """
 
     weights: Float[np.ndarray, " N"]
@@ -193,6 +228,7 @@ class MixingResult(NamedTuple):
     unidentifiable: int
     bandwidth: float
     median_rule: bool
+    choice: Choice | None
     sizes: Int[np.ndarray, " N"]
     target_size: int
     names: tuple[str, ...]
@@ -204,6 +240,7 @@ def estimate(
     sources: Sequence[Any],
     target: Any,
     *,
+    target_weights: Sequence[float] | None = None,
     kernel: Kernel = Kernel(),
     constraints: Constraints = Constraints(),
     bootstrap: Bootstrap = Bootstrap(),
@@ -213,21 +250,29 @@ def estimate(
     on_rows: OnRows | None = None,
 ) -> MixingResult:
     """Weights w of the sources with sum_i w_i P_i nearest to the target, in MMD of a Gaussian
-    kernel.
+    kernel, or in that of features that are fitted to the sources.
 
     Sources and target are arrays [n, d], `lib.rows.files.open_rows(path)`, or `lib.rows.Rows`
-    without weights; a list as target is pooled. `solver` is "own" or a name of cvxpy's;
-    `chunk_size` rows are read at a time, and `on_rows` is told of them.
+    without weights. A list as target is pooled, or counts by `target_weights`, one for each, of sum
+    1. A sample that is both source and (part of the) target has no distance to itself but for its
+    noise: products of a row with itself are left out of means between the two. `solver` is "own" or
+    a name of cvxpy's; `chunk_size` rows are read at a time, and `on_rows` is told of them.
 
     Raises ValueError on bad options before a row is read, on bad rows naming their sample, and
     where no weights meet the bounds.
     """
-    groups = _samples(sources, target)
-    num_rows = np.array([group.shape[0] for group in groups])
-    for group in groups:
-        if kernel.statistic == "u" and group.shape[0] < 2:
-            raise ValueError(f"{group.name} has one row: a U-statistic needs two")
-    num_sources = len(groups) - 1
+    samples = _samples(sources, target, target_weights)
+    groups, num_rows = samples.groups, samples.num_rows
+    least = 4 if kernel.adaptive else 2 if kernel.unbiased else 1
+    for i, group in enumerate(groups):
+        needed = least if i < len(num_rows) - 1 else min(least, 2)
+        if group.shape[0] < needed:
+            what = (
+                "features chosen by halves need four" if needed > 2 else "a U-statistic needs two"
+            )
+            rows = "one row" if group.shape[0] == 1 else f"{group.shape[0]} rows"
+            raise ValueError(f"{group.name} has {rows}: {what}")
+    num_sources = len(num_rows) - 1
     # Only to raise before any row is read.
     rehearsal = constraints.problem(from_gram(np.eye(num_sources), np.zeros(num_sources), 0.0))
     if solver != "own":
@@ -241,46 +286,65 @@ def estimate(
         )
     reading: dict[str, Any] = {"on_rows": on_rows}
     reading["num_blocks"] = bootstrap.num_blocks if bootstrap.replicates else FOLDS
+    frequencies = gaussian_frequencies(frequency_key, kernel.num_features, groups[0].shape[1])
+    choice = None
     if kernel.estimator == "exact":
         fit = check = exact_moments(block_key, groups, bandwidth, **reading)
     else:
-        counts = kernel.num_features, kernel.check_features
-        frequencies = [
-            gaussian_frequencies(key, count, groups[0].shape[1])
-            for key, count in zip((frequency_key, check_key), counts)
-            if count
-        ]
         reading |= {"chunk_size": chunk_size, "devices": devices}
-        moments = feature_moments(
-            block_key, groups, jnp.concatenate(frequencies), bandwidth, **reading
-        )
+    if kernel.estimator == "rff":
+        checks = gaussian_frequencies(check_key, max(1, kernel.check_features), groups[0].shape[1])
+        both = jnp.concatenate([frequencies, checks[: kernel.check_features]])
+        moments = feature_moments(block_key, groups, both, bandwidth, **reading)
         fit, check = split_features(moments, kernel.num_features)
+    elif kernel.adaptive:
+        features = fitted_features(
+            named_key(key, "features"),
+            groups[:num_sources],
+            pooled(samples.parts),
+            frequencies,
+            [bandwidth] if kernel.bandwidth != "auto" else [f * bandwidth for f in FACTORS],
+            kinds=kernel.choice or ADAPTIVE[kernel.estimator],
+            count=kernel.sample_rows,
+            offset=origin(groups),
+        )
+        choice = features.choice
+        bandwidth = choice.bandwidth
+        reading |= {"readout": features.readout, "corrections": features.corrections}
+        some = frequencies[: features.num_frequencies]
+        fit = check = feature_moments(block_key, groups, some, bandwidth, **reading)
 
-    corrections = int(kernel.statistic == "u")
-    (gram,) = grams(fit, fit.filled[None].astype(float))
-    noise = noise_of_means(gram, num_rows)
-    corrected = _without_noise(gram, corrections * noise)
+    corrections = int(kernel.unbiased)
+    (of_groups,) = grams(fit, fit.filled[None].astype(float))
+    noise_of_groups = noise_of_means(of_groups, samples.sizes, fit.mean_squares(fit.filled))
+    noise = samples.noise(noise_of_groups)
+    corrected = samples.without_noise(of_groups, noise_of_groups, corrections)
     problem, shift = _problem(corrected, constraints)
     solution = solve(problem) if solver == "own" else solve_with_cvxpy(problem, solver=solver)
     weights = solution.weights + 0.0  # no -0.0
     mixtures = _mixtures(corrected, num_rows, weights)
-    kernel_means = gram - np.diag(np.where(num_rows > 1, noise, np.nan))
+    kernel_means = samples.without_noise(of_groups, noise_of_groups, 1)
+    np.fill_diagonal(kernel_means, np.where(num_rows > 1, np.diag(kernel_means), np.nan))
     within = np.diag(kernel_means)[:-1]
     within = within[~np.isnan(within)]
     signal_to_noise = _signal_to_noise(problem.quadratic.gram, noise, num_rows, corrections)
 
     intervals, replicates = None, np.zeros((0, num_sources))
     if bootstrap.replicates:
-        replicates = _replicates(
-            bootstrap_key, fit, bootstrap.replicates, (corrections + 1) * noise, constraints
+        resampled = grams(fit, bootstrap_counts(host_rng(bootstrap_key), fit, bootstrap.replicates))
+        problems = (
+            samples.without_noise(gram, noise_of_groups, corrections, resampled=True)
+            for gram in resampled
         )
+        solutions = solve_batch(_problem(gram, constraints)[0] for gram in problems)
+        replicates = np.stack([solution.weights for solution in solutions])
         biased = len(signal_to_noise) > 0 and signal_to_noise[0] < WEAK
         intervals = _intervals(
             replicates, weights, bootstrap.confidence, problem.bounds, biased=biased
         )
     held_out, fold_weights = None, np.zeros((0, num_sources))
     if kernel.check_features:
-        held_out, fold_weights = _held_out(fit, check, corrections, constraints)
+        held_out, fold_weights = _held_out(samples, fit, check, corrections, constraints)
     result = MixingResult(
         weights=weights,
         intervals=intervals,
@@ -296,34 +360,95 @@ def estimate(
         leave_one_out_costs=_leave_one_out_costs(problem.quadratic, constraints, solution),
         noise=noise,
         kernel_means=kernel_means,
-        kernel_mean=float(np.mean(within)) if len(within) else math.nan,
+        kernel_mean=float(np.mean(within)) if len(within) and choice is None else math.nan,
         signal_to_noise=signal_to_noise,
         unidentifiable=int(np.sum(signal_to_noise < 1)),
         bandwidth=float(bandwidth),
-        median_rule=kernel.bandwidth == "auto",
+        median_rule=kernel.bandwidth == "auto" and choice is None,
+        choice=choice,
         sizes=num_rows[:-1],
         target_size=int(num_rows[-1]),
-        names=tuple(group.name for group in groups[:-1]),
+        names=tuple(group.name for group in groups[:num_sources]),
         warnings=(),
     )
     return result._replace(warnings=find_warnings(result))
 
 
-def _samples(sources: Sequence[Any], target: Any) -> list[Rows]:
-    """All sources and last the target."""
+class _Samples(NamedTuple):
+    """What is read, and how sources and target are made of it.
+
+    groups [G]       the sources, and the parts of the target that are none of them
+    combine [N + 1, G]   the means of the sources, and last the target, from those of the groups
+    parts            of the target
+    """
+
+    groups: list[Rows]
+    combine: Float[np.ndarray, "M G"]
+    parts: list[Rows]
+
+    @property
+    def sizes(self) -> Int[np.ndarray, " G"]:
+        return np.array([group.shape[0] for group in self.groups])
+
+    @property
+    def num_rows(self) -> Int[np.ndarray, " M"]:
+        """Of the sources, and last of the target."""
+        return np.append(self.sizes[: len(self.combine) - 1], sum(p.shape[0] for p in self.parts))
+
+    def combined(self, gram: Float[np.ndarray, "G G"]) -> Float[np.ndarray, "M M"]:
+        return self.combine @ gram @ self.combine.T
+
+    def noise(self, of_groups: Float[np.ndarray, " G"]) -> Float[np.ndarray, " M"]:
+        return np.square(self.combine) @ of_groups
+
+    def without_noise(
+        self, gram, noise, corrections: int, *, resampled: bool = False
+    ) -> Float[np.ndarray, "M M"]:
+        """Of means of groups: their noise is taken off the diagonal `corrections` times, and once
+        where the target has rows of a source; each time once more for the noise of resampling."""
+        shared = (self.combine * noise) @ self.combine.T
+        own = np.diag(np.diag(shared))
+        return (
+            self.combined(gram) - (corrections + resampled) * own - (1 + resampled) * (shared - own)
+        )
+
+
+def _samples(sources, target, target_weights) -> _Samples:
     samples = [as_rows(rows, f"source {i}") for i, rows in enumerate(sources)]
-    targets = list(target) if isinstance(target, list | tuple) else [target]
-    targets = [as_rows(rows, f"target {i}") for i, rows in enumerate(targets)]
-    if not samples or not targets:
-        counts = f"{len(samples)} sources and {len(targets)} targets"
+    parts = list(target) if isinstance(target, list | tuple) else [target]
+    parts = [as_rows(rows, f"target {i}") for i, rows in enumerate(parts)]
+    if not samples or not parts:
+        counts = f"{len(samples)} sources and {len(parts)} targets"
         raise ValueError(f"{counts}: at least one of both is needed")
-    check_same_width(samples + targets)
-    return [*samples, pooled(targets)]
+    check_same_width(samples + parts)
+    places = [_place(part, samples) for part in parts]
+    shares = np.array([part.shape[0] for part in parts], float)
+    if target_weights is not None:
+        shares = np.asarray(target_weights, float)
+        if shares.shape != (len(parts),) or not (shares >= 0).all() or not shares.sum() > 0:
+            raise ValueError(
+                f"target_weights must be {len(parts)} numbers >= 0, not all 0, got {target_weights}"
+            )
+    elif set(places) == {None}:
+        parts, places, shares = [pooled(parts)], [None], np.ones(1)
+    new = [part for part, place in zip(parts, places) if place is None]
+    combine = np.eye(len(samples) + 1, len(samples) + len(new))
+    combine[-1] = 0.0
+    columns = iter(range(len(samples), combine.shape[1]))
+    for place, share in zip(places, shares / shares.sum()):
+        combine[-1, next(columns) if place is None else place] += share
+    return _Samples([*samples, *new], combine, parts)
 
 
-def _without_noise(gram, noise):
-    """A Gram matrix of means, of the sources and last the target, without their own noise."""
-    return gram - np.diag(noise)
+def _place(part: Rows, samples: list[Rows]) -> int | None:
+    """Which of the samples has the same rows: one array, or one matrix of one file."""
+
+    def identity(rows):
+        x = rows.x
+        return (x.path.resolve(), x.key) if isinstance(x, RowFile) else id(x)
+
+    known = [identity(sample) for sample in samples]
+    return known.index(identity(part)) if identity(part) in known else None
 
 
 def _problem(gram, constraints: Constraints) -> tuple[Problem, float]:
@@ -348,15 +473,7 @@ def _mixtures(gram, num_rows, weights):
     n = len(weights)
     single = np.zeros(n)
     single[np.argmin([_mmd_squared(gram, vertex) for vertex in np.eye(n)])] = 1.0
-    return np.full(n, 1 / n), num_rows[:-1] / num_rows[:-1].sum(), single, weights
-
-
-def _replicates(key, moments: BlockMoments, count: int, noise, constraints: Constraints):
-    """Weights of resampled blocks, [count, N]."""
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    resampled = grams(moments, bootstrap_counts(rng, moments, count))
-    problems = (_problem(_without_noise(gram, noise), constraints)[0] for gram in resampled)
-    return np.stack([solution.weights for solution in solve_batch(problems)])
+    return np.full(n, 1 / n), num_rows[:n] / num_rows[:n].sum(), single, weights
 
 
 def _intervals(replicates, weights, confidence, bounds, *, biased):
@@ -372,7 +489,13 @@ def _intervals(replicates, weights, confidence, bounds, *, biased):
     return np.stack([low, high], axis=1)
 
 
-def _held_out(fit: BlockMoments, check: BlockMoments, corrections, constraints: Constraints):
+def _held_out(
+    samples: _Samples,
+    fit: BlockMoments,
+    check: BlockMoments,
+    corrections,
+    constraints: Constraints,
+):
     """(Baselines, weights of the folds); none of either where a fold leaves or holds fewer than two
     rows of a sample. Blocks go to folds in turn.
     """
@@ -380,14 +503,16 @@ def _held_out(fit: BlockMoments, check: BlockMoments, corrections, constraints: 
     held, fitted = (part[:, None, :] & fit.filled[None] for part in (in_fold, ~in_fold))
     held_rows, fitted_rows = ((part * fit.sizes).sum(axis=2) for part in (held, fitted))
     if min(held_rows.min(), fitted_rows.min()) < 2:
-        return None, np.zeros((0, len(fit.sizes) - 1))
+        return None, np.zeros((0, len(samples.num_rows) - 1))
     values, fold_weights = [], []
     folds = zip(grams(fit, fitted.astype(float)), grams(check, held.astype(float)))
-    for (gram, held_gram), num_fitted, num_held in zip(folds, fitted_rows, held_rows):
-        gram = _without_noise(gram, corrections * noise_of_means(gram, num_fitted))
-        held_gram = _without_noise(held_gram, noise_of_means(held_gram, num_held))
+    for k, (gram, held_gram) in enumerate(folds):
+        noise = noise_of_means(gram, fitted_rows[k], fit.mean_squares(fitted[k]))
+        gram = samples.without_noise(gram, noise, corrections)
+        held_noise = noise_of_means(held_gram, held_rows[k], check.mean_squares(held[k]))
+        held_gram = samples.without_noise(held_gram, held_noise, 1)
         fold_weights.append(solve(_problem(gram, constraints)[0]).weights)
-        mixtures = _mixtures(gram, num_fitted, fold_weights[-1])
+        mixtures = _mixtures(gram, fitted_rows[k], fold_weights[-1])
         values.append([_mmd_squared(held_gram, mixture) for mixture in mixtures])
     return Baselines(*np.mean(values, axis=0).tolist()), np.stack(fold_weights)
 

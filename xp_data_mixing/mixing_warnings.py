@@ -29,7 +29,9 @@ def find_warnings(result: Any) -> tuple[str, ...]:
 
 def _kernel(result):
     """By sources whose rows differ; where there is none, by rows of two sources, unless these are
-    equal rows that stand apart."""
+    equal rows that stand apart. Features that are fitted have no bandwidth of their own."""
+    if result.choice is not None:
+        return
     within, between = np.diag(result.kernel_means)[:-1], _between(result)
     whose, known = "one source", within[~np.isnan(within)]
     values = known[known < NO_SPREAD]
@@ -73,7 +75,7 @@ def _spread(result):
             "neither intervals nor comparisons with it count"
         )
     equal = [name for name, value in zip(names, within) if value >= NO_SPREAD]
-    if equal and np.mean(_between(result)) <= WIDE:
+    if result.choice is None and equal and np.mean(_between(result)) <= WIDE:
         yield (
             f"no spread: the rows of {_listed(equal)} are equal, or differ by far less than sigma "
             f"{result.bandwidth:.4g}"

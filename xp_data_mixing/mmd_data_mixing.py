@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -32,12 +32,22 @@ from lib.runs.files import write_json
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import check_sizes
 from xp_data_mixing import report as reports
-from xp_data_mixing.mixing import Bootstrap, Constraints, Kernel, MixingResult, estimate
+from xp_data_mixing.mixing import (
+    ADAPTIVE,
+    ESTIMATORS,
+    Bootstrap,
+    Constraints,
+    Estimator,
+    Kernel,
+    MixingResult,
+    estimate,
+)
 
 logger = logging.getLogger(__name__)
 
 SHOWN_FROM = 20_000_000
 """Numbers to read from which the progress is shown."""
+SIGMA = 3.0
 MOST_SAMPLED = 10_000
 """Rows of which the distances of all pairs take 2 GB."""
 
@@ -46,17 +56,20 @@ MOST_SAMPLED = 10_000
 class MMDDataMixer:
     """Weights of training files for validation files, by random Fourier features.
 
-    The kernel is exp(-|x - y|^2 / (2 sigma^2)). `rff_dimension` frequencies have a cosine and a
-    sine each, instead of one cosine with a random phase: less variance at the same cost. Raises
-    ValueError on bad options.
-    """
+        MMDDataMixer(estimator="auto")
 
-    estimator: ClassVar[Literal["rff", "exact"]] = "rff"
+    takes what recovers known mixtures of the training files best, most often posteriors of
+    classifiers between them. By default the kernel is exp(-|x - y|^2 / (2 sigma^2)), and
+    `rff_dimension` frequencies have a cosine and a sine each, instead of one cosine with a random
+    phase: less variance at the same cost. Raises ValueError on bad options.
+    """
 
     rff_dimension: int = 100
     """Number of random frequencies D."""
-    sigma_bandwidth: float | Literal["auto"] = 3.0
-    """sigma, a length in units of the rows; auto: the median distance of a subsample."""
+    sigma_bandwidth: float | Literal["auto"] = SIGMA
+    """sigma, a length in units of the rows; auto: the median distance of a subsample, and for
+    whitened, posteriors and auto (which take it so unless another than 3 is given) the best of
+    multiples of it."""
     ridge_penalty: float = 1e-5
     """rho of rho |w|^2, in units of the kernel, whose values are at most 1."""
     random_seed: int | None = 42
@@ -94,6 +107,14 @@ class MMDDataMixer:
     """As published: the same as a `sigma_bandwidth` of auto, whatever number that has."""
     sigma_sample_size: int = 1000
     """Rows of the subsample of auto, of all files together (the published class: of each)."""
+    estimator: Estimator = "rff"
+    """rff: MMD by random features. exact: by the kernel, quadratic in the rows. whitened: MMD in
+    the metric of the features' covariance within files. posteriors: of classifiers between files.
+    auto: whichever of the last two recovers mixtures of the training files better."""
+    auto_dimension: int = 1000
+    """D of whitened, posteriors and auto."""
+    sample_rows: int = 10_000
+    """Rows of all training files together that these three are chosen and fitted on."""
 
     def __post_init__(self):
         if self.random_seed is None:
@@ -101,7 +122,10 @@ class MMDDataMixer:
         sigma = self.sigma_bandwidth
         if sigma != "auto" and not (isinstance(sigma, int | float) and 0 < sigma < math.inf):
             raise ValueError(f"sigma_bandwidth must be positive and finite or auto, got {sigma!r}")
-        check_sizes(self, "rff_dimension", "chunk_size")
+        check_sizes(self, "rff_dimension", "chunk_size", "auto_dimension", "sample_rows")
+        if self.estimator not in ESTIMATORS:
+            known = ", ".join(ESTIMATORS)
+            raise ValueError(f"estimator must be one of {known}, not {self.estimator!r}")
         check_seed(self.random_seed, "random_seed")
         rows = self.sigma_sample_size
         if not (isinstance(rows, int) and 2 <= rows <= MOST_SAMPLED):
@@ -136,10 +160,14 @@ class MMDDataMixer:
         train_paths: Sequence[str | Path],
         val_paths: Sequence[str | Path],
         *,
+        val_weights: Sequence[float] | None = None,
         devices: Sequence[jax.Device] | None = None,
     ) -> MixingResult:
         """The weights with all that is known of them, in the order of `train_paths`; `devices` of
         this process share its rows.
+
+        Validation files are pooled, or count by `val_weights`. A file may be training and
+        validation: its rows are then not compared with themselves.
 
         Raises FileNotFoundError, or ValueError naming the file: no path, the same file twice, what
         `lib.rows.files.open_rows` refuses, unequal widths, NaN or infinity; and where no weights
@@ -157,13 +185,17 @@ class MMDDataMixer:
             upper=self._caps(sizes),
             **penalty,
         )
+        adaptive = self.estimator in ADAPTIVE
+        # The published default of 3 is of rows of norm 1; these choose around the median distance.
+        automatic = self.auto_sigma or (adaptive and self.sigma_bandwidth == SIGMA)
         kernel = Kernel(
-            bandwidth="auto" if self.auto_sigma else self.sigma_bandwidth,
+            bandwidth="auto" if automatic else self.sigma_bandwidth,
             bandwidth_rows=self.sigma_sample_size,
             estimator=self.estimator,
-            num_features=self.rff_dimension,
+            num_features=self.auto_dimension if adaptive else self.rff_dimension,
             check_features=self.check_features,
             statistic=self.statistic,
+            sample_rows=self.sample_rows,
         )
         # The exact kernel reads the rows once for each block of them, from that block on.
         passes = (-(-total // 1024) + 1) / 2 if self.estimator == "exact" else 1
@@ -174,6 +206,7 @@ class MMDDataMixer:
                 jax.random.key(self.random_seed),
                 train,
                 val,
+                target_weights=val_weights,
                 kernel=kernel,
                 constraints=constraints,
                 bootstrap=Bootstrap(self.bootstrap, self.confidence, self.num_blocks),
@@ -213,11 +246,12 @@ class MMDDataMixer:
         return by_repetition if caps is None else np.minimum(caps, by_repetition)
 
 
+@dataclass(frozen=True)
 class MMDDataMixerRBF(MMDDataMixer):
     """The same with the exact Gaussian kernel: time quadratic in the rows, for small files or as a
     check; `rff_dimension` and `chunk_size` have no effect."""
 
-    estimator: ClassVar[Literal["rff", "exact"]] = "exact"
+    estimator: Estimator = "exact"
 
 
 def open_files(
@@ -228,7 +262,8 @@ def open_files(
         if isinstance(paths, str | Path) or not len(paths):
             raise ValueError(f"a list of {name} paths is needed, got {paths!r}")
     train, val = ([open_rows(path) for path in paths] for paths in (train_paths, val_paths))
-    check_distinct(train + val)
+    check_distinct(train)
+    check_distinct(val)
     for file in train + val:
         logger.debug("%s: %d rows of %d, %s", file.name, *file.shape, file.dtype)
     check_same_width(train + val)
@@ -249,9 +284,13 @@ class Arguments(DeviceOptions, MMDDataMixer):
     train_paths: tuple[Path, ...]
     """Files of rows, one per source; PATH:KEY for one of several matrices in a file."""
     val_paths: tuple[Path, ...]
-    """Files of the target; several are pooled."""
+    """Files of the target; several are pooled. A training file may be one of them."""
+    val_weights: tuple[float, ...] = ()
+    """How much each validation file counts; none: by its rows."""
+    each: bool = False
+    """One solution for each validation file, in outputs of its name: OUTPUT-NAME.json."""
     exact: bool = False
-    """The exact kernel instead of random features: quadratic in the rows."""
+    """The same as --estimator exact."""
     output_file: Path | None = None
     """JSON of everything."""
     report: Path | None = None
@@ -259,30 +298,55 @@ class Arguments(DeviceOptions, MMDDataMixer):
     experiment_name: str = "mmd_data_mixing"
 
 
-def main(arguments: Arguments, mesh: Mesh | None = None) -> MixingResult:
-    """Prints the weights, writes what is asked for."""
+def main(arguments: Arguments, mesh: Mesh | None = None) -> list[MixingResult]:
+    """Prints the weights, writes what is asked for; one result, or with `each` one per validation
+    file."""
     suffixes = (".html", ".png", ".pdf", ".svg")
     if arguments.report is not None and arguments.report.suffix not in suffixes:
         raise ValueError(f"{arguments.report}: the report must be one of {', '.join(suffixes)}")
-    kind = MMDDataMixerRBF if arguments.exact else MMDDataMixer
+    if arguments.each and arguments.val_weights:
+        raise ValueError("--val_weights weighs validation files in one solution: not with --each")
     options = {field.name: getattr(arguments, field.name) for field in fields(MMDDataMixer)}
-    mixer = kind(**options)
+    if arguments.exact:
+        if arguments.estimator not in ("rff", "exact"):
+            raise ValueError(f"--exact and --estimator {arguments.estimator}: give one of them")
+        options["estimator"] = "exact"
+    mixer = MMDDataMixer(**options)
     devices = None if mesh is None else mesh.local_devices
-    result = mixer.mix(arguments.train_paths, arguments.val_paths, devices=devices)
-    document = reports.document(
-        result,
-        open_files(arguments.train_paths, arguments.val_paths),
-        experiment_name=arguments.experiment_name,
-        options=options | {"estimator": kind.estimator},
-    )
-    print(reports.text(document))
-    if arguments.output_file is not None:
-        write_json(arguments.output_file, document)
-        print(f"numbers: {arguments.output_file}")
-    if arguments.report is not None:
-        reports.write(document, arguments.report)
-        print(f"report: {arguments.report}")
-    return result
+    _, val = open_files(arguments.train_paths, arguments.val_paths)
+    parts = [(arguments.val_paths, "")]
+    if arguments.each:
+        names = reports.labels([file.name for file in val])
+        parts = [
+            ((path,), "-" + name.replace("/", "-"))
+            for path, name in zip(arguments.val_paths, names)
+        ]
+    results = []
+    for val_paths, suffix in parts:
+        result = mixer.mix(
+            arguments.train_paths,
+            val_paths,
+            val_weights=arguments.val_weights or None,
+            devices=devices,
+        )
+        document = reports.document(
+            result,
+            open_files(arguments.train_paths, val_paths),
+            experiment_name=arguments.experiment_name + suffix,
+            options=options | {"random_seed": mixer.random_seed},
+        )
+        print(reports.text(document))
+        for kind, path in (("numbers", arguments.output_file), ("report", arguments.report)):
+            if path is None:
+                continue
+            path = path.with_name(path.stem + suffix + path.suffix)
+            if kind == "numbers":
+                write_json(path, document)
+            else:
+                reports.write(document, path)
+            print(f"{kind}: {path}")
+        results.append(result)
+    return results
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from lib.runs.files import write_bytes
 from xp_data_mixing.mixing import MixingResult
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+NEGLIGIBLE = 0.02
+"""A weight up to which a source can be left out."""
 LARGEST_FIGURE = 40
 """Sources that the figure shows, those of largest weight."""
 MIXTURES = {
@@ -61,6 +63,7 @@ def document(
             "interval": None if intervals is None else intervals[i].tolist(),
             "leave_one_out_cost": _finite(result.leave_one_out_costs[i]),
             "rows": file.shape[0],
+            "verdict": verdict(weight, None if intervals is None else intervals[i]),
         }
         for i, (name, file, weight) in enumerate(zip(names, train, result.weights.tolist()))
     }
@@ -78,6 +81,9 @@ def document(
             "effective_sets": float(np.exp(-positive @ np.log(positive))),
             "confidence": None if intervals is None else options["confidence"],
         },
+        "features": None
+        if result.choice is None
+        else {"chosen": result.choice.name, "recovery_errors": dict(result.choice.errors)},
         "file_paths": {
             "train": [file.name for file in train],
             "validation": [file.name for file in val],
@@ -113,6 +119,18 @@ def document(
     }
 
 
+def verdict(weight: float, interval: Any) -> str | None:
+    """Whether the target needs a source, in words; None without an interval."""
+    if interval is None:
+        return None
+    low, high = interval
+    if low > 0:
+        return f"needed: {low:.1%} or more"
+    if high <= NEGLIGIBLE:
+        return f"can be left out: {high:.1%} at most"
+    return f"not settled: 0 to {high:.1%}"
+
+
 def _finite(value):
     return float(value) if math.isfinite(value) else None
 
@@ -125,7 +143,7 @@ def text(document: dict[str, Any]) -> str:
     for name, row in ratios.items():
         line = f"{name:{width}}  {row['weight']:.4f}"
         if row["interval"] is not None:
-            line += "  [{:.4f}, {:.4f}]".format(*row["interval"])
+            line += "  [{:.4f}, {:.4f}]  {}".format(*row["interval"], row["verdict"])
         lines.append(line)
     if confidence is not None:
         lines.append(f"(intervals at {confidence:g})")
@@ -133,6 +151,8 @@ def text(document: dict[str, Any]) -> str:
         if document[key] is not None:
             values = (f"{MIXTURES[name]} {value:.3e}" for name, value in document[key].items())
             lines.append(f"{title}: {', '.join(values)}")
+    if document["features"] is not None:
+        lines.append(f"features: {document['features']['chosen']}")
     certificate = document["certificate"]
     lines.append(
         f"objective {certificate['objective']:.6e}, at most {certificate['frank_wolfe_gap']:.1e} "
@@ -192,7 +212,7 @@ def figure(document: dict[str, Any]) -> Any:
             right.legend(fontsize=7)
         right.set_yticks(bars, MIXTURES.values())
         right.set_ylim(3.6 - max(4.2, 0.4 * len(rows)), 3.6)
-        right.set_title("MMD² to the target")
+        right.set_title("squared distance to the target")
         right.ticklabel_format(axis="x", scilimits=(-2, 2))
     return figure
 

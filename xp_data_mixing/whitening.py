@@ -8,9 +8,9 @@ divides by its covariance:
     min_w  (M'w - mu_Q)' (S + damping s I)^-1 (M'w - mu_Q)   over the simplex,
 
 S the pooled covariance of z within the sources, s its largest eigenvalue. A large damping gives MMD
-back. It is MMD of another kernel, z(x)' (S + damping s I)^-1 z(y), as in `lib.drmmd`, but with the
-covariance within sources: directions in which rows of one source differ a lot tell little about
-weights.
+back, which a damping of inf stands for. It is MMD of another kernel,
+z(x)' (S + damping s I)^-1 z(y), as in `lib.drmmd`, but with the covariance within sources:
+directions in which rows of one source differ a lot tell little about weights.
 
 The noise of mu_i adds tr(S_i (S + damping s I)^-1) / n_i to the i-th diagonal entry of the
 quadratic form, S_i the covariance within source i. It is subtracted, as a U-statistic does for MMD.
@@ -59,28 +59,30 @@ def spectrum(sources: Sequence[Float[np.ndarray, "n F"]]) -> Spectrum:
     return Spectrum(means, np.stack(variances), sizes, np.maximum(eigenvalues, 0), basis)
 
 
+def metric(eigenvalues: Float[np.ndarray, " F"], damping: float) -> Float[np.ndarray, " F"]:
+    """Eigenvalues of S + damping s I, or 1 for a damping of inf. Raises ValueError unless it is
+    positive; where all rows of each source are equal S is 0, and the answer 1 as well."""
+    if not damping > 0:
+        raise ValueError(f"the damping must be positive, got {damping}")
+    largest = eigenvalues.max()
+    if np.isinf(damping) or largest == 0:
+        return np.ones(len(eigenvalues))
+    return eigenvalues + damping * largest
+
+
 def whitened_weights(
     sources: Spectrum,
     target_mean: Float[np.ndarray, " F"],
     damping: float,
-    *,
-    replicate: Float[np.ndarray, "N F"] | None = None,
 ) -> Float[np.ndarray, " N"]:
     """The weights of the sources in a target, given its mean in the eigenvectors of S.
 
-    `replicate` are means of resampled rows in place of `sources.means`. They carry the noise of the
-    drawing on top of that of the sources, so that twice the noise is subtracted: over draws the
-    quadratic is then, on average, that of the weights themselves.
-
     Raises ValueError unless damping > 0.
     """
-    if not 0 < damping < np.inf:
-        raise ValueError(f"the damping must be positive and finite, got {damping}")
-    scales = sources.eigenvalues + damping * sources.eigenvalues.max()
+    scales = metric(sources.eigenvalues, damping)
     noise = (sources.variances / scales).sum(axis=1) / sources.sizes
-    means = sources.means if replicate is None else replicate
-    means, target = means / np.sqrt(scales), target_mean / np.sqrt(scales)
-    gram = means @ means.T - (1 if replicate is None else 2) * np.diag(noise)
+    means, target = sources.means / np.sqrt(scales), target_mean / np.sqrt(scales)
+    gram = means @ means.T - np.diag(noise)
     return simplex_weights(gram, means @ target, float(target @ target))
 
 

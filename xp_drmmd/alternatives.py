@@ -98,17 +98,24 @@ def left_out(rng, n: int, level: float = 2, *, name: str, data_root: Path | None
 
 def altered(rng, n: int, level: float, *, name: str, what: str, data_root: Path | None) -> Samples:
     """Images, against others with noise of that standard deviation, rotated by so many degrees, or
-    with half of the classes (1 + level) / (1 - level) times as frequent as the others."""
+    with half of the classes (1 + level) / (1 - level) times as frequent as the others.
+
+    Of a rotation either sample has half, in opposite directions: so both are interpolated alike.
+    """
     images, labels = _images(name, data_root)
     halves = np.where(np.arange(10) < 5, 1 + level, 1 - level)
     first, second = _two_draws(rng, labels, n, shares=halves if what == "labels" else None)
     x, y = images[first], images[second]
     if what == "rotation":
-        gray, smooth = (Image.fromarray(image[..., 0]) for image in y), Image.Resampling.BILINEAR
-        turned = [image.rotate(level, smooth) for image in gray]
-        y = np.stack([np.asarray(image) for image in turned])
+        x, y = _rotated(x, -level / 2), _rotated(y, level / 2)
     y = _rows(y)
     return _rows(x), y + level * rng.normal(size=y.shape) if what == "noise" else y
+
+
+def _rotated(images: np.ndarray, degrees: float) -> np.ndarray:
+    gray = (Image.fromarray(image[..., 0]) for image in images)
+    turned = [image.rotate(degrees, Image.Resampling.BILINEAR) for image in gray]
+    return np.stack([np.asarray(image) for image in turned])
 
 
 def pairs(data_root: Path | None = None) -> dict[str, Pair]:

@@ -27,12 +27,14 @@ from lib.rows._rows import as_rows, check_bandwidths, fill_up, one_behind, read_
 # Chunks are filled up to a multiple of so many rows: few shapes, so few compilations.
 ROW_MULTIPLE = 256
 
+Readout = Callable[[Any], Any]
+"""A function of features [n, F] that gives [n, G], and a pytree of the arrays that it needs."""
 OnRows = Callable[[int], None]
 """Told how many rows were read since the last call."""
 
 
 class StreamedMeans(NamedTuple):
-    """For S bandwidths and F features; host, float64."""
+    """For S bandwidths and F features, or what was read out of them; host, float64."""
 
     means: Float[np.ndarray, "S F"]
     num_rows: int
@@ -67,6 +69,7 @@ def stream_mean_embeddings(
     *,
     phases: Float[Array, " num_features"] | None = None,
     offset: ArrayLike | None = None,
+    readout: Readout | None = None,
     num_blocks: int = 1,
     block_key: Key[Array, ""] | None = None,
     chunk_size: int = 1024,
@@ -79,11 +82,12 @@ def stream_mean_embeddings(
 
     `sample` is `lib.rows.Rows` or what they are made of. z_s are the features of
     `lib.rff.random_fourier_features` with bandwidth s, pairs (F = 2 D) or with `phases` cosines
-    (F = D). All bandwidths share the product W x. Features are computed in the dtype of the rows,
-    and sums over chunks are float64. Each chunk of `chunk_size` rows is divided over `devices`, by
-    default all local ones; each holds its part of two chunks, of the D products and of one
-    bandwidth's F features. A thread reads ahead meanwhile: up to five chunks lie on the host.
-    `on_rows` is told how many rows were read since the last call.
+    (F = D), or the G numbers that a `readout` makes of them. All bandwidths share the product W x.
+    Features are computed in the dtype of the rows, and sums over chunks are float64. Each chunk of
+    `chunk_size` rows is divided over `devices`, by default all local ones; each holds its part of
+    two chunks, of the D products and of one bandwidth's F features. A thread reads ahead meanwhile:
+    up to five chunks lie on the host. `on_rows` is told how many rows were read since the last
+    call.
 
     With `num_blocks` B > 1 rows are put into blocks at random by `block_key` (see `row_blocks`),
     and sums are kept by block. With weights w of the blocks, multinomial or Poisson,
@@ -95,7 +99,7 @@ def stream_mean_embeddings(
     of such rows and the first (a row too large to be multiplied counts).
     """
     sample = as_rows(sample, "the sample", allow_weights=True)
-    bandwidths, num_features = check_bandwidths(bandwidths), len(frequencies)
+    bandwidths = check_bandwidths(bandwidths)
     if num_blocks < 1 or (num_blocks > 1 and block_key is None):
         raise ValueError(f"num_blocks must be 1, or more with a block_key: {num_blocks}")
     if chunk_size < 1:
@@ -110,10 +114,12 @@ def stream_mean_embeddings(
     multiple = int(np.lcm(ROW_MULTIPLE, mesh.size))
     size = -(-min(chunk_size, n) // multiple) * multiple
     by_rows, everywhere = NamedSharding(mesh, Spec("rows")), NamedSharding(mesh, Spec())
-    frequencies, phases, block_key = jax.device_put((frequencies, phases, block_key), everywhere)
+    frequencies, phases, block_key, readout = jax.device_put(
+        (frequencies, phases, block_key, readout), everywhere
+    )
     dtype, starts = sample.dtype, range(0, n, chunk_size)
     offset = None if offset is None else np.asarray(offset, dtype)
-    shared = frequencies, bandwidths.astype(dtype), phases, offset
+    shared = frequencies, bandwidths.astype(dtype), phases, offset, readout
 
     def sums():
         chunks = read_ahead(np.asarray(sample.x[i : i + chunk_size]) for i in starts)
@@ -136,12 +142,11 @@ def stream_mean_embeddings(
             # Outside the scope: a generator that stops inside would leave it to its caller.
             yield chunk_sums, first_row
 
-    num_columns = num_features if phases is not None else 2 * num_features
-    block_sums = np.zeros((num_blocks, len(bandwidths), num_columns))
+    block_sums: Any = 0.0
     block_sizes = np.zeros(num_blocks)
     bad_rows = []
     for (chunk_sums, chunk_sizes, not_finite), first_row in one_behind(sums()):
-        block_sums += np.swapaxes(chunk_sums, 0, 1)
+        block_sums = block_sums + np.swapaxes(chunk_sums, 0, 1).astype(np.float64)
         block_sizes += chunk_sizes
         bad_rows.extend(first_row + np.flatnonzero(not_finite))
     if bad_rows:
@@ -159,7 +164,7 @@ def _chunk_sums(
 ):
     """Of the first `num_rows` rows: sums [S, B, F], sizes of the blocks, which are not finite.
 
-    `shared` by all devices: frequencies, bandwidths, phases or None, offset or None.
+    `shared` by all devices: frequencies, bandwidths, and phases, offset, readout, or None.
     """
     blocks = jnp.zeros(len(rows), int)
     if num_blocks > 1:
@@ -167,7 +172,7 @@ def _chunk_sums(
     blocks = jnp.where(jnp.arange(len(rows)) < num_rows, blocks, -1)
 
     def on_one_device(rows, blocks, weights, shared):
-        frequencies, bandwidths, phases, offset = shared
+        frequencies, bandwidths, phases, offset, readout = shared
         points = rows.astype(bandwidths.dtype)
         points = points if transform is None else transform(points)
         points = points.reshape(len(rows), -1)
@@ -179,7 +184,7 @@ def _chunk_sums(
 
         def sums(bandwidth):
             features = features_of_projections(projections, bandwidth, phases=phases)
-            return product(members, features)
+            return product(members, features if readout is None else readout(features))
 
         sizes = jnp.sum(members, axis=1)
         # NaN and infinity leave no product finite, so that one of them tells.

@@ -134,16 +134,18 @@ def _block_sums(x, x_sets, y, y_sets, bandwidths, *, width):
 
 
 def noise_of_means(
-    gram: Float[np.ndarray, "K K"], sizes: Real[np.ndarray, " K"] | Sequence[int]
+    gram: Float[np.ndarray, "K K"],
+    sizes: Real[np.ndarray, " K"] | Sequence[int],
+    squares: Float[np.ndarray, " K"] | float = 1.0,
 ) -> Float[np.ndarray, " K"]:
-    """(1 - A_ii) / (n_i - 1): the unbiased estimate of E |mu_i - E mu_i|^2; 0 for a single row.
+    """(s_i - A_ii) / (n_i - 1): the unbiased estimate of E |mu_i - E mu_i|^2; 0 for a single row.
 
-    A are means of a kernel with k(x, x) = 1 between sets of `sizes` n_i independent rows. Taken off
-    the diagonal this leaves means over pairs of different rows: U-statistics in place of
-    V-statistics. The MMD^2 made of them is unbiased and may be negative, and A need not be positive
-    semidefinite.
+    A are means of a kernel between sets of `sizes` n_i independent rows, s_i = `squares` those of
+    k(x, x), for the Gaussian kernel 1. Taken off the diagonal this leaves means over pairs of
+    different rows: U-statistics in place of V-statistics. The MMD^2 made of them is unbiased and
+    may be negative, and A need not be positive semidefinite.
     """
-    return (1 - np.diag(gram)) / np.maximum(np.asarray(sizes) - 1, 1)
+    return (squares - np.diag(gram)) / np.maximum(np.asarray(sizes) - 1, 1)
 
 
 def streamed_median_bandwidth(

@@ -585,7 +585,8 @@ def check_document(path, num_sources):
 
 
 def command_line(*arguments):
-    return main(tyro.cli(Arguments, args=[str(argument) for argument in arguments]))
+    (result,) = main(tyro.cli(Arguments, args=[str(argument) for argument in arguments]))
+    return result
 
 
 def test_everything_on_the_command_line(files, tmp_path, capsys):

@@ -60,14 +60,11 @@ def test_whitened_weights_are_generalized_least_squares(damping):
     means = np.stack([rows.mean(0) for rows in sources])
     noise = [np.trace(c @ inverse) / len(rows) for c, rows in zip(covariances, sources)]
     spectrum = whitening.spectrum(sources)
-    for replicate, times in ((None, 1), (spectrum.means, 2)):
-        gram = means @ inverse @ means.T - times * np.diag(noise)
-        expected = cvxpy_weights(gram, means @ inverse @ target)
-        weights = whitening.whitened_weights(
-            spectrum, target @ spectrum.basis, damping, replicate=replicate
-        )
-        np.testing.assert_allclose(weights, expected, atol=1e-6)
-        assert 0.01 < weights.max() < 0.99
+    gram = means @ inverse @ means.T - np.diag(noise)
+    expected = cvxpy_weights(gram, means @ inverse @ target)
+    weights = whitening.whitened_weights(spectrum, target @ spectrum.basis, damping)
+    np.testing.assert_allclose(weights, expected, atol=1e-6)
+    assert 0.01 < weights.max() < 0.99
 
 
 def test_a_large_damping_is_mmd_with_a_u_statistic():
@@ -80,10 +77,12 @@ def test_a_large_damping_is_mmd_with_a_u_statistic():
         angles = rows @ frequencies.T / 2
         features.append(np.concatenate([np.cos(angles), np.sin(angles)], axis=1) / np.sqrt(20))
     spectrum = whitening.spectrum(features[:-1])
-    weights = whitening.whitened_weights(spectrum, features[-1].mean(0) @ spectrum.basis, 1e7)
+    mean = features[-1].mean(0) @ spectrum.basis
+    weights, mmd = (whitening.whitened_weights(spectrum, mean, d) for d in (1e7, np.inf))
     means = np.stack([rows.mean(0) for rows in features])
     expected = recovery.mmd_weights(means @ means.T, [30, 25, 40])
     np.testing.assert_allclose(weights, expected, atol=1e-5)
+    np.testing.assert_allclose(mmd, expected, atol=1e-6)
 
 
 def test_halves_are_a_partition():
@@ -116,25 +115,6 @@ def test_calibrated_bandwidth_is_that_of_a_loop_over_pseudo_targets():
     best, errors = calibration.calibrated_bandwidth(np.stack(grams), sizes, pseudo)
     np.testing.assert_allclose(errors, expected, atol=1e-4)
     assert best == np.argmin(expected)
-
-
-def test_calibrated_weights_are_near_the_truth_and_in_their_intervals():
-    rows = gaussian_sources(np.random.default_rng(3), [400, 300, 500], 4)
-    sources, target = [rows[0][:200], rows[1], rows[2][:300]], [rows[0][200:], rows[2][300:]]
-    estimate = partial(
-        calibration.estimate_calibrated, KEY, sources, np.concatenate(target), num_features=50
-    )
-    result = estimate(bootstrap=40)
-    assert calibration.total_variation(result.weights, [0.5, 0, 0.5]) < 0.05
-    low, high = result.intervals.T
-    assert np.all((low <= result.weights) & (result.weights <= high) & (high - low < 0.25))
-    assert result.replicates.shape == (40, 3)
-    # What was chosen is where the pseudo-targets' error is least.
-    _, j = np.unravel_index(result.errors.argmin(), result.errors.shape)
-    assert result.damping == calibration.DAMPINGS[j]
-    again = estimate(bandwidth=result.bandwidth, damping=result.damping)
-    np.testing.assert_array_equal(again.weights, result.weights)
-    assert again.errors is None
 
 
 @pytest.mark.parametrize("labels", ["fixed", "drawn"])
@@ -204,8 +184,9 @@ def test_recovery_reports_every_estimator(recovered):
     expected = np.abs(recovered["weights"] - recovered["truth"]).sum(-1) / 2
     np.testing.assert_allclose(recovered["tv"], expected, atol=1e-12)
     uniform = recovered["tv"][names.index(recovery.UNIFORM)]
-    best = recovered["tv"][names.index(recovery.CALIBRATED)]
-    assert best.mean() < 0.6 * uniform.mean()
+    for name in (recovery.WHITENED, recovery.AUTO, recovery.EMQ):
+        assert recovered["tv"][names.index(name)].mean() < 0.6 * uniform.mean()
+    assert recovered["choices"][0].startswith(("whitened", "MMD"))
     # The calibrated row is the cell of the bandwidth that it names.
     cell = names.index(f"exact U, σ = {recovered['sigma']:g}")
     chosen = names.index(recovery.CALIBRATED_MMD)
@@ -241,7 +222,7 @@ def test_ablation_ends_in_the_table_cells():
         )
 
 
-@pytest.mark.parametrize("estimator", ["calibrated", "mmd"])
+@pytest.mark.parametrize("estimator", ["auto", "mmd"])
 def test_coverage_draws_anew_from_one_mixture(estimator):
     samples = replace(TINY, labels="drawn")
     config = CoverageConfig(samples, estimator, resamples=3, replicates=10, num_features=20)
@@ -250,7 +231,8 @@ def test_coverage_draws_anew_from_one_mixture(estimator):
     low, high = measured["intervals"][..., 0], measured["intervals"][..., 1]
     assert np.all((low >= 0) & (low <= measured["weights"]) & (measured["weights"] <= high))
     assert len({row.tobytes() for row in measured["weights"]}) == 3
-    assert ("damping" in measured) == (estimator == "calibrated")
+    assert ("choice" in measured) == (estimator == "auto")
+    assert measured["signal"].shape == (3,)
 
 
 def test_a_small_source_has_its_line():
@@ -316,8 +298,7 @@ def test_solvers_agree_and_ours_is_certified():
 
 
 SPECTRUM = whitening.spectrum([np.eye(2), np.ones((2, 2))])
-FEW = [np.ones((3, 2)), np.ones((9, 2))], np.ones((5, 2))
-calibrate = partial(calibration.estimate_calibrated, KEY, *FEW)
+FEW = np.ones((9, 2))
 
 
 def target_of_a_class(num):
@@ -335,10 +316,8 @@ def target_of_a_class(num):
         (lambda: DownstreamConfig(largest=5), "largest must be at least smallest: 5, 200"),
         (lambda: CoverageConfig(resamples=0), "resamples must be at least 1"),
         (lambda: target_of_a_class(100), "needs 100 images of class '0' of digits, 35 are left"),
-        (lambda: whitening.spectrum([FEW[1], FEW[1][:1]]), r"two rows of each .* got \[5, 1\]"),
+        (lambda: whitening.spectrum([FEW, FEW[:1]]), r"two rows of each .* got \[9, 1\]"),
         (lambda: whitening.whitened_weights(SPECTRUM, np.zeros(2), 0.0), "damping must .* got 0"),
-        (partial(calibrate, bandwidth=1.0), r"both bandwidth and damping or neither: 1\.0, None"),
-        (calibrate, r"few rows: \[3, 9\] in the sources"),
         (lambda: experiments.main(experiments.Arguments(only=("re",))), "no group re; there are"),
     ],
 )
@@ -358,7 +337,7 @@ def test_presets():
 @pytest.mark.slow
 def test_groups_leave_summaries_tables_and_figures_and_are_skipped_when_done(tmp_path, capsys):
     covered = replace(
-        QUICK["coverage"].settings["calibrated"], samples=replace(TINY, labels="drawn")
+        QUICK["coverage"].settings["auto"], samples=replace(TINY, labels="drawn")
     )
     small = {
         "recovery": RecoveryConfig(TINY, num_targets=2, num_features=(20,)),

@@ -53,13 +53,13 @@ class CoverageConfig:
     """Intervals on sources and targets that are drawn again and again from one mixture."""
 
     samples: Samples = Samples(labels="drawn")
-    estimator: Literal["calibrated", "mmd"] = "calibrated"
-    """calibrated: whitened features, settings calibrated once, on a draw that is not counted.
-    mmd: `mixing.estimate`, U-statistic, median bandwidth."""
+    estimator: Literal["auto", "whitened", "mmd"] = "auto"
+    """auto, whitened: what features are used is chosen once, on a draw that is not counted. mmd:
+    the U-statistic at the median bandwidth."""
     resamples: int = 200
     replicates: int = 200
     confidence: float = 0.9
-    num_features: int = 300
+    num_features: int = 1000
     small_set: tuple[int, int] | None = None
     """(class, rows): one source has so many rows, the others num_per_class."""
 
@@ -138,7 +138,13 @@ class Group:
     seeds: int = 1
 
 
-_REST = Samples(labels="drawn", target_from="rest")
+_ESTIMATORS: dict[str, Literal["auto", "whitened", "mmd"]] = {
+    "auto": "auto",
+    "whitened": "whitened",
+    "MMD": "mmd",
+}
+_DRAWN = Samples(labels="drawn")
+_REST = replace(_DRAWN, target_from="rest")
 GROUPS: dict[str, Group] = {
     "recovery": Group(
         {
@@ -152,18 +158,19 @@ GROUPS: dict[str, Group] = {
     ),
     "coverage": Group(
         {
-            "calibrated": CoverageConfig(),
-            "calibrated, no shift": CoverageConfig(_REST),
-            "MMD": CoverageConfig(estimator="mmd"),
-            "MMD, no shift": CoverageConfig(_REST, estimator="mmd"),
+            f"{name}{shift}": CoverageConfig(samples, estimator=estimator)
+            for name, estimator in _ESTIMATORS.items()
+            for shift, samples in (("", _DRAWN), (", no shift", _REST))
         }
     ),
     "unequal": Group(
         {
-            f"class {label}: {rows} rows": CoverageConfig(
-                _REST, estimator="mmd", small_set=(label, rows)
+            f"class {label}: {rows} rows, {name}": CoverageConfig(
+                _REST, estimator=estimator, small_set=(label, rows)
             )
             for label, rows in ((6, 30), (6, 100), (8, 30))
+            for name, estimator in _ESTIMATORS.items()
+            if name != "whitened"
         }
     ),
     "downstream": Group({"pixels": DownstreamConfig()}, seeds=10),
@@ -182,7 +189,7 @@ QUICK: dict[str, Group] = {
     ),
     "coverage": Group(
         {
-            "calibrated": CoverageConfig(
+            "auto": CoverageConfig(
                 replace(DIGITS, labels="drawn"), resamples=20, replicates=50, num_features=100
             ),
         }

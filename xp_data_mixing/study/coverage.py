@@ -1,6 +1,6 @@
 """How often intervals hold the true weights, over draws of sources and target from one mixture."""
 
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,14 @@ import numpy as np
 
 from lib.numerics import named_key
 from lib.runs import console
-from xp_data_mixing.calibration import estimate_calibrated
 from xp_data_mixing.mixing import Bootstrap, Kernel, estimate
 from xp_data_mixing.study import problems
 from xp_data_mixing.study.config import CoverageConfig
 
 
 def cover(config: CoverageConfig, seed: int, data_root: Path | None = None) -> dict[str, Any]:
-    """weights [R, N] and intervals [R, N, 2] of R draws, the mixture truth [N], and for the
-    calibrated estimator the bandwidth and damping that the uncounted draw chose; for the other the
-    least signal over noise of each draw, [R]."""
+    """weights [R, N] and intervals [R, N, 2] of R draws, the mixture truth [N], the least signal
+    over noise of each draw [R], and of features that are chosen what an uncounted draw chose."""
     splits = problems.load(config.samples, data_root)
     mixture_key, first_key, resample_key = jax.random.split(jax.random.key(seed), 3)
     mixture = problems.draw_mixture(mixture_key, splits.num_classes)
@@ -33,34 +31,36 @@ def cover(config: CoverageConfig, seed: int, data_root: Path | None = None) -> d
         sources = [problems.pixels(splits.train, images) for images in indices]
         return sources, problems.pixels(dataset, target)
 
-    chosen: dict[str, Any] = {}
-    if config.estimator == "mmd":
-        run = partial(
-            estimate,
-            kernel=Kernel(num_features=config.num_features, statistic="u", check_features=0),
-            bootstrap=Bootstrap(config.replicates, config.confidence),
-        )
-    else:
-        run = partial(estimate_calibrated, num_features=config.num_features)
-        calibrated = run(named_key(first_key, "settings"), *draw(first_key))
-        chosen = {"bandwidth": calibrated.bandwidth, "damping": calibrated.damping}
-        run = partial(run, bootstrap=config.replicates, confidence=config.confidence, **chosen)
-    weights, intervals, signals = [], [], []
+    kernel = Kernel(
+        estimator="rff" if config.estimator == "mmd" else config.estimator,
+        num_features=config.num_features,
+        statistic="u",
+        check_features=0,
+    )
+    chosen = {}
+    if kernel.adaptive:
+        first = estimate(named_key(first_key, "settings"), *draw(first_key), kernel=kernel)
+        assert first.choice is not None
+        kernel, chosen = replace(kernel, choice=first.choice), {"choice": first.choice.name}
+    weights, intervals, signals = [], list[Any](), []
     with console.progress(config.resamples, description=f"coverage, {config.estimator}") as advance:
         for r in range(config.resamples):
             draw_key, key = jax.random.split(jax.random.fold_in(resample_key, r))
-            result: Any = run(key, *draw(draw_key))
+            result = estimate(
+                key,
+                *draw(draw_key),
+                kernel=kernel,
+                bootstrap=Bootstrap(config.replicates, config.confidence),
+            )
             weights.append(result.weights)
             intervals.append(result.intervals)
-            if config.estimator == "mmd":
-                signals.append(result.signal_to_noise[0])
+            signals.append(result.signal_to_noise[0])
             advance(1)
-    if signals:
-        chosen["signal"] = signals
     return {
         "weights": np.stack(weights),
         "mean_weights": np.mean(weights, axis=0),
         "intervals": np.stack(intervals),
         "truth": mixture,
+        "signal": np.array(signals),
         **{name: np.array(value) for name, value in chosen.items()},
     }

@@ -11,13 +11,15 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from lib.networks import MLP, classification, optimizers
-from xp_data_mixing.calibration import estimate_calibrated, host_rng, total_variation
+from xp_data_mixing.calibration import host_rng, total_variation
 from xp_data_mixing.gradient_embeddings import class_counts, images_and_labels
-from xp_data_mixing.mixing import Kernel, estimate
+from xp_data_mixing.mixing import Estimator, Kernel, estimate
 from xp_data_mixing.study import problems
 from xp_data_mixing.study.config import DownstreamConfig
 
-MIXTURES = ("uniform", "size-proportional", "estimate()", "whitened, calibrated", "oracle")
+MIXTURES = ("uniform", "size-proportional", "estimate()", "whitened", "auto", "oracle")
+
+ESTIMATORS: tuple[Estimator, ...] = ("rff", "whitened", "auto")
 
 
 def unequal_sizes(key: Key[Array, ""], config: DownstreamConfig, num_sources: int) -> list[int]:
@@ -87,8 +89,15 @@ def compare(config: DownstreamConfig, seed: int, data_root: Path | None = None) 
     mixtures = (
         np.full(num_sources, 1 / num_sources),
         np.array(sizes) / sum(sizes),
-        estimate(estimate_key, rows, target_rows, kernel=Kernel(check_features=0)).weights,
-        estimate_calibrated(estimate_key, rows, target_rows).weights,
+        *(
+            estimate(
+                estimate_key,
+                rows,
+                target_rows,
+                kernel=Kernel(estimator=estimator, check_features=0),
+            ).weights
+            for estimator in ESTIMATORS
+        ),
         truth,
     )
     network = MLP(num_classes=num_sources, hidden=(config.hidden,))

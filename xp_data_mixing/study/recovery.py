@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Key
+from scipy.special import softmax
 
 from lib.rff import gaussian_frequencies, uniform_phases
+from lib.rows import as_rows
 from lib.rows.fourier_means import stream_mean_embeddings
 from lib.rows.kernel_means import (
     exact_gram_of_means,
@@ -17,22 +19,28 @@ from lib.rows.kernel_means import (
     streamed_median_bandwidth,
 )
 from lib.simplex_qp import from_means, make_problem, solve
+from xp_data_mixing.block_moments import origin
 from xp_data_mixing.calibration import (
-    CalibratedResult,
+    Choice,
     calibrated_bandwidth,
-    estimate_calibrated,
+    fourier,
     halves,
     pseudo_weights,
     total_variation,
 )
-from xp_data_mixing.mixing import Kernel, estimate
+from xp_data_mixing.features import Posteriors, draw_sample, fitted_features
+from xp_data_mixing.likelihood import likelihood_weights
+from xp_data_mixing.mixing import Estimator, Kernel, estimate
+from xp_data_mixing.posteriors import logits as classifier_logits
 from xp_data_mixing.study import problems
 from xp_data_mixing.study.config import SIGMAS, AblationConfig, RecoveryConfig
 from xp_data_mixing.whitening import simplex_weights
 
 UNIFORM, LINEAR = "uniform", "linear mean matching"
-CALIBRATED_MMD, CALIBRATED = "MMD, calibrated σ", "whitened, calibrated"
+CALIBRATED_MMD, WHITENED, EMQ, AUTO = "MMD, calibrated σ", "whitened", "EMQ", "auto"
+NUM_EMQ_FEATURES = 1000
 PACKAGE = "estimate(), its defaults"
+ESTIMATORS: dict[str, Estimator] = {WHITENED: "whitened", AUTO: "auto"}
 
 
 def exact_grams(groups: Sequence[ArrayLike], bandwidths: Sequence[float]) -> np.ndarray:
@@ -77,7 +85,7 @@ def feature_means(key, groups, num_features, bandwidths, *, phases: bool) -> np.
 def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) -> dict[str, Any]:
     """Weights [E, T, N] by every estimator (names [E]) of the same sources in T targets, their
     truth [T, N], total variation tv [E, T], and what calibration chose: sigma (as `SIGMAS`) for
-    MMD, factor (over the median distance) and damping [T] for the whitened features."""
+    MMD, and the features of `ESTIMATORS` in words, choices [2]."""
     splits = problems.load(config.samples, data_root)
     keys = jax.random.split(jax.random.key(seed), 6)
     draw_key, median_key, halves_key, pseudo_key, feature_key, estimate_key = keys
@@ -114,8 +122,7 @@ def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) ->
         )
         for count in config.num_features
     }
-    factors, dampings = [], []
-    best: CalibratedResult | None = None
+    choices: dict[str, Choice | None] = dict.fromkeys(ESTIMATORS)
     for t, target in enumerate(targets):
         members = [*((i, num_sources + i) for i in range(num_sources)), (2 * num_sources + t,)]
         both = merged(grams, group_sizes, members)
@@ -133,13 +140,13 @@ def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) ->
             estimate(estimate_key, sources, target, kernel=Kernel(check_features=0)).weights,
         )
         add(CALIBRATED_MMD, mmd_weights(both[chosen], sizes))
-        settings: dict[str, Any] = {}
-        if best is not None:  # the sources are the same: so is what they choose
-            settings = {"bandwidth": best.bandwidth, "damping": best.damping}
-        best = estimate_calibrated(estimate_key, sources, target, **settings)
-        add(CALIBRATED, best.weights)
-        factors.append(best.bandwidth / median)
-        dampings.append(best.damping)
+        for name, estimator in ESTIMATORS.items():
+            # The sources are the same: so is what they choose.
+            kernel = Kernel(estimator=estimator, choice=choices[name], check_features=0)
+            result = estimate(estimate_key, sources, target, kernel=kernel)
+            add(name, result.weights)
+            choices[name] = result.choice
+        add(EMQ, emq_weights(estimate_key, sources, target, median))
     all_weights = np.stack([np.stack(of_targets) for of_targets in weights.values()])
     return {
         "names": np.array(list(weights)),
@@ -147,9 +154,26 @@ def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) ->
         "truth": drawn.truth,
         "tv": total_variation(all_weights, drawn.truth[None]),
         "sigma": np.array(SIGMAS[chosen]),
-        "factor": np.array(factors),
-        "damping": np.array(dampings),
+        "choices": np.array([choice.name for choice in choices.values() if choice is not None]),
     }
+
+
+def emq_weights(
+    key: Key[Array, ""], sources: Sequence[np.ndarray], target: np.ndarray, median: float
+) -> Float[np.ndarray, " N"]:
+    """Most likely weights under posteriors of a uniform prior, of the median bandwidth."""
+    groups = [as_rows(rows, "rows") for rows in (*sources, target)]
+    frequency_key, feature_key, sample_key = jax.random.split(key, 3)
+    count, offset = max(map(len, (target, np.concatenate(sources)))), origin(groups)
+    frequencies = gaussian_frequencies(frequency_key, NUM_EMQ_FEATURES, target.shape[1])
+    options: dict[str, Any] = {"kinds": ["posteriors"], "count": count, "offset": offset}
+    features = fitted_features(
+        feature_key, groups[:-1], groups[-1], frequencies, [median], **options
+    )
+    assert isinstance(features.readout, Posteriors)
+    projections = draw_sample(sample_key, groups[-1], count, frequencies, offset).projections
+    logits = classifier_logits(features.readout.classifiers, fourier(projections, median))
+    return likelihood_weights(np.log(softmax(logits, axis=-1).mean(axis=0))).weights
 
 
 def ablate(config: AblationConfig, seed: int, data_root: Path | None = None) -> dict[str, Any]:
