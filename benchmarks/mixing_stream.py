@@ -8,6 +8,7 @@ by another process, removed at the end), then for each file in turn:
 - disk: the same chunks read and dropped;
 - features: the mean embedding of float16 chunks that lie in memory already;
 - product: only the matrix product of `features`, float32 rows times frequencies.
+At last `MMDDataMixer(estimator=...)` takes weights of all files but the last for the last.
 
 How: one process. Before every pass over a file, the file is dropped from the page cache where the
 system can do that (Linux), so that the disk is read. Each file is one round of all four, so that
@@ -42,6 +43,8 @@ from lib.rows.fourier_means import stream_mean_embeddings
 from lib.runs import environment
 from lib.runs.commands import run_command
 from lib.runs.files import make_folder, write_json
+from xp_data_mixing.mixing import Estimator
+from xp_data_mixing.mmd_data_mixing import MMDDataMixer
 
 MAX_RESIDENT_BYTES = 2e9
 IN_MEMORY_CHUNKS = 8  # a round of what needs no file
@@ -62,6 +65,8 @@ class Options:
     num_blocks: int = 1
     """Blocks of rows for a bootstrap."""
     chunk_size: int = 1024
+    estimator: Estimator = "auto"
+    """Of the weights of all files but the last for the last."""
     folder: Path | None = None
     """Where to make the temporary folder; by default where the system makes them."""
     seed: int = 0
@@ -242,7 +247,25 @@ def main(options: Options) -> None:
             content = {"environment": environment(), "options": options, "load_before": load}
             content |= {"compile_seconds": first - again, "rounds": rounds}
             write_json(options.out, content | found)
+        for file in files:
+            forget(file.path)
+        say(f"weights, estimator {options.estimator}")
+        paths = [file.path for file in files]
+        mixer = MMDDataMixer(
+            estimator=options.estimator,
+            auto_dimension=options.num_features,
+            sigma_bandwidth="auto",
+            bootstrap=200,
+        )
+        wall, cpu = clock(lambda: mixer.mix(paths[:-1], paths[-1:]).weights)
+        mixing = {"seconds": wall, "cpu_seconds": cpu, "resident_bytes": peak_resident_bytes()}
+        mixing["rows_per_second"] = options.files * options.rows / wall
+        write_json(options.out, content | found | {"mixing": mixing})
     print("\n" + report(found, options))
+    print(
+        f"weights by {options.estimator}: {mixing['rows_per_second']:.0f} rows/s in all "
+        f"({wall:.0f} s), peak RSS {mixing['resident_bytes'] / 1e9:.2f} GB"
+    )
     print(f"\nload average before: {load:.1f}; written to {options.out}")
 
 

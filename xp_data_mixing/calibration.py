@@ -36,6 +36,9 @@ RIDGES = (0.01, 0.03, 0.1)
 """Of the classifiers, over the number of rows."""
 POSTERIOR_DAMPING = 0.01
 """Between .001 and .1 it makes no difference."""
+MOST_CLASSES = 100
+"""Sources up to which `choose` tries posteriors beside other features: their cost is 2 D numbers
+per source and fold, and posteriors of every sampled row for every pseudo-target."""
 WHITENED_FEATURES = 300
 """Most frequencies that are whitened: the cost grows with their cube."""
 
@@ -160,7 +163,8 @@ def choose(
             features = [fourier(rows, bandwidth, most=WHITENED_FEATURES) for rows in projections]
             tried += [Choice("whitened", bandwidth, damping, None) for damping in METRICS]
             errors += _whitened_errors(features, parts, weights)
-    if "posteriors" in kinds and len(sizes) > 1:
+    most = MOST_CLASSES if tried else math.inf
+    if "posteriors" in kinds and 1 < len(sizes) <= most:
         bandwidth, ridge = _best_classifier(rng, projections, bandwidths)
         features = [fourier(rows, bandwidth) for rows in projections]
         tried.append(Choice("posteriors", bandwidth, POSTERIOR_DAMPING, ridge))

@@ -22,6 +22,8 @@ from xp_data_mixing.whitening import simplex_weights
 
 MAX_STEPS = 100
 TOLERANCE = 1e-9
+SMALL = 1e-7
+"""Weights below it become 0 where that leaves the gap as small."""
 
 
 class Likelihood(NamedTuple):
@@ -59,23 +61,32 @@ def likelihood_weights(
         with np.errstate(divide="ignore"):
             return -v @ (np.log(ratios @ w) + largest)
 
+    def descent_of(w):
+        """(Minus the gradient, whose product with w is 1; each row's densities over w's.)"""
+        shares = ratios / (ratios @ w)[:, None]
+        return v @ shares, shares
+
     n = logs.shape[1]
-    weights, value, gap = np.full(n, 1 / n), np.inf, np.inf
-    value = loss(weights)
+    weights = np.full(n, 1 / n)
     for _ in range(MAX_STEPS):
-        shares = ratios / (ratios @ weights)[:, None]
-        descent = v @ shares  # minus the gradient; its product with the weights is 1
-        gap = descent.max() - 1
-        if gap <= TOLERANCE:
+        descent, shares = descent_of(weights)
+        if descent.max() - 1 <= TOLERANCE:
             break
-        hessian = shares.T @ (v[:, None] * shares)
         # Of second order at w, where H w = -gradient: u'Hu / 2 - 2 descent'u.
-        target = simplex_weights(hessian / 2, descent, 2.0)
-        step, slope = target - weights, descent @ (target - weights)
-        length = 1.0
-        while length > 1e-10 and loss(weights + length * step) > value - 1e-4 * length * slope:
+        target = simplex_weights(shares.T @ (v[:, None] * shares) / 2, descent, 2.0)
+        step, value = target - weights, loss(weights)
+        # No weight falls to less than a hundredth at once: at 0 a source that is needed would leave
+        # densities of 0, and slopes that nothing can be computed with.
+        length = 0.99
+        while length > 1e-10 and loss(weights + length * step) > value - 1e-4 * length * (
+            descent @ step
+        ):
             length /= 2
         weights = weights + length * step
-        weights = np.maximum(weights, 0) / np.maximum(weights, 0).sum()
-        value = loss(weights)
-    return Likelihood(weights, float(value), float(gap))
+        weights = weights / weights.sum()
+    without = np.where(weights > SMALL, weights, 0.0)
+    without = without / without.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if descent_of(without)[0].max() - 1 <= 2 * TOLERANCE:
+            weights = without
+    return Likelihood(weights, float(loss(weights)), float(descent_of(weights)[0].max() - 1))

@@ -415,13 +415,14 @@ class _Samples(NamedTuple):
 
 def _samples(sources, target, target_weights) -> _Samples:
     samples = [as_rows(rows, f"source {i}") for i, rows in enumerate(sources)]
-    parts = list(target) if isinstance(target, list | tuple) else [target]
-    parts = [as_rows(rows, f"target {i}") for i, rows in enumerate(parts)]
+    given = list(target) if isinstance(target, list | tuple) else [target]
+    parts = [as_rows(rows, f"target {i}") for i, rows in enumerate(given)]
     if not samples or not parts:
         counts = f"{len(samples)} sources and {len(parts)} targets"
         raise ValueError(f"{counts}: at least one of both is needed")
     check_same_width(samples + parts)
-    places = [_place(part, samples) for part in parts]
+    known = [_identity(rows) for rows in sources]
+    places = [known.index(i) if i in known else None for i in map(_identity, given)]
     shares = np.array([part.shape[0] for part in parts], float)
     if target_weights is not None:
         shares = np.asarray(target_weights, float)
@@ -440,15 +441,10 @@ def _samples(sources, target, target_weights) -> _Samples:
     return _Samples([*samples, *new], combine, parts)
 
 
-def _place(part: Rows, samples: list[Rows]) -> int | None:
-    """Which of the samples has the same rows: one array, or one matrix of one file."""
-
-    def identity(rows):
-        x = rows.x
-        return (x.path.resolve(), x.key) if isinstance(x, RowFile) else id(x)
-
-    known = [identity(sample) for sample in samples]
-    return known.index(identity(part)) if identity(part) in known else None
+def _identity(rows: Any) -> Any:
+    """The same for one array, and for one matrix of one file however often it is opened."""
+    x = rows.x if isinstance(rows, Rows) else rows
+    return (x.path.resolve(), x.key) if isinstance(x, RowFile) else id(x)
 
 
 def _problem(gram, constraints: Constraints) -> tuple[Problem, float]:

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from lib.rff import gaussian_frequencies, random_fourier_features
 from lib.rows import as_rows
-from lib.rows.fourier_means import stream_mean_embeddings
+from lib.rows.fourier_means import row_blocks, stream_mean_embeddings
 from lib.rows.kernel_means import noise_of_means
 from xp_data_mixing import calibration, features, posteriors
 from xp_data_mixing.block_moments import feature_moments, origin
@@ -175,6 +175,9 @@ def test_moments_of_fitted_features_by_hand(kind):
             gaps = np.abs(np.stack(by_each) - of_rows).max(axis=2)
             assert (np.sort(gaps, axis=0)[0] < 1e-4).all()
         by_hand.append(of_rows)
+    blocks = np.asarray(row_blocks(KEY, 0, 60, 7))
+    sums = np.stack([by_hand[1][blocks == b, :-1].sum(0) for b in range(7)])
+    np.testing.assert_allclose(moments.sums[1], sums, atol=1e-4)
     means = np.stack([rows[:, :-1].mean(0) for rows in by_hand])
     np.testing.assert_allclose(
         moments.sums.sum(1) / moments.sizes.sum(1)[:, None], means, atol=1e-5
@@ -305,6 +308,18 @@ def test_likelihood_weights_against_em(m, n):
     assert 0 <= found.gap + 1e-12 < 1e-8
     assert found.weights.min() >= 0
     assert found.weights.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("exponent", [-3, -30, -300])
+def test_likelihood_weights_of_sources_that_are_told_apart(exponent):
+    """Each row is from one source for certain: the shares of the rows, zeros too."""
+    kinds = np.random.default_rng(0).choice(4, 500, p=[0.9, 0.08, 0, 0.02])
+    logs = np.random.default_rng(1).uniform(exponent - 1, exponent, (500, 4)) * np.log(10)
+    logs[np.arange(500), kinds] = 0
+    found = likelihood_weights(logs)
+    assert found.gap < 1e-8
+    np.testing.assert_allclose(found.weights, np.bincount(kinds, minlength=4) / 500, atol=2e-3)
+    assert found.weights[2] == 0
 
 
 def test_mixmin_against_cvxpy():

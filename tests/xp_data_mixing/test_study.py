@@ -336,9 +336,7 @@ def test_presets():
 
 @pytest.mark.slow
 def test_groups_leave_summaries_tables_and_figures_and_are_skipped_when_done(tmp_path, capsys):
-    covered = replace(
-        QUICK["coverage"].settings["auto"], samples=replace(TINY, labels="drawn")
-    )
+    covered = replace(QUICK["coverage"].settings["auto"], samples=replace(TINY, labels="drawn"))
     small = {
         "recovery": RecoveryConfig(TINY, num_targets=2, num_features=(20,)),
         "coverage": covered,

@@ -12,7 +12,8 @@ from lib.report.spreads import spread, standard_error
 from xp_data_mixing.study import tables
 from xp_data_mixing.study.config import SIGMAS
 
-LINES = (("0.5", ":"), ("0.5", "-."), ("0.0", "--"), ("0.0", "-"))
+LINES = (("0.6", ":"), ("0.6", "-."), ("0.6", "--"), ("0.0", "--"), ("0.0", "-"), ("0.0", ":"))
+"""Of the estimators without a bandwidth, uniform aside, in their order."""
 BANDWIDTH = "σ / √(median d² / 2)"
 
 
@@ -29,7 +30,7 @@ def recovery(rows: list[dict]) -> Figure:
             mean, error = values.mean(1), standard_error(values, 1)
             axis.semilogx(SIGMAS, mean, color=color, label=column)
             axis.fill_between(SIGMAS, mean - error, mean + error, color=color, alpha=0.2, lw=0)
-        for name, (color, style) in zip(tables.others(row)[1:], LINES):
+        for name, (color, style) in zip(tables.others(row)[1:], LINES, strict=True):
             axis.axhline(tv[name].mean(), color=color, ls=style, lw=1.2, label=name)
         axis.set_ylim(0, min(0.25, 1.1 * max(tv[name].mean() for name in tv)))
         axis.set_xticks(SIGMAS[::2], [f"{sigma:g}" for sigma in SIGMAS[::2]])
