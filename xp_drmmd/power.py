@@ -119,6 +119,7 @@ def figure(curves: Mapping[str, tuple[Pair, list[Hits]]]) -> plt.Figure:
             axis.fill_between(pair.levels, *bounds, color=color, alpha=0.15, lw=0)
         axis.axhline(ALPHA, color="0.7", ls=":", lw=1)
         axis.set_title(pair.title, fontsize=8)
+        axis.set_xticks(pair.levels)
         axis.set_xlabel(pair.varied)
         axis.set_ylim(0, 1.03)
     axes[0, 0].set_ylabel("power")
