@@ -191,7 +191,7 @@ def matching_costs(batch_size: int = 512):
 
 def embeddings(D: int, d: int, device: jax.Device):
     mesh = jax.sharding.Mesh(np.array([device]), ("rows",))
-    shared = shape(D, d), shape(1), None, None
+    shared = shape(D, d), shape(1), None, None, None
     arguments = shape(1024, d), 1024, 0, None, shared, None
     return fourier_means._chunk_sums, arguments, {"mesh": mesh, "num_blocks": 1}
 

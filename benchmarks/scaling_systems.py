@@ -321,7 +321,7 @@ def _stream_program(mesh, run, n, d, D, N=1, chunk_size=1024):
         size,
         0,
         None,
-        (jax.ShapeDtypeStruct((D, d), np.float32, sharding=whole), jnp.ones(1), None, None),
+        (jax.ShapeDtypeStruct((D, d), np.float32, sharding=whole), jnp.ones(1), None, None, None),
         None,
         mesh=over,
         num_blocks=1,

@@ -174,7 +174,9 @@ def test_grams_of_unions_are_those_of_the_rows_together():
 
 @pytest.fixture(scope="module")
 def recovered():
-    return recovery.recover(RecoveryConfig(TINY, num_targets=2, num_features=(20,)), 0)
+    return recovery.recover(
+        RecoveryConfig(TINY, num_targets=2, num_features=(20,), num_chosen=30), 0
+    )
 
 
 def test_recovery_reports_every_estimator(recovered):
@@ -273,7 +275,9 @@ def test_evaluating_is_that_of_a_sample_with_the_shares():
         evaluate(images[:6], labels[:6], np.eye(3)[2])
 
 
-DOWNSTREAM = DownstreamConfig(TINY, largest=30, smallest=8, num_images=100, num_epochs=2, hidden=8)
+DOWNSTREAM = DownstreamConfig(
+    TINY, largest=30, smallest=8, num_images=100, num_epochs=2, hidden=8, num_features=30
+)
 
 
 @pytest.mark.slow
@@ -338,7 +342,7 @@ def test_presets():
 def test_groups_leave_summaries_tables_and_figures_and_are_skipped_when_done(tmp_path, capsys):
     covered = replace(QUICK["coverage"].settings["auto"], samples=replace(TINY, labels="drawn"))
     small = {
-        "recovery": RecoveryConfig(TINY, num_targets=2, num_features=(20,)),
+        "recovery": RecoveryConfig(TINY, num_targets=2, num_features=(20,), num_chosen=30),
         "coverage": covered,
         "unequal": replace(covered, estimator="mmd", small_set=(8, 5)),
         "downstream": replace(DOWNSTREAM, num_epochs=1),

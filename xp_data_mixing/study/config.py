@@ -43,9 +43,11 @@ class RecoveryConfig:
     samples: Samples = Samples()
     num_targets: int = 4
     num_features: tuple[int, ...] = (100, 1000)
+    num_chosen: int = 1000
+    """Frequencies of the features that are chosen, and of EMQ's classifiers."""
 
     def __post_init__(self):
-        check_sizes(self, "num_targets")
+        check_sizes(self, "num_targets", "num_chosen")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class DownstreamConfig:
     num_epochs: int = 20
     hidden: int = 128
     learning_rate: float = 1e-3
+    num_features: int = 1000
 
     def __post_init__(self):
         check_sizes(self, "smallest", "num_images", "num_epochs", "hidden")
@@ -181,9 +184,9 @@ GROUPS: dict[str, Group] = {
 QUICK: dict[str, Group] = {
     "recovery": Group(
         {
-            "digits, pixels": RecoveryConfig(DIGITS, num_features=(100,)),
+            "digits, pixels": RecoveryConfig(DIGITS, num_features=(100,), num_chosen=100),
             "digits, gradients": RecoveryConfig(
-                replace(DIGITS, space="gradients"), num_features=(100,)
+                replace(DIGITS, space="gradients"), num_features=(100,), num_chosen=100
             ),
         }
     ),
@@ -209,7 +212,13 @@ QUICK: dict[str, Group] = {
     "downstream": Group(
         {
             "pixels": DownstreamConfig(
-                DIGITS, largest=60, smallest=15, num_images=400, num_epochs=20, hidden=32
+                DIGITS,
+                largest=60,
+                smallest=15,
+                num_images=400,
+                num_epochs=20,
+                hidden=32,
+                num_features=100,
             )
         },
         seeds=2,

@@ -94,7 +94,9 @@ def compare(config: DownstreamConfig, seed: int, data_root: Path | None = None) 
                 estimate_key,
                 rows,
                 target_rows,
-                kernel=Kernel(estimator=estimator, check_features=0),
+                kernel=Kernel(
+                    estimator=estimator, num_features=config.num_features, check_features=0
+                ),
             ).weights
             for estimator in ESTIMATORS
         ),

@@ -38,7 +38,6 @@ from xp_data_mixing.whitening import simplex_weights
 
 UNIFORM, LINEAR = "uniform", "linear mean matching"
 CALIBRATED_MMD, WHITENED, EMQ, AUTO = "MMD, calibrated σ", "whitened", "EMQ", "auto"
-NUM_EMQ_FEATURES = 1000
 PACKAGE = "estimate(), its defaults"
 ESTIMATORS: dict[str, Estimator] = {WHITENED: "whitened", AUTO: "auto"}
 
@@ -142,11 +141,16 @@ def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) ->
         add(CALIBRATED_MMD, mmd_weights(both[chosen], sizes))
         for name, estimator in ESTIMATORS.items():
             # The sources are the same: so is what they choose.
-            kernel = Kernel(estimator=estimator, choice=choices[name], check_features=0)
+            kernel = Kernel(
+                estimator=estimator,
+                choice=choices[name],
+                num_features=config.num_chosen,
+                check_features=0,
+            )
             result = estimate(estimate_key, sources, target, kernel=kernel)
             add(name, result.weights)
             choices[name] = result.choice
-        add(EMQ, emq_weights(estimate_key, sources, target, median))
+        add(EMQ, emq_weights(estimate_key, sources, target, median, config.num_chosen))
     all_weights = np.stack([np.stack(of_targets) for of_targets in weights.values()])
     return {
         "names": np.array(list(weights)),
@@ -159,13 +163,17 @@ def recover(config: RecoveryConfig, seed: int, data_root: Path | None = None) ->
 
 
 def emq_weights(
-    key: Key[Array, ""], sources: Sequence[np.ndarray], target: np.ndarray, median: float
+    key: Key[Array, ""],
+    sources: Sequence[np.ndarray],
+    target: np.ndarray,
+    median: float,
+    num_features: int,
 ) -> Float[np.ndarray, " N"]:
     """Most likely weights under posteriors of a uniform prior, of the median bandwidth."""
     groups = [as_rows(rows, "rows") for rows in (*sources, target)]
     frequency_key, feature_key, sample_key = jax.random.split(key, 3)
     count, offset = max(map(len, (target, np.concatenate(sources)))), origin(groups)
-    frequencies = gaussian_frequencies(frequency_key, NUM_EMQ_FEATURES, target.shape[1])
+    frequencies = gaussian_frequencies(frequency_key, num_features, target.shape[1])
     options: dict[str, Any] = {"kinds": ["posteriors"], "count": count, "offset": offset}
     features = fitted_features(
         feature_key, groups[:-1], groups[-1], frequencies, [median], **options
