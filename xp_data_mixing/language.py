@@ -137,7 +137,7 @@ class Pool(NamedTuple):
 
 @cache
 def schedule(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
-    """Adam; the rate rises over a tenth of the steps and falls to 0 along a cosine."""
+    """Adam; the rate rises over a tenth of the steps, then follows a cosine down to 0."""
     return optax.adam(
         optax.warmup_cosine_decay_schedule(0, learning_rate, max(1, num_steps // 10), num_steps)
     )
@@ -305,8 +305,8 @@ def choose_by_regression(key, trained, network, domains, targets, config) -> Cho
     ]
     candidates, weights = rng.dirichlet(np.full(len(domains), 0.5), 10_000), {}
     for name, target in targets.items():
-        found = [window_losses(network, model, target.chosen_from).mean() for model in models]
-        predicted = Ridge(1e-3).fit(mixtures, found).predict(candidates)
+        proxy_losses = [window_losses(network, m, target.chosen_from).mean() for m in models]
+        predicted = Ridge(1e-3).fit(mixtures, proxy_losses).predict(candidates)
         weights[name] = candidates[np.argsort(predicted)[:100]].mean(axis=0)
     return Chosen(weights, time.perf_counter() - began)
 

@@ -253,10 +253,10 @@ def estimate(
     kernel, or in that of features that are fitted to the sources.
 
     Sources and target are arrays [n, d], `lib.rows.files.open_rows(path)`, or `lib.rows.Rows`
-    without weights. A list as target is pooled, or counts by `target_weights`, one for each, of sum
-    1. A sample that is both source and (part of the) target has no distance to itself but for its
-    noise: products of a row with itself are left out of means between the two. `solver` is "own" or
-    a name of cvxpy's; `chunk_size` rows are read at a time, and `on_rows` is told of them.
+    without weights. A list as target is pooled, or counts by `target_weights`, one >= 0 for each.
+    Where a sample is both source and (part of the) target, no row is compared with itself.
+    `solver` is "own" or a name of cvxpy's; `chunk_size` rows are read at a time, and `on_rows` is
+    told of them.
 
     Raises ValueError on bad options before a row is read, on bad rows naming their sample, and
     where no weights meet the bounds.

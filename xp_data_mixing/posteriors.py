@@ -11,7 +11,7 @@ with posteriors: Bella et al., Quantification via probability estimators, ICDM 2
 
 How precise that is depends on the prior. Under the target's own weights w the posteriors
 w_i p_i(x) / sum_j w_j p_j(x) are the derivatives of the log-likelihood of w (times w_i), the most
-precise features there are; so a first estimate is their prior (`PULL` of it uniform).
+precise features there are; so a first estimate is their prior (`UNIFORM_SHARE` of it uniform).
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from lib.numerics import product
 from xp_data_mixing.whitening import Spectrum, spectrum, whitened_weights
 
 FOLDS = 5
-PULL = 0.1
+UNIFORM_SHARE = 0.1
 """Share of the uniform prior in the target's estimated one: posteriors of a prior near 0 tell
 nothing."""
 BOUND_ROWS = 4000
@@ -185,8 +185,8 @@ def calibration(
     # Where sources are told apart without an error the best scale is infinite.
     bounds = [(-3.0, 3.0), *[(None, None)] * logits.shape[1]]
     start = np.zeros(1 + logits.shape[1])
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
-    return float(np.exp(found[0])), found[1:]
+    best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    return float(np.exp(best[0])), best[1:]
 
 
 def log_loss(logits, labels, weights) -> float:
@@ -211,11 +211,11 @@ def weights_and_prior(
 
     `own` are logits of each source's rows out of fold, `target_mean` gives the target's mean
     posteriors under a prior. The prior is a first estimate, from posteriors of a uniform one,
-    pulled towards that.
+    moved towards that.
     """
     weights = np.full(len(own), 1 / len(own))
     for _ in range(2):
-        prior = (1 - PULL) * weights + PULL / len(own)
+        prior = (1 - UNIFORM_SHARE) * weights + UNIFORM_SHARE / len(own)
         known = spectrum([with_prior(logits, prior) for logits in own])
         weights = whitened_weights(known, target_mean(prior) @ known.basis, damping)
     return weights, prior, known

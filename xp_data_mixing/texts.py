@@ -46,8 +46,8 @@ def code(text: str) -> str:
 def prose(text: str) -> str:
     """The docstrings of three lines or more."""
     tree = _parsed(text)
-    found = [] if tree is None else [ast.get_docstring(node) or "" for node in _documented(tree)]
-    return "\n\n".join(words for words in found if words.count("\n") >= 3)
+    strings = [] if tree is None else [ast.get_docstring(node) or "" for node in _documented(tree)]
+    return "\n\n".join(words for words in strings if words.count("\n") >= 3)
 
 
 def _parsed(text):

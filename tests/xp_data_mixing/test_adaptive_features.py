@@ -56,6 +56,7 @@ def test_classifiers_are_logistic_regressions_of_the_rows_with_weight():
         np.testing.assert_allclose(found, expected.predict_proba(rows), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_default_number_of_steps_is_enough():
     rows, labels = np.concatenate(sources(0)), np.repeat([0, 1, 2], [150, 60, 200])
     weights, ridges = np.ones((1, 410), "f4"), np.array([0.01], "f4")
@@ -233,6 +234,7 @@ def test_one_source_needs_no_posteriors():
     assert (result.weights.tolist(), result.choice.kind) == ([1.0], "whitened")
 
 
+@pytest.mark.slow
 def test_sources_of_equal_rows():
     rows = [np.full((9, 2), i, "f4") for i in range(3)]
     drawn = np.concatenate([rows[0], rows[2], rows[2]])

@@ -101,6 +101,7 @@ def test_losses_are_of_the_next_byte():
         np.testing.assert_allclose(of_row, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_only_domains_with_weight_are_trained_on():
     """One repeats a byte, the other another: the model knows the one that it saw."""
     rows = np.repeat(np.array([65] * 4 + [66] * 6, np.uint8)[:, None], 9, axis=1)
