@@ -45,7 +45,7 @@ class Arguments:
     data_root: Path | None = None
 
 
-def quantifiers(ridge: float, num_rows: int) -> dict[str, Any]:
+def quantifiers(ridge: float) -> dict[str, Any]:
     from quapy.method.aggregative import EMQ, PACC, KDEyML
 
     # Per row the same penalty as ours.
@@ -63,7 +63,7 @@ def compare(config: RecoveryConfig, seed: int, data_root: Path | None) -> dict[s
     splits = problems.load(config.samples, data_root)
     keys = jax.random.split(jax.random.key(seed), 6)  # as in `recovery.recover`
     drawn = problems.draw(keys[0], splits, config.num_targets)
-    found, began, choice = {}, time.perf_counter(), None
+    measured, began, choice = {}, time.perf_counter(), None
     weights = []
     for target in drawn.targets:
         kernel = Kernel(estimator="auto", choice=choice, check_features=0)
@@ -71,7 +71,7 @@ def compare(config: RecoveryConfig, seed: int, data_root: Path | None) -> dict[s
         weights.append(result.weights)
         choice = result.choice
     tv = total_variation(np.stack(weights), drawn.truth)
-    found[OURS] = (tv, time.perf_counter() - began)
+    measured[OURS] = (tv, time.perf_counter() - began)
 
     frequency_key, choice_key = jax.random.split(keys[4])
     groups = [as_rows(rows, "rows") for rows in (*drawn.sources, *drawn.targets)]
@@ -89,16 +89,16 @@ def compare(config: RecoveryConfig, seed: int, data_root: Path | None) -> dict[s
     labels = np.repeat(np.arange(num_sources), [len(rows) for rows in drawn.sources])
     rows = fourier(np.concatenate(projections[:num_sources]), best.bandwidth)
     targets = [fourier(part, best.bandwidth) for part in projections[num_sources:]]
-    for name, method in quantifiers(best.ridge, len(rows)).items():
+    for name, method in quantifiers(best.ridge).items():
         began = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of scikit-learn's iterations
             method.fit(rows, labels)
             weights = [method.predict(target) for target in targets]
         tv = total_variation(np.stack(weights), drawn.truth)
-        found[name] = (tv, time.perf_counter() - began)
+        measured[name] = (tv, time.perf_counter() - began)
         print(f"  {name} {tv.mean():.3f}", flush=True)
-    return found
+    return measured
 
 
 def main(arguments: Arguments) -> Path:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lib.rows import Rows
+from lib.rows import Rows, fill_up
 from lib.rows.fourier_means import (
     ROW_MULTIPLE,
     OnRows,
@@ -122,8 +122,8 @@ def _blocks_of(block_key, indices, num_blocks):
     """The blocks of some rows."""
     if num_blocks == 1:
         return np.zeros(len(indices), int)
-    missing = -len(indices) % ROW_MULTIPLE  # few shapes, so few compilations
-    filled = np.pad(indices, (0, missing)).reshape(-1, ROW_MULTIPLE)
+    size = -(-len(indices) // ROW_MULTIPLE) * ROW_MULTIPLE  # few shapes, so few compilations
+    filled = fill_up(indices, size).reshape(-1, ROW_MULTIPLE)
     of_chunks = [_blocks(block_key, rows, num_blocks=num_blocks) for rows in filled]
     return np.concatenate(of_chunks)[: len(indices)]
 

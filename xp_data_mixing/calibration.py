@@ -219,26 +219,15 @@ def _posterior_errors(rng, features, parts, weights, ridge) -> float:
     """Mean total variation of the pseudo-targets."""
     errors = []
     for fit, held in _both_ways(parts):
-        sizes = [len(chosen) for chosen in fit]
         known = [rows[chosen] for rows, chosen in zip(features, fit)]
-        classifiers, own = posteriors.cross_fitted(
-            np.concatenate(known),
-            np.repeat(np.arange(len(sizes)), sizes),
-            posteriors.random_folds(rng, sizes),
-            ridge,
-            num_sources=len(sizes),
-        )
-        own = np.split(own, np.cumsum(sizes)[:-1])
+        classifiers, own = posteriors.cross_fitted(rng, known, ridge)
         logits = [
             posteriors.logits(classifiers, rows[chosen]) for rows, chosen in zip(features, held)
         ]
         for w in weights:
 
             def mean(prior, logits=logits, w=w):
-                of_sources = [
-                    posteriors.with_prior(rows, prior).mean(axis=(0, 1)) for rows in logits
-                ]
-                return w @ np.stack(of_sources)
+                return w @ np.stack([posteriors.mean_posteriors(rows, prior) for rows in logits])
 
             recovered, _, _ = posteriors.weights_and_prior(own, mean, POSTERIOR_DAMPING)
             errors.append(total_variation(recovered, w))

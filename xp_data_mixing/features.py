@@ -6,6 +6,7 @@ rows; the means come from all of them, in one pass (`xp_data_mixing.block_moment
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -132,29 +133,21 @@ def fitted_features(
 
 
 def _fitted_posteriors(key, choice, sources, target):
-    sizes = [len(sample.indices) for sample in sources]
-    rows = fourier(np.concatenate([s.projections for s in sources]), choice.bandwidth)
-    folds = posteriors.random_folds(host_rng(key), sizes)
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    classifiers, logits = posteriors.cross_fitted(
-        rows, labels, folds, choice.ridge, num_sources=len(sizes)
-    )
-    own = np.split(logits, np.cumsum(sizes)[:-1])
+    rows = [fourier(sample.projections, choice.bandwidth) for sample in sources]
+    classifiers, own = posteriors.cross_fitted(host_rng(key), rows, choice.ridge)
     of_target = posteriors.logits(classifiers, fourier(target.projections, choice.bandwidth))
-
-    def target_mean(prior):
-        return posteriors.with_prior(of_target, prior).mean(axis=(0, 1))
-
-    _, prior, known = posteriors.weights_and_prior(own, target_mean, choice.damping)
+    mean = partial(posteriors.mean_posteriors, of_target)
+    _, prior, known = posteriors.weights_and_prior(own, mean, choice.damping)
     readout = Posteriors(
         classifiers, jnp.asarray(prior, jnp.float32), _metric(known, choice.damping)
     )
     # The rows that trained the classifiers are given only to the one that they did not train.
-    by_one = readout.metric(jnp.asarray(posteriors.with_prior(logits, prior), jnp.float32))
-    differences = np.asarray(by_one - readout(jnp.asarray(rows)), np.float64)
-    parts = np.split(differences, np.cumsum(sizes)[:-1])
-    corrections = [(sample.indices, part) for sample, part in zip(sources, parts)]
-    return Features(choice, rows.shape[1] // 2, readout, corrections)
+    corrections = []
+    for sample, z, logits in zip(sources, rows, own):
+        by_one = readout.metric(jnp.asarray(posteriors.with_prior(logits, prior), jnp.float32))
+        difference = np.asarray(by_one - readout(jnp.asarray(z)), np.float64)
+        corrections.append((sample.indices, difference))
+    return Features(choice, rows[0].shape[1] // 2, readout, corrections)
 
 
 def _metric(known: Spectrum, damping: float) -> Metric:

@@ -37,6 +37,7 @@ from lib import runs
 from lib.numerics import named_key
 from lib.report.spreads import mean_and_spread, standard_error
 from lib.report.tables import Table, write_summary
+from lib.rows import fill_up
 from lib.runs.commands import run_command
 from lib.runs.files import write_json
 from lib.runs.processes import DeviceOptions
@@ -46,7 +47,7 @@ from xp_data_mixing.gradient_embeddings import adam_direction, class_counts, pro
 from xp_data_mixing.likelihood import likelihood_weights
 from xp_data_mixing.mixing import Kernel, estimate
 from xp_data_mixing.study.config import EXPERIMENT
-from xp_data_mixing.texts import DOMAINS, REAL_TARGETS, collect, windows
+from xp_data_mixing.texts import DOMAINS, REAL_TARGETS, Texts, collect, windows
 
 METHODS = ("uniform", "by size", "gradients", "gradients, Adam", "MixMin", "RegMix", "oracle")
 VOCABULARY = 256
@@ -180,11 +181,13 @@ def _batch_losses(network, parameters, batch):
 
 def window_losses(network: Transformer, parameters: Any, rows: np.ndarray) -> np.ndarray:
     """`losses` of any number of windows, [n, L]."""
-    filled = np.concatenate([rows, rows[:1].repeat(-len(rows) % BATCH, axis=0)])
-    parts = [
-        np.asarray(_batch_losses(network, parameters, filled[i : i + BATCH]))
-        for i in range(0, len(filled), BATCH)
-    ]
+    return in_batches(partial(_batch_losses, network, parameters), rows)
+
+
+def in_batches(function: Callable[[Any], Array], rows: np.ndarray) -> np.ndarray:
+    """What a function gives for each row, `BATCH` of them at a time."""
+    filled = fill_up(rows, -(-len(rows) // BATCH) * BATCH)
+    parts = [np.asarray(function(filled[i : i + BATCH])) for i in range(0, len(filled), BATCH)]
     return np.concatenate(parts)[: len(rows)]
 
 
@@ -257,22 +260,20 @@ def choose_by_gradients(
         transform = adam_direction(moments._replace(mu=some(moments.mu), nu=some(moments.nu)))
     loss = Partial(_loss_of_some, network, parameters)
 
-    def embed(rows):
-        filled = np.concatenate([rows, rows[:1].repeat(-len(rows) % BATCH, axis=0)])
-        parts = [
-            project_gradients(
-                projection_key, loss, some(parameters), jnp.asarray(filled[i : i + BATCH]),
-                dimension=config.dimension, transform=transform,
-            )
-            for i in range(0, len(filled), BATCH)
-        ]  # fmt: skip
-        return np.concatenate([*map(np.asarray, parts)])[: len(rows)]
+    def embed(batch):
+        return project_gradients(
+            projection_key, loss, some(parameters), jnp.asarray(batch),
+            dimension=config.dimension, transform=transform,
+        )  # fmt: skip
 
     rng = host_rng(row_key)
-    sources = [embed(rng.permutation(rows)[: config.num_windows]) for rows in domains]
+    chosen = (rng.permutation(rows)[: config.num_windows] for rows in domains)
+    sources = [in_batches(embed, rows) for rows in chosen]
     weights, kernel = {}, Kernel(estimator="auto", check_features=0)
     for name, target in targets.items():
-        result = estimate(estimate_key, sources, embed(target.chosen_from), kernel=kernel)
+        result = estimate(
+            estimate_key, sources, in_batches(embed, target.chosen_from), kernel=kernel
+        )
         weights[name] = result.weights
         kernel = Kernel(estimator="auto", check_features=0, choice=result.choice)
     return Chosen(weights, time.perf_counter() - began)
@@ -314,11 +315,10 @@ def choose_by_regression(key, trained, network, domains, targets, config) -> Cho
 # ---- The comparison
 
 
-def compare(config: LanguageConfig, seed: int, folder: Path) -> dict[str, Any]:
+def compare(config: LanguageConfig, seed: int, texts: Texts) -> dict[str, Any]:
     """names, targets; weights [T, M, N], loss [T, M] in bits per byte, tv [T, M] to the known
     mixture; NaN where a method has no weights or a target no mixture. seconds [M] of choosing for
     all targets, and training, of one model."""
-    texts = collect(folder, config.domain_bytes)
     domains = [windows(texts.train[name], config.context + 1) for name in DOMAINS]
     counts = np.array([len(rows) for rows in domains])
     starts = np.cumsum(counts) - counts
@@ -335,7 +335,7 @@ def compare(config: LanguageConfig, seed: int, folder: Path) -> dict[str, Any]:
         )  # fmt: skip
 
     common = trained, network, domains, targets, config
-    n, nothing = len(domains), dict[str, np.ndarray]()
+    n = len(domains)
     chosen = {
         "uniform": Chosen(dict.fromkeys(targets, np.full(n, 1 / n)), 0.0),
         "by size": Chosen(dict.fromkeys(targets, counts / counts.sum()), 0.0),
@@ -344,7 +344,7 @@ def compare(config: LanguageConfig, seed: int, folder: Path) -> dict[str, Any]:
         "MixMin": choose_by_mixmin(named_key(key, "MixMin"), *common),
         "RegMix": choose_by_regression(named_key(key, "RegMix"), *common),
         "oracle": Chosen(
-            {name: t.truth for name, t in targets.items() if t.truth is not None} or nothing, 0.0
+            {name: t.truth for name, t in targets.items() if t.truth is not None}, 0.0
         ),
     }
     models: dict[bytes, Any] = {}
@@ -437,7 +437,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
         known = asdict(config) | {"texts": runs.config_hash(texts.manifest)}
         run = runs.open_run(arguments.results, EXPERIMENT, "language", known, seed=seed)
         if not run.finished:
-            run.finish(**compare(config, seed, folder))
+            run.finish(**compare(config, seed, texts))
         stored.append(run.load_arrays())
     row = {name: [arrays[name].tolist() for arrays in stored] for name in sorted(stored[0])}
     summary = {"group": "language", "seeds": seeds, "settings": asdict(config), "rows": [row]}

@@ -27,6 +27,7 @@ least for the largest weight, where one source is all of the target or sources o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -286,16 +287,17 @@ def estimate(
         )
     reading: dict[str, Any] = {"on_rows": on_rows}
     reading["num_blocks"] = bootstrap.num_blocks if bootstrap.replicates else FOLDS
-    frequencies = gaussian_frequencies(frequency_key, kernel.num_features, groups[0].shape[1])
-    choice = None
+    choice, width = None, groups[0].shape[1]
     if kernel.estimator == "exact":
         fit = check = exact_moments(block_key, groups, bandwidth, **reading)
     else:
         reading |= {"chunk_size": chunk_size, "devices": devices}
+        frequencies = gaussian_frequencies(frequency_key, kernel.num_features, width)
     if kernel.estimator == "rff":
-        checks = gaussian_frequencies(check_key, max(1, kernel.check_features), groups[0].shape[1])
-        both = jnp.concatenate([frequencies, checks[: kernel.check_features]])
-        moments = feature_moments(block_key, groups, both, bandwidth, **reading)
+        if kernel.check_features:
+            checks = gaussian_frequencies(check_key, kernel.check_features, width)
+            frequencies = jnp.concatenate([frequencies, checks])
+        moments = feature_moments(block_key, groups, frequencies, bandwidth, **reading)
         fit, check = split_features(moments, kernel.num_features)
     elif kernel.adaptive:
         features = fitted_features(
@@ -377,14 +379,15 @@ def estimate(
 class _Samples(NamedTuple):
     """What is read, and how sources and target are made of it.
 
-    groups [G]       the sources, and the parts of the target that are none of them
-    combine [N + 1, G]   the means of the sources, and last the target, from those of the groups
-    parts            of the target
+    groups [G]   the sources, and the parts of the target that are none of them
+    shares [G]   of the groups' means in the target's
+    parts        of the target
     """
 
     groups: list[Rows]
-    combine: Float[np.ndarray, "M G"]
+    shares: Float[np.ndarray, " G"]
     parts: list[Rows]
+    num_sources: int
 
     @property
     def sizes(self) -> Int[np.ndarray, " G"]:
@@ -393,24 +396,25 @@ class _Samples(NamedTuple):
     @property
     def num_rows(self) -> Int[np.ndarray, " M"]:
         """Of the sources, and last of the target."""
-        return np.append(self.sizes[: len(self.combine) - 1], sum(p.shape[0] for p in self.parts))
-
-    def combined(self, gram: Float[np.ndarray, "G G"]) -> Float[np.ndarray, "M M"]:
-        return self.combine @ gram @ self.combine.T
+        return np.append(self.sizes[: self.num_sources], sum(p.shape[0] for p in self.parts))
 
     def noise(self, of_groups: Float[np.ndarray, " G"]) -> Float[np.ndarray, " M"]:
-        return np.square(self.combine) @ of_groups
+        """Of the sources' means, and last of the target's."""
+        return np.append(of_groups[: self.num_sources], np.square(self.shares) @ of_groups)
 
     def without_noise(
         self, gram, noise, corrections: int, *, resampled: bool = False
     ) -> Float[np.ndarray, "M M"]:
-        """Of means of groups: their noise is taken off the diagonal `corrections` times, and once
-        where the target has rows of a source; each time once more for the noise of resampling."""
-        shared = (self.combine * noise) @ self.combine.T
-        own = np.diag(np.diag(shared))
-        return (
-            self.combined(gram) - (corrections + resampled) * own - (1 + resampled) * (shared - own)
-        )
+        """The Gram matrix of means of the sources, and last the target, from that of the groups.
+
+        Noise is taken off the diagonal `corrections` times, and once where the target has rows of a
+        source; each time once more for the noise of resampling.
+        """
+        n = self.num_sources
+        cross = gram[:n] @ self.shares - (1 + resampled) * (self.shares * noise)[:n]
+        square = np.array([[self.shares @ gram @ self.shares]])
+        combined = np.block([[gram[:n, :n], cross[:, None]], [cross[None, :], square]])
+        return combined - np.diag((corrections + resampled) * self.noise(noise))
 
 
 def _samples(sources, target, target_weights) -> _Samples:
@@ -433,12 +437,10 @@ def _samples(sources, target, target_weights) -> _Samples:
     elif set(places) == {None}:
         parts, places, shares = [pooled(parts)], [None], np.ones(1)
     new = [part for part, place in zip(parts, places) if place is None]
-    combine = np.eye(len(samples) + 1, len(samples) + len(new))
-    combine[-1] = 0.0
-    columns = iter(range(len(samples), combine.shape[1]))
+    of_groups, next_place = np.zeros(len(samples) + len(new)), count(len(samples))
     for place, share in zip(places, shares / shares.sum()):
-        combine[-1, next(columns) if place is None else place] += share
-    return _Samples([*samples, *new], combine, parts)
+        of_groups[next(next_place) if place is None else place] += share
+    return _Samples([*samples, *new], of_groups, parts, len(samples))
 
 
 def _identity(rows: Any) -> Any:

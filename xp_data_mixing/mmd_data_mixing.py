@@ -313,9 +313,9 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> list[MixingResult]:
         options["estimator"] = "exact"
     mixer = MMDDataMixer(**options)
     devices = None if mesh is None else mesh.local_devices
-    _, val = open_files(arguments.train_paths, arguments.val_paths)
     parts = [(arguments.val_paths, "")]
     if arguments.each:
+        _, val = open_files(arguments.train_paths, arguments.val_paths)
         names = reports.labels([file.name for file in val])
         parts = [
             ((path,), "-" + name.replace("/", "-"))
@@ -336,17 +336,20 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> list[MixingResult]:
             options=options | {"random_seed": mixer.random_seed},
         )
         print(reports.text(document))
-        for kind, path in (("numbers", arguments.output_file), ("report", arguments.report)):
-            if path is None:
-                continue
-            path = path.with_name(path.stem + suffix + path.suffix)
-            if kind == "numbers":
-                write_json(path, document)
-            else:
-                reports.write(document, path)
-            print(f"{kind}: {path}")
+        if arguments.output_file is not None:
+            path = _with_suffix(arguments.output_file, suffix)
+            write_json(path, document)
+            print(f"numbers: {path}")
+        if arguments.report is not None:
+            path = _with_suffix(arguments.report, suffix)
+            reports.write(document, path)
+            print(f"report: {path}")
         results.append(result)
     return results
+
+
+def _with_suffix(path: Path, suffix: str) -> Path:
+    return path.with_name(path.stem + suffix + path.suffix)
 
 
 if __name__ == "__main__":

@@ -131,27 +131,23 @@ def random_folds(rng: np.random.Generator, sizes: Sequence[int]) -> Int[np.ndarr
 
 
 def cross_fitted(
-    features: Float[np.ndarray, "n F"],
-    labels: Int[np.ndarray, " n"],
-    folds: Int[np.ndarray, " n"],
-    ridge: float,
-    *,
-    num_sources: int,
-) -> tuple[Classifiers, Float[np.ndarray, "n N"]]:
-    """(`FOLDS` classifiers, the k-th without the rows of fold k; calibrated logits of each row by
-    the one that it did not train.) `ridge` is divided by the number of rows."""
-    weights = balanced(labels, num_sources)
+    rng: np.random.Generator, sources: Sequence[Float[np.ndarray, "n F"]], ridge: float
+) -> tuple[Classifiers, list[Float[np.ndarray, "n N"]]]:
+    """(`FOLDS` classifiers, the k-th without the rows of fold k; calibrated logits of each source's
+    rows, each by the one that it did not train.) `ridge` is divided by the number of rows."""
+    sizes, num_sources = [len(rows) for rows in sources], len(sources)
+    features, labels = np.concatenate(sources), np.repeat(np.arange(num_sources), sizes)
+    folds, weights = random_folds(rng, sizes), balanced(labels, num_sources)
     kept = weights[None, :] * (folds[None, :] != np.arange(FOLDS)[:, None])
     ridges = np.full(FOLDS, ridge / len(labels), np.float32)
     classifiers = fit_classifiers(features, labels, kept, ridges, num_sources=num_sources)
-    rows = np.arange(len(labels))
-    own = logits(classifiers, features)[folds, rows]
+    own = logits(classifiers, features)[folds, np.arange(len(labels))]
     scale, shift = calibration(own, labels, weights)
     calibrated = Classifiers(
         classifiers.weights * np.float32(scale),
         classifiers.biases * np.float32(scale) + shift.astype(np.float32)[None, :],
     )
-    return calibrated, own * scale + shift
+    return calibrated, np.split(own * scale + shift, np.cumsum(sizes)[:-1])
 
 
 def logits(
@@ -200,6 +196,13 @@ def with_prior(
 ) -> Float[np.ndarray, "*n N"]:
     """Posteriors under a prior in place of the uniform one."""
     return softmax(logits + np.log(prior), axis=-1)
+
+
+def mean_posteriors(
+    logits: Float[np.ndarray, "K n N"], prior: Float[np.ndarray, " N"]
+) -> Float[np.ndarray, " N"]:
+    """Over classifiers and rows."""
+    return with_prior(logits, prior).mean(axis=(0, 1))
 
 
 def weights_and_prior(

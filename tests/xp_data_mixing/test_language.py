@@ -122,7 +122,7 @@ TINY = LanguageConfig(
 
 @pytest.mark.slow
 def test_the_comparison_ends_in_a_table(folder):
-    measured = language.compare(TINY, 0, folder)
+    measured = language.compare(TINY, 0, texts.collect(folder, TINY.domain_bytes))
     assert measured["targets"].tolist() == ["mixture 0", *texts.REAL_TARGETS]
     known = ~np.isnan(measured["loss"])
     assert known[0].all()
