@@ -2,6 +2,7 @@
 
 from lib.sliced_wasserstein._distances import (
     Coupling,
+    basis_directions,
     exact_coupling,
     orthogonal_directions,
     pairwise_cost,
@@ -13,4 +14,9 @@ from lib.sliced_wasserstein._distances import (
     sliced_wasserstein_power,
     sum_over_directions,
 )
-from lib.sliced_wasserstein._sorting import sort_columns, sort_with_permutation
+from lib.sliced_wasserstein._sorting import (
+    put_rows,
+    sort_columns,
+    sort_with_permutation,
+    take_rows,
+)

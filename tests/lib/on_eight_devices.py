@@ -19,6 +19,7 @@ from lib.networks import classification, optimizers
 from lib.rff import gaussian_frequencies, uniform_phases
 from lib.rows import Rows
 from lib.rows.fourier_means import stream_mean_embeddings
+from lib.sliced_wasserstein import random_directions
 from xp_dataset_distillation import condense, config, objectives
 from xp_drmmd import flows
 from xp_drmmd.config import FlowConfig
@@ -113,6 +114,16 @@ def sliced():
             return jax.jit(function)(x, y, jax.random.key(2))
 
         FOUND[f"WoW gradient, {count} directions"] = difference(*on_both(gradient))
+    w = jax.random.uniform(jax.random.key(8), (5, 16))
+    for count, weights in cases((5, None), (101, w)):
+
+        def energy(mesh, count=count, weights=weights):
+            directions = random_directions(jax.random.key(2), count, 9)
+            z = normal(9, 5, 11, 9)
+            function = partial(mmd.sliced_energy_value_and_grad, mesh=mesh, block_size=3)
+            return jax.jit(function)(x, z, directions, x_weights=weights)
+
+        FOUND[f"energy gradient, {count} directions"] = difference(*on_both(energy))
     for shape in cases((5, 16, 9), (8, 11, 9), (3, 5, 9)):
         run = partial(flow, normal(3, *shape), y, 12, num_directions=40, record_every=5)
         FOUND[f"flow of {shape}"] = difference(*on_both(lambda mesh, run=run: run(mesh=mesh)))

@@ -37,7 +37,17 @@ def chosen(found, *beginnings):
 @pytest.mark.parametrize(
     ("what", "tolerance"),
     [
-        *((name, DOUBLE) for name in ("rows", "WoW gradient", "labelled", "flow of", "resumed")),
+        *(
+            (name, DOUBLE)
+            for name in (
+                "rows",
+                "WoW gradient",
+                "energy gradient",
+                "labelled",
+                "flow of",
+                "resumed",
+            )
+        ),
         *(("streams, EM", 1e-12), ("streams, sums", 1e-12), ("streams, sizes", 0)),
         # Solving with the target's spectrum at lambda = 1e-3 magnifies rounding by 1 / lambda.
         ("xp_drmmd", 1e-9),

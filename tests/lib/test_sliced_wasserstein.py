@@ -12,11 +12,13 @@ from lib.sliced_wasserstein import (
     orthogonal_directions,
     pairwise_cost,
     percentile_coupling,
+    put_rows,
     random_directions,
     sliced_wasserstein,
     sliced_wasserstein_power,
     sort_columns,
     sort_with_permutation,
+    take_rows,
 )
 
 
@@ -261,12 +263,28 @@ def test_network_sorts_every_kind_of_column(n, dtype):
     np.testing.assert_array_equal(sort_columns(x), np.sort(x, axis=-2), strict=True)
 
 
-def test_long_columns_take_the_platform_sort(monkeypatch):
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_long_columns_are_sorted_as_integers(monkeypatch, dtype):
     monkeypatch.setattr(sorting, "_by_network", None)
-    monkeypatch.setattr(sorting, "LONGEST_NETWORK", 34)
-    x = hard_columns(35)  # compiled nowhere else
+    for name in ("LONGEST_NETWORK", "LONGEST_NETWORK_OF_DOUBLES"):
+        monkeypatch.setattr(sorting, name, 34)
+    monkeypatch.setattr(sorting, "SORTS_AT_A_TIME", 3)
+    x = hard_columns(35, dtype)  # compiled nowhere else
     check_sorted(x, *sort_with_permutation(x))
     np.testing.assert_array_equal(sort_columns(x), np.sort(x, axis=-2))
+
+
+def test_rows_are_put_back_where_they_were_taken_from():
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((2, 3, 7, 4)).astype(np.float32)
+    order = np.argsort(x, axis=-2).astype(np.int32)
+    taken = take_rows(jnp.asarray(x), jnp.asarray(order))
+    np.testing.assert_array_equal(taken, np.sort(x, axis=-2))
+    np.testing.assert_array_equal(put_rows(taken, jnp.asarray(order)), x)
+    twice = np.zeros_like(order)
+    expected = np.broadcast_to(x[..., :1, :], x.shape)
+    np.testing.assert_array_equal(take_rows(jnp.asarray(x), jnp.asarray(twice)), expected)
 
 
 @pytest.mark.parametrize("most", [1, 60, 100, 10**6])
