@@ -14,7 +14,7 @@ DatasetName = Literal[
     "ThreeRing", "FourGaussian", "Gaussian1D", "Gaussian1DExact", "Gaussian1d", "Gaussian2d",
     "Student", "digits", "mnist", "fashion_mnist",
 ]  # fmt: skip
-FlowName = Literal["drmmd", "mmd", "kale", "ula", "svgd"]
+FlowName = Literal["drmmd", "mmd", "kale", "sliced_mmd", "ula", "svgd"]
 KernelName = Literal["Gaussian", "Laplace", "IMQ", "Energy"]
 FilterName = Literal["tikhonov", "showalter", "cutoff"]
 OptimizerName = Literal["sgd", "momentum", "adam"]
@@ -28,6 +28,8 @@ class FlowConfig:
     """Gaussian1d, Gaussian2d and Student are those of the published code. Its Gaussian1d is N(0, 1)
     within [-1, 1] from N(0, .01^2); the Gaussian1D here is N(0, 1) from N(0, 1/2)."""
     flow: FlowName = "drmmd"
+    """sliced_mmd is the flow mmd of the kernel Energy, whatever `kernel` says, by `num_directions`
+    new directions per step: n log n instead of n^2."""
     kernel: KernelName = "Gaussian"
     """All but Energy are functions of |x - y|, the Euclidean distance; see `distance`. Energy is
     (|x| + |y| - |x - y|) / (2 sigma)."""
@@ -71,6 +73,8 @@ class FlowConfig:
     then cost O(N rank) a step, nystrom O(M rank^2): its landmarks are target points and, anew at
     each step, particles, half of each. rff: only Gaussian."""
     rank: int = 300
+    num_directions: int = 100
+    """Of sliced_mmd."""
     records: int = 50
     """How often particles are kept and evaluated."""
     components: int = 50
@@ -85,6 +89,7 @@ class FlowConfig:
             ("distance", self.kernel == "Laplace", "--kernel Laplace"),
             ("diffusion_noise_scale", self.flow == "ula", "--flow ula"),
             ("target_scale", self.dataset == "Gaussian2d", "--dataset Gaussian2d"),
+            ("num_directions", self.flow == "sliced_mmd", "--flow sliced_mmd"),
         ):
             value = getattr(self, name)
             if not fits and value != getattr(FlowConfig, name):
@@ -94,6 +99,7 @@ class FlowConfig:
         check_sizes(
             self,
             "rank",
+            "num_directions",
             "num_steps",
             "source_particle_num",
             "target_particle_num",
@@ -107,6 +113,7 @@ class FlowConfig:
             *(() if self.kernel == "Laplace" else ("distance",)),
             *(() if self.diffusion_noise_scale != 1 else ("diffusion_noise_scale",)),
             *(() if self.dataset == "Gaussian2d" else ("target_scale",)),
+            *(() if self.flow == "sliced_mmd" else ("num_directions",)),
         )
 
 

@@ -14,7 +14,9 @@ from lib.drmmd import Target, Witness
 from lib.drmmd import features as feature_space
 from lib.drmmd.features import FeatureTarget, FeatureWitness
 from lib.drmmd.nystrom import landmark_basis, nystrom_features
+from lib.mmd import sliced_energy_value_and_grad
 from lib.numerics import named_key
+from lib.sliced_wasserstein import random_directions
 from xp_drmmd.config import FlowConfig
 
 FILTERS = {"tikhonov": drmmd.tikhonov, "showalter": drmmd.showalter, "cutoff": drmmd.cutoff}
@@ -45,19 +47,20 @@ def _energy(bandwidth: float) -> kernels.Kernel:
 
 def kernel_line(config: FlowConfig) -> str:
     """The kernel's formula, distance and bandwidth, for people."""
+    name = "Energy" if config.flow == "sliced_mmd" else config.kernel
     formula = {
         "Gaussian": "exp(-|x - y|^2 / (2 sigma^2))",
         "Laplace": "exp(-|x - y| / sigma)",
         "IMQ": "(1 + |x - y|^2 / sigma^2)^(-1/2)",
         "Energy": "(|x| + |y| - |x - y|) / (2 sigma)",
-    }[config.kernel]
+    }[name]
     distance = "Euclidean distance (l2)"
-    if config.kernel == "Laplace":
+    if name == "Laplace":
         distance += "; the published code's is --distance l1"
         if config.distance == "l1":
             distance = "sum of absolute differences (l1)"
     sigma = f"{config.bandwidth:g}" if config.bandwidth else "the target's median distance"
-    return f"{config.kernel} kernel {formula}, {distance}, sigma {sigma}"
+    return f"{name} kernel {formula}, {distance}, sigma {sigma}"
 
 
 class Fourier(NamedTuple):
@@ -78,10 +81,17 @@ class Landmarks(NamedTuple):
     of_particles: Int[Array, " s"]
 
 
+class Points(NamedTuple):
+    """A target that is sorted: weights are None where they are equal."""
+
+    points: Float[Array, "M d"]
+    weights: Float[Array, " M"] | None
+
+
 class Prepared(NamedTuple):
     """The target of a stack of flows, and for each flow its lambda and step size."""
 
-    target: Target | Fourier | Landmarks
+    target: Target | Fourier | Landmarks | Points
     lmbda: Float[Array, " C"]
     step_size: Float[Array, " C"]
 
@@ -99,9 +109,11 @@ def prepare(
     config: FlowConfig, target: Array, weights: Array | None = None, *, num_flows: int = 1
 ) -> Prepared:
     """The precomputed target, with the config's lambda and step size for every flow."""
-    kernel = kernel_of(config)
-    if config.approximation == "none":
-        prepared_target = drmmd.prepare_target(kernel, target, weights)
+    prepared_target: Target | Fourier | Landmarks | Points
+    if config.flow == "sliced_mmd" and config.approximation == "none":
+        prepared_target = Points(target, weights)
+    elif config.approximation == "none":
+        prepared_target = drmmd.prepare_target(kernel_of(config), target, weights)
     else:
         if config.flow not in ("mmd", "drmmd"):
             raise ValueError(f"{config.flow} has no form in features")
@@ -154,7 +166,8 @@ def objective(config: FlowConfig, log_density: Callable | None = None) -> Callab
     """(x [C, N, d], prepared, key, memory) -> (values [C, 3], velocities [C, N, d], memory), for
     `lib.gd.wasserstein_gradient_descent` with step size 1: velocities have the step in them, but
     for Adam, which is not told. The values are the functional, lambda and the step."""
-    step = {"ula": _langevin, "svgd": _stein}.get(config.flow, _witness_flow)
+    others = {"ula": _langevin, "svgd": _stein, "sliced_mmd": _sliced}
+    step = others.get(config.flow, _witness_flow)
 
     def value_and_grad(x, prepared, key, memory):
         keys = jax.random.split(key, len(x))
@@ -303,6 +316,18 @@ def _step_size(config, value, lmbda, step_size, memory):
         scale = jnp.sqrt(lmbda / jnp.maximum(value, jnp.finfo(value.dtype).tiny))
         return jnp.minimum(config.largest_step_size, step_size * scale)
     return step_size
+
+
+def _sliced(config, log_density, y, target: Points, lmbda, step_size, key, memory):
+    """The energy MMD by directions of this step, in the units of the kernel Energy."""
+    directions = random_directions(key, config.num_directions, y.shape[1], dtype=y.dtype)
+    value, velocity = sliced_energy_value_and_grad(
+        y, target.points, directions, y_weights=target.weights
+    )
+    scale = 1 / (2 * config.bandwidth)
+    factor = 1.0 if config.opt == "adam" else step_size
+    values = jnp.stack([scale * value, lmbda, step_size])
+    return values, factor * scale * velocity, memory
 
 
 def _langevin(config, log_density, y, target, lmbda, step_size, key, memory):

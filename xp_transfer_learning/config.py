@@ -7,6 +7,8 @@ EXPERIMENT = "xp_transfer_learning"
 """The folder of results."""
 
 Preset = Literal["quick", "paper"]
+Directions = Literal["random", "orthogonal", "basis"]
+"""Independent ones; orthogonal by a QR decomposition per step; one basis, permuted and signed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,11 @@ class ImageFlowConfig:
     target: str = "fashion_mnist"
     split: Literal["train", "test"] = "train"
     num_per_class: int = 200
+    flow: Literal["wow", "sliced_mmd"] = "wow"
+    """sliced_mmd: every class to the target class of its number, by the energy kernel; a step costs
+    n log n, n points per class, and no class sees another."""
     num_directions: int = 500
+    directions: Directions = "random"
     num_steps: int = 100_000
     step_size: float = 0.05
     decay: bool = False
@@ -63,6 +69,15 @@ class ImageFlowConfig:
     block_size: int | None = None
     """Directions at a time: bounds memory."""
     record_every: int = 1000
+
+    def __post_init__(self):
+        if self.flow == "sliced_mmd" and self.n_sample_batch is not None:
+            raise ValueError("n_sample_batch is of the wow flow: sliced_mmd takes all points")
+
+    def without_effect(self) -> tuple[str, ...]:
+        """Later settings with the values that older runs had: those keep their names."""
+        later = {"flow": "wow", "directions": "random"}
+        return tuple(name for name, before in later.items() if getattr(self, name) == before)
 
 
 # Stand-ins for a target where no data are at hand: "digits, rotated" and "digits, inverted".
@@ -120,7 +135,7 @@ class FlowSettings:
     kernel: Literal["gaussian", "laplace", "imq", "riesz"] = "riesz"
     """only mmdsw; likewise the next two."""
     num_directions: int = 500
-    directions: Literal["random", "orthogonal"] = "random"
+    directions: Directions = "random"
     noise: float = 0.0
     """only mmd_product: injected where the gradient is evaluated."""
     epsilon: float = 0.0

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -29,11 +29,13 @@ from xp_transfer_learning.config import (
     IMAGE_FLOWS,
     NOISE,
     QUICK_WITH_DATA,
+    Directions,
     ImageFlowConfig,
     Preset,
 )
 from xp_transfer_learning.data import known_by_content, load, pair_name, shaped, stem
 from xp_transfer_learning.labels import nearest
+from xp_transfer_learning.methods import DIRECTIONS
 
 
 def data(key, config: ImageFlowConfig, data_root: Path | None):
@@ -62,19 +64,30 @@ def run_flow(
     [records, C, n, d], steps, x_tgt and image_shape."""
     name = pair_name(config.source, config.target)
     known = known_by_content(config, data_root)
-    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed)
+    exclude = (*runs.NOT_HASHED, *config.without_effect())
+    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed, exclude=exclude)
     if run.finished:
         print(f"{run.folder}: done before")
         return run
     key_data, key_flow = jax.random.split(jax.random.PRNGKey(seed))
     x0, x_tgt, image_shape = data(key_data, config, data_root)
-    target_value_and_grad = mmd.target_value_and_grad(
-        mmd.sliced_riesz(),
-        num_directions=config.num_directions,
-        num_target_points=config.n_sample_batch,
-        block_size=config.block_size,
-        mesh=mesh,
-    )
+    if config.flow == "sliced_mmd" and len(x0) != len(x_tgt):
+        raise ValueError(
+            "sliced_mmd takes every class to the target class of its number: "
+            f"{config.source} has {len(x0)} classes, {config.target} {len(x_tgt)}"
+        )
+    draws: dict[str, Any] = {
+        "num_directions": config.num_directions,
+        "draw_directions": DIRECTIONS[config.directions],
+        "block_size": config.block_size,
+        "mesh": mesh,
+    }
+    if config.flow == "sliced_mmd":
+        target_value_and_grad = mmd.target_value_and_grad_sliced_energy(**draws)
+    else:
+        target_value_and_grad = mmd.target_value_and_grad(
+            mmd.sliced_riesz(), num_target_points=config.n_sample_batch, **draws
+        )
     print(f"{config.source} -> {config.target}: {config.num_steps} steps of {tuple(x0.shape)}")
     losses, particles = wasserstein_gradient_descent(
         x0,
@@ -156,8 +169,10 @@ class Arguments(DeviceOptions):
     settings, instead of the preset's. Likewise `tgt_dataset`."""
     tgt_dataset: str | None = None
     num_per_class: int | None = None
-    """This and the next eight replace what the preset says."""
+    """This and the next ten replace what the preset says."""
+    flow: Literal["wow", "sliced_mmd"] | None = None
     num_directions: int | None = None
+    directions: Directions | None = None
     n_epochs: int | None = None
     lr: float | None = None
     decay: bool | None = None
@@ -184,7 +199,9 @@ def chosen(arguments: Arguments) -> list[ImageFlowConfig]:
         configs = [replace(ImageFlowConfig(), **{k: v for k, v in named.items() if v})]
     given: dict[str, Any] = {
         "num_per_class": arguments.num_per_class,
+        "flow": arguments.flow,
         "num_directions": arguments.num_directions,
+        "directions": arguments.directions,
         "num_steps": arguments.n_epochs,
         "step_size": arguments.lr,
         "decay": arguments.decay,

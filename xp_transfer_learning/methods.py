@@ -14,9 +14,15 @@ from lib import mmd
 from lib.gd import TargetValueAndGrad, recorded_steps, wasserstein_gradient_descent
 from lib.numerics import named_key
 from lib.runs import Run
-from lib.sliced_wasserstein import orthogonal_directions, random_directions
+from lib.sliced_wasserstein import basis_directions, orthogonal_directions, random_directions
 from xp_transfer_learning.config import FlowSettings
 from xp_transfer_learning.product_kernel import MOMENTS, product_value_and_grad, with_moments
+
+DIRECTIONS: dict[str, Callable[..., Array]] = {
+    "random": random_directions,
+    "orthogonal": orthogonal_directions,
+    "basis": basis_directions,
+}
 
 
 class Flowed(NamedTuple):
@@ -81,11 +87,10 @@ def problem(settings: FlowSettings, x0: Array, x_tgt: Array, mesh: Mesh | None =
 def _value_and_grad(settings: FlowSettings, mesh: Mesh | None) -> TargetValueAndGrad:
     # Cached, so that flows of the same settings and shapes share one compiled loop.
     if settings.method == "mmdsw":
-        draw = {"random": random_directions, "orthogonal": orthogonal_directions}
         return mmd.target_value_and_grad(
             mmd.SLICED_KERNELS[settings.kernel](),
             num_directions=settings.num_directions,
-            draw_directions=draw[settings.directions],
+            draw_directions=DIRECTIONS[settings.directions],
             mesh=mesh,
         )
     if settings.method == "otdd":

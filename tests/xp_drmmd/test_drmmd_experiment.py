@@ -154,6 +154,21 @@ def test_stein_is_the_double_loop():
     np.testing.assert_allclose(step, 0.5 * expected / len(y), rtol=1e-9, atol=1e-12)
 
 
+@x64
+@pytest.mark.parametrize(
+    ("dataset", "directions", "error"), [("Gaussian1DExact", 2, 1e-9), ("ThreeRing", 4000, 0.05)]
+)
+def test_sliced_mmd_is_the_energy_flow(dataset, directions, error):
+    """On the line exactly, with a target that has weights."""
+    config = replace(SMALL, dataset=dataset, flow="mmd", kernel="Energy", bandwidth=0.7)
+    _, expected, energy, _ = moved(config)
+    sliced = replace(config, flow="sliced_mmd", kernel="Gaussian", num_directions=directions)
+    _, step, values, _ = moved(sliced)
+    np.testing.assert_allclose(step, expected, rtol=0, atol=error * np.abs(expected).max())
+    np.testing.assert_allclose(values, energy, rtol=error)
+    assert flows.kernel_line(sliced) == flows.kernel_line(config)
+
+
 @pytest.mark.slow
 @x64
 @pytest.mark.parametrize("flow", ["mmd", "drmmd", "kale"])
@@ -254,6 +269,8 @@ def run_nowhere(**options):
         (lambda: FlowConfig(source_particle_num=0), "source_particle_num must be .*, got 0"),
         (lambda: FlowConfig(noise=-1.0), "noise must be .*, got -1.0"),
         (lambda: FlowConfig(regularity=0.0), "regularity must be .*, got 0.0"),
+        (lambda: FlowConfig(num_directions=7), "num_directions 7 has no effect without --flow"),
+        (lambda: run_nowhere(flow="sliced_mmd", approximation="rff"), "sliced_mmd has no form in"),
         (lambda: FlowConfig(records=0), "records must be .*, got 0"),
         (lambda: experiments.main(experiments.Arguments(only=("rings2",))), "no group rings2"),
     ],

@@ -62,9 +62,32 @@ def test_a_folder_of_images_flows(tmp_path):
     assert shapes == {"particles": (4, 10, 10, 64), "x_tgt": (2, 10, 64), "losses": (30,)}
 
 
+@pytest.mark.slow
+def test_sliced_mmd_brings_each_class_to_its_own(tmp_path):
+    """Of half as many target points, from noise."""
+    arguments = ["--src_dataset", "noise", "--tgt_dataset", "digits", "--flow", "sliced_mmd"]
+    run(tmp_path, *arguments, *SHORT, "--n_epochs", "200", "--lr", "10", "--decay", "True", "--m", "0")
+    (path,) = tmp_path.rglob("arrays.npz")
+    arrays = dict(np.load(path))
+    assert arrays["losses"][-1] < 0.03 * arrays["losses"][0]
+    for particles, target in zip(arrays["particles"][-1], arrays["x_tgt"]):
+        start = cdist(arrays["particles"][0, 0], target).min(axis=1).mean()
+        assert cdist(particles, target).min(axis=1).mean() < 0.2 * start
+    assert json.loads((path.parent / "config.json").read_text())["flow"] == "sliced_mmd"
+
+
+def test_settings_of_older_runs_keep_their_names():
+    (config, *_) = chosen(Arguments("paper"))
+    assert config.without_effect() == ("flow", "directions")
+    (other, *_) = chosen(Arguments("paper", flow="sliced_mmd", directions="basis"))
+    assert other.without_effect() == ()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ("--num_per_class 10 --flow sliced_mmd --n_sample_batch 3", "n_sample_batch is of the wow"),
+        ("--src_dataset TWO --num_per_class 5 --flow sliced_mmd", "2 classes, digits 10"),
         ("--src_dataset no_such_set", "no_such_set"),
         ("--num_per_class 999", "999"),
         ("--num_per_class 10 --lr -1", "-1"),
@@ -73,6 +96,11 @@ def test_a_folder_of_images_flows(tmp_path):
 )
 def test_bad_arguments_end_in_one_clear_line(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "no data"))
+    for label in "ab":
+        (tmp_path / "two/train" / label).mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (8, 8), i).save(tmp_path / f"two/train/{label}/{i}.png")
+    arguments = arguments.replace("TWO", str(tmp_path / "two"))
     named = f"--results {tmp_path} --src_dataset digits --tgt_dataset digits {arguments}".split()
     with pytest.raises(SystemExit) as stop, one_line_errors():
         main(tyro.cli(Arguments, args=named))
