@@ -16,7 +16,7 @@ from lib.drmmd.features import FeatureTarget, FeatureWitness
 from lib.drmmd.nystrom import landmark_basis, nystrom_features
 from lib.mmd import sliced_energy_value_and_grad
 from lib.numerics import named_key
-from lib.sliced_wasserstein import random_directions
+from lib.sliced_wasserstein import basis_directions, orthogonal_directions
 from xp_drmmd.config import FlowConfig
 
 FILTERS = {"tikhonov": drmmd.tikhonov, "showalter": drmmd.showalter, "cutoff": drmmd.cutoff}
@@ -320,7 +320,9 @@ def _step_size(config, value, lmbda, step_size, memory):
 
 def _sliced(config, log_density, y, target: Points, lmbda, step_size, key, memory):
     """The energy MMD by directions of this step, in the units of the kernel Energy."""
-    directions = random_directions(key, config.num_directions, y.shape[1], dtype=y.dtype)
+    # Whole bases: a fixed one is uniform enough in high dimensions only.
+    draw = basis_directions if y.shape[1] >= 50 else orthogonal_directions
+    directions = draw(key, config.num_directions, y.shape[1], dtype=y.dtype)
     value, velocity = sliced_energy_value_and_grad(
         y, target.points, directions, y_weights=target.weights
     )
