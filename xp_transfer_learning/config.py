@@ -116,7 +116,7 @@ IMAGE_FLOWS: dict[str, tuple[ImageFlowConfig, ...]] = {
 }
 
 
-Method = Literal["mmdsw", "mmd_product", "otdd", "target_only"]
+Method = Literal["mmdsw", "sliced_mmd", "mmd_product", "otdd", "target_only"]
 Labelling = Literal["transport", "axis", "particles"]
 
 
@@ -133,7 +133,8 @@ class FlowSettings:
     optimizer: Literal["heavy_ball", "adam", "lbfgs"] = "heavy_ball"
     """adam and lbfgs (ten gradients, no line search) do not use m."""
     kernel: Literal["gaussian", "laplace", "imq", "riesz"] = "riesz"
-    """only mmdsw; likewise the next two."""
+    """only mmdsw; sliced_mmd is of the energy kernel, and takes every class to the target class of
+    its number. The next two are of both."""
     num_directions: int = 500
     directions: Directions = "random"
     noise: float = 0.0
@@ -144,6 +145,9 @@ class FlowSettings:
 
 METHODS: dict[str, FlowSettings] = {
     "mmdsw": FlowSettings(),
+    "sliced_mmd": FlowSettings(
+        "sliced_mmd", num_steps=300, step_size=10.0, m=0.0, num_directions=784, directions="basis"
+    ),
     "mmd_product": FlowSettings(
         "mmd_product", num_steps=1000, step_size=10.0, decay=False, m=0.9, noise=0.01
     ),

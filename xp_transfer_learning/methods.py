@@ -40,7 +40,7 @@ def flow(
     *,
     seed: int,
     records: int,
-    run: Run,
+    run: Run | None,
     description: str,
     mesh: Mesh | None = None,
 ) -> Flowed:
@@ -86,13 +86,15 @@ def problem(settings: FlowSettings, x0: Array, x_tgt: Array, mesh: Mesh | None =
 @cache
 def _value_and_grad(settings: FlowSettings, mesh: Mesh | None) -> TargetValueAndGrad:
     # Cached, so that flows of the same settings and shapes share one compiled loop.
+    draws: dict[str, Any] = {
+        "num_directions": settings.num_directions,
+        "draw_directions": DIRECTIONS[settings.directions],
+        "mesh": mesh,
+    }
     if settings.method == "mmdsw":
-        return mmd.target_value_and_grad(
-            mmd.SLICED_KERNELS[settings.kernel](),
-            num_directions=settings.num_directions,
-            draw_directions=DIRECTIONS[settings.directions],
-            mesh=mesh,
-        )
+        return mmd.target_value_and_grad(mmd.SLICED_KERNELS[settings.kernel](), **draws)
+    if settings.method == "sliced_mmd":
+        return mmd.target_value_and_grad_sliced_energy(**draws)
     if settings.method == "otdd":
         # Here, since importing ott takes seconds.
         from xp_transfer_learning.otdd import otdd_value_and_grad

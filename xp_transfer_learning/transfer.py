@@ -129,8 +129,10 @@ def accuracies(
     *,
     seed: int,
     mesh: Mesh | None = None,
+    transform: classification.Transform | None = None,
 ) -> np.ndarray:
-    """Test accuracy of `config.num_trainings` networks trained from keys of their own."""
+    """Test accuracy of `config.num_trainings` networks trained from keys of their own, on batches
+    that go through `transform`."""
     keys = jax.random.split(key_of_seed(seed, shift=1_000_000), config.num_trainings)
     network = LeNet5(num_classes=int(max(labels.max(), test_labels.max())) + 1)
     parameters, _ = classification.fit_seeds(
@@ -141,6 +143,7 @@ def accuracies(
         optimizer=optimizers.adam(config.learning_rate),
         num_epochs=config.num_epochs,
         batch_size=config.batch_size,
+        transform=transform,
         show_progress=False,
         mesh=mesh,
     )

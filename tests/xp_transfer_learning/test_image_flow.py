@@ -66,7 +66,19 @@ def test_a_folder_of_images_flows(tmp_path):
 def test_sliced_mmd_brings_each_class_to_its_own(tmp_path):
     """Of half as many target points, from noise."""
     arguments = ["--src_dataset", "noise", "--tgt_dataset", "digits", "--flow", "sliced_mmd"]
-    run(tmp_path, *arguments, *SHORT, "--n_epochs", "200", "--lr", "10", "--decay", "True", "--m", "0")
+    run(
+        tmp_path,
+        *arguments,
+        *SHORT,
+        "--n_epochs",
+        "200",
+        "--lr",
+        "10",
+        "--decay",
+        "True",
+        "--m",
+        "0",
+    )
     (path,) = tmp_path.rglob("arrays.npz")
     arrays = dict(np.load(path))
     assert arrays["losses"][-1] < 0.03 * arrays["losses"][0]
