@@ -15,6 +15,7 @@ Wasserstein-over-Wasserstein (WoW) flow of F(P) = MMD_K^2(P, Q) / 2 carries one 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -166,6 +167,11 @@ def sliced_energy_value_and_grad(
         )
         w, v = (weights / jnp.sum(weights, axis=-1, keepdims=True) for weights in (w, v))
         masses = jnp.concatenate([w, -v], axis=-1)
+    return _mean_over_directions(x, y, masses, directions, block_size=block_size, mesh=mesh)
+
+
+@partial(jax.jit, static_argnames=("block_size", "mesh"))  # called outside of jit too
+def _mean_over_directions(x, y, masses, directions, *, block_size, mesh):
     value, gradient = sum_over_directions(
         _sliced_energy, directions, block_size, shared=(x, y, masses), mesh=mesh
     )

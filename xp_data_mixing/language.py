@@ -425,21 +425,23 @@ def measure(key: Key[Array, ""], setting: Setting, method: str) -> dict[str, Any
     }  # fmt: skip
 
 
-def tables(stored: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
-    """Of the arrays of every seed, by method; "uniform" is one of them."""
-    baseline, lines = _stacked(stored["uniform"], "loss"), []
-    for t, target in enumerate(stored["uniform"][0]["targets"].tolist()):
-        for method, of_seeds in stored.items():
-            loss, tv = (_stacked(of_seeds, name)[:, t] for name in ("loss", "tv"))
+def tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Of the methods, each with what `measure` gives for every seed, stacked; "uniform" is one."""
+    losses = {row["method"]: np.array(row["loss"], float) for row in rows}
+    lines = []
+    for t, target in enumerate(rows[0]["targets"][0]):
+        for row in rows:
+            loss, tv = losses[row["method"]][:, t], np.array(row["tv"], float)[:, t]
             if np.isnan(loss).any():
                 continue
-            less, compared = loss - baseline[:, t], "-"
-            if method != "uniform" and len(less) > 1:
+            less, compared = loss - losses["uniform"][:, t], "-"
+            if row["method"] != "uniform" and len(less) > 1:
                 compared = f"{less.mean():+.3f} ± {2 * standard_error(less):.3f}"
             distance = "-" if np.isnan(tv).any() else mean_and_spread(tv, ".3f")
-            lines.append([target, method, mean_and_spread(loss, ".3f"), compared, distance])
-    count = len(baseline)
-    seeds = f"{count} seed{'s' * (count > 1)}"
+            cells = [mean_and_spread(loss, ".3f"), compared, distance]
+            lines.append([str(target), row["method"], *cells])
+    num_seeds, num_targets = losses["uniform"].shape
+    seeds = f"{num_seeds} seed{'s' * (num_seeds > 1)}"
     made = [
         Table(
             ["target", "weights", "bits per byte", "less uniform", "TV to the mixture"],
@@ -448,21 +450,16 @@ def tables(stored: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Table]:
             "paired difference to uniform with two standard errors.",
         )
     ]
-    training = float(np.median([_stacked(of_seeds, "training") for of_seeds in stored.values()]))
-    num_targets = baseline.shape[1]
+    training = float(np.median([row["training"] for row in rows]))
     costs = []
-    for method, of_seeds in stored.items():
-        seconds = float(np.median(_stacked(of_seeds, "seconds")))
+    for row in rows:
+        seconds = float(np.median(row["seconds"]))
         if seconds > 0.1:  # those that compute anything
             share = 100 * seconds / num_targets / training
-            costs.append([method, f"{seconds:.1f}", f"{share:.0f}"])
+            costs.append([row["method"], f"{seconds:.1f}", f"{share:.0f}"])
     heads = ["weights", "seconds of choosing, all targets", "per target, % of a training"]
     made.append(Table(heads, costs, f"Median over {seeds}; a training takes {training:.0f} s."))
     return made
-
-
-def _stacked(of_seeds, name):
-    return np.stack([arrays[name] for arrays in of_seeds])
 
 
 @dataclass(frozen=True)
@@ -504,12 +501,12 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
             if not run.finished:
                 run.finish(**measure(key, setting, method))
             stored[method].append(run.load_arrays())
-    rows = [
-        {"method": method} | {name: _stacked(of_seeds, name).tolist() for name in of_seeds[0]}
+    rows: list[dict[str, Any]] = [
+        {"method": method} | {name: np.stack([a[name] for a in of_seeds]) for name in of_seeds[0]}
         for method, of_seeds in stored.items()
     ]
     summary = {"group": "language", "seeds": seeds, "settings": asdict(config), "rows": rows}
-    return write_summary(out / f"language_{arguments.preset}.json", summary, tables(stored))
+    return write_summary(out / f"language_{arguments.preset}.json", summary, tables(rows))
 
 
 if __name__ == "__main__":

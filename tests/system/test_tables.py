@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scripts import REPOSITORY
 
+from xp_data_mixing import language
 from xp_data_mixing.study import tables as data_mixing
 from xp_dataset_distillation import tables as distillation
 from xp_drmmd import tables as drmmd
@@ -98,7 +99,11 @@ def tables_of(experiment):
         by_kl = drmmd.table(stored["gaussian_paper"], names=("kl",))
         return [*map(drmmd.table, stored.values()), by_rings, by_kl]
     make = {
-        "xp_data_mixing": data_mixing.tables,
+        "xp_data_mixing": lambda summary: (
+            language.tables(summary["rows"])
+            if summary["group"] == "language"
+            else data_mixing.tables(summary)
+        ),
         "xp_gmm_source": gmm_source.tables,
         "xp_dataset_distillation": distillation.tables,
     }[experiment]

@@ -172,19 +172,18 @@ def test_the_key_draws_what_is_chosen_from_and_not_what_is_evaluated(setting, fo
 def test_differences_are_paired_by_seed():
     """Losses 1 and 3 against 2 and 4.2: less by 1.1, with the standard error .1."""
 
-    def stored(loss, tv=np.nan):
-        return {
-            "targets": np.array(["a"]), "loss": np.array([loss]), "tv": np.array([tv]),
-            "seconds": np.array(2.0), "training": np.array(10.0),
-        }  # fmt: skip
-
-    methods = {"uniform": [stored(2.0), stored(4.2)], "ours": [stored(1.0, 0.1), stored(3.0, 0.3)]}
-    losses, costs = language.tables(methods)
+    common = {"targets": [["a"]] * 2, "seconds": [2.0, 2.0], "training": [10.0, 10.0]}
+    uniform = {"method": "uniform", "loss": [[2.0], [4.2]], "tv": [[None], [None]]} | common
+    ours = {"method": "ours", "loss": [[1.0], [3.0]], "tv": [[0.1], [0.3]]} | common
+    losses, costs = language.tables([uniform, ours])
     assert losses.rows[1] == ["a", "ours", "2.000 ± 1.414", "-1.100 ± 0.200", "0.200 ± 0.141"]
     assert losses.rows[0][3:] == ["-", "-"]
     assert costs.rows[1] == ["ours", "2.0", "20"]
-    alone, _ = language.tables({name: seeds[:1] for name, seeds in methods.items()})
-    assert alone.rows[1][3] == "-"
+    one_seed = [
+        row | {name: values[:1] for name, values in row.items() if name != "method"}
+        for row in (uniform, ours)
+    ]
+    assert language.tables(one_seed)[0].rows[1][3] == "-"
 
 
 def test_settings_are_checked():
