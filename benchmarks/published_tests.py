@@ -6,8 +6,10 @@
     python benchmarks/published_tests.py time
     python benchmarks/published_tests.py tables
 
-Each reads what `--results` holds and adds what is missing; `tables` puts it together. Every method
-gets the same draws. MMDAgg and MMD-FUSE are written from their papers' descriptions.
+Each reads what `--results` holds and adds what is missing; `tables` puts it together, with the
+published cells where `--results` holds no draws. `power` and `level` know of draws in `--results`
+only: `--pairs`, `--levels` and `--sizes` say which to make. Every method gets the same draws.
+MMDAgg and MMD-FUSE are written from their papers' descriptions.
 """
 
 import functools
@@ -33,6 +35,7 @@ from sklearn.ensemble import RandomForestClassifier
 from lib.report import plotting
 from lib.report.spreads import standard_error
 from lib.report.tables import Table, write_summary
+from lib.runs import environment
 from lib.runs.commands import run_command
 from lib.runs.files import write_json
 from lib.two_sample import LMBDAS, MMD, two_sample_test
@@ -54,7 +57,9 @@ from xp_drmmd.power import (
 class Arguments:
     what: tyro.conf.Positional[Literal["power", "level", "time", "tables"]]
     pairs: tuple[str, ...] = ()
-    """Those to draw from; none: all."""
+    """Those to draw from; none: all. Likewise of their levels, and of sizes n,m of the null."""
+    levels: tuple[float, ...] = ()
+    sizes: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     draws: int = 200
     null_draws: int = 1000
@@ -212,6 +217,8 @@ def power(arguments: Arguments, folder: Path) -> None:
         if arguments.pairs and name not in arguments.pairs:
             continue
         for level in pair.levels:
+            if arguments.levels and level not in arguments.levels:
+                continue
             began = time.perf_counter()
             path = folder / f"power_{name}_{level:g}.json"
 
@@ -249,7 +256,8 @@ def _null(title: str, n: int, m: int):
 
 def level(arguments: Arguments, folder: Path) -> None:
     for title, (n, m) in itertools.product([*NULLS, DIGITS], SIZES):
-        if arguments.pairs and title not in arguments.pairs:
+        wanted = not arguments.sizes or f"{n},{m}" in arguments.sizes
+        if not wanted or (arguments.pairs and title not in arguments.pairs):
             continue
         began, method = time.perf_counter(), "ours" if n < 2000 else "ours, features"
         path = folder / f"level_{zlib.crc32(repr((title, n, m)).encode())}.json"
@@ -327,59 +335,68 @@ def stored(folder: Path, name: str, level: float, num_draws: int) -> Hits:
     )
 
 
+PUBLISHED = Path(__file__).parent / "published" / "published_tests.json"
+NAMES = (OURS, "MMD", "MMD, median", "MMDAgg", "MMD-FUSE", "CTT", "hyppo, energy", "classifier")
+
+
+def cell(folder: Path, name: str, level: float, num_draws: int, published: dict) -> dict | None:
+    """Of a pair's level: from its draws, else as published, else None."""
+    hits = stored(folder, name, level, num_draws)
+    if not hits:
+        return published.get(f"{name} {level:g}")
+    rates = {method: float(np.mean(row)) for method, row in hits.items()}
+    best = max((m for m in rates if m not in NAMES[:2]), key=rates.__getitem__)
+    return {
+        "draws": {method: len(row) for method, row in hits.items()},
+        "power": rates,
+        "intervals": {method: interval(row) for method, row in hits.items()},
+        "ours less the best other": f"{best} {paired(hits[OURS], hits[best])}",
+        "commit": environment()["commit"],
+    }
+
+
 def tables(arguments: Arguments, folder: Path) -> Path:
-    every, rows, document = pairs(arguments.data_root), [], {}
-    names = [OURS, "MMD", "MMD, median", "MMDAgg", "MMD-FUSE", "CTT", "hyppo, energy",
-             "classifier"]  # fmt: skip
-    for name, pair in every.items():
+    published = json.loads(PUBLISHED.read_text())["power"]
+    rows, document = [], {}
+    for name, pair in pairs(arguments.data_root).items():
         for level in pair.levels:
-            hits = stored(folder, name, level, arguments.draws)
-            if not hits:
+            found = cell(folder, name, level, arguments.draws, published)
+            if found is None:
                 continue
-            rates = {method: float(np.mean(row)) for method, row in hits.items()}
-            best = max((m for m in rates if m not in names[:2]), key=rates.__getitem__)
-            cells = [f"{rates[m]:.2f}" if m in rates else "-" for m in names]
-            against = f"{best} {paired(hits[names[0]], hits[best])}"
+            cells = [f"{found['power'][m]:.2f}" if m in found["power"] else "-" for m in NAMES]
+            against = found["ours less the best other"]
             rows.append([pair.title, f"{pair.varied} {level:g}", *cells, against])
-            document[f"{name} {level:g}"] = {
-                "draws": {method: len(row) for method, row in hits.items()},
-                "power": rates,
-                "intervals": {method: interval(row) for method, row in hits.items()},
-                "ours less the best other": against,
-            }
-    heads = ["samples", "level", *names, "ours less the best other"]
+            document[f"{name} {level:g}"] = found
+    heads = ["samples", "level", *NAMES, "ours less the best other"]
     caption = (
         f"Rejections at level {ALPHA} over {arguments.draws} draws, the same for every method; "
         "last, the paired difference from the best published one with 1.96 standard errors."
     )
     made = [Table(heads, rows, caption)]
-    levels = []
+    levels, before = [], {row[0]: row[1:] for row in published["level"]}
     for title in (*NULLS, DIGITS):
-        cells = []
-        for n, m in SIZES:
+        cells = before.get(title, ["-"] * len(SIZES))
+        for i, (n, m) in enumerate(SIZES):
             path = folder / f"level_{zlib.crc32(repr((title, n, m)).encode())}.json"
             found = json.loads(path.read_text()) if path.exists() else {}
             (row,) = next(iter(found.values()), {"": []}).values()
-            done = len(row) == arguments.null_draws
-            cells.append(f"{np.mean(row):.3f}" if done else "-")
+            if len(row) == arguments.null_draws:
+                cells[i] = f"{np.mean(row):.3f}"
         levels.append([title, *cells])
     heads = ["null", *(f"{n}, {m}" for n, m in SIZES)]
     error = np.sqrt(ALPHA * (1 - ALPHA) / arguments.null_draws)
     made.append(Table(heads, levels, f"Rejections at level {ALPHA} where nothing differs, of "
         f"{arguments.null_draws} draws (standard error {error:.3f})."))  # fmt: skip
-    timing = (
-        json.loads((folder / "time.json").read_text()) if (folder / "time.json").exists() else {}
-    )
+    path = folder / "time.json"
+    timing = published["time"] | (json.loads(path.read_text()) if path.exists() else {})
     cells = [[name, *(_cell(row.get(str(n))) for n in COUNTS)] for name, row in timing.items()]
     made.append(Table(["method", *(f"n = m = {n:,}" for n in COUNTS)], cells,
         "Seconds of the second call, and GB that the process held, d = 64."))  # fmt: skip
-    document |= {"time": timing, "level": levels}
-    path = arguments.results / "benchmarks" / "published_tests.json"
     return write_summary(
-        path,
-        {"power": document},
+        arguments.results / "benchmarks" / "published_tests.json",
+        {"power": document | {"time": timing, "level": levels}},
         made,
-        figures=functools.partial(draw_figure, folder, arguments.draws),
+        figures=functools.partial(draw_figure, document),
     )
 
 
@@ -387,14 +404,22 @@ def _cell(row) -> str:
     return f"{row['seconds']:.2f} s, {row['bytes'] / 1e9:.1f}" if row else "-"
 
 
-def draw_figure(folder: Path, draws: int, path: Path) -> list[Path]:
+def draw_figure(document: dict, path: Path) -> list[Path]:
+    """From the rates: how many of the draws are hits, not which."""
     curves = {}
     for name, pair in pairs().items():
         found = {
-            level: hits for level in pair.levels if (hits := stored(folder, name, level, draws))
+            level: document[f"{name} {level:g}"]
+            for level in pair.levels
+            if f"{name} {level:g}" in document
         }
+        hits = [
+            {m: np.arange(one["draws"][m]) < round(rate * one["draws"][m])
+             for m, rate in one["power"].items()}
+            for one in found.values()
+        ]  # fmt: skip
         if found:
-            curves[name] = pair._replace(levels=tuple(found)), list(found.values())
+            curves[name] = pair._replace(levels=tuple(found)), hits
     with plotting.style():
         return [plotting.save_figure(figure(curves), path.with_suffix(".png"))]
 
