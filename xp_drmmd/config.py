@@ -28,8 +28,8 @@ class FlowConfig:
     """Gaussian1d, Gaussian2d and Student are those of the published code. Its Gaussian1d is N(0, 1)
     within [-1, 1] from N(0, .01^2); the Gaussian1D here is N(0, 1) from N(0, 1/2)."""
     flow: FlowName = "drmmd"
-    """sliced_mmd is the flow mmd of the kernel Energy, whatever `kernel` says, by `num_directions`
-    new directions per step: n log n instead of n^2."""
+    """sliced_mmd is the flow mmd of the kernel Energy, which `kernel` need not say, by
+    `num_directions` new directions per step: n log n instead of n^2."""
     kernel: KernelName = "Gaussian"
     """All but Energy are functions of |x - y|, the Euclidean distance; see `distance`. Energy is
     (|x| + |y| - |x - y|) / (2 sigma)."""
@@ -90,10 +90,13 @@ class FlowConfig:
             ("diffusion_noise_scale", self.flow == "ula", "--flow ula"),
             ("target_scale", self.dataset == "Gaussian2d", "--dataset Gaussian2d"),
             ("num_directions", self.flow == "sliced_mmd", "--flow sliced_mmd"),
+            ("noise", self.flow in ("mmd", "drmmd", "kale"), "--flow mmd, drmmd or kale"),
         ):
             value = getattr(self, name)
             if not fits and value != getattr(FlowConfig, name):
                 raise ValueError(f"{name} {value} has no effect without {where}")
+        if self.flow == "sliced_mmd" and self.kernel not in ("Gaussian", "Energy"):
+            raise ValueError(f"sliced_mmd is of the kernel Energy, not of {self.kernel}")
         if self.flow == "svgd" and self.kernel == "Energy":
             raise ValueError("svgd needs a kernel of x - y, which Energy is not")
         check_sizes(

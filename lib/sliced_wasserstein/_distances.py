@@ -57,7 +57,8 @@ def basis_directions(
     A whole basis has the difference of two means exactly, as `orthogonal_directions` has, at the
     cost of independent directions: nothing is orthogonalized at a call. Second moments over the
     sphere are exact, others are those of the basis, which was drawn once (Haar): a bias that falls
-    with d, and that for small d (below 50, say) is no longer small: use the other two there.
+    with d, and that for small d (below 50, say) is no longer small: use the other two there. The
+    basis takes O(d^3) once per process, d^2 numbers, and is a constant of programs.
     """
     blocks = -(-num_directions // dimension)
     base = jnp.asarray(_fixed_basis(dimension), dtype)

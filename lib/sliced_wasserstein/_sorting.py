@@ -230,6 +230,10 @@ def put_rows(
 
 
 def _flat_index(origin):
+    if origin.size >= 2**31:
+        raise ValueError(
+            f"{origin.shape} are more than 2^31 projections at a time: give a block_size"
+        )
     n, m = origin.shape[-2:]
     matrix = jnp.arange(origin.size // (n * m), dtype=jnp.int32).reshape((*origin.shape[:-2], 1, 1))
     column = lax.broadcasted_iota(jnp.int32, origin.shape, origin.ndim - 1)

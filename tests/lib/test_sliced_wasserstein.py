@@ -275,6 +275,14 @@ def test_long_columns_are_sorted_as_integers(monkeypatch, dtype):
     np.testing.assert_array_equal(sort_columns(x), np.sort(x, axis=-2))
 
 
+@pytest.mark.parametrize("function", [take_rows, put_rows])
+def test_more_than_an_index_counts_is_refused(function):
+    shape = 2**20, 2**11
+    arrays = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float32, jnp.int32))
+    with pytest.raises(ValueError, match="more than 2.31 projections at a time: give a block_size"):
+        jax.eval_shape(function, *arrays)
+
+
 def test_rows_are_put_back_where_they_were_taken_from():
     rng = np.random.default_rng(5)
     x = rng.standard_normal((2, 3, 7, 4)).astype(np.float32)

@@ -269,6 +269,8 @@ def run_nowhere(**options):
         (lambda: FlowConfig(source_particle_num=0), "source_particle_num must be .*, got 0"),
         (lambda: FlowConfig(noise=-1.0), "noise must be .*, got -1.0"),
         (lambda: FlowConfig(regularity=0.0), "regularity must be .*, got 0.0"),
+        (lambda: FlowConfig(flow="sliced_mmd", kernel="IMQ"), "of the kernel Energy, not of IMQ"),
+        (lambda: FlowConfig(flow="sliced_mmd", noise=0.1), "noise 0.1 has no effect without"),
         (lambda: FlowConfig(num_directions=7), "num_directions 7 has no effect without --flow"),
         (lambda: run_nowhere(flow="sliced_mmd", approximation="rff"), "sliced_mmd has no form in"),
         (lambda: FlowConfig(records=0), "records must be .*, got 0"),
