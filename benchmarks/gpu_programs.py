@@ -19,6 +19,7 @@ from lib.gmm import Mixture, em, prepare
 from lib.gmm.covariances import Full
 from lib.networks import classification, network_by_name
 from lib.rows import fourier_means, sums
+from lib.sliced_wasserstein import basis_directions
 from lib.two_sample import MMD, two_sample_test
 from xp_dataset_distillation import objectives
 from xp_dataset_distillation.config import CondenseConfig
@@ -74,6 +75,15 @@ def wow_flow(C: int, n: int, d: int, L: int, *, record_every: int = 50, **option
     state = jax.eval_shape(partial(gd.flow_init, optimizer), x)
     advance = gd._advance(function, optimizer, record_every, None, large)
     return advance, (key(), state, x, step_number(), buffers), {}
+
+
+def sliced_energy(C: int, n: int, d: int, L: int, **options):
+    """With directions of one basis, as the flows take them."""
+    function = mmd.target_value_and_grad_sliced_energy(
+        num_directions=L, draw_directions=basis_directions, **options
+    )
+    particles = shape(C, n, d)
+    return jax.jit(function), (particles, particles, key()), {}
 
 
 # ---- Flows of particles
@@ -214,6 +224,10 @@ PROGRAMS = {
     "WoW, Riesz (10, 500, 784)": program(wow, "riesz", 10, 500, 784, 500),
     "WoW, Gaussian (10, 500, 784)": program(wow, "gaussian", 10, 500, 784, 500),
     "WoW, IMQ, percentiles (10, 500, 784)": program(wow, "imq", 10, 500, 784, 500, num_levels=100),
+    "sliced energy (10, 1000, 784)": program(sliced_energy, 10, 1000, 784, 784),
+    "sliced energy, 100,000, 20 directions at a time": program(
+        sliced_energy, 1, 100_000, 50, 100, block_size=20
+    ),
     "WoW flow, rings (3, 80, 2)": program(wow_flow, 3, 80, 2, 500),
     "WoW flow (10, 200, 784)": program(wow_flow, 10, 200, 784, 500),
     "WoW flow (10, 500, 784)": program(wow_flow, 10, 500, 784, 500),

@@ -279,7 +279,7 @@ def test_long_columns_are_sorted_as_integers(monkeypatch, dtype):
 def test_more_than_an_index_counts_is_refused(function):
     shape = 2**20, 2**11
     arrays = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float32, jnp.int32))
-    with pytest.raises(ValueError, match="more than 2.31 projections at a time: give a block_size"):
+    with pytest.raises(ValueError, match=r"more than 2.31 projections .* give a block_size"):
         jax.eval_shape(function, *arrays)
 
 
