@@ -505,7 +505,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
         {"method": method} | {name: np.stack([a[name] for a in of_seeds]) for name in of_seeds[0]}
         for method, of_seeds in stored.items()
     ]
-    summary = {"group": "language", "seeds": seeds, "settings": asdict(config), "rows": rows}
+    summary = {"group": "language", "seeds": seeds, "settings": known, "rows": rows}
     return write_summary(out / f"language_{arguments.preset}.json", summary, tables(rows))
 
 
