@@ -23,7 +23,10 @@ def test_scikit_learns_checks_pass(estimator, check):
     check(estimator)
 
 
-@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize(
+    "kind",
+    ["full", *(pytest.param(k, marks=pytest.mark.slow) for k in ("tied", "diag", "spherical"))],
+)
 def test_a_fit_is_scikit_learns(kind):
     """Of well separated clusters, from which k-means leaves one place to go."""
     rng = np.random.default_rng(0)

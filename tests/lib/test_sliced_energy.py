@@ -27,7 +27,14 @@ def by_pairs(x, y, w, v):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("n", "m"), [(7, 5), (6, 6), (1, 9), (40, 1)])
+@pytest.mark.parametrize(
+    ("n", "m"),
+    [
+        (7, 5),
+        (6, 6),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 9), (40, 1))),
+    ],
+)
 def test_on_the_line_it_is_the_sum_over_pairs(n, m, weighted):
     """Of two problems at once, with ties within and between samples."""
     rng = np.random.default_rng(n + m)
