@@ -383,6 +383,7 @@ METHODS: dict[str, Callable[[Key[Array, ""], Setting], Weights]] = {
     "RegMix": by_regression,
     "oracle": by_truth,
 }
+BASELINES = ("uniform", "by size")
 OPTIONAL = ("sentences",)
 """Needs packages that are not required."""
 
@@ -434,20 +435,22 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
             loss, tv = losses[row["method"]][:, t], np.array(row["tv"], float)[:, t]
             if np.isnan(loss).any():
                 continue
-            less, compared = loss - losses["uniform"][:, t], "-"
-            if row["method"] != "uniform" and len(less) > 1:
-                compared = f"{less.mean():+.3f} ± {2 * standard_error(less):.3f}"
+            compared = ["-"] * len(BASELINES)
+            for i, baseline in enumerate(BASELINES):
+                if baseline in losses and row["method"] not in BASELINES[: i + 1] and len(loss) > 1:
+                    less = loss - losses[baseline][:, t]
+                    compared[i] = f"{less.mean():+.3f} ± {2 * standard_error(less):.3f}"
             distance = "-" if np.isnan(tv).any() else mean_and_spread(tv, ".3f")
-            cells = [mean_and_spread(loss, ".3f"), compared, distance]
+            cells = [mean_and_spread(loss, ".3f"), *compared, distance]
             lines.append([str(target), row["method"], *cells])
     num_seeds, num_targets = losses["uniform"].shape
     seeds = f"{num_seeds} seed{'s' * (num_seeds > 1)}"
     made = [
         Table(
-            ["target", "weights", "bits per byte", "less uniform", "TV to the mixture"],
+            ["target", "weights", "bits per byte", *(f"less {b}" for b in BASELINES), "TV"],
             lines,
             f"Loss on the target's other texts, mean ± sample standard deviation over {seeds}; "
-            "paired difference to uniform with two standard errors.",
+            "paired differences with two standard errors; total variation to the known mixture.",
         )
     ]
     training = float(np.median([row["training"] for row in rows]))

@@ -176,8 +176,14 @@ def test_differences_are_paired_by_seed():
     uniform = {"method": "uniform", "loss": [[2.0], [4.2]], "tv": [[None], [None]]} | common
     ours = {"method": "ours", "loss": [[1.0], [3.0]], "tv": [[0.1], [0.3]]} | common
     losses, costs = language.tables([uniform, ours])
-    assert losses.rows[1] == ["a", "ours", "2.000 ± 1.414", "-1.100 ± 0.200", "0.200 ± 0.141"]
-    assert losses.rows[0][3:] == ["-", "-"]
+    assert losses.rows[1][2:] == ["2.000 ± 1.414", "-1.100 ± 0.200", "-", "0.200 ± 0.141"]
+    assert losses.rows[0][3:] == ["-", "-", "-"]
+    by_size = ours | {"method": "by size"}
+    other = ours | {"loss": [[1.5], [3.7]]}
+    rows = language.tables([uniform, by_size, other])[0].rows
+    assert [row[3:5] for row in rows[1:]] == [
+        ["-1.100 ± 0.200", "-"], ["-0.500 ± 0.000", "+0.600 ± 0.200"]
+    ]  # fmt: skip
     assert costs.rows[1] == ["ours", "2.0", "20"]
     one_seed = [
         row | {name: values[:1] for name, values in row.items() if name != "method"}
