@@ -29,6 +29,7 @@ import tyro
 
 from lib.kernels import riesz
 from lib.mmd import mmd_squared, sliced_energy_value_and_grad
+from lib.report.spreads import spread
 from lib.runs import environment
 from lib.runs.commands import run_command
 from lib.runs.files import write_json
@@ -152,7 +153,7 @@ def errors(options: Options) -> list[dict[str, Any]]:
                     "directions": kind,
                     "count": count,
                     "cosine": float(np.mean(cosines)),
-                    "value_spread": float(values.std(ddof=1) / value),
+                    "value_spread": float(spread(values) / value),
                     "value_bias": float(values.mean() / value - 1),
                 }
             )
