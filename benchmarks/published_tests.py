@@ -360,13 +360,13 @@ def tables(arguments: Arguments, folder: Path) -> Path:
     rows, document = [], {}
     for name, pair in pairs(arguments.data_root).items():
         for level in pair.levels:
-            found = cell(folder, name, level, arguments.draws, published)
-            if found is None:
+            entry = cell(folder, name, level, arguments.draws, published)
+            if entry is None:
                 continue
-            cells = [f"{found['power'][m]:.2f}" if m in found["power"] else "-" for m in NAMES]
-            against = found["ours less the best other"]
+            cells = [f"{entry['power'][m]:.2f}" if m in entry["power"] else "-" for m in NAMES]
+            against = entry["ours less the best other"]
             rows.append([pair.title, f"{pair.varied} {level:g}", *cells, against])
-            document[f"{name} {level:g}"] = found
+            document[f"{name} {level:g}"] = entry
     heads = ["samples", "level", *NAMES, "ours less the best other"]
     caption = (
         f"Rejections at level {ALPHA} over {arguments.draws} draws, the same for every method; "

@@ -222,11 +222,11 @@ def run_arm(config: ControlsConfig, name: str, seed: int, place: Place) -> dict[
         if share == "chosen":
             one = config.transfer.k_shot == 1
             share = DEFAULT_SHARE if one else choose_share(config, seed, place)
-        found = train(
+        measured = train(
             config, *training_images(draw, share, balanced=arm.balanced), test_images, test.labels,
             augmented=arm.augmented, seed=seed, mesh=place.mesh,
         )  # fmt: skip
-        run.finish(accuracies=found, share=np.asarray(np.nan if share is None else share))
+        run.finish(accuracies=measured, share=np.asarray(np.nan if share is None else share))
     return run.load_arrays()
 
 

@@ -88,8 +88,8 @@ def test_a_weight_counts_as_that_many_points():
     value_of_copies, of_copies = energy(np.repeat(x, counts, axis=0), y, directions)
     np.testing.assert_allclose(value, value_of_copies, rtol=1e-12)
     np.testing.assert_allclose(np.repeat(gradient, counts, axis=0), of_copies, atol=1e-14)
-    alone = energy(x, y, directions, x_weights=jnp.asarray(counts, float), block_size=7)
-    np.testing.assert_allclose(alone[1], gradient, atol=1e-14)
+    in_blocks = energy(x, y, directions, x_weights=jnp.asarray(counts, float), block_size=7)
+    np.testing.assert_allclose(in_blocks[1], gradient, atol=1e-14)
 
 
 def test_a_flow_of_classes_comes_to_its_own_class():
@@ -149,5 +149,5 @@ def test_a_basis_sees_the_difference_of_means_exactly():
     from lib.sliced_wasserstein import sliced_wasserstein_power
 
     x, y = jax.random.normal(KEY, (2, 1, 100))
-    found = sliced_wasserstein_power(x, y, basis_directions(KEY, 200, 100))
-    np.testing.assert_allclose(found, jnp.sum((x - y) ** 2) / 100, rtol=1e-5)
+    power = sliced_wasserstein_power(x, y, basis_directions(KEY, 200, 100))
+    np.testing.assert_allclose(power, jnp.sum((x - y) ** 2) / 100, rtol=1e-5)
