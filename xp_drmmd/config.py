@@ -175,6 +175,25 @@ RINGS: dict[str, FlowConfig] = {
     "ours: Adam, falling": FlowConfig(step_size=1e-2, opt="adam", decay=True, num_steps=10_000),
 }
 
+# The same rings and steps with the kernel of the energy distance, which sees far: all pairs, and
+# sorted along directions.
+ENERGY: dict[str, FlowConfig] = {
+    "MMD, energy kernel": FlowConfig(flow="mmd", kernel="Energy", num_steps=100_000),
+    "MMD, energy kernel, 100 x step": FlowConfig(
+        flow="mmd", kernel="Energy", step_size=1e-2, num_steps=100_000
+    ),
+    "sliced MMD, 100 x step": FlowConfig(
+        flow="sliced_mmd", step_size=1e-2, num_directions=20, num_steps=100_000
+    ),
+    "MMD, energy kernel, Adam, falling": FlowConfig(
+        flow="mmd", kernel="Energy", step_size=1e-2, opt="adam", decay=True, num_steps=10_000
+    ),
+    "sliced MMD, Adam, falling": FlowConfig(
+        flow="sliced_mmd", step_size=1e-2, num_directions=20, opt="adam", decay=True,
+        num_steps=10_000,
+    ),
+}  # fmt: skip
+
 _FOUR = FlowConfig(
     dataset="FourGaussian", bandwidth=2.0, lmbda=1e-2, step_size=1e-2, num_steps=20_000
 )
@@ -258,6 +277,7 @@ STUDENTS: dict[str, StudentConfig] = {
 
 GROUPS: dict[str, Mapping[str, FlowConfig | StudentConfig]] = {
     "rings": RINGS,
+    "energy": ENERGY,
     "gaussian": GAUSSIAN,
     "filters": FILTERS,
     "ablations": ABLATIONS,
@@ -282,6 +302,7 @@ def _quick(config: FlowConfig | StudentConfig) -> FlowConfig | StudentConfig:
 
 QUICK = {
     "rings": ("DrMMD", "KALE", "MMD", "MMD, 100 x step", "ours: Adam, falling"),
+    "energy": ("MMD, energy kernel, 100 x step", "sliced MMD, 100 x step"),
     "gaussian": ("lambda = .1", "lambda = .001", "adaptive, paper, from .1"),
     "filters": ("DrMMD, Tikhonov", "DrMMD, Showalter", "MMD", "Langevin (knows the density)"),
     "images": ("DrMMD", "MMD, 100 x step"),

@@ -195,7 +195,7 @@ class AdaptationConfig:
     num_per_class: int = 500
     size: int | None = None
     """Side of the images; None: the target's."""
-    flow: FlowSettings = FlowSettings(num_steps=2000)
+    flow: FlowSettings = FlowSettings(num_steps=2000, num_directions=784, directions="basis")
     records: int = 30
     num_epochs: int = 50
     """Epochs, and Adam's step size, of the classifier."""
@@ -211,7 +211,7 @@ ADAPTATION: dict[str, tuple[AdaptationConfig, ...]] = {
             "digits",
             num_per_class=40,
             size=28,
-            flow=FlowSettings(num_steps=300),
+            flow=FlowSettings(num_steps=300, num_directions=784, directions="basis"),
             records=10,
             num_epochs=30,
         ),
@@ -229,6 +229,8 @@ ABLATION: dict[str, FlowSettings] = {
     "constant step, m = 0": FlowSettings(step_size=30.0, decay=False, m=0.0),
     "linear decay, m = 0": FlowSettings(step_size=100.0, m=0.0),
     "orthogonal directions": FlowSettings(directions="orthogonal"),
+    "a basis": FlowSettings(num_directions=784, directions="basis"),
+    "two bases": FlowSettings(num_directions=1568, directions="basis"),
     "100 directions": FlowSettings(num_directions=100),
     "2,000 directions": FlowSettings(num_directions=2000),
     "Adam": FlowSettings(optimizer="adam", step_size=0.1),

@@ -2,31 +2,39 @@
 
     python xp_transfer_learning/controls.py --src_dataset mnist --tgt_dataset usps --k_shot 1 5
 
-Every arm trains LeNet-5 on its own images for as many gradient steps, and is evaluated after the
-last epoch on the target's test split. The arms: the k images; these augmented (shifts, scales,
-rotations of each image anew, one of them each time); the source images as they are, labelled as the
-flow labels them; source images on the way to the target (a share of the way of each particle from
-its start to its end); the same with classes permuted at random before the flow, which tells
-transfer from regularization; arrived ones. `--flow sliced_mmd` takes every class to the target
-class of its number, for data sets with the same classes; `mmdsw` chooses the classes itself.
+Every arm makes a classifier from k target images per class and labelled source images, evaluated
+on the target's test split after the last epoch. Networks are LeNet-5, trained for as many gradient
+steps in every arm. See `ARMS`: without the source, with it as it is, part of the way to the target,
+arrived; part of the way without a flow (mixed with images of the class at random), with classes
+permuted (regularization, then, and no transfer); fine-tuned; by features.
 
-The share of the way is chosen for each draw by cross-validation over the k images, among `SHARES`
-(by short trainings, the flow made anew without what is left out; with one image per class nothing
-can be, and it is `DEFAULT_SHARE`). Differences are paired by draw.
+Each source class belongs to a target class: by optimal transport between classes in the features
+of a network trained on the source (`--matching features`), between images (`images`), or by its
+number (`number`). The flow takes it there by the MMD of the energy kernel. Where both have source
+images, the target's are repeated until they are half of the training set.
+
+`auto` chooses among `CANDIDATES` by cross-validation over the k images; of one image per class
+nothing can be left out: it then uses the source if classes correspond (`match_p_value`).
+Differences are paired by draw.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from lib import augment, datasets, runs
+from lib.augment.elastic import elastic
+from lib.augment.mixup import mixup
+from lib.networks import LeNet5
 from lib.networks.classification import Transform, steps_per_epoch
 from lib.numerics import named_key
 from lib.report.spreads import mean_and_spread, standard_error
@@ -38,44 +46,60 @@ from xp_transfer_learning.config import (
     EXPERIMENT,
     METHODS,
     ROTATED,
-    FlowSettings,
     Preset,
     TrainingConfig,
     TransferConfig,
 )
 from xp_transfer_learning.data import known_by_content, load, pair_name, shaped, summary_name
-from xp_transfer_learning.labels import label_particles
-from xp_transfer_learning.transfer import accuracies, data
+from xp_transfer_learning.features import (
+    calibrated_sample,
+    features,
+    logistic_accuracy,
+    match_p_value,
+)
+from xp_transfer_learning.labels import class_costs, match_classes
+from xp_transfer_learning.transfer import accuracies, data, train_networks
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-DEFAULT_SHARE = 0.5
-BASELINE = "k images, augmented"
+Matching = Literal["features", "images", "number"]
+Augmentation = Literal["none", "affine", "elastic", "mixup"]
 
 
 class Arm(NamedTuple):
-    """share: of the way that the source images have gone; None: no source images; "chosen": by
-    cross-validation. permuted: classes, at random, before the flow. balanced: target images are
-    repeated until they are half of the training set."""
+    """share: of the way that source images have gone; None: none are used. flowed: False: a share
+    of the way to an image of the class drawn at random."""
 
-    share: float | Literal["chosen"] | None
-    augmented: bool = False
+    kind: Literal["images", "fine-tuned", "logistic", "calibration", "auto"] = "images"
+    share: float | None = None
+    augmentation: Augmentation = "affine"
     permuted: bool = False
-    balanced: bool = False
+    flowed: bool = True
 
 
+BASELINE = "k images, augmented"
+ELASTIC = "k images, augmented, elastic"
+SOURCE = "with the source"
 ARMS = {
-    "k images": Arm(None),
-    BASELINE: Arm(None, augmented=True),
-    "source as it is": Arm(0.0),
-    "source as it is, augmented": Arm(0.0, augmented=True),
-    "source as it is, augmented, balanced": Arm(0.0, augmented=True, balanced=True),
-    "on the way": Arm("chosen"),
-    "on the way, augmented": Arm("chosen", augmented=True),
-    "on the way, augmented, balanced": Arm("chosen", augmented=True, balanced=True),
-    "on the way, classes permuted, augmented": Arm("chosen", augmented=True, permuted=True),
-    "arrived": Arm(1.0),
-    "arrived, augmented": Arm(1.0, augmented=True),
+    "k images": Arm(augmentation="none"),
+    BASELINE: Arm(),
+    ELASTIC: Arm(augmentation="elastic"),
+    "k images, augmented, mixup": Arm(augmentation="mixup"),
+    SOURCE: Arm(share=0.0),
+    "with the source, elastic": Arm(share=0.0, augmentation="elastic"),
+    "with the source, classes permuted": Arm(share=0.0, permuted=True),
+    "a quarter of the way": Arm(share=0.25),
+    "half of the way": Arm(share=0.5),
+    "half of the way, no flow": Arm(share=0.5, flowed=False),
+    "half of the way, classes permuted": Arm(share=0.5, permuted=True),
+    "arrived": Arm(share=1.0),
+    "source, fine-tuned": Arm("fine-tuned"),
+    "source's features, logistic regression": Arm("logistic"),
+    "source's features, Distribution Calibration": Arm("calibration"),
+    "auto": Arm("auto"),
 }
+CANDIDATES = (BASELINE, ELASTIC, SOURCE, "source, fine-tuned")
+SIGNIFICANT = 0.01
+PRETRAINING = 500_000
+"""Added to the seed of a network of the source only."""
 
 
 @dataclass(frozen=True)
@@ -84,46 +108,155 @@ class ControlsConfig:
 
     transfer: TransferConfig
     training: TrainingConfig
-    choosing_epochs: int = 10
-    """Of each short training that a share is chosen by."""
+    matching: Matching = "features"
 
 
 class Draw(NamedTuple):
-    """Source images at the start and at the end of the flow, their labels [C, n], and the target
-    images."""
+    """Images of one draw: the source's [C, n, d] and the target's [D, k, d]; `matched` [C] is the
+    target class of each source class."""
 
-    start: np.ndarray
-    end: np.ndarray
-    labels: np.ndarray
+    x0: np.ndarray
     x_tgt: np.ndarray
+    matched: np.ndarray
     image_shape: tuple[int, int, int]
 
 
+class Held(NamedTuple):
+    """Labelled images that were held out, to evaluate on."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+# ---- Training
+
+
 @cache
-def shifts_scales_rotations() -> Transform:
-    """One of the three for each image of a batch, by itself."""
-    augmentation = augment.parse("crop_scale_rotate", dialect="idc")
+def transform(augmentation: Augmentation) -> Transform | None:
+    """Shifts, scales or rotations of each image, one of them each time; the last two go on from
+    there."""
+    if augmentation == "none":
+        return None
+    affine = augment.parse("crop_scale_rotate", dialect="idc")
 
-    def transform(key, images, targets):
-        return augment.apply(augment.draw(key, augmentation, len(images)), images), targets
+    def changed(key, images, targets):
+        key_affine, key = jax.random.split(key)
+        images = augment.augment(key_affine, images, affine, siamese=False)
+        if augmentation == "elastic":
+            images = elastic(key, images)
+        return mixup(key, images, targets) if augmentation == "mixup" else (images, targets)
 
-    return transform
+    return changed
 
 
-def flowed(config: ControlsConfig, x0, x_tgt, seed: int, mesh: Mesh | None, run=None) -> dict:
-    """end [C, n, d] and labels [C, n] of source images, and the flow's losses."""
-    done = methods.flow(
-        config.transfer.flow,
-        x0,
-        x_tgt,
-        seed=seed,
-        records=1,
-        run=run,
-        description="flow",
-        mesh=mesh,
-    )
-    end = done.images[-1]
-    return {"end": end, "labels": label_particles(end, np.asarray(x_tgt)), "losses": done.losses}
+class Trainer(NamedTuple):
+    """Trains networks for as many gradient steps whatever the number of images: those of
+    `training.num_epochs` epochs of `everything` images."""
+
+    training: TrainingConfig
+    everything: int
+    num_classes: int
+    seed: int
+    mesh: Mesh | None
+
+    def __call__(self, images, labels, augmentation: Augmentation, parameters=None):
+        """Parameters [trainings, ...]."""
+        batch_size = self.training.batch_size
+        steps = self.training.num_epochs * steps_per_epoch(self.everything, batch_size)
+        epochs = max(1, steps // steps_per_epoch(len(images), batch_size))
+        return train_networks(
+            images, labels, replace(self.training, num_epochs=epochs), self.num_classes,
+            seed=self.seed, mesh=self.mesh, transform=transform(augmentation),
+            parameters=parameters,
+        )  # fmt: skip
+
+
+def training_images(
+    draw: Draw, share: float | None, end: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels): the target's first; if `share` is not None then the source's after that
+    share of their way to `end`, clipped to [0, 1], and the target's so often that they are half."""
+    num_classes, k, d = draw.x_tgt.shape
+    images, labels = draw.x_tgt.reshape(-1, d), np.repeat(np.arange(num_classes), k)
+    if share is not None:
+        moved = draw.x0 if end is None else (1 - share) * draw.x0 + share * end
+        moved = np.clip(moved, 0, 1).reshape(-1, d)
+        times = max(1, len(moved) // len(images))
+        images = np.concatenate([*[images] * times, moved])
+        labels = np.concatenate([*[labels] * times, np.repeat(draw.matched, draw.x0.shape[1])])
+    return images.reshape(-1, *draw.image_shape).astype(np.float32), labels
+
+
+def measure(
+    arm: Arm, draw: Draw, test: Held, train: Trainer, flow: Callable[[Draw], np.ndarray],
+    source_network: Any,
+) -> np.ndarray:  # fmt: skip
+    """Accuracies [trainings] of one arm but `auto`."""
+    if arm.kind in ("logistic", "calibration"):
+        return np.atleast_1d(by_features(arm, draw, test, source_network, train.seed))
+    if arm.permuted:
+        key = named_key(jax.random.key(train.seed), "classes")
+        draw = draw._replace(matched=np.asarray(jax.random.permutation(key, draw.matched)))
+    start = None
+    if arm.kind == "fine-tuned":
+        labels = np.repeat(draw.matched, draw.x0.shape[1])
+        images = draw.x0.reshape(-1, *draw.image_shape).astype(np.float32)
+        pretrain = train._replace(seed=train.seed + PRETRAINING)
+        start = pretrain(images, labels, arm.augmentation)
+    end = None
+    if arm.share and arm.flowed:
+        end = flow(draw)
+    elif arm.share:
+        rng, (num, n, _) = np.random.default_rng(train.seed), draw.x0.shape
+        places = rng.integers(0, draw.x_tgt.shape[1], (num, n))
+        end = draw.x_tgt[draw.matched[:, None], places]
+    networks = train(*training_images(draw, arm.share, end), arm.augmentation, start)
+    return accuracies(networks, *test, num_classes=train.num_classes)
+
+
+def by_features(arm: Arm, draw: Draw, test: Held, source_network: Any, seed: int) -> float:
+    """Accuracy in the features of the source's network, of the k images or of their calibrated
+    normals."""
+
+    def of(x):
+        flat = x.reshape(-1, *draw.image_shape).astype(np.float32)
+        return features(source_network, flat).reshape(*x.shape[:-1], -1)
+
+    target, test_features = of(draw.x_tgt), features(source_network, test.images)
+    if arm.kind == "logistic":
+        labels = np.repeat(np.arange(len(target)), target.shape[1])
+        target = target.reshape(len(labels), -1)
+        return logistic_accuracy(target, labels, test_features, test.labels)
+    sample = calibrated_sample(seed, of(draw.x0), target)
+    return logistic_accuracy(*sample, np.sqrt(test_features), test.labels)
+
+
+def choose(
+    draw: Draw, rematch: Callable[[np.ndarray], np.ndarray], train: Trainer, p_value: float
+) -> str:
+    """The best of `CANDIDATES` on the k images: each fold leaves one image per class out of
+    matching and of one training; the first of equals. With one image per class: `SOURCE` if its
+    classes correspond, else `BASELINE`."""
+    num_classes, k, _ = draw.x_tgt.shape
+    if k == 1:
+        return SOURCE if p_value <= SIGNIFICANT else BASELINE
+    train = train._replace(training=replace(train.training, num_trainings=1))
+    means = np.zeros((k, len(CANDIDATES)))
+    for fold in range(k):
+        kept = np.delete(draw.x_tgt, fold, axis=1)
+        left = draw.x_tgt[:, fold].reshape(-1, *draw.image_shape).astype(np.float32)
+        test = Held(left, np.arange(num_classes))
+        fitted = draw._replace(x_tgt=kept, matched=rematch(kept))
+        for i, name in enumerate(CANDIDATES):
+            means[fold, i] = measure(ARMS[name], fitted, test, train, _no_flow, None).mean()
+    return CANDIDATES[int(means.mean(axis=0).argmax())]
+
+
+def _no_flow(draw: Draw) -> np.ndarray:
+    raise AssertionError("no candidate flows")
+
+
+# ---- Runs
 
 
 class Place(NamedTuple):
@@ -137,103 +270,114 @@ class Place(NamedTuple):
         transfer = config.transfer
         pair = pair_name(transfer.source, transfer.target)
         name = f"controls_{part}_{pair}-k{transfer.k_shot}"
-        known: Any = replace(config, transfer=known_by_content(transfer, self.data_root))
-        if part == "flow":  # which is the same for every training
-            known = known.transfer
+        known = replace(config, transfer=known_by_content(transfer, self.data_root))
         settings |= {"controls": known}
         return runs.open_run(self.results, EXPERIMENT, name, settings, seed=seed, wait=True)
 
 
-def draw_of(config: ControlsConfig, seed: int, place: Place, *, permuted: bool = False) -> Draw:
-    """Images of one draw and their flow, which is stored."""
-    x0, x_tgt, image_shape = data(seed, config.transfer, place.data_root)
-    if permuted:
-        x0 = x0[jax.random.permutation(named_key(jax.random.key(seed), "classes"), len(x0))]
-    run = place.open(config, "flow", seed, permuted=permuted)
-    if not run.finished:
-        run.finish(**flowed(config, x0, x_tgt, seed, place.mesh, run))
-    stored = run.load_arrays()
-    return Draw(np.asarray(x0), stored["end"], stored["labels"], np.asarray(x_tgt), image_shape)
+@dataclass(frozen=True)
+class Task:
+    """One draw of a pair of data sets, and what its arms share: stored, and read back."""
 
+    config: ControlsConfig
+    seed: int
+    place: Place
 
-def training_images(
-    draw: Draw, share: float | None, *, balanced: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """(images, labels): the target's first, then the source's after `share` of their way, clipped
-    to [0, 1]."""
-    num_classes, k, d = draw.x_tgt.shape
-    images, labels = draw.x_tgt.reshape(-1, d), np.repeat(np.arange(num_classes), k)
-    if share is not None:
-        moved = np.clip((1 - share) * draw.start + share * draw.end, 0, 1).reshape(-1, d)
-        times = max(1, len(moved) // len(images)) if balanced else 1
-        images = np.concatenate([*[images] * times, moved])
-        labels = np.concatenate([*[labels] * times, draw.labels.ravel()])
-    return images.reshape(-1, *draw.image_shape).astype(np.float32), labels
+    def images(self) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int]]:
+        x0, x_tgt, image_shape = data(self.seed, self.config.transfer, self.place.data_root)
+        return np.asarray(x0), np.asarray(x_tgt), image_shape
 
+    def trainer(self, num_classes: int) -> Trainer:
+        transfer = self.config.transfer
+        everything = num_classes * (transfer.num_per_class + transfer.k_shot)
+        training, mesh = self.config.training, self.place.mesh
+        return Trainer(training, everything, num_classes, self.seed, mesh)
 
-def train(
-    config: ControlsConfig, images, labels, test_images, test_labels, *, augmented: bool,
-    seed: int, mesh: Mesh | None,
-) -> np.ndarray:  # fmt: skip
-    """Accuracies [trainings]: as many gradient steps as `num_epochs` of all source and k target
-    images per class take."""
-    training, transfer = config.training, config.transfer
-    everything = len(np.unique(labels)) * (transfer.num_per_class + transfer.k_shot)
-    steps = training.num_epochs * steps_per_epoch(everything, training.batch_size)
-    epochs = max(1, steps // steps_per_epoch(len(images), training.batch_size))
-    return accuracies(
-        images, labels, test_images, test_labels, replace(training, num_epochs=epochs), seed=seed,
-        mesh=mesh, transform=shifts_scales_rotations() if augmented else None,
-    )  # fmt: skip
+    def source_network(self) -> Any:
+        """Of the source images under their own labels, as many steps as an arm takes."""
+        x0, x_tgt, image_shape = self.images()
+        num_classes, n, _ = x0.shape
+        images = x0.reshape(-1, *image_shape).astype(np.float32)
+        network = LeNet5(num_classes)
+        run = self.place.open(self.config, "source", self.seed)
+        if not run.finished:
+            labels = np.repeat(np.arange(num_classes), n)
+            one = replace(self.config.training, num_trainings=1)
+            train = self.trainer(len(x_tgt))._replace(
+                training=one, num_classes=num_classes, seed=self.seed + PRETRAINING
+            )
+            parameters = train(images, labels, "affine")
+            run.finish(parameters=np.asarray(ravel_pytree(parameters)[0]))
+        like = jax.eval_shape(network.init, jax.random.key(0), images[:1])
+        like = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        return ravel_pytree(like)[1](run.load_arrays()["parameters"])
 
+    def costs(self, x0: np.ndarray, x_tgt: np.ndarray, image_shape) -> np.ndarray:
+        """Between classes, [C, D]: W_2^2 of the images, or of their features."""
+        if self.config.matching == "features":
+            network = self.source_network()
+            x0, x_tgt = (
+                features(network, x.reshape(-1, *image_shape).astype(np.float32)).reshape(
+                    *x.shape[:2], -1
+                )
+                for x in (x0, x_tgt)
+            )
+        return class_costs(x0, x_tgt)
 
-def choose_share(config: ControlsConfig, seed: int, place: Place) -> float:
-    """Of `SHARES` the one with the best mean accuracy on the k images: each fold leaves one image
-    of each class out, of the flow and of short, augmented trainings."""
-    run = place.open(config, "share", seed)
-    if not run.finished:
-        x0, x_tgt, image_shape = data(seed, config.transfer, place.data_root)
-        num_classes, k, _ = x_tgt.shape
-        short = replace(config.training, num_epochs=config.choosing_epochs, num_trainings=1)
-        means = np.zeros((k, len(SHARES)))
-        for fold in range(k):
-            kept = np.delete(np.asarray(x_tgt), fold, axis=1)
-            moved = flowed(config, x0, jax.numpy.asarray(kept), seed, place.mesh)
-            draw = Draw(np.asarray(x0), moved["end"], moved["labels"], kept, image_shape)
-            held_out = np.asarray(x_tgt[:, fold]).reshape(-1, *image_shape)
-            for i, share in enumerate(SHARES):
-                means[fold, i] = train(
-                    replace(config, training=short), *training_images(draw, share), held_out,
-                    np.arange(num_classes), augmented=True, seed=seed, mesh=place.mesh,
-                ).mean()  # fmt: skip
-        run.finish(accuracies=means, share=np.asarray(SHARES[int(means.mean(axis=0).argmax())]))
-    return float(run.load_arrays()["share"])
+    def match(self, x0: np.ndarray, x_tgt: np.ndarray, image_shape) -> tuple[np.ndarray, float]:
+        """The target class of every source class, and `match_p_value`."""
+        if self.config.matching == "number":
+            if len(x0) != len(x_tgt):
+                raise ValueError(
+                    f"--matching number needs as many classes in both: {len(x0)} and {len(x_tgt)}; "
+                    "use --matching features"
+                )
+            return np.arange(len(x0)), 0.0
+        costs = self.costs(x0, x_tgt, image_shape)
+        return match_classes(costs), match_p_value(costs)
 
+    def flow(self, draw: Draw) -> np.ndarray:
+        """Where the flow takes every source image, [C, n, d]."""
+        run = self.place.open(self.config, "flow", self.seed, matched=draw.matched.tolist())
+        if not run.finished:
+            end = methods.flow(
+                self.config.transfer.flow, jnp.asarray(draw.x0),
+                jnp.asarray(draw.x_tgt[draw.matched]), seed=self.seed, records=1, run=run,
+                description="flow", mesh=self.place.mesh,
+            ).images[-1]  # fmt: skip
+            run.finish(end=end)
+        return run.load_arrays()["end"]
 
-def run_arm(config: ControlsConfig, name: str, seed: int, place: Place) -> dict[str, Any]:
-    """accuracies [trainings] of one arm of one draw, and the share of the way (NaN for none)."""
-    run = place.open(config, "arm", seed, arm=name)
-    if not run.finished:
-        arm = ARMS[name]
-        draw = draw_of(config, seed, place, permuted=arm.permuted)
-        test = shaped(load(config.transfer.target, "test", place.data_root), draw.image_shape)
-        test_images = np.asarray(datasets.flat(test)).reshape(-1, *draw.image_shape)
-        share = arm.share
-        if share == "chosen":
-            one = config.transfer.k_shot == 1
-            share = DEFAULT_SHARE if one else choose_share(config, seed, place)
-        measured = train(
-            config, *training_images(draw, share, balanced=arm.balanced), test_images, test.labels,
-            augmented=arm.augmented, seed=seed, mesh=place.mesh,
-        )  # fmt: skip
-        run.finish(accuracies=measured, share=np.asarray(np.nan if share is None else share))
-    return run.load_arrays()
+    def test(self, image_shape) -> Held:
+        test = shaped(load(self.config.transfer.target, "test", self.place.data_root), image_shape)
+        images = np.asarray(datasets.flat(test)).reshape(-1, *image_shape)
+        return Held(images, test.labels)
+
+    def run(self, name: str) -> dict[str, Any]:
+        """accuracies [trainings] of one arm, matched [C], p_value, and which arm it was."""
+        run = self.place.open(self.config, "arm", self.seed, arm=name)
+        if not run.finished:
+            x0, x_tgt, image_shape = self.images()
+            matched, p_value = self.match(x0, x_tgt, image_shape)
+            draw, train = Draw(x0, x_tgt, matched, image_shape), self.trainer(len(x_tgt))
+            arm = name
+            if ARMS[name].kind == "auto":
+                arm = choose(draw, lambda x: self.match(x0, x, image_shape)[0], train, p_value)
+                done = self.run(arm)["accuracies"]
+            else:
+                done = measure(
+                    ARMS[name], draw, self.test(image_shape), train, self.flow,
+                    self.source_network(),
+                )  # fmt: skip
+            of_match = {"matched": matched, "p_value": np.asarray(p_value)}
+            run.finish(accuracies=done, arm=np.asarray(arm), **of_match)
+        return run.load_arrays()
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row per pair, k and arm: accuracy in percent, mean ± sample standard deviation over draws
     (each the mean of its trainings), the paired difference to `BASELINE` with 1.96 standard errors,
-    and the shares of the way that were chosen."""
+    and what `auto` chose."""
     lines = []
     for row in rows:
         baseline = next(r for r in rows if r["arm"] == BASELINE and r["k"] == row["k"])
@@ -241,14 +385,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         less, compared = means - others, "-"
         if row is not baseline and len(less) > 1:
             compared = f"{less.mean():+.1f} ± {1.96 * standard_error(less):.1f}"
-        shares = np.unique(row["shares"])
-        way = "-" if np.isnan(shares).any() else ", ".join(f"{share:g}" for share in shares)
+        name = row["arm"]
+        if name == "auto":
+            chosen, counts = np.unique(row["chosen"], return_counts=True)
+            name += f": {', '.join(f'{c} {n}x' for c, n in zip(chosen, counts))}"
         pair = f"{row['source']} → {row['target']}"
-        cells = [pair, str(row["k"]), row["arm"], way, mean_and_spread(means, ".1f"), compared]
-        lines.append(cells)
+        lines.append([pair, str(row["k"]), name, mean_and_spread(means, ".1f"), compared])
     draws = len(rows[0]["accuracies"])
     return Table(
-        ["flow", "k", "training images", "share of the way", "accuracy", f"less {BASELINE!r}"],
+        ["flow", "k", "training images", "accuracy", f"less {BASELINE!r}"],
         lines,
         f"Accuracy in percent on the target's test split, mean ± sample standard deviation over "
         f"{draws} draw{'s' * (draws > 1)}; paired difference with 1.96 standard errors.",
@@ -263,12 +408,14 @@ class Arguments(DeviceOptions):
     """A data set's name, or the path of a folder or zip of images; likewise `tgt_dataset`."""
     tgt_dataset: str = "usps"
     k_shot: tuple[int, ...] = (1, 5)
-    flow: Literal["sliced_mmd", "mmdsw"] = "sliced_mmd"
+    matching: Matching = "features"
     arms: tuple[str, ...] = tuple(ARMS)
     ntry: int = 3
     """Draws of source and target images."""
-    num_trainings: int = 2
+    num_trainings: int = 1
     n_epochs_nn: int = TrainingConfig.num_epochs
+    """Epochs, and Adam's step size `lr_nn`, of the networks."""
+    lr_nn: float = TrainingConfig.learning_rate
     n_epochs_wgd: int | None = None
     """Steps of the flow; None: the method's own."""
     num_per_class: int = 200
@@ -289,7 +436,7 @@ def preset(arguments: Arguments) -> Arguments:
     if arguments.preset == "quick":
         return replace(
             arguments, src_dataset="digits", tgt_dataset=ROTATED, k_shot=(2,), ntry=1,
-            num_trainings=1, n_epochs_nn=5, n_epochs_wgd=50, num_per_class=40, size=28,
+            n_epochs_nn=5, n_epochs_wgd=50, num_per_class=40, size=28,
         )  # fmt: skip
     return replace(arguments, ntry=10) if arguments.preset == "paper" else arguments
 
@@ -297,7 +444,7 @@ def preset(arguments: Arguments) -> Arguments:
 def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Runs the arms; returns the summary's path."""
     arguments = preset(arguments)
-    flow: FlowSettings = METHODS[arguments.flow]
+    flow = METHODS["sliced_mmd"]
     if arguments.n_epochs_wgd is not None:
         flow = replace(flow, num_steps=arguments.n_epochs_wgd)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.ntry)
@@ -310,22 +457,26 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
                 arguments.size, flow,
             ),
             TrainingConfig(
-                num_epochs=arguments.n_epochs_nn, num_trainings=arguments.num_trainings
+                num_epochs=arguments.n_epochs_nn, learning_rate=arguments.lr_nn,
+                num_trainings=arguments.num_trainings,
             ),
+            arguments.matching,
         )  # fmt: skip
         for name in names:
             stored = []
             for seed in seeds:
-                stored.append(run_arm(config, name, seed, place))
+                stored.append(Task(config, seed, place).run(name))
                 mean = 100 * stored[-1]["accuracies"].mean()
                 print(f"  k = {k}, {name}, draw {seed}: {mean:.1f}", flush=True)
             row = {"source": arguments.src_dataset, "target": arguments.tgt_dataset, "k": k}
-            row |= {"arm": name, "flow": arguments.flow}
-            row |= {"accuracies": np.stack([arrays["accuracies"] for arrays in stored])}
-            row |= {"shares": np.stack([arrays["share"] for arrays in stored])}
+            row |= {"arm": name, "accuracies": np.stack([one["accuracies"] for one in stored])}
+            row |= {"chosen": [list(ARMS)[one["arm"]] for one in stored]}
+            row |= {
+                name: np.stack([one[name] for one in stored]) for name in ("matched", "p_value")
+            }
             rows.append(row)
     pair = summary_name(arguments.src_dataset, arguments.tgt_dataset, arguments.data_root)
-    stem = f"controls_{pair}-k{'_'.join(map(str, arguments.k_shot))}-{arguments.flow}"
+    stem = f"controls_{pair}-k{'_'.join(map(str, arguments.k_shot))}-{arguments.matching}"
     path = arguments.results / EXPERIMENT / f"{stem}.json"
     summary = {"seeds": list(seeds), "n_epochs_nn": arguments.n_epochs_nn, "rows": rows}
     return write_summary(path, summary, [table(rows)])

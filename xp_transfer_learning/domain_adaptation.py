@@ -30,6 +30,7 @@ from xp_transfer_learning.config import (
     ADAPTATION,
     EXPERIMENT,
     AdaptationConfig,
+    Directions,
     FlowSettings,
     Preset,
 )
@@ -64,7 +65,8 @@ def data(seed: int, config: AdaptationConfig, data_root: Path | None):
 
 
 def frozen_classifier(config: AdaptationConfig, data_root: Path | None):
-    """(network, parameters, accuracy on the target's test split): one for all tries and flows."""
+    """(network, parameters, its accuracies): one for all tries and flows. `test` is on the target's
+    test split; `target` on the images it was trained on, where a flow that arrives ends."""
     # Source and flow have no part in it: left out, so that they do not train it anew.
     config = replace(config, source=config.target, flow=FlowSettings())
     return _classifier(config, known_by_content(config, data_root), data_root)
@@ -76,18 +78,22 @@ def _classifier(config: AdaptationConfig, known: AdaptationConfig, data_root: Pa
     x_tgt, image_shape = target_data(config, data_root)
     num_classes, n, _ = x_tgt.shape
     network = LeNet5(num_classes)
+    x, labels = x_tgt.reshape(-1, *image_shape), jnp.repeat(jnp.arange(num_classes), n)
     parameters, _ = classification.train(
         jax.random.PRNGKey(1),
         network,
-        x_tgt.reshape(-1, *image_shape),
-        jnp.repeat(jnp.arange(num_classes), n),
+        x,
+        labels,
         optimizer=optimizers.adam(config.learning_rate),
         num_epochs=config.num_epochs,
     )
     test = shaped(load(config.target, "test", data_root), image_shape)
     images = datasets.flat(test).reshape(-1, *image_shape)
-    accuracy = classification.accuracy(network, parameters, images, jnp.asarray(test.labels))
-    return network, parameters, float(accuracy)
+    accuracies = {
+        "test": classification.accuracy(network, parameters, images, jnp.asarray(test.labels)),
+        "target": classification.accuracy(network, parameters, x, labels),
+    }
+    return network, parameters, {name: float(value) for name, value in accuracies.items()}
 
 
 def run_try(
@@ -99,16 +105,18 @@ def run_try(
     mesh: Mesh | None = None,
 ) -> runs.Run:
     """One flow. Its folder holds accuracies [records], steps, losses [T], matched [C] (the target
-    class of each source class), classifier_accuracy and samples [records, C, d]."""
+    class of each source class), classifier_accuracy and target_accuracy (of the classifier on the
+    target's test split and on x_tgt, see `frozen_classifier`) and samples [records, C, d]."""
     name = f"adaptation_{pair_name(config.source, config.target)}"
     run = runs.open_run(results, EXPERIMENT, name, known_by_content(config, data_root), seed=seed)
     if run.finished:
         print(f"{run.folder}: done before")
         return run
     x0, x_tgt, image_shape = data(seed, config, data_root)
-    network, parameters, test_accuracy = frozen_classifier(config, data_root)
+    network, parameters, of_classifier = frozen_classifier(config, data_root)
     print(
-        f"{name}: the frozen classifier has {100 * test_accuracy:.1f}% on the target's test split"
+        f"{name}: the frozen classifier has {100 * of_classifier['test']:.1f}% on the target's "
+        f"test split, {100 * of_classifier['target']:.2f}% on the images that the flow goes to"
     )
     losses, steps, images = methods.flow(
         config.flow,
@@ -138,7 +146,8 @@ def run_try(
         steps=steps,
         losses=losses,
         matched=matched,
-        classifier_accuracy=np.asarray(test_accuracy),
+        classifier_accuracy=np.asarray(of_classifier["test"]),
+        target_accuracy=np.asarray(of_classifier["target"]),
         samples=images[:, :, 0],
         image_shape=np.asarray(image_shape),
     )
@@ -159,6 +168,9 @@ class Arguments(DeviceOptions):
     """Steps of the flow; `lr` its first step size, `decay` whether it decays linearly to 0."""
     lr: float | None = None
     decay: bool | None = None
+    num_directions: int | None = None
+    directions: Directions | None = None
+    """None, the default: a basis, as many as 28 x 28 pixels."""
     ntry: int | None = None
     """Tries, each with its own draw of the source. None: 1 for quick, 3 for paper."""
     results: Path = Path("results")
@@ -176,6 +188,8 @@ def chosen(arguments: Arguments) -> list[AdaptationConfig]:
         "num_steps": arguments.n_epochs_wgd,
         "step_size": arguments.lr,
         "decay": arguments.decay,
+        "num_directions": arguments.num_directions,
+        "directions": arguments.directions,
     }
     flow = {k: v for k, v in flow.items() if v is not None}
     sizes: dict[str, Any] = {"num_per_class": arguments.num_per_class, "size": arguments.size}
@@ -216,6 +230,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
                 "losses": [arrays["losses"][[0, -1]] for arrays in stored],
                 "matched": [arrays["matched"] for arrays in stored],
                 "classifier_accuracy": stored[0]["classifier_accuracy"],
+                "target_accuracy": stored[0]["target_accuracy"],
             },
             [table],
             figures=partial(plot.adaptation, arrays=stored[0]),

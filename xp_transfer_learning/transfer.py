@@ -12,9 +12,9 @@ twice: for the same number of epochs, as published, and for as many gradient ste
 in whole epochs.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -120,38 +120,39 @@ def training_set(particles, x_tgt, image_shape, labelling):
     return images.reshape(-1, *image_shape), labels, right
 
 
-def accuracies(
+def train_networks(
     images,
     labels,
-    test_images,
-    test_labels,
     config: TrainingConfig,
+    num_classes: int,
     *,
     seed: int,
     mesh: Mesh | None = None,
     transform: classification.Transform | None = None,
-) -> np.ndarray:
-    """Test accuracy of `config.num_trainings` networks trained from keys of their own, on batches
-    that go through `transform`."""
-    keys = jax.random.split(key_of_seed(seed, shift=1_000_000), config.num_trainings)
-    network = LeNet5(num_classes=int(max(labels.max(), test_labels.max())) + 1)
-    parameters, _ = classification.fit_seeds(
-        keys,
-        network,
+    parameters=None,
+):
+    """Parameters [trainings, ...] of `config.num_trainings` LeNet-5 trained from keys of their own,
+    on batches that go through `transform`, from `parameters` if they are given."""
+    return classification.fit_seeds(
+        jax.random.split(key_of_seed(seed, shift=1_000_000), config.num_trainings),
+        LeNet5(num_classes),
         jnp.asarray(images),
         jnp.asarray(labels),
         optimizer=optimizers.adam(config.learning_rate),
         num_epochs=config.num_epochs,
         batch_size=config.batch_size,
         transform=transform,
+        parameters=parameters,
         show_progress=False,
         mesh=mesh,
-    )
-    test_images, test_labels = jnp.asarray(test_images), jnp.asarray(test_labels)
+    )[0]
+
+
+def accuracies(parameters, images, labels, *, num_classes: int) -> np.ndarray:
+    """Accuracy of each of the networks that `train_networks` returns."""
+    network, images, labels = LeNet5(num_classes), jnp.asarray(images), jnp.asarray(labels)
     return np.asarray(
-        jax.lax.map(
-            lambda p: classification.accuracy(network, p, test_images, test_labels), parameters
-        )
+        jax.lax.map(lambda p: classification.accuracy(network, p, images, labels), parameters)
     )
 
 
@@ -182,9 +183,9 @@ def run_try(
             images, labels, right = training_set(
                 flowed["particles"][record], flowed["x_tgt"], shape, training.labelling
             )
-            rows.append(
-                accuracies(images, labels, test_images, test.labels, training, seed=seed, mesh=mesh)
-            )
+            num_classes = int(max(labels.max(), test.labels.max())) + 1
+            networks = train_networks(images, labels, training, num_classes, seed=seed, mesh=mesh)
+            rows.append(accuracies(networks, test_images, test.labels, num_classes=num_classes))
             agreements.append(right)
         run.finish(
             accuracies=np.stack(rows),
@@ -204,7 +205,8 @@ class Arguments(DeviceOptions):
     tgt_dataset: str = "fashion_mnist"
     k_shot: tuple[int, ...] = (5,)
     """Target images per class; several are run one after the other."""
-    method: tuple[Method, ...] = ("mmdsw",)
+    method: tuple[Method | Literal["auto"], ...] = ("mmdsw",)
+    """auto: no method of the table; `controls.py` chooses how to use the source, if at all."""
     ntry: int = 3
     """Tries, each with its own draw of source and target images."""
     n_epochs_wgd: int | None = None
@@ -257,7 +259,21 @@ def preset(arguments: Arguments) -> list[Arguments]:
 
 def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs what the preset or the arguments say; returns the summaries' paths."""
-    return [run_table(table, mesh) for table in preset(arguments)]
+    tables = preset(arguments)
+    paths = [run_auto(table, mesh) for table in tables if "auto" in table.method]
+    for table in tables:
+        if set(table.method) != {"auto"}:
+            paths.append(run_table(table, mesh))
+    return paths
+
+
+def run_auto(arguments: Arguments, mesh: Mesh | None = None) -> Path:
+    """The arm `auto` of `controls.py` beside the k images, augmented; the summary's path."""
+    from xp_transfer_learning import controls
+
+    same = {field.name for field in fields(controls.Arguments)} - {"preset"}
+    given = {name: value for name, value in vars(arguments).items() if name in same}
+    return controls.main(controls.Arguments(**given, arms=("auto",)), mesh)
 
 
 def run_table(arguments: Arguments, mesh: Mesh | None = None) -> Path:
@@ -281,6 +297,8 @@ def run_table(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     rows = []
     for k in arguments.k_shot:
         for method in arguments.method:
+            if method == "auto":
+                continue
             settings = METHODS[method]
             if method != "target_only":
                 settings = replace(settings, **given)

@@ -88,6 +88,7 @@ def fit_seeds(
     num_epochs: int = 50,
     batch_size: int = 64,
     transform: Transform | None = None,
+    parameters: Parameters | None = None,
     at_once: bool = True,
     run: Run | None = None,
     checkpoint_seconds: float = 60.0,
@@ -102,6 +103,8 @@ def fit_seeds(
       images: [n, H, W, channels], or [sets, n, H, W, channels]: each set is then trained on from
         every key, and what comes back has axes [sets, seeds].
       labels: [n], or [sets, n].
+      parameters: to start from (fine-tuning), with the leading axes of what comes back; None: drawn
+        from the keys.
       at_once: False trains the seeds of one set one after the other within each chunk, equal to
         rounding. For convolutions that is better: one with several kernels costs twice as much as
         one each on a CPU, and on a GPU its gradient is a grouped one with windows as large as the
@@ -120,7 +123,7 @@ def fit_seeds(
     if not at_once and images.ndim == 5:
         raise ValueError("several sets are trained at once: at_once=False is for one")
     options = {"network": network, "optimizer": optimizer}
-    start = partial(_start_all, keys, images, num_epochs=num_epochs, **options)
+    start = partial(_start_all, keys, images, parameters, num_epochs=num_epochs, **options)
     options |= {"batch_size": batch_size, "transform": transform}
     inputs = devices.device_put((keys, images, labels), mesh)
     step = partial(_advance, at_once=at_once, mesh=mesh, **options)
@@ -136,7 +139,7 @@ def fit_seeds(
         start(),
         num_epochs * steps_per_epoch(images.shape[-4], batch_size),
         run=run,
-        identity=lambda: _identity(keys, images, labels, num_epochs, **options),
+        identity=lambda: _identity(keys, images, labels, num_epochs, parameters, **options),
         place=partial(devices.device_put, mesh=mesh),
         checkpoint_seconds=checkpoint_seconds,
         show_progress=show_progress,
@@ -148,8 +151,9 @@ def fit_seeds(
 # The compiled loop
 
 
-def _start(key, images, *, network, optimizer, num_epochs) -> TrainState:
-    parameters = network.init(jax.random.split(key)[0], images[:1])
+def _start(key, images, parameters=None, *, network, optimizer, num_epochs) -> TrainState:
+    if parameters is None:
+        parameters = network.init(jax.random.split(key)[0], images[:1])
     losses = jnp.zeros(num_epochs, images.dtype)
     return TrainState(parameters, optimizer.init(parameters), losses, jnp.zeros((), jnp.int32))
 
@@ -212,12 +216,12 @@ _ENSEMBLE = TrainState._make((0, 0, 0, None))
 
 
 @partial(jax.jit, static_argnames=("network", "optimizer", "num_epochs"))
-def _start_all(keys, images, *, network, optimizer, num_epochs) -> TrainState:
+def _start_all(keys, images, parameters, *, network, optimizer, num_epochs) -> TrainState:
     start = partial(_start, network=network, optimizer=optimizer, num_epochs=num_epochs)
-    of_seeds = jax.vmap(start, (0, None), _ENSEMBLE)
+    of_seeds = jax.vmap(start, (0, None, 0), _ENSEMBLE)
     if images.ndim == 5:
-        of_seeds = jax.vmap(of_seeds, (None, 0), _ENSEMBLE)
-    return of_seeds(keys, images)
+        of_seeds = jax.vmap(of_seeds, (None, 0, 0), _ENSEMBLE)
+    return of_seeds(keys, images, parameters)
 
 
 @partial(
@@ -267,7 +271,7 @@ def _check_input(images, labels, num_epochs, batch_size) -> None:
 
 
 def _identity(
-    keys, images, labels, num_epochs, *, network, optimizer, batch_size, transform
+    keys, images, labels, num_epochs, start=None, *, network, optimizer, batch_size, transform
 ) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it."""
     count = min(batch_size, images.shape[-4])
@@ -283,6 +287,7 @@ def _identity(
         "num_epochs": num_epochs,
         "batch_size": batch_size,
         "transform": transform and traced(transform, keys[0], batch, targets),
+        **({} if start is None else {"parameters": start}),
     }
 
 

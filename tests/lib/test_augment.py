@@ -20,6 +20,8 @@ from strategies import DECADES, SEEDS, few
 from lib.augment import OPERATIONS, Parameters, apply, augment, draw, parse
 from lib.augment import _warps as warps
 from lib.augment.cutmix import cutmix
+from lib.augment.elastic import elastic
+from lib.augment.mixup import mixup
 
 ALL = "color_crop_cutout_flip_scale_rotate"
 NEUTRAL = {
@@ -406,3 +408,43 @@ def test_boxes_and_targets_agree(case, exponent, seed):
     wanted = (1 - share) * targets.astype(float) + share * targets.astype(float)[partners]
     np.testing.assert_allclose(new_targets, wanted, rtol=0, atol=4 * np.finfo(dtype).eps)
     np.testing.assert_allclose(new_targets.sum(axis=1), 1, rtol=0, atol=8 * np.finfo(dtype).eps)
+
+
+# Mixup and elastic deformations
+
+
+def test_mixup_mixes_images_and_targets_alike():
+    """One-hot targets and images e_i: rows are share e_i + (1 - share) e_pi(i)."""
+    images, targets = jnp.eye(8).reshape(8, 2, 4, 1), jnp.eye(8)
+    shares = []
+    for i in range(40):
+        mixed, labels = mixup(jax.random.key(i), images, targets, alpha=1.0)
+        np.testing.assert_array_equal(mixed.reshape(8, 8), labels)
+        np.testing.assert_allclose(labels.sum(axis=0), 1, rtol=1e-5)
+        np.testing.assert_allclose(labels.sum(axis=1), 1, rtol=1e-5)
+        (share,) = {float(row[j]) for j, row in enumerate(labels) if row[j] < 1}
+        shares.append(share)
+    assert abs(np.mean(shares) - 0.5) < 4 * np.sqrt(1 / 12 / 40)  # Beta(1, 1) is uniform
+
+
+def test_elastic_deformations_sample_along_their_field():
+    """Against scipy, with the same field; each image has its own."""
+    key, images = jax.random.key(0), jnp.asarray(np.random.default_rng(0).random((3, 9, 7, 2)))
+    changed = elastic(key, images, pixels=2.0, grid=3)
+    coarse = 2.0 * jax.random.normal(key, (3, 2, 3, 3), images.dtype)
+    field = np.asarray(jax.image.resize(coarse, (3, 2, 9, 7), "cubic"))
+    for image, shift, got in zip(np.asarray(images), field, np.asarray(changed), strict=True):
+        places = np.mgrid[:9, :7] + shift
+        for channel in range(2):
+            wanted = map_coordinates(image[..., channel], places, order=1, mode="grid-constant")
+            np.testing.assert_allclose(got[..., channel], wanted, atol=1e-5)
+    np.testing.assert_array_equal(elastic(key, images, pixels=0.0), images)
+
+
+def test_bad_settings_of_mixup_and_elastic_are_named():
+    images = jnp.zeros((2, 3, 3, 1))
+    with pytest.raises(ValueError, match=r"alpha must be positive and finite, got 0.0"):
+        mixup(jax.random.key(0), images, jnp.eye(2), alpha=0.0)
+    for options in ({"pixels": -1.0}, {"grid": 1}):
+        with pytest.raises(ValueError, match=r"pixels must be at least 0 and grid at least 2"):
+            elastic(jax.random.key(0), images, **options)

@@ -13,6 +13,7 @@ from scipy.special import log_softmax
 
 from lib.networks.classification import accuracy, fit_seeds, predict, train
 from lib.networks.optimizers import sgd
+from lib.runs import open_run
 from lib.runs.files import RunFileError
 from lib.runs.loop import DivergedError
 
@@ -213,3 +214,21 @@ def test_divergence_names_the_step_and_saves_the_last_good_state(monkeypatch, ru
 def test_bad_input_raises(changes, message):
     with pytest.raises(ValueError, match=message):
         fitted(**changes)
+
+
+def test_training_goes_on_from_given_parameters(tmp_path):
+    """From what the keys would draw: the same bits; from what was trained: a lower first loss, and
+    a checkpoint of another start is refused."""
+    images, labels = (jnp.asarray(a) for a in blobs(12))
+    keys = jax.random.split(jax.random.key(0), 2)
+    options = {"optimizer": SGD, "num_epochs": 3, "batch_size": 4, "show_progress": False}
+    drawn = [Linear().init(jax.random.split(key)[0], images[:1]) for key in keys]
+    drawn = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
+    plain = fit_seeds(keys, Linear(), images, labels, **options)
+    assert_same_bits(plain, fit_seeds(keys, Linear(), images, labels, parameters=drawn, **options))
+    _, losses = fit_seeds(keys, Linear(), images, labels, parameters=plain[0], **options)
+    assert np.all(losses[:, 0] < plain[1][:, 0])
+    run = open_run(tmp_path, "x", "tuned", {}, seed=0)
+    fit_seeds(keys, Linear(), images, labels, parameters=drawn, run=run, **options)
+    with pytest.raises(RunFileError, match="parameters"):
+        fit_seeds(keys, Linear(), images, labels, parameters=plain[0], run=run, **options)

@@ -1,114 +1,164 @@
 """Controls of the transfer: what each arm trains on, for how long, and how they are compared."""
 
+import dataclasses
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from xp_transfer_learning import controls
-from xp_transfer_learning.config import METHODS, ROTATED, TrainingConfig, TransferConfig
-from xp_transfer_learning.controls import Arguments, ControlsConfig, Draw, Place
-
-SHAPE = (2, 2, 1)
-CONFIG = ControlsConfig(
-    TransferConfig("digits", ROTATED, 3, num_per_class=10, flow=METHODS["sliced_mmd"]),
-    TrainingConfig(num_epochs=4, num_trainings=2),
+from xp_transfer_learning.config import ROTATED, FlowSettings, TrainingConfig, TransferConfig
+from xp_transfer_learning.controls import (
+    ARMS,
+    BASELINE,
+    SOURCE,
+    Arguments,
+    ControlsConfig,
+    Draw,
+    Held,
+    Place,
+    Task,
+    Trainer,
 )
 
+SHAPE = (2, 2, 1)
+TRAINER = Trainer(TrainingConfig(num_epochs=4, num_trainings=2), 26, 2, seed=0, mesh=None)
+HELD = Held(np.zeros((1, *SHAPE)), np.zeros(1))
 
-def draw():
-    """Two classes of ten source images that go from 0 to 1 (one too far), three target images."""
-    start, end = np.zeros((2, 10, 4)), np.ones((2, 10, 4))
+
+def draw(k=3):
+    """Two classes of ten source images at 0, matched crosswise, with k target images each: .5 of
+    the first class, .75 of the second."""
+    x_tgt = np.broadcast_to(np.array([0.5, 0.75])[:, None, None], (2, k, 4))
+    return Draw(np.zeros((2, 10, 4)), x_tgt, np.array([1, 0]), SHAPE)
+
+
+def test_source_images_go_a_share_of_their_way_and_stay_in_range():
+    end = np.ones((2, 10, 4))
     end[0, 0] = 5.0
-    return Draw(start, end, np.repeat([[1], [0]], 10, axis=1), np.full((2, 3, 4), 0.5), SHAPE)
+    images, labels = controls.training_images(draw(), 0.25, end)
+    assert images.shape == (3 * 6 + 20, *SHAPE)  # the target's three times: about half
+    np.testing.assert_array_equal(labels, [0, 0, 0, 1, 1, 1] * 3 + [1] * 10 + [0] * 10)
+    np.testing.assert_array_equal(images[:6, 0, 0, 0], [0.5] * 3 + [0.75] * 3)
+    np.testing.assert_array_equal(images[18], 1.0)
+    np.testing.assert_array_equal(images[19:], 0.25)
 
 
-def test_source_images_go_a_share_of_their_way():
-    images, labels = controls.training_images(draw(), 0.25)
-    assert images.shape == (6 + 20, *SHAPE)
-    np.testing.assert_array_equal(labels, [0] * 3 + [1] * 3 + [1] * 10 + [0] * 10)
-    np.testing.assert_array_equal(images[:6], 0.5)
-    np.testing.assert_array_equal(images[6], 1.0)
-    np.testing.assert_array_equal(images[7:], 0.25)
-
-
-def test_no_share_is_no_source_image_and_balanced_repeats_the_others():
+def test_without_a_share_there_is_no_source_image_and_at_0_no_end():
     images, labels = controls.training_images(draw(), None)
     assert images.shape == (6, *SHAPE)
     np.testing.assert_array_equal(labels, [0, 0, 0, 1, 1, 1])
-    images, labels = controls.training_images(draw(), 1.0, balanced=True)
-    assert len(images) == 3 * 6 + 20
-    np.testing.assert_array_equal(labels[:12], [0, 0, 0, 1, 1, 1] * 2)
+    np.testing.assert_array_equal(controls.training_images(draw(), 0.0)[0][18:], 0)
 
 
 @pytest.mark.parametrize(("num_images", "epochs"), [(6, 4), (26, 4), (128, 2)])
 def test_every_arm_takes_as_many_gradient_steps(monkeypatch, num_images, epochs):
     """Four epochs of all 2 (10 + 3) images are four batches; 128 images are two batches each."""
     seen = []
-
-    def accuracies(*arguments, transform, **options):
-        seen.append((arguments[4].num_epochs, transform is not None))
-        return np.zeros(2)
-
-    monkeypatch.setattr(controls, "accuracies", accuracies)
-    images, labels = np.zeros((num_images, *SHAPE)), np.arange(num_images) % 2
-    for augmented in (False, True):
-        controls.train(CONFIG, images, labels, None, None, augmented=augmented, seed=0, mesh=None)
-    assert seen == [(epochs, False), (epochs, True)]
+    monkeypatch.setattr(controls, "train_networks", lambda *a, **_: seen.append(a[2].num_epochs))
+    TRAINER(np.zeros((num_images, *SHAPE)), np.arange(num_images) % 2, "none")
+    assert seen == [epochs]
 
 
-def test_the_share_is_that_of_the_best_folds(monkeypatch, tmp_path):
-    """Accuracy is read off the brightness: images that went half their way are best. Each fold
-    leaves one image of every class out of flow and training."""
-    kept = []
+@pytest.fixture
+def trained(monkeypatch):
+    """The (images, labels, augmentation) of every training, instead of one; accuracy is 1 where the
+    source's images are in it, else .5."""
+    seen = []
 
-    def flowed(config, x0, x_tgt, seed, mesh, run=None):
-        kept.append(np.asarray(x_tgt))
-        end = np.asarray(x0) + 1
-        return {"end": end, "labels": np.zeros(end.shape[:2], int), "losses": np.zeros(1)}
+    def train(self, images, labels, augmentation, parameters=None):
+        seen.append((images, np.asarray(labels), augmentation))
+        return len(images)
 
-    def train(config, images, labels, test_images, test_labels, *, augmented, seed, mesh):
-        assert (config.training.num_trainings, len(test_labels), augmented) == (1, 2, True)
-        assert len(images) == 2 * 2 + 20
-        return np.array([-abs(images[4:].mean() - 0.5)])
-
-    x0, x_tgt = np.zeros((2, 10, 4)), np.arange(24.0).reshape(2, 3, 4)
-    monkeypatch.setattr(controls, "data", lambda *_: (x0, x_tgt, SHAPE))
-    monkeypatch.setattr(controls, "flowed", flowed)
-    monkeypatch.setattr(controls, "train", train)
-    assert controls.choose_share(CONFIG, 0, Place(tmp_path, None, None)) == 0.5
-    assert [x.shape for x in kept] == [(2, 2, 4)] * 3
-    np.testing.assert_array_equal(kept[1], x_tgt[:, [0, 2]])
-
-
-def test_permuted_classes_flow_to_other_classes(tmp_path):
-    flow = METHODS["sliced_mmd"].__class__("sliced_mmd", num_steps=2, num_directions=64)
-    transfer = TransferConfig("digits", ROTATED, 3, num_per_class=4, size=28, flow=flow)
-    config, place = ControlsConfig(transfer, TrainingConfig()), Place(tmp_path, None, None)
-    plain, permuted = (
-        controls.draw_of(config, 0, place, permuted=permuted) for permuted in (False, True)
+    monkeypatch.setattr(Trainer, "__call__", train)
+    monkeypatch.setattr(
+        controls, "accuracies", lambda size, *_, **__: np.array([1.0 if size > 6 else 0.5])
     )
-    np.testing.assert_array_equal(plain.x_tgt, permuted.x_tgt)
-    apart = np.abs(plain.start[:, None] - permuted.start[None]).max(axis=(2, 3))
-    order = apart.argmin(axis=0)
-    assert sorted(order) == list(range(10)) != order.tolist()
-    assert apart.min(axis=0).max() == 0
-    again = controls.draw_of(config, 0, place)
-    np.testing.assert_array_equal(again.end, plain.end)
+    return seen
+
+
+def measure(name, flow=None):
+    return controls.measure(ARMS[name], draw(), HELD, TRAINER, flow, None)
+
+
+def test_without_a_flow_a_source_image_goes_to_images_of_its_class(trained):
+    measure("half of the way, no flow")
+    ((images, labels, augmentation),) = trained
+    assert augmentation == "affine"
+    np.testing.assert_array_equal(images[18:, 0, 0, 0], 0.5 * np.where(labels[18:], 0.75, 0.5))
+
+
+def test_permuted_classes_flow_to_their_permuted_targets(trained):
+    flowed = []
+    measure("half of the way, classes permuted", lambda d: flowed.append(d.matched) or d.x0 + 1)
+    ((images, labels, _),) = trained
+    np.testing.assert_array_equal(labels[18:], np.repeat(flowed[0], 10))
+    np.testing.assert_array_equal(images[18:], 0.5)
+
+
+def test_fine_tuning_starts_from_the_source_under_the_targets_labels(trained):
+    measure("source, fine-tuned")
+    (images, labels, _), (tuned, *_) = trained
+    assert len(images) == 20
+    np.testing.assert_array_equal(labels, [1] * 10 + [0] * 10)
+    assert len(tuned) == 6
+
+
+def test_auto_takes_what_is_best_on_images_left_out(trained):
+    kept = []
+    chosen = controls.choose(draw(), lambda x: kept.append(x) or np.array([0, 1]), TRAINER, 1.0)
+    assert chosen == SOURCE  # the first with accuracy 1
+    assert [x.shape for x in kept] == [(2, 2, 4)] * 3
+    assert len(trained) == 3 * 5  # fine-tuning is two
+    np.testing.assert_array_equal(trained[2][1][-20:], np.repeat([0, 1], 10))
+
+
+@pytest.mark.parametrize(("p_value", "name"), [(0.01, SOURCE), (0.02, BASELINE)])
+def test_auto_of_one_image_per_class_asks_whether_classes_correspond(trained, p_value, name):
+    assert controls.choose(draw(1), lambda x: x, TRAINER, p_value) == name
+    assert trained == []
+
+
+def task(tmp_path, matching="images"):
+    flow = FlowSettings("sliced_mmd", num_steps=2, num_directions=64)
+    transfer = TransferConfig("digits", ROTATED, 3, num_per_class=4, size=28, flow=flow)
+    training = TrainingConfig(num_epochs=1, num_trainings=1)
+    return Task(ControlsConfig(transfer, training, matching), 0, Place(tmp_path, None, None))
+
+
+def test_flows_of_other_matchings_are_other_flows(tmp_path):
+    one = task(tmp_path)
+    x0, x_tgt, shape = one.images()
+    draws = [Draw(x0, x_tgt, np.roll(np.arange(10), shift), shape) for shift in (0, 1)]
+    ends = [one.flow(draw) for draw in draws]
+    assert np.abs(ends[0] - ends[1]).max() > 0.01
+    np.testing.assert_array_equal(one.flow(draws[0]), ends[0])
+
+
+def test_the_sources_network_is_read_back_as_it_was(tmp_path):
+    first, again = (task(tmp_path).source_network() for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_matching_by_number_needs_as_many_classes(tmp_path):
+    x = np.zeros((3, 2, 4))
+    one = task(tmp_path, "number")
+    np.testing.assert_array_equal(one.match(x, x, SHAPE)[0], [0, 1, 2])
+    with pytest.raises(ValueError, match=r"both: 3 and 2; use --matching features"):
+        one.match(x, x[:2], SHAPE)
 
 
 def test_differences_are_paired_by_draw():
     """.6 and .8 against .5 and .6: more by 15 points, with the standard error 5."""
     common = {"source": "a", "target": "b", "k": 5}
     rows = [
-        common | {"arm": controls.BASELINE, "shares": [np.nan] * 2,
-                  "accuracies": [[0.4, 0.6], [0.6, 0.6]]},
-        common | {"arm": "on the way", "shares": [0.5, 0.25],
-                  "accuracies": [[0.6, 0.6], [0.7, 0.9]]},
-    ]  # fmt: skip
+        common | {"arm": BASELINE, "accuracies": [[0.4, 0.6], [0.6, 0.6]]},
+        common | {"arm": "auto", "accuracies": [[0.6, 0.6], [0.7, 0.9]], "chosen": [SOURCE] * 2},
+    ]
     first, second = controls.table(rows).rows
-    assert first[3:] == ["-", "55.0 ± 7.1", "-"]
-    assert second[3:] == ["0.25, 0.5", "70.0 ± 14.1", "+15.0 ± 9.8"]
+    assert first[2:] == [BASELINE, "55.0 ± 7.1", "-"]
+    assert second[2:] == ["auto: with the source 2x", "70.0 ± 14.1", "+15.0 ± 9.8"]
 
 
 def test_unknown_arms_are_named():
@@ -118,10 +168,11 @@ def test_unknown_arms_are_named():
 
 @pytest.mark.slow
 def test_the_quick_preset_ends_in_a_table(tmp_path, capsys):
-    arguments = Arguments("quick", results=tmp_path, arms=("on the way, augmented", "arrived"))
+    arguments = dataclasses.replace(Arguments("quick"), results=tmp_path)
     assert controls.main(arguments).exists()
     printed = capsys.readouterr().out
-    assert len(re.findall(r"^\| digits → digits:rotated \| 2 \|", printed, re.MULTILINE)) == 3
-    shares = {"0", "0.25", "0.5", "0.75", "1"}
-    (chosen,) = re.findall(r"on the way, augmented \| ([\d.]+) \|", printed)
-    assert chosen in shares
+    rows = re.findall(
+        r"^\| digits → digits:rotated \| 2 \| .* \| ([\d.]+) \|", printed, re.MULTILINE
+    )
+    assert len(rows) == len(ARMS)
+    assert all(10 < float(row) <= 100 for row in rows)
