@@ -51,6 +51,42 @@ def curves(rows: list[dict], floor: dict[str, float]) -> Figure:
     return figure
 
 
+def training_curves(summary: Path) -> Path:
+    """The Fréchet distance against training steps: a panel per width and number of evaluations, a
+    line per source (mean over seeds), a dot per seed; dotted, as many training images."""
+    told = json.loads(summary.read_text())
+    points = told["points"]
+    widths, evaluations = sorted({p["width"] for p in points}), points[0]["evaluations"]
+    labels = list(dict.fromkeys(point["label"] for point in points))
+    with plotting.style():
+        size = 3.3 * len(evaluations), 3.2 * len(widths) + 0.6
+        shape = len(widths), len(evaluations)
+        figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey=True)
+        for line, width in zip(axes, widths):
+            for j, axis in enumerate(line):
+                for i, label in enumerate(labels):
+                    own = [p for p in points if p["width"] == width and p["label"] == label]
+                    steps = np.array([p["step"] for p in own])
+                    values = np.array([p["frechet"][j] for p in own])
+                    color = plotting.CLASS_COLORS[i % len(plotting.CLASS_COLORS)]
+                    marks = np.unique(steps)
+                    means = [values[steps == mark].mean() for mark in marks]
+                    axis.plot(marks, means, color=color, label=label)
+                    axis.scatter(steps, values, s=8, color=color, lw=0)
+                axis.axhline(points[0]["floor"]["frechet"], color="0.4", ls=":")
+                axis.set_xscale("log")
+                axis.set_yscale("log")
+                axis.set_title(f"{evaluations[j]} evaluations, width {width}", fontsize=9)
+        for axis in axes[-1]:
+            axis.set_xlabel("training steps")
+        axes[0, 0].set_ylabel(MEASURES["frechet"])
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=7)
+        path = plotting.save_figure(figure, summary.with_suffix(".png"))
+        plt.close(figure)
+    return path
+
+
 def sample_grid(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure:
     """Samples of the first seed: a source a line, a number of evaluations a column."""
     numbers = [j for j, method in enumerate(rows[0]["methods"]) if method == "euler"]

@@ -470,10 +470,11 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
                 print(f"  k = {k}, {name}, draw {seed}: {mean:.1f}", flush=True)
             row = {"source": arguments.src_dataset, "target": arguments.tgt_dataset, "k": k}
             row |= {"arm": name, "accuracies": np.stack([one["accuracies"] for one in stored])}
-            row |= {"chosen": [list(ARMS)[one["arm"]] for one in stored]}
-            row |= {
-                name: np.stack([one[name] for one in stored]) for name in ("matched", "p_value")
-            }
+            if name == "auto":
+                row |= {"chosen": [str(one["arm"]) for one in stored]}
+                row |= {
+                    key: np.stack([one[key] for one in stored]) for key in ("matched", "p_value")
+                }
             rows.append(row)
     pair = summary_name(arguments.src_dataset, arguments.tgt_dataset, arguments.data_root)
     stem = f"controls_{pair}-k{'_'.join(map(str, arguments.k_shot))}-{arguments.matching}"

@@ -237,7 +237,9 @@ def fit(
       ema_decay: of the running mean of the parameters, in [0, 1).
       augment_flip: mirrors images at random.
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
-        from. SIGINT and SIGTERM then save and raise `Interrupted`.
+        from, for more steps than before too: an optimizer whose rate does not depend on their
+        number ends where one run of so many steps does. SIGINT and SIGTERM then save and raise
+        `Interrupted`.
       mesh: devices (`lib.devices`) that share each batch.
 
     Raises:
@@ -295,7 +297,6 @@ def fit(
                 "source": (type(source).__name__, source),
                 "key": key,
                 "optimizer": traced_optimizer(optimizer, parameters),
-                "num_steps": num_steps,
                 "coupling": coupling,
                 **settings,
             },
