@@ -12,7 +12,7 @@ Only training images are read. The condensed set lands in the run's folder as `c
 import dataclasses
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from xp_dataset_distillation import export
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, dm, mmdsw
 from xp_dataset_distillation.factor import check_factor, encode
 from xp_dataset_distillation.objectives import Target, objective, optimizer, step_of
+from xp_dataset_distillation.pool import pool_of, train_pool
 from xp_dataset_distillation.real_data import (
     RealData,
     Setting,
@@ -94,15 +95,22 @@ def condense(
     show_progress: bool = True,
     mesh: Mesh | None = None,
 ) -> runs.Run:
-    """Condenses unless it is done. The folder holds arrays images [classes, n, H, W, c] in [0, 1],
+    """Condenses unless it is done, after training the pool of its networks, if it has one and it
+    is not there. The folder holds arrays images [classes, n, H, W, c] in [0, 1],
     snapshots [.., classes, n, H, W, c] uint8 at `steps`, losses [num_steps], seconds; and the
     exported set in `condensed/`."""
     name = f"{Path(config.dataset).stem}-{config.method}-ipc{config.images_per_class}"
     known = known_by_content(config, data_root)
-    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed)
+    exclude = (*runs.NOT_HASHED, *config.without_effect())
+    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed, exclude=exclude)
     if run.finished:
         return run
     real, setting = problem(config, data_root)
+    pool = None
+    if config.networks != "random":
+        where: dict[str, Any] = {"results": results, "data_root": data_root, "mesh": mesh}
+        stored = train_pool(pool_of(config), show_progress=show_progress, **where)
+        pool = jnp.asarray(stored["parameters"])
     keys = keys_of(seed)
     x0 = start(keys.start, config, real)
     batch = min(config.real_batch, min(real.counts))
@@ -110,7 +118,7 @@ def condense(
     began = time.perf_counter()
     losses, particles = wasserstein_gradient_descent(
         jnp.asarray(x0).reshape(*x0.shape[:2], -1),
-        Target(real, jax.random.key_data(keys.networks)),
+        Target(real, jax.random.key_data(keys.networks), pool),
         objective(dataclasses.replace(config, real_batch=batch), setting, mesh),
         keys.steps,
         n_epochs=config.num_steps,

@@ -19,8 +19,33 @@ BaselineName = Literal["random", "herding", "kmeans", "whole"]
 Start = Literal["real", "mixed", "noise"]
 Strategy = Literal["idc", "dsa"]
 """Of augmentation: as IDC and M3D or as DSA and DM apply it."""
+Networks = Literal["random", "trained", "aged", "interpolated"]
 NetworkName = Literal["convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18"]
 Preset = Literal["quick", "paper", "gpu"]
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """A pool of networks to condense under, trained on the images that a condensation may use."""
+
+    dataset: str = "fashion_mnist"
+    """A data set's name, or the path of a folder or zip of images."""
+    network: NetworkName = "convnet"
+    width: int = 128
+    depth: int = 3
+    pool_networks: int = 8
+    pool_epochs: int = 2
+    size: int | None = None
+    """Side of the images, to which they are resized; None: as they are."""
+    num_per_class: int | None = None
+    """Training images per class, drawn at random; None: all."""
+    held_out: int = 0
+    """Training images per class that are held out."""
+    flips: bool | None = None
+    """As in `CondenseConfig`."""
+
+    def __post_init__(self):
+        check_sizes(self, "width", "depth", "pool_networks", "pool_epochs")
 
 
 @dataclass(frozen=True)
@@ -72,6 +97,11 @@ class CondenseConfig:
     network: NetworkName = "convnet"
     width: int = 128
     depth: int = 3
+    networks: Networks = "random"
+    """random: new ones. The others come from a pool that is trained first (see `pool.py`): at the
+    end of their training, after any of its epochs, or between start and end."""
+    pool_networks: int = PoolConfig.pool_networks
+    pool_epochs: int = PoolConfig.pool_epochs
     num_directions: int = 500
     """Of mmdsw."""
     class_chunk: int | None = None
@@ -89,8 +119,10 @@ class CondenseConfig:
         check_sizes(
             self, "images_per_class", "factor", "num_steps", "steps_per_network",
             "num_networks", "real_batch", "most_decoded", "width", "depth", "num_directions",
-            "num_features", "num_snapshots",
+            "num_features", "num_snapshots", "pool_networks", "pool_epochs",
         )  # fmt: skip
+        if self.networks != "random" and self.space == "pixels":
+            raise ValueError(f"networks {self.networks} are of --space features")
         check_positive(self, "bandwidth_scale")
         check_not_negative(self, "held_out")
         if self.step_size is not None:
@@ -106,6 +138,11 @@ class CondenseConfig:
             )
         if self.method == "mmdsw" and self.class_chunk is not None:
             raise ValueError("mmdsw compares all classes at once: class_chunk is not for it")
+
+    def without_effect(self) -> tuple[str, ...]:
+        """Later settings that change nothing here: a run made before them keeps its name."""
+        pool = ("pool_networks", "pool_epochs")
+        return ("networks", *pool) if self.networks == "random" else ()
 
     def resolved_step_size(self, image_shape: tuple[int, int, int]) -> float:
         """`step_size`, or its rule for these images."""

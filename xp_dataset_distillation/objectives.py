@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
@@ -33,6 +34,8 @@ class Target(NamedTuple):
 
     real: RealData
     network_key: Array
+    pool: Array | None = None
+    """Of `pool.train_pool`, [networks, ages, P]; None where networks are random."""
 
 
 class Batch(NamedTuple):
@@ -97,7 +100,7 @@ def objective(
         batch_key, change_key, loss_key, choice_key = jax.random.split(key, 4)
         parameters = None
         if network is not None:
-            parameters = _draw_networks(network, target.network_key, step, config, shape)
+            parameters = _draw_networks(network, target, step, config, shape)
         stored = x.reshape(num_classes, -1, *shape)
         real = draw_batch(batch_key, target.real, config.real_batch)
         if joint:
@@ -167,13 +170,31 @@ def _features(network: nn.Module | None, setting: Setting, parameters: Any, imag
     return features.reshape(classes, k, -1)
 
 
-def _draw_networks(network, network_key, step, config: CondenseConfig, shape) -> Any:
-    """Parameters of random networks, stacked along a first axis."""
+def _draw_networks(network, target: Target, step, config: CondenseConfig, shape) -> Any:
+    """Parameters of networks, stacked along a first axis: random ones, or drawn from the pool."""
     key = jax.random.fold_in(
-        jax.random.wrap_key_data(network_key), step // config.steps_per_network
+        jax.random.wrap_key_data(target.network_key), step // config.steps_per_network
     )
     keys = jax.random.split(key, config.num_networks)
-    return jax.vmap(network.init, in_axes=(0, None))(keys, jnp.zeros((1, *shape)))
+    blank = jnp.zeros((1, *shape))
+    if config.networks == "random":
+        return jax.vmap(network.init, in_axes=(0, None))(keys, blank)
+    pool = target.pool
+    assert pool is not None
+    like = jax.eval_shape(network.init, keys[0], blank)
+    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like))
+
+    def drawn(key):
+        key, key_age = jax.random.split(key)
+        ages = pool[jax.random.randint(key, (), 0, len(pool))]
+        if config.networks == "trained":
+            return unravel(ages[-1])
+        if config.networks == "aged":
+            return unravel(ages[jax.random.randint(key_age, (), 0, len(ages))])
+        share = jax.random.uniform(key_age)
+        return unravel((1 - share) * ages[0] + share * ages[-1])
+
+    return jax.vmap(drawn)(keys)
 
 
 def _choose(key, images, most: int):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, Int32, PRNGKeyArray, UInt8
 from lib import datasets
 from lib.datasets import Dataset, Normalization
 from lib.numerics import named_key
-from xp_dataset_distillation.config import Method
+from xp_dataset_distillation.config import Method, PoolConfig
 
 # What the literature of condensation normalizes with, so that its numbers compare. CIFAR-10's
 # deviations are means of every image's own, and smaller than those over all pixels.
@@ -29,7 +29,9 @@ PUBLISHED = {
 WITHOUT_FLIPS = ("digits", "mnist", "svhn", "usps", "kmnist")
 """A mirrored digit or letter is another one or none: data sets of these, in whatever size."""
 
-AnyMethod = TypeVar("AnyMethod", bound=Method)
+Reader = Method | PoolConfig
+"""Settings that say which training images are read."""
+AnyReader = TypeVar("AnyReader", bound=Reader)
 
 
 @partial(
@@ -90,7 +92,7 @@ class Setting(NamedTuple):
         return (images - mean) / std
 
 
-def setting_of(method: Method, real: RealData) -> Setting:
+def setting_of(method: Reader, real: RealData) -> Setting:
     flips = getattr(method, "flips", None)
     if flips is None:
         flips = may_be_mirrored(real.origin, real.class_names)
@@ -103,14 +105,14 @@ def may_be_mirrored(origin: str | None, class_names: tuple[str, ...]) -> bool:
     return not (origin in WITHOUT_FLIPS or characters)
 
 
-def known_by_content(method: AnyMethod, data_root: Path | None) -> AnyMethod:
+def known_by_content(method: AnyReader, data_root: Path | None) -> AnyReader:
     """The settings by which results are known: `lib.datasets.identity` in place of a path."""
     content = datasets.identity(method.dataset, data_root=data_root)
     return dataclasses.replace(method, dataset=content)
 
 
 def training_images(
-    method: Method, data_root: Path | None
+    method: Reader, data_root: Path | None
 ) -> tuple[RealData, tuple[np.ndarray | Array, np.ndarray] | None]:
     """The training images that a method may use, and, with their labels, those it holds out. Both
     draws are the same for all seeds."""
