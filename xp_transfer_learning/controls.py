@@ -98,6 +98,8 @@ ARMS = {
 }
 CANDIDATES = (BASELINE, ELASTIC, SOURCE, "source, fine-tuned")
 SIGNIFICANT = 0.01
+CHOOSING = 5
+"""How many times shorter the trainings are that `auto` chooses by."""
 PRETRAINING = 500_000
 """Added to the seed of a network of the source only."""
 
@@ -240,7 +242,8 @@ def choose(
     num_classes, k, _ = draw.x_tgt.shape
     if k == 1:
         return SOURCE if p_value <= SIGNIFICANT else BASELINE
-    train = train._replace(training=replace(train.training, num_trainings=1))
+    short = max(1, train.training.num_epochs // CHOOSING)
+    train = train._replace(training=replace(train.training, num_epochs=short, num_trainings=1))
     means = np.zeros((k, len(CANDIDATES)))
     for fold in range(k):
         kept = np.delete(draw.x_tgt, fold, axis=1)

@@ -2,6 +2,7 @@
 
 from lib.flow_matching.training import (
     Coupling,
+    Draws,
     FitResult,
     Source,
     TrainState,

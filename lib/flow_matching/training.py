@@ -8,12 +8,17 @@ al., 2023; Liu et al., 2023; Tong et al., 2024); following it carries the source
 Training runs in one compiled loop, in chunks (`lib.runs.loop`). The key of step t is
 `fold_in(key, t)` and fixes its batch, its draws of the source and its times, so a run does not
 depend on where chunks end.
+
+With labels the velocity E[x1 - x0 | x_t, label] is learnt. Optimal transport within a batch that
+does not know them pairs the source with classes by where they are, so that draws of a class no
+longer start from the whole source; within each class of the batch it does not (C2OT: Cheng and
+Schwing, "The curse of conditions", arXiv 2503.10636, at an infinite weight of the condition).
 """
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -29,7 +34,8 @@ from lib.kernels import squared_distances
 from lib.runs import Run
 from lib.runs.loop import Chunk, first_nonfinite, run_steps, traced_optimizer
 
-Coupling = Literal["independent", "optimal"]
+Coupling = Literal["independent", "optimal", "conditional"]
+"""conditional: optimal within each class of the batch."""
 Velocity = Callable[[Float[Array, "B d"], Float[Array, " B"]], Float[Array, "B d"]]
 
 MAX_STEPS_PER_CHUNK = 1024
@@ -58,6 +64,15 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
 
 
+class Draws(NamedTuple):
+    """What a step is taken on: starts and data [B, d], times [B], and labels [B] or None."""
+
+    x0: Float[Array, "B d"]
+    x1: Float[Array, "B d"]
+    times: Float[Array, " B"]
+    labels: Int[Array, " B"] | None
+
+
 class FitResult(NamedTuple):
     """`losses[t]` is the loss of the batch of step t, before the step, [num_steps]."""
 
@@ -74,22 +89,38 @@ def velocity(
     parameters: PyTree,
     image_shape: tuple[int, ...],
     *,
+    label: int | Int[Array, ""] | None = None,
     mesh: Mesh | None = None,
 ) -> Velocity:
-    """`network` on flat rows: v(x [B, d], t [B]) -> [B, d]; the devices of a mesh (`lib.devices`)
-    share the rows."""
+    """`network` on flat rows: v(x [B, d], t [B]) -> [B, d], of one class if `label` is given; the
+    devices of a mesh (`lib.devices`) share the rows."""
 
     def evaluate(parameters, x, times):
-        velocities = _apply(network, parameters, x.reshape(-1, *image_shape), times)
-        return velocities.reshape(x.shape)
+        labels = () if label is None else (jnp.full(len(x), label, jnp.int32),)
+        return _apply(network, parameters, x.reshape(-1, *image_shape), times, *labels).reshape(
+            x.shape
+        )
 
     return partial(devices.over_devices(evaluate, mesh, replicated=1), parameters)
 
 
+def _conditional(network, parameters, image_shape, labels, mesh) -> Velocity:
+    """`velocity` of rows that have labels [B] each."""
+
+    def evaluate(parameters, x, times, labels):
+        images = x.reshape(-1, *image_shape)
+        return _apply(network, parameters, images, times, labels).reshape(x.shape)
+
+    shared = devices.over_devices(evaluate, mesh, replicated=1)
+    return lambda x, times: shared(parameters, x, times, labels)
+
+
 @partial(jax.jit, static_argnums=0, inline=True)
-def _apply(network: nn.Module, parameters: PyTree, images: Array, times: Array) -> Array:
+def _apply(
+    network: nn.Module, parameters: PyTree, images: Array, times: Array, *labels: Array
+) -> Array:
     """JAX keeps its trace, for every loop that a network of such shapes stands in."""
-    velocities: Any = network.apply(parameters, images, times)
+    velocities: Any = network.apply(parameters, images, times, *labels)
     return velocities
 
 
@@ -109,10 +140,12 @@ def loss(
     return jnp.mean(jnp.square(residuals))
 
 
-def optimal_permutation(costs: Float[Array, "B B"]) -> Int[np.ndarray, " B"]:
+def optimal_permutation(
+    costs: Float[Array, "B B"], labels: Int[Array, " B"] | None = None
+) -> Int[np.ndarray, " B"]:
     """The permutation p that minimizes sum_i costs[i, p_i], [B]. Of costs |x1_i - x0_j|^2
     (`lib.kernels.squared_distances`) it is exact optimal transport within a batch (Pooladian et
-    al., 2023; Tong et al., 2024).
+    al., 2023; Tong et al., 2024). With `labels`, among the permutations that keep them.
 
     SciPy's assignment solver on the host, O(B^3), so not for use inside jit. Where a cost is NaN or
     infinite the identity comes back.
@@ -120,23 +153,30 @@ def optimal_permutation(costs: Float[Array, "B B"]) -> Int[np.ndarray, " B"]:
     from scipy.optimize import linear_sum_assignment
 
     costs = devices.fetch(costs)
+    order = np.arange(len(costs), dtype=np.int32)
     if not np.isfinite(costs).all():
-        return np.arange(len(costs), dtype=np.int32)
-    return linear_sum_assignment(costs)[1].astype(np.int32)
+        return order
+    labels = np.zeros_like(order) if labels is None else devices.fetch(labels)
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        order[places] = places[linear_sum_assignment(costs[np.ix_(places, places)])[1]]
+    return order
 
 
 # A step
 
 
-@partial(jax.jit, static_argnames=("network", "optimizer", "image_shape"))
+@partial(jax.jit, static_argnames=("network", "optimizer", "image_shape", "with_labels"))
 def init(
     key: Key[Array, ""],
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
+    with_labels: bool = False,
 ) -> TrainState:
     """The state before the first step."""
-    parameters = network.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1))
+    labels = (jnp.zeros(1, jnp.int32),) * with_labels
+    parameters = network.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), *labels)
     return TrainState(parameters, parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
 
 
@@ -146,18 +186,21 @@ def draw_step(
     source: Source,
     images: Num[Array, "n height width channels"],
     batch_size: int,
+    labels: Int[Array, " n"] | None = None,
     *,
     augment_flip: bool = False,
     mesh: Mesh | None = None,
-) -> tuple[Float[Array, "B d"], Float[Array, "B d"], Float[Array, " B"]]:
-    """(x0, x1, times) of a step: the source's own pairs. `key` is that of the whole run.
+) -> Draws:
+    """The source's own pairs of a step. `key` is that of the whole run.
 
-    x1 are images drawn independently (so one may come twice), as flat rows. uint8 is mapped from
-    0..255 to [-1, 1]. With `augment_flip` each is mirrored left to right with probability 1/2.
+    x1 are images, `labels` theirs, drawn independently (so one may come twice), as flat rows. uint8
+    is mapped from 0..255 to [-1, 1]. With `augment_flip` each is mirrored left to right with
+    probability 1/2.
     """
     batch_key, source_key, time_key = jax.random.split(jax.random.fold_in(key, step), 3)
     index_key, flip_key = jax.random.split(batch_key)
-    batch = images[jax.random.randint(index_key, (batch_size,), 0, len(images))]
+    chosen = jax.random.randint(index_key, (batch_size,), 0, len(images))
+    batch = images[chosen]
     if batch.dtype == jnp.uint8:
         batch = batch.astype(jnp.float32) / 127.5 - 1
     if augment_flip:
@@ -166,7 +209,8 @@ def draw_step(
     # All of the batch in one place, for the assignment.
     x1 = devices.constrain(batch.reshape(batch_size, -1), mesh)
     x0 = devices.constrain(source.couple(source_key, x1), mesh)
-    return x0, x1, jax.random.uniform(time_key, (batch_size,), x1.dtype)
+    times = jax.random.uniform(time_key, (batch_size,), x1.dtype)
+    return Draws(x0, x1, times, None if labels is None else labels[chosen])
 
 
 def train_step(
@@ -175,6 +219,7 @@ def train_step(
     source: Source,
     images: Num[Array, "n height width channels"],
     permutation: Int[Array, " B"] | None = None,
+    labels: Int[Array, " n"] | None = None,
     *,
     network: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -189,14 +234,18 @@ def train_step(
     own pairs. The running mean moves by m <- a m + (1 - a) parameters with a = min(ema_decay,
     (1 + step) / (10 + step)), step counted from 0, so that it forgets its start.
     """
-    x0, x1, times = draw_step(
-        key, state.step, source, images, batch_size, augment_flip=augment_flip, mesh=mesh
+    x0, x1, times, of_batch = draw_step(
+        key, state.step, source, images, batch_size, labels, augment_flip=augment_flip, mesh=mesh
     )
     if permutation is not None:
         x0 = x0[permutation]
 
     def objective(parameters):
-        return loss(velocity(network, parameters, images.shape[1:], mesh=mesh), x0, x1, times)
+        if of_batch is None:
+            v = velocity(network, parameters, images.shape[1:], mesh=mesh)
+        else:
+            v = _conditional(network, parameters, images.shape[1:], of_batch, mesh)
+        return loss(v, x0, x1, times)
 
     value, gradient = jax.value_and_grad(objective)(state.parameters)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.parameters)
@@ -221,21 +270,25 @@ def fit(
     batch_size: int = 128,
     ema_decay: float = 0.999,
     augment_flip: bool = False,
+    labels: Array | None = None,
     run: Run | None = None,
     show_progress: bool = True,
     description: str = "flow matching",
     mesh: Mesh | None = None,
 ) -> FitResult:
-    """Trains `network` (called as network(images [B, H, W, c], times [B])) for `num_steps` steps.
+    """Trains `network` (called as network(images [B, H, W, c], times [B]), and labels [B] if there
+    are any) for `num_steps` steps.
 
     Args:
       key: key of the run, for the network's start and every step.
       source: draws x0 [B, H W channels]; see `Source`.
       images: [n, H, W, channels], float in [-1, 1], or uint8, which is mapped there batch by batch.
-      coupling: "independent", or "optimal" within each batch.
+      coupling: "independent", "optimal" within each batch, or "conditional": within each class of
+        it.
       batch_size: images per step, drawn independently.
       ema_decay: of the running mean of the parameters, in [0, 1).
       augment_flip: mirrors images at random.
+      labels: [n] integers, the images' classes.
       run: a run folder (`lib.runs.open_run`) to save into and, if it holds a checkpoint, to resume
         from, for more steps than before too: an optimizer whose rate does not depend on their
         number ends where one run of so many steps does. SIGINT and SIGTERM then save and raise
@@ -249,9 +302,10 @@ def fit(
       RunFileError: the folder's checkpoint is of other data, settings or key.
     """
     images, source = jnp.asarray(images), jax.tree.map(jnp.asarray, source)
-    _check_input(images, source, num_steps, batch_size, coupling, ema_decay)
+    labels = None if labels is None else jnp.asarray(labels)
+    _check_input(images, source, labels, num_steps, batch_size, coupling, ema_decay)
     init_key, key = jax.random.split(key)
-    start = partial(init, init_key, network, optimizer, images.shape[1:])
+    start = partial(init, init_key, network, optimizer, images.shape[1:], labels is not None)
     parameters = jax.eval_shape(start).parameters  # shares its trace with the start itself
     settings = {
         "network": network,
@@ -259,10 +313,10 @@ def fit(
         "ema_decay": float(ema_decay),
         "augment_flip": augment_flip,
     }
-    _check_network(network, parameters, images)
+    _check_network(network, parameters, images, labels)
     losses = np.zeros(num_steps, np.float32)
     buffer = devices.device_put(np.zeros(MAX_STEPS_PER_CHUNK, np.float32), mesh)
-    inputs = devices.device_put((key, source, images), mesh)
+    inputs = devices.device_put((key, source, images, labels), mesh)
     costs = partial(_costs, batch_size=batch_size, augment_flip=augment_flip, mesh=mesh)
     assigned = dict[int, Future]()
 
@@ -271,14 +325,16 @@ def fit(
         its distances are asked for first, and assigned on a thread."""
         for step in range(done, min(done + 2 * size, num_steps)):
             if step not in assigned:
-                assigned[step] = thread.submit(optimal_permutation, costs(np.int32(step), *inputs))
+                of_batch = costs(np.int32(step), *inputs)
+                of_batch = of_batch if coupling == "conditional" else of_batch[:1]
+                assigned[step] = thread.submit(optimal_permutation, *of_batch)
         table = np.zeros((MAX_COUPLED_STEPS, batch_size), np.int32)
         table[:size] = [assigned.pop(step).result() for step in range(done, done + size)]
         return devices.device_put(table, mesh)
 
     def advance(state, done, size):
         nonlocal buffer
-        table = permutations(done, size) if coupling == "optimal" else None
+        table = permutations(done, size) if coupling != "independent" else None
         state, finite, buffer = _advance(
             state, size, buffer, table, *inputs, optimizer=optimizer, mesh=mesh, **settings
         )
@@ -298,6 +354,7 @@ def fit(
                 "key": key,
                 "optimizer": traced_optimizer(optimizer, parameters),
                 "coupling": coupling,
+                **({} if labels is None else {"labels": labels}),
                 **settings,
             },
             history=lambda done: losses[:done],
@@ -315,7 +372,7 @@ def fit(
     static_argnames=("network", "optimizer", "batch_size", "ema_decay", "augment_flip", "mesh"),
     donate_argnames="buffer",
 )
-def _advance(state, size, buffer, permutations, key, source, images, **settings):
+def _advance(state, size, buffer, permutations, key, source, images, labels, **settings):
     """(state after `size` steps, whether it is finite, the losses in `buffer`).
 
     `size` is not static: chunks of any size share one program.
@@ -324,7 +381,7 @@ def _advance(state, size, buffer, permutations, key, source, images, **settings)
     def body(i, carry):
         state, losses = carry
         permutation = None if permutations is None else permutations[i]
-        state, value = train_step(key, state, source, images, permutation, **settings)
+        state, value = train_step(key, state, source, images, permutation, labels, **settings)
         state = devices.constrain(state, settings["mesh"])
         return state, losses.at[i].set(value.astype(losses.dtype))
 
@@ -334,16 +391,16 @@ def _advance(state, size, buffer, permutations, key, source, images, **settings)
 
 
 @partial(jax.jit, static_argnames=("batch_size", "augment_flip", "mesh"))
-def _costs(step, key, source, images, **settings):
-    """|x1_i - x0_j|^2 of a step's batch, [B, B]."""
-    x0, x1, _ = draw_step(key, step, source, images, **settings)
-    return devices.constrain(squared_distances(x1, x0), settings["mesh"])
+def _costs(step, key, source, images, labels, **settings):
+    """|x1_i - x0_j|^2 of a step's batch, [B, B], and its labels."""
+    x0, x1, _, of_batch = draw_step(key, step, source, images, labels=labels, **settings)
+    return devices.constrain(squared_distances(x1, x0), settings["mesh"]), of_batch
 
 
 # Input validation
 
 
-def _check_input(images, source, num_steps, batch_size, coupling, ema_decay) -> None:
+def _check_input(images, source, labels, num_steps, batch_size, coupling, ema_decay) -> None:
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images are [n, H, W, channels], none 0, got shape {images.shape}")
     if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
@@ -353,8 +410,15 @@ def _check_input(images, source, num_steps, batch_size, coupling, ema_decay) -> 
             raise ValueError(f"{name} must be at least 1, got {value}")
     if batch_size > len(images):
         raise ValueError(f"batch_size {batch_size} is larger than the {len(images)} images")
-    if coupling not in ("independent", "optimal"):
-        raise ValueError(f'coupling is "independent" or "optimal", got {coupling!r}')
+    if coupling not in get_args(Coupling):
+        raise ValueError(f"coupling is one of {', '.join(get_args(Coupling))}, got {coupling!r}")
+    if labels is None and coupling == "conditional":
+        raise ValueError("coupling conditional needs labels")
+    whole = labels is None or jnp.issubdtype(labels.dtype, jnp.integer)
+    if labels is not None and (labels.shape != (len(images),) or not whole):
+        raise ValueError(
+            f"labels are {len(images)} integers, one per image, got {labels.dtype} {labels.shape}"
+        )
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
     for name, tree in (("images", images), ("source", source)):
@@ -367,9 +431,10 @@ def _check_input(images, source, num_steps, batch_size, coupling, ema_decay) -> 
         raise ValueError(f"the source draws {x0.shape} for a batch of images of shape {x1.shape}")
 
 
-def _check_network(network, parameters, images) -> None:
+def _check_network(network, parameters, images, labels) -> None:
     batch = jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32)
     times = jax.ShapeDtypeStruct((2,), jnp.float32)
-    returned = jax.eval_shape(network.apply, parameters, batch, times)
+    given = () if labels is None else (jax.ShapeDtypeStruct((2,), jnp.int32),)
+    returned = jax.eval_shape(network.apply, parameters, batch, times, *given)
     if returned.shape != batch.shape:
         raise ValueError(f"the network turns {batch.shape} into {returned.shape}")

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lib.networks.convolution import Convolution, Method
 from lib.numerics import product
@@ -67,7 +67,8 @@ class UNet(nn.Module):
     zeros at their ends, and cropped. The last convolution starts at 0, so the velocity does too.
 
     `convolution` is how kernel gradients are computed: "patches" is faster on CPU, and for "xla",
-    XLA's own, on GPU; parameters and values are the same.
+    XLA's own, on GPU; parameters and values are the same. With `num_classes` the blocks know the
+    labels [n] too: a vector for each class is added to that of the time.
 
     With width 32, multipliers (1, 2), 1 block and patch 2 it has 421,956 parameters, and takes
     21 million multiply-adds a 28x28 image.
@@ -79,9 +80,12 @@ class UNet(nn.Module):
     attention: tuple[int, ...] = ()
     patch: int = 1
     convolution: Method = "patches"
+    num_classes: int | None = None
 
     @nn.compact
-    def __call__(self, images: Images, times: Times) -> Images:
+    def __call__(
+        self, images: Images, times: Times, labels: Int[Array, " n"] | None = None
+    ) -> Images:
         self.check()
         height, width, channels = images.shape[1:]
         multiple = self.patch * 2 ** (len(self.multipliers) - 1)
@@ -89,7 +93,12 @@ class UNet(nn.Module):
         x = space_to_depth(jnp.pad(images, ends), self.patch)
         units = 4 * self.width
         time = nn.silu(nn.Dense(units)(sinusoids(times, self.width)))
-        time = nn.silu(nn.Dense(units)(time))
+        time = nn.Dense(units)(time)
+        if self.num_classes is not None:
+            if labels is None:
+                raise ValueError(f"this U-Net has {self.num_classes} classes: it needs labels")
+            time = time + nn.Embed(self.num_classes, units)(labels)
+        time = nn.silu(time)
 
         def block(x, level):
             features = self.width * self.multipliers[level]

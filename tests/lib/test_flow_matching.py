@@ -1,6 +1,7 @@
 """Flows between Gaussians against their closed forms; training against loops; resuming."""
 
 from functools import partial
+from itertools import permutations
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ from lib.flow_matching import (
     velocity,
 )
 from lib.flow_matching.sampling import euler, heun, integrate, straightness
+from lib.flow_matching.unet import UNet
 from lib.kernels import squared_distances
 from lib.runs.files import RunFileError
 from lib.runs.loop import DivergedError
@@ -155,7 +157,7 @@ def test_fit_is_a_loop_of_steps_and_the_running_mean_a_numpy_loop(coupling):
         lambda state, permutation: train_step(key, state, source, images(), permutation, **options)
     )
     for step in range(13):
-        x0, x1, _ = draw_step(key, step, source, images(), 4)
+        x0, x1, *_ = draw_step(key, step, source, images(), 4)
         pairs = optimal_permutation(squared_distances(x1, x0)) if coupling == "optimal" else None
         state, value = step_once(state, pairs)
         np.testing.assert_allclose(value, result.losses[step], rtol=1e-5)
@@ -282,3 +284,98 @@ def test_bad_input_raises(changes, message):
 def test_bad_numbers_of_steps_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call(gaussian_velocity, jnp.zeros((2, 2)))
+
+
+# With labels
+
+LABELS = jnp.arange(12) % 3
+
+
+class Means(nn.Module):
+    """v(x, t, label) is a vector of the label's."""
+
+    @nn.compact
+    def __call__(self, images, times, labels):
+        zeros = nn.initializers.zeros_init()
+        return nn.Embed(3, 6, embedding_init=zeros)(labels).reshape(images.shape)
+
+
+class Unaware(Affine):
+    """Sees labels and does not use them."""
+
+    @nn.compact
+    def __call__(self, images, times, labels):
+        return Affine.__call__(self, images, times)
+
+
+@pytest.mark.parametrize("coupling", ["independent", "optimal"])
+def test_labels_that_are_not_used_change_nothing(coupling):
+    assert_same_bits(
+        training(network=Unaware(), labels=LABELS, coupling=coupling), training(coupling=coupling)
+    )
+
+
+@pytest.mark.parametrize("coupling", ["independent", "conditional"])
+def test_a_velocity_of_the_label_only_is_the_mean_of_its_class(coupling):
+    """E[x1 - x0 | label] is the class's mean less the source's, whatever the pairs within it."""
+    source = Normal(jnp.arange(6.0))
+    result = training(
+        network=Means(), labels=LABELS, coupling=coupling, source=source, batch_size=12,
+        num_steps=600, ema_decay=0.99, optimizer=optax.sgd(1.0),
+    )  # fmt: skip
+    means = np.asarray(images()).reshape(4, 3, 6).mean(axis=0)
+    vectors = result.ema["params"]["Embed_0"]["embedding"]
+    np.testing.assert_allclose(vectors, means - np.arange(6.0), atol=0.35)
+
+
+def test_pairs_that_keep_labels_are_the_cheapest_of_these():
+    """Against all permutations of six."""
+    rng, labels = np.random.default_rng(0), np.array([0, 1, 0, 2, 1, 0])
+    for _ in range(20):
+        costs = rng.normal(size=(6, 6)).astype(np.float32)
+        every = [p for p in permutations(range(6)) if np.array_equal(labels[list(p)], labels)]
+        best = min(every, key=lambda p: costs[np.arange(6), list(p)].sum())
+        order = optimal_permutation(jnp.asarray(costs), jnp.asarray(labels))
+        np.testing.assert_array_equal(order, best)
+
+
+def test_conditional_training_resumes_and_knows_its_labels(monkeypatch, run):
+    options = {"network": Unaware(), "coupling": "conditional", "labels": LABELS}
+    whole = training(**options)
+    interrupt(monkeypatch, partial(training, **options, run=run), 5)
+    assert_same_bits(training(**options, run=run), whole)
+    with pytest.raises(RunFileError, match=r"run with another .*labels"):
+        training(**options | {"labels": LABELS[::-1]}, run=run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coupling": "conditional"}, "coupling conditional needs labels"),
+        ({"labels": LABELS[:5]}, r"labels are 12 integers, one per image, got int32 \(5,\)"),
+        ({"labels": jnp.zeros(12)}, r"got float32 \(12,\)"),
+    ],
+)
+def test_bad_labels_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        training(**changes)
+
+
+def test_a_unet_with_classes_adds_a_vector_per_class():
+    """With vectors of 0 it is the network without; else each label has its own velocity."""
+    shapes = {"width": 4, "multipliers": (1,)}
+    x, times, labels = images(2, shape=(4, 4, 1)), jnp.array([0.2, 0.7]), jnp.array([0, 2])
+    network, plain = UNet(**shapes, num_classes=3), UNet(**shapes)
+    parameters = network.init(KEY, x, times, labels)
+    parameters = jax.tree.map(lambda p: p + 0.1, parameters)
+    embedding = parameters["params"].pop("Embed_0")["embedding"]
+    zero = {"params": parameters["params"] | {"Embed_0": {"embedding": 0 * embedding}}}
+    expected = plain.apply(parameters, x, times)
+    np.testing.assert_allclose(network.apply(zero, x, times, labels), expected, rtol=1e-6)
+    vectors = {"params": parameters["params"] | {"Embed_0": {"embedding": embedding}}}
+    other = [network.apply(vectors, x, times, jnp.full(2, label)) for label in range(3)]
+    assert np.abs(other[0] - other[2]).max() > 1e-4
+    mixed = network.apply(vectors, x, times, labels)
+    np.testing.assert_allclose(mixed, [other[0][0], other[2][1]], rtol=1e-5)
+    with pytest.raises(ValueError, match="3 classes: it needs labels"):
+        network.init(KEY, x, times)

@@ -64,7 +64,7 @@ def test_paths_losses_and_couplings(shape, dtype, exponent, seed):
         arrays = matched(*map(jnp.asarray, (x0, x1, times, matrix)))
         path, loss, gradients, drawn = jax.tree.map(np.asarray, arrays)
     eps, wide = np.finfo(dtype).eps, [a.astype(float) for a in (x0, x1, times, matrix)]
-    assert {leaf.dtype for leaf in (path, loss, *gradients, *drawn)} == {np.dtype(dtype)}
+    assert {leaf.dtype for leaf in (path, loss, *gradients, *drawn[:3])} == {np.dtype(dtype)}
     x0, x1, times, matrix = wide
     t = times[:, None]
     size = (1 - t) * np.abs(x0) + t * np.abs(x1)
