@@ -1,4 +1,4 @@
-"""Seconds a step of condensation: all classes at once, and plain loops over classes and networks.
+"""Seconds per step of condensation: all classes at once, and plain loops over classes and networks.
 
     DATA_ROOT=... python benchmarks/condensation.py [--width 32] [--num_networks 1 4] [--out FILE]
 
@@ -51,7 +51,7 @@ class Options:
     augmentation: str = "color_crop_cutout"
     rounds: int = 5
     steps: int = 4
-    """Timed steps a round."""
+    """Timed steps per round."""
     torch_threads: int = 0
     """0: torch's default."""
     data_root: Path | None = None
@@ -207,19 +207,19 @@ def torch_loop(config: CondenseConfig, problem: condense.Problem, x0):
 
 def timed(contenders: dict, options: Options) -> dict[str, dict]:
     """Seconds of the first step, and of every later one, in turn within each round."""
-    found = {}
+    timings = {}
     for name, run in contenders.items():
         started = time.perf_counter()
         run(1)
-        found[name] = {"first": time.perf_counter() - started, "steps": []}
+        timings[name] = {"first": time.perf_counter() - started, "steps": []}
     for _ in range(options.rounds):
         for name, run in contenders.items():
             started = time.perf_counter()
             run(options.steps)
-            found[name]["steps"].append((time.perf_counter() - started) / options.steps)
-    for each in found.values():
+            timings[name]["steps"].append((time.perf_counter() - started) / options.steps)
+    for each in timings.values():
         each["median"] = float(np.median(each["steps"]))
-    return found
+    return timings
 
 
 def main(options: Options) -> None:
@@ -248,10 +248,10 @@ def main(options: Options) -> None:
         }
         if num_networks == 1:
             contenders["PyTorch loop"] = torch_loop(config, problem, x0)
-        found = timed(contenders, options)
-        rows[f"{num_networks} networks"] = found
-        for name, each in found.items():
-            ratio = each["median"] / found["ours"]["median"]
+        timings = timed(contenders, options)
+        rows[f"{num_networks} networks"] = timings
+        for name, each in timings.items():
+            ratio = each["median"] / timings["ours"]["median"]
             print(
                 f"{num_networks} networks, {name:12s}: {1000 * each['median']:8.1f} ms per step "
                 f"({ratio:.2f} of ours), first {each['first']:.1f} s"

@@ -28,7 +28,7 @@ from xp_drmmd.problems import problem
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Seconds a step and errors of the approximations."""
+    """Seconds per step and errors of the approximations."""
 
     num_points: tuple[int, ...] = (20_000, 100_000)
     num_exact: int = 2_000

@@ -97,7 +97,7 @@ class Options:
     kernel: Literal["riesz", "gaussian", "laplace", "imq"] = "riesz"
     """Kernel between measures, with its default bandwidth or exponent."""
     projections: int = 500
-    """Directions a step."""
+    """Directions per step."""
     repeats: int = 7
     """Rounds of timing."""
     seed: int = 0
@@ -134,7 +134,7 @@ def compiled(name: str, function: Callable, arguments: Callable[[int], tuple]) -
 
 
 def clock(contender: Contender, calls: range) -> tuple[float, float]:
-    """Wall and CPU seconds a call."""
+    """Wall and CPU seconds per call."""
     cpu, wall = time.process_time(), time.perf_counter()
     for i in calls:
         contender.call(i)
@@ -437,17 +437,17 @@ def ratios(result: dict, options: Options) -> dict[str, Any]:
 def ratio_table(results: Sequence[dict]) -> str:
     def row(result):
         ours, published = (result["contenders"][name] for name in ("ours", "published"))
-        found = result["ratios"]
-        floor = found["floor"]
+        ratio = result["ratios"]
+        floor = ratio["floor"]
         return [
             label(result),
             *map(milliseconds, (ours["wall"], published["wall"])),
-            f"{found['wall']:.1f}x",
-            f"{found['cpu']:.1f}x",
+            f"{ratio['wall']:.1f}x",
+            f"{ratio['cpu']:.1f}x",
             "-" if floor is None else f"{floor}x",
-            *("-" if floor is None else verdict(found[f"{t}_met"]) for t in ("wall", "cpu")),
+            *("-" if floor is None else verdict(ratio[f"{t}_met"]) for t in ("wall", "cpu")),
             *map(mebibytes, (ours["temporary_bytes"], published["temporary_bytes"])),
-            verdict(found["temporaries_met"]),
+            verdict(ratio["temporaries_met"]),
             *(f"{np.mean(result['values'][name]):.4g}" for name in ("ours", "published")),
         ]
 
@@ -460,15 +460,15 @@ def ratio_table(results: Sequence[dict]) -> str:
 def contender_table(results: Sequence[dict]) -> str:
     rows = []
     for result in results:
-        for name, found in result["contenders"].items():
-            low, high = found["wall_quartiles"]
+        for name, contender in result["contenders"].items():
+            low, high = contender["wall_quartiles"]
             rows.append(
                 [
                     f"{label(result)}: {name}",
-                    *map(milliseconds, (found["wall"], found["wall_min"], high - low)),
-                    milliseconds(found["cpu"]),
-                    mebibytes(found["temporary_bytes"]),
-                    *map(milliseconds, (found["lower_seconds"], found["compile_seconds"])),
+                    *map(milliseconds, (contender["wall"], contender["wall_min"], high - low)),
+                    milliseconds(contender["cpu"]),
+                    mebibytes(contender["temporary_bytes"]),
+                    *map(milliseconds, (contender["lower_seconds"], contender["compile_seconds"])),
                 ]
             )
     header = ["", "wall ms", "min", "IQR", "CPU ms", "MiB", "lower ms", "compile ms"]
@@ -481,17 +481,17 @@ def part_table(results: Sequence[dict]) -> str:
         step = result["contenders"]["ours"]
         parts = result["parts"]
         total = {
-            quantity: sum(found[quantity] for found in parts.values())
+            quantity: sum(part[quantity] for part in parts.values())
             for quantity in ("wall", "cpu", "least_seconds")
         }
-        for name, found in (*parts.items(), ("sum of parts", total)):
+        for name, part in (*parts.items(), ("sum of parts", total)):
             rows.append(
                 [
                     f"{label(result)}: {name}",
-                    *map(milliseconds, (found["wall"], found["cpu"])),
-                    f"{found['wall'] / step['wall']:.0%}",
-                    milliseconds(found["least_seconds"]),
-                    f"{found['wall'] / found['least_seconds']:.1f}",
+                    *map(milliseconds, (part["wall"], part["cpu"])),
+                    f"{part['wall'] / step['wall']:.0%}",
+                    milliseconds(part["least_seconds"]),
+                    f"{part['wall'] / part['least_seconds']:.1f}",
                 ]
             )
         whole = map(milliseconds, (step["wall"], step["cpu"]))
@@ -503,13 +503,13 @@ def part_table(results: Sequence[dict]) -> str:
 def engine_lines(results: Sequence[dict]) -> list[str]:
     lines = []
     for result in results:
-        found = result["contenders"]
-        one, many = found["flow, 1 step"], found[f"flow, {FLOW_STEPS} steps"]
+        contenders = result["contenders"]
+        one, many = contenders["flow, 1 step"], contenders[f"flow, {FLOW_STEPS} steps"]
         step = (many["wall"] - one["wall"]) / (FLOW_STEPS - 1)
         lines.append(
             f"{label(result)}: a flow of one step takes {milliseconds(one['wall'])} ms, each "
             f"further step {milliseconds(step)} ms; the bare step "
-            f"{milliseconds(found['ours']['wall'])} ms"
+            f"{milliseconds(contenders['ours']['wall'])} ms"
         )
     return lines
 
@@ -519,10 +519,10 @@ def engine_lines(results: Sequence[dict]) -> list[str]:
 
 def devices() -> list[jax.Device]:
     """A CPU, and a GPU if JAX finds one."""
-    found = jax.devices("cpu")[:1]
+    one_of_each = jax.devices("cpu")[:1]
     if jax.default_backend() != "cpu":
-        found.append(jax.devices()[0])
-    return found
+        one_of_each.append(jax.devices()[0])
+    return one_of_each
 
 
 def report(results: Sequence[dict], rates: dict[str, dict[str, float]]) -> str:

@@ -15,9 +15,9 @@ and float32, and draws of the fitted mixture:
 One process, one contender after the other in rounds; compiling apart; medians of wall and CPU time.
 Ours is what `lib.gmm.em.fit` does in an iteration, reading the rows included; scikit-learn's is its
 `_e_step` and `_m_step`. Log-likelihoods before and after the step are compared: relative in
-float64, in nats a dimension in float32. The share of peak is 4 n d^2 K operations a second, which
-is what both compute by definition, over the rate of one large product; ours skips some of them and
-may pass 1. On a busy machine trust CPU times and ratios.
+float64, in nats per dimension in float32. The share of peak is 4 n d^2 K operations per second,
+which is what both compute by definition, over the rate of one large product; ours skips some of
+them and may pass 1. On a busy machine trust CPU times and ratios.
 """
 
 import dataclasses
@@ -111,7 +111,7 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[
 
 
 def product_rate(dtype: Any) -> float:
-    """Operations a second of a large matrix product."""
+    """Operations per second of a large matrix product."""
     size = 2048
     with jax.enable_x64(True):
         matrix = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
@@ -168,7 +168,7 @@ def em_case(case: str, options: Options, rates: dict[str, float]) -> list[dict[s
         regularization=regularization,
         max_passes=5,
     )
-    found, operations = [], 4 * len(x) * x.shape[1] ** 2 * num_components
+    rows, operations = [], 4 * len(x) * x.shape[1] ** 2 * num_components
     for dtype in ("float64", "float32"):
         points = x.astype(dtype)
         data = Rows(points, dtype=dtype, block_size=options.block_size)
@@ -191,7 +191,7 @@ def em_case(case: str, options: Options, rates: dict[str, float]) -> list[dict[s
         if structure is full:
             wall = times["ours"]["wall"]
             row["share_of_peak"] = operations / wall / rates[dtype]
-        found.append(row)
+        rows.append(row)
         print(
             f"{case:9s} {dtype} n={len(x)} d={x.shape[1]}: ours {times['ours']['wall']:.3f} s, "
             f"scikit-learn {times['scikit-learn']['wall']:.3f} s; {ratio['wall']:.2f}x wall, "
@@ -201,13 +201,13 @@ def em_case(case: str, options: Options, rates: dict[str, float]) -> list[dict[s
             flush=True,
         )
     if case == "k2-full":
-        found += sampling_case(mixture, options)
-    return found
+        rows += sampling_case(mixture, options)
+    return rows
 
 
 def sampling_case(mixture, options: Options) -> list[dict[str, Any]]:
     """Draws of a fitted mixture, ours in float32 with new keys at every call."""
-    model, found = to_sklearn(mixture), []
+    model, rows = to_sklearn(mixture), []
     small = cast(jax.device_get(mixture), jnp.float32)
     draw = jax.jit(sample, static_argnums=2)
     keys = iter(jax.random.split(jax.random.key(1), 1000))
@@ -218,15 +218,15 @@ def sampling_case(mixture, options: Options) -> list[dict[str, Any]]:
         }
         times = measure(calls, max(5, options.rounds))
         ratio = {t: times["scikit-learn"][t] / times["ours"][t] for t in ("wall", "cpu")}
-        found.append({"case": "sampling", "draws": count, "times": times, "ratio": ratio})
-        found[-1] |= {"shape": mixture.means.shape, "floor": SAMPLING_FLOOR}
+        rows.append({"case": "sampling", "draws": count, "times": times, "ratio": ratio})
+        rows[-1] |= {"shape": mixture.means.shape, "floor": SAMPLING_FLOOR}
         print(
             f"sampling  {count} draws: ours {1e3 * times['ours']['wall']:.1f} ms, scikit-learn "
             f"{1e3 * times['scikit-learn']['wall']:.0f} ms; {ratio['wall']:.0f}x wall, "
             f"{ratio['cpu']:.0f}x CPU (floor {SAMPLING_FLOOR})",
             flush=True,
         )
-    return found
+    return rows
 
 
 def cifar10_case(options: Options, rates: dict[str, float]) -> list[dict[str, Any]]:
@@ -261,7 +261,7 @@ def cifar10_case(options: Options, rates: dict[str, float]) -> list[dict[str, An
     operations = 4 * len(images) * 3072**2 * num_components
     share = operations / wall / rates["float32"]
     print(
-        f"cifar10   float32 n={len(images)} d=3072: {wall:.1f} s an iteration, the start "
+        f"cifar10   float32 n={len(images)} d=3072: {wall:.1f} s per iteration, the start "
         f"{starting:.1f} s; share of peak {share:.2f}; {peak / 2**30:.2f} GiB at most, "
         f"{before / 2**30:.2f} before",
         flush=True,
@@ -273,13 +273,13 @@ def cifar10_case(options: Options, rates: dict[str, float]) -> list[dict[str, An
 def main(options: Options) -> None:
     # Of rounding that leaves a covariance singular in scikit-learn nothing is hidden: it raises.
     warnings.simplefilter("ignore", UserWarning)
-    load_before, found = os.getloadavg()[0], []
+    load_before, results = os.getloadavg()[0], []
     rates = {dtype: product_rate(dtype) for dtype in ("float64", "float32")}
     print(", ".join(f"{name}: {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
     for case in options.cases:
-        found += (cifar10_case if case == "cifar10" else partial(em_case, case))(options, rates)
+        results += (cifar10_case if case == "cifar10" else partial(em_case, case))(options, rates)
         about = {"environment": environment(), "options": options, "load_before": load_before}
-        write_json(options.out, about | {"rates": rates, "results": found})
+        write_json(options.out, about | {"rates": rates, "results": results})
     print(f"load before: {load_before:.2f}; written to {options.out}")
 
 

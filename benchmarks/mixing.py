@@ -303,26 +303,26 @@ def measure(calls: dict[Any, Call], repeats: int) -> dict[Any, dict[str, Any]]:
     """Result and seconds of the first call, and seconds of the others by rounds in which each runs
     in turn. Contenders may be named (solver, "solve") and then (solver, "means").
     """
-    found, counts, rounds = {}, {}, {}
+    measured, counts, rounds = {}, {}, {}
     for name, call in calls.items():
-        solved = found.get((name[0], "solve"))
+        solved = measured.get((name[0], "solve"))
         if solved and solved["second_call"] > LONG_SECONDS:
             continue
         started = time.perf_counter()
         result = call()
         first, again = time.perf_counter() - started, seconds(call)
-        found[name] = {"result": result, "first_call": first, "second_call": again}
-        found[name]["wall_rounds"] = []
+        measured[name] = {"result": result, "first_call": first, "second_call": again}
+        measured[name]["wall_rounds"] = []
         counts[name] = math.ceil(ROUND_SECONDS / again)
         rounds[name] = min(repeats, int(CONTENDER_SECONDS / again))
     for number in range(repeats):
         for name, call in calls.items():
             if number < rounds.get(name, 0):
-                found[name]["wall_rounds"].append(seconds(call, counts[name]))
-    for one in found.values():
+                measured[name]["wall_rounds"].append(seconds(call, counts[name]))
+    for one in measured.values():
         times = one["wall_rounds"] or [one["second_call"]]
         one |= {"wall": float(np.median(times)), "wall_min": min(times)}
-    return found
+    return measured
 
 
 def evaluate(problem: Problem, weights: np.ndarray) -> dict[str, float]:
@@ -358,9 +358,9 @@ def benchmark(
                 make(centered(domains), tight)
             )
     load = os.getloadavg()[0]
-    found = measure(calls, options.repeats)
+    measured = measure(calls, options.repeats)
     contenders = {}
-    for (name, what), one in found.items():
+    for (name, what), one in measured.items():
         result = one.pop("result")
         weights = result.weights if name == "ours" else result
         contenders.setdefault(name, evaluate(problem, weights))[what] = one
@@ -444,14 +444,14 @@ def section(result: dict[str, Any]) -> str:
     return f"#### {title}\n\n{table(header, rows)}{note}"
 
 
-def bootstrap_section(found: dict[str, Any], replicates: int) -> str:
+def bootstrap_section(bootstrapped: dict[str, Any], replicates: int) -> str:
     rows = [
         [name, milliseconds(one["wall"]), milliseconds(one["first_call"])]
-        for name, one in found["contenders"].items()
+        for name, one in bootstrapped["contenders"].items()
     ]
     return (
         f"#### Bootstrap, {replicates} at N = 50: our largest gap "
-        f"{found['largest_gap_to_scale']:.0e} of the scale\n\n"
+        f"{bootstrapped['largest_gap_to_scale']:.0e} of the scale\n\n"
         + table(["", "ms", "first call, ms"], rows)
     )
 
@@ -478,9 +478,9 @@ def main(options: Options) -> None:
     sections = [section(result) for result in results]
     if options.replicates:
         say("bootstrap")
-        found = bootstrap(solvers, options)
-        write_json(options.out, content | {"results": results, "bootstrap": found})
-        sections.append(bootstrap_section(found, options.replicates))
+        bootstrapped = bootstrap(solvers, options)
+        write_json(options.out, content | {"results": results, "bootstrap": bootstrapped})
+        sections.append(bootstrap_section(bootstrapped, options.replicates))
     print("\n" + "\n\n".join(sections))
     say(f"written to {options.out}")
 

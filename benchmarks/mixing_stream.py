@@ -169,13 +169,13 @@ class Work:
 
 
 def one_round(work: Work, file: RowFile) -> dict[str, dict[str, float]]:
-    found = {}
+    measured = {}
     for name in WHAT:
         cold = forget(file.path) if name in ("stream", "disk") else None
         done = []
         wall, cpu = clock(lambda name=name, done=done: done.append(getattr(work, name)(file)))
-        found[name] = {"rows": done[0], "wall": wall, "cpu": cpu, "cold": cold}
-    return found
+        measured[name] = {"rows": done[0], "wall": wall, "cpu": cpu, "cold": cold}
+    return measured
 
 
 def summary(rounds: list[dict], options: Options, resident: dict[str, int]) -> dict[str, Any]:
@@ -201,19 +201,20 @@ def summary(rounds: list[dict], options: Options, resident: dict[str, int]) -> d
     }
 
 
-def report(found: dict[str, Any], options: Options) -> str:
+def report(outcome: dict[str, Any], options: Options) -> str:
     lines = [f"{'':10} {'rows/s':>10} {'GB/s':>8} {'CPU s per 1000 rows':>21}"]
-    for name, rate in found["rates"].items():
+    for name, rate in outcome["rates"].items():
         rows, size = rate["rows_per_second"], rate["bytes_per_second"] / 1e9
         lines.append(
             f"{name:10} {rows:10.0f} {size:8.2f} {rate['cpu_seconds_per_1000_rows']:21.3f}"
         )
-    total, resident = 2 * options.files * options.rows * options.dimension, found["resident_bytes"]
-    met = "below" if found["resident_met"] else "NOT below"
+    total = 2 * options.files * options.rows * options.dimension
+    resident = outcome["resident_bytes"]
+    met = "below" if outcome["resident_met"] else "NOT below"
     lines += [
         "",
-        f"the {found['binds']} binds: streaming went at {found['share_of_limit']:.0%} of its rate "
-        f"alone (the product's is {found['product_flops'] / 1e9:.0f} GFLOP/s)",
+        f"the {outcome['binds']} binds: streaming went at {outcome['share_of_limit']:.0%} of the "
+        f"rate it has by itself (the product's is {outcome['product_flops'] / 1e9:.0f} GFLOP/s)",
         f"peak RSS {resident['peak'] / 1e9:.2f} GB, {met} {MAX_RESIDENT_BYTES / 1e9:.0f} GB, for "
         f"{total / 1e9:.2f} GB of files; {resident['before'] / 1e9:.2f} GB before the first file",
     ]
@@ -243,10 +244,10 @@ def main(options: Options) -> None:
             say(f"file {i + 1} of {len(files)}")
             rounds.append(one_round(work, file))
             resident["peak"] = peak_resident_bytes()
-            found = summary(rounds, options, resident)
+            outcome = summary(rounds, options, resident)
             content = {"environment": environment(), "options": options, "load_before": load}
             content |= {"compile_seconds": first - again, "rounds": rounds}
-            write_json(options.out, content | found)
+            write_json(options.out, content | outcome)
         for file in files:
             forget(file.path)
         say(f"weights, estimator {options.estimator}")
@@ -260,8 +261,8 @@ def main(options: Options) -> None:
         wall, cpu = clock(lambda: mixer.mix(paths[:-1], paths[-1:]).weights)
         mixing = {"seconds": wall, "cpu_seconds": cpu, "resident_bytes": peak_resident_bytes()}
         mixing["rows_per_second"] = options.files * options.rows / wall
-        write_json(options.out, content | found | {"mixing": mixing})
-    print("\n" + report(found, options))
+        write_json(options.out, content | outcome | {"mixing": mixing})
+    print("\n" + report(outcome, options))
     print(
         f"weights by {options.estimator}: {mixing['rows_per_second']:.0f} rows/s in all "
         f"({wall:.0f} s), peak RSS {mixing['resident_bytes'] / 1e9:.2f} GB"

@@ -6,8 +6,9 @@ Chen et al. (2025): the witness is evaluated, and differentiated, particle by pa
 
 with the inverse formed once for a fixed lambda, and multiplied from the left: k(z, X) times the
 inverse, then times K_xy, then averaged. A step is O(N M^2 + N^2 M). The adaptive flow forms the
-inverse twice a step: to evaluate DrMMD at the last lambda, and to move. KALE (Glaser et al., 2021)
-solves its dual by Newton's method with the whole Hessian, from the weights 1 / M, at every step.
+inverse twice per step: to evaluate DrMMD at the last lambda, and to move. KALE (Glaser et al.,
+2021) solves its dual by Newton's method with the whole Hessian, from the weights 1 / M, at every
+step.
 
 The formulas are the published ones; the code is new. To compute, use `lib.drmmd`.
 """

@@ -287,9 +287,9 @@ def timed(name: str, n: int) -> dict[str, float]:
 def times(arguments: Arguments, folder: Path) -> None:
     """Methods that would take more than `LONGEST` by the growth of the last two are left out."""
     path = folder / "time.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    timings = json.loads(path.read_text()) if path.exists() else {}
     for name in arguments.methods or TIMED:
-        done = found.setdefault(name, {})
+        done = timings.setdefault(name, {})
         for n in COUNTS:
             last = [row["seconds"] for row in done.values()]
             growth = (n / COUNTS[COUNTS.index(n) - 1]) ** 2
@@ -302,7 +302,7 @@ def times(arguments: Arguments, folder: Path) -> None:
                 break
             done[str(n)] = json.loads(output.stdout.splitlines()[-1])
             print(f"{name} {n}: {done[str(n)]}", flush=True)
-            write_json(path, found)
+            write_json(path, timings)
 
 
 COUNTS = (500, 2000, 10_000, 100_000, 1_000_000)
@@ -323,13 +323,13 @@ def paired(ours: list[bool], other: list[bool]) -> str:
 def stored(folder: Path, name: str, level: float, num_draws: int) -> Hits:
     """Of a pair's level where every method has all its draws, else nothing."""
     path = folder / f"power_{name}_{level:g}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    by_method = json.loads(path.read_text()) if path.exists() else {}
     hits = {
-        test: row[:num_draws] for of_method in found.values() for test, row in of_method.items()
+        test: row[:num_draws] for of_method in by_method.values() for test, row in of_method.items()
     }
     return (
         hits
-        if len(found) == len(chosen(Arguments("tables")))
+        if len(by_method) == len(chosen(Arguments("tables")))
         and min(map(len, hits.values())) == num_draws
         else {}
     )
@@ -378,8 +378,8 @@ def tables(arguments: Arguments, folder: Path) -> Path:
         cells = before.get(title, ["-"] * len(SIZES))
         for i, (n, m) in enumerate(SIZES):
             path = folder / f"level_{zlib.crc32(repr((title, n, m)).encode())}.json"
-            found = json.loads(path.read_text()) if path.exists() else {}
-            (row,) = next(iter(found.values()), {"": []}).values()
+            by_method = json.loads(path.read_text()) if path.exists() else {}
+            (row,) = next(iter(by_method.values()), {"": []}).values()
             if len(row) == arguments.null_draws:
                 cells[i] = f"{np.mean(row):.3f}"
         levels.append([title, *cells])
@@ -408,7 +408,7 @@ def draw_figure(document: dict, path: Path) -> list[Path]:
     """From the rates: how many of the draws are hits, not which."""
     curves = {}
     for name, pair in pairs().items():
-        found = {
+        by_level = {
             level: document[f"{name} {level:g}"]
             for level in pair.levels
             if f"{name} {level:g}" in document
@@ -416,10 +416,10 @@ def draw_figure(document: dict, path: Path) -> list[Path]:
         hits = [
             {m: np.arange(one["draws"][m]) < round(rate * one["draws"][m])
              for m, rate in one["power"].items()}
-            for one in found.values()
+            for one in by_level.values()
         ]  # fmt: skip
-        if found:
-            curves[name] = pair._replace(levels=tuple(found)), hits
+        if by_level:
+            curves[name] = pair._replace(levels=tuple(by_level)), hits
     with plotting.style():
         return [plotting.save_figure(figure(curves), path.with_suffix(".png"))]
 

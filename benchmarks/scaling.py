@@ -212,7 +212,7 @@ FITS = [
 
 
 def clock(call: Callable[[], Any], times: int) -> tuple[float, float]:
-    """CPU and wall seconds a call."""
+    """CPU and wall seconds per call."""
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(times):
         call()
@@ -233,8 +233,8 @@ def _point(name, sizes, rounds):
         compiling = time.process_time() - began
         first, _ = clock(program.call, 1)
         times = max(1, math.ceil(SHORTEST / max(clock(program.call, 1)[0], 1e-6)))
-        found = np.array([clock(program.call, times) for _ in range(rounds)])
-    cpu, wall = map(float, np.median(found, axis=0))
+        timings = np.array([clock(program.call, times) for _ in range(rounds)])
+    cpu, wall = map(float, np.median(timings, axis=0))
     compiling += max(0.0, first - cpu)
     return {"cpu": cpu, "wall": wall, "compiling": compiling, "memory": program.memory}
 
@@ -286,8 +286,8 @@ def memory_a_device() -> list[dict[str, Any]]:
     for name, sizes in SHARED.items():
         system = SYSTEMS[name]
         with jax.enable_x64(system.double):
-            found = [system.program(device_mesh(count), False, **sizes).memory for count in DEVICES]
-        rows.append({"system": name, "sizes": sizes, "bytes": found})
+            held = [system.program(device_mesh(count), False, **sizes).memory for count in DEVICES]
+        rows.append({"system": name, "sizes": sizes, "bytes": held})
     return rows
 
 
@@ -336,10 +336,10 @@ def run_fits(gigabytes: int, systems: tuple[str, ...]) -> list[dict[str, Any]]:
             continue
         system = SYSTEMS[name]
         predicted = system.needs(GIGABYTES[gigabytes], **sizes) + system.host(**sizes)
-        found = in_a_process("--fit_alone", json.dumps([name, sizes]))
-        rows.append({"system": name, "sizes": sizes, "predicted": predicted} | found)
-        held, said = found["peak"] / 1e9, predicted / 1e9
-        seconds = f"{found['seconds']:.0f} s"
+        measured = in_a_process("--fit_alone", json.dumps([name, sizes]))
+        rows.append({"system": name, "sizes": sizes, "predicted": predicted} | measured)
+        held, said = measured["peak"] / 1e9, predicted / 1e9
+        seconds = f"{measured['seconds']:.0f} s"
         print(f"{name} {named(sizes)}: {held:.2f} GB held, {said:.2f} said; {seconds}", flush=True)
     return rows
 
@@ -435,22 +435,22 @@ def whole_decades(axes) -> None:
 
 def sweeps(options: Options, about: dict[str, Any]) -> dict[str, Any]:
     """Written after each: a long run that is stopped leaves something."""
-    found: dict[str, Any] = {"runs": [about], "sweeps": []}
+    results: dict[str, Any] = {"runs": [about], "sweeps": []}
     for sweep in QUICK if options.quick else SWEEPS:
         if options.systems and sweep.system not in options.systems:
             continue
         row = run_sweep(sweep, options.rounds)
         show(row)
-        found["sweeps"].append(row)
-        write_json(options.out, rounded(found, DIGITS))
-    return found
+        results["sweeps"].append(row)
+        write_json(options.out, rounded(results, DIGITS))
+    return results
 
 
 def together(paths: tuple[Path, ...]) -> dict[str, Any]:
     parts = [json.loads(path.read_text()) for path in paths]
     names = ("runs", "sweeps", "checks", "turns", "devices", "ran")
-    found = {name: [row for part in parts for row in part.get(name, [])] for name in names}
-    return found | {"fits": what_fits()}
+    merged = {name: [row for part in parts for row in part.get(name, [])] for name in names}
+    return merged | {"fits": what_fits()}
 
 
 def memory(options: Options) -> dict[str, Any]:
@@ -490,15 +490,15 @@ def main(options: Options) -> dict[str, Any]:
     about = {"environment": environment(), "load_before": os.getloadavg()[0]}
     about["cores_used"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     if options.memory:
-        found = {"runs": [about]} | memory(options)
+        results = {"runs": [about]} | memory(options)
     elif options.fits:
-        found = {"runs": [about], "ran": run_fits(options.fits, options.systems)}
+        results = {"runs": [about], "ran": run_fits(options.fits, options.systems)}
     else:
-        found = together(options.read) if options.read else sweeps(options, about)
-        print(draw(found["sweeps"], options.out.with_suffix(".png")))
-    write_json(options.out, rounded(found, DIGITS))
+        results = together(options.read) if options.read else sweeps(options, about)
+        print(draw(results["sweeps"], options.out.with_suffix(".png")))
+    write_json(options.out, rounded(results, DIGITS))
     print(f"written to {options.out}")
-    return found
+    return results
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ class System(NamedTuple):
 
 
 def bytes_of(compiled) -> int:
-    found = compiled.memory_analysis()
-    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return held + found.temp_size_in_bytes
+    sizes = compiled.memory_analysis()
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return held + sizes.temp_size_in_bytes
 
 
 def from_functions(arguments, function, specs=None) -> Callable[..., Program]:

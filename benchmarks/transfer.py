@@ -59,11 +59,11 @@ def seconds(function, *arguments) -> tuple[float, object]:
 
 
 def per_step(contenders: dict, key, rounds: int) -> dict:
-    """Compiling and median seconds per step of (step, state, target, steps a round)."""
-    times, states, found = {name: [] for name in contenders}, {}, {}
+    """Compiling and median seconds per step of (step, state, target, steps per round)."""
+    times, states, timings = {name: [] for name in contenders}, {}, {}
     for name, (step, state, target, _) in contenders.items():
         first, (states[name], _) = seconds(step, key, state, target)
-        found[name] = {"first_step": first}
+        timings[name] = {"first_step": first}
     for _ in range(rounds):
         for name, (step, _, target, count) in contenders.items():
             started = time.perf_counter()
@@ -72,9 +72,9 @@ def per_step(contenders: dict, key, rounds: int) -> dict:
             jax.block_until_ready(states[name])
             times[name].append((time.perf_counter() - started) / count)
     for name, each in times.items():
-        found[name] |= {"step": float(np.median(each)), "steps_timed": each}
-        found[name]["compiling"] = found[name]["first_step"] - found[name]["step"]
-    return found
+        timings[name] |= {"step": float(np.median(each)), "steps_timed": each}
+        timings[name]["compiling"] = timings[name]["first_step"] - timings[name]["step"]
+    return timings
 
 
 def train_both(images, labels, config: TrainingConfig) -> dict[str, float]:
@@ -113,7 +113,7 @@ def main(options: Options) -> None:
     published_steps = 20_000 if options.k_shot == 100 else 5_000
     heavy_ball = optax.sgd(1.0, momentum=0.9)
     published = partial(published_wow.value_and_grad, published_wow.riesz())
-    found = per_step(
+    timings = per_step(
         {
             "ours": (
                 jax.jit(flow_step(problem.value_and_grad, optimizer)),
@@ -152,9 +152,11 @@ def main(options: Options) -> None:
     )
     trained = train_both(jnp.asarray(images), jnp.asarray(labels), training)
     ours = whole + labelling + trained["at_once"]
-    published_flow = found["published"]["compiling"] + published_steps * found["published"]["step"]
+    published_flow = (
+        timings["published"]["compiling"] + published_steps * timings["published"]["step"]
+    )
     published_whole = published_flow + labelling + trained["in_turn"]
-    for name, one in found.items():
+    for name, one in timings.items():
         print(f"{name:10s} {1e3 * one['step']:7.1f} ms/step, compiling {one['compiling']:.1f} s")
     print(
         f"ours       {ours:7.1f} s: flow {whole:.1f} (compiling included, {config.flow.num_steps} "
@@ -171,7 +173,7 @@ def main(options: Options) -> None:
             "environment": environment(),
             "options": options,
             "load_average_before": load,
-            "per_step": found,
+            "per_step": timings,
             "training": trained,
             "labelling": labelling,
             "ours": {"flow": whole, "whole": ours},

@@ -75,8 +75,8 @@ def likelihood_weights(
         # Of second order at w, where H w = -gradient: u'Hu / 2 - 2 descent'u.
         target = simplex_weights(shares.T @ (v[:, None] * shares) / 2, descent, 2.0)
         step, value = target - weights, loss(weights)
-        # No weight falls to less than a hundredth at once: at 0 a source that is needed would leave
-        # densities of 0, and slopes that nothing can be computed with.
+        # No weight falls to less than a hundredth at once: a source that is needed, at 0, would
+        # leave densities of 0, and slopes that nothing can be computed with.
         length = 0.99
         while length > 1e-10 and loss(weights + length * step) > value - 1e-4 * length * (
             descent @ step

@@ -64,7 +64,7 @@ class Arguments(DeviceOptions):
     features: Literal["pixels", "convnet"] = "convnet"
     """Of images: as they are, or the outputs of a random convolutional network."""
     side: int = 32
-    """Pixels a side that images are scaled to."""
+    """Pixels per side that images are scaled to."""
     seed: int = 0
     output_file: Path | None = None
     """JSON of everything. None: beside the report, if there is one."""
@@ -209,11 +209,11 @@ def compare(x: Sample, y: Sample, arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def most_telling(found: dict, x: Sample, y: Sample) -> dict[str, list]:
+def most_telling(comparison: dict, x: Sample, y: Sample) -> dict[str, list]:
     """Points where x is more frequent, and where y is, and the coordinates that matter most."""
-    of_x, of_y = found["witness"]
+    of_x, of_y = comparison["witness"]
     first, last = np.argsort(-of_x)[:SHOWN], np.argsort(of_y)[:SHOWN]
-    coordinates = np.argsort(-found["influence"])[:SHOWN]
+    coordinates = np.argsort(-comparison["influence"])[:SHOWN]
     means = [sample.rows.mean(axis=0) for sample in (x, y)]
     spreads = [spread(sample.rows, axis=0) for sample in (x, y)]
     return {
@@ -222,7 +222,7 @@ def most_telling(found: dict, x: Sample, y: Sample) -> dict[str, list]:
         "coordinates": [
             {
                 "column": int(c),
-                "share": float(found["influence"][c]),
+                "share": float(comparison["influence"][c]),
                 "means": [float(mean[c]) for mean in means],
                 "standard_deviations": [float(deviation[c]) for deviation in spreads],
             }
@@ -231,8 +231,8 @@ def most_telling(found: dict, x: Sample, y: Sample) -> dict[str, list]:
     }
 
 
-def figure(found: dict, telling: dict, x: Sample, y: Sample) -> bytes:
-    of_x, of_y = found["witness"]
+def figure(comparison: dict, telling: dict, x: Sample, y: Sample) -> bytes:
+    of_x, of_y = comparison["witness"]
     with plotting.style():
         drawing, axes = plt.subplots(1, 3, figsize=(12, 3.6), width_ratios=(1.2, 1, 1))
         bins = np.histogram_bin_edges(np.concatenate([of_x, of_y]), 40)
@@ -289,14 +289,18 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> dict[str, Any]:
     if arguments.report is not None and arguments.report.suffix != ".html":
         raise ValueError(f"{arguments.report}: the report must be an .html")
     x, y = read(arguments)
-    found = compare(x, y, arguments)
-    telling = most_telling(found, x, y)
+    comparison = compare(x, y, arguments)
+    telling = most_telling(comparison, x, y)
     document = {
         "samples": {
             name: {"path": sample.source, "rows": sample.total, "used": len(sample.rows)}
             for name, sample in (("x", x), ("y", y))
         },
-        **{name: value for name, value in found.items() if name not in ("witness", "influence")},
+        **{
+            name: value
+            for name, value in comparison.items()
+            if name not in ("witness", "influence")
+        },
         "telling": telling,
         "images": x.images is not None,
         "options": asdict(arguments),
@@ -306,7 +310,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> dict[str, Any]:
     output = arguments.output_file
     if arguments.report is not None:
         output = output or arguments.report.with_suffix(".json")
-        picture = html.data_uri(figure(found, telling, x, y), "png")
+        picture = html.data_uri(figure(comparison, telling, x, y), "png")
         page = html.render(TEMPLATE, {**document, "figure": picture, "text": text(document)})
         write_bytes(arguments.report, page.encode())
         print(f"report: {arguments.report}")

@@ -37,7 +37,7 @@ class FitConfig:
     reg_covar: float = 1e-6
     """Added to every variance, in squared units of [-1, 1]."""
     tol: float = 1e-3
-    """The fit ends when the mean log-likelihood moves by less, in nats an image."""
+    """The fit ends when the mean log-likelihood moves by less, in nats per image."""
     max_iter: int = 100
     rank: int = 32
     """Of low_rank."""
@@ -104,11 +104,11 @@ class FlowConfig:
     """False: the rate stays, as published."""
     ema_decay: float = 0.999
     num_samples: int = 1000
-    """Judged, against as many test images."""
+    """Evaluated, against as many test images."""
     euler: tuple[int, ...] = (5, 10, 20, 40, 100)
     """Numbers of function evaluations."""
     heun: tuple[int, ...] = (20,)
-    """Even: two evaluations a step."""
+    """Even: two evaluations per step."""
 
     def __post_init__(self):
         check_sizes(

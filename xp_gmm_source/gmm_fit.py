@@ -75,8 +75,8 @@ def check_sizes(config: FitConfig, images: np.ndarray) -> int | None:
         raise ValueError(f"rank is {config.rank}, but must be below the dimension {dimension}")
     if config.covariance_type == "full" and n < config.n_components * (dimension + 1):
         warnings.warn(
-            f"{n} images are {n / config.n_components:.0f} a component, in {dimension} dimensions: "
-            "full covariances are singular except for reg_covar. Use --n_pca, or "
+            f"{n} images are {n / config.n_components:.0f} per component, in {dimension} "
+            "dimensions: full covariances are singular except for reg_covar. Use --n_pca, or "
             "--covariance_type tied, diag, spherical or low_rank, instead",
             stacklevel=2,
         )
@@ -355,13 +355,13 @@ def _say(about: dict[str, Any], dimension: int) -> None:
     history = about["log_likelihoods"]
     ended = "converged" if about["converged"] else "not converged: raise --max_iter"
     print(
-        f"log-likelihood {history[-1] / dimension:.4f} nats a dimension after {len(history)} "
+        f"log-likelihood {history[-1] / dimension:.4f} nats per dimension after {len(history)} "
         f"iterations ({ended}), {about['seconds']:.1f} s"
     )
     if "variance_kept" in about:
         print(f"the PCA keeps {about['variance_kept']:.1%} of the variance")
     if "test_log_likelihood" in about:
-        print(f"test images: {about['test_log_likelihood'] / dimension:.4f} nats a dimension")
+        print(f"test images: {about['test_log_likelihood'] / dimension:.4f} nats per dimension")
     for repair in about["repairs"]:
         print(f"repaired: {repair}")
 

@@ -195,7 +195,7 @@ def as_points(
     return as_sample("points", points.reshape(len(points), -1))[0].astype(jnp.float32)
 
 
-# Judgement
+# Evaluation
 
 
 class Reference(NamedTuple):

@@ -88,7 +88,7 @@ def training_curves(summary: Path) -> Path:
 
 
 def sample_grid(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure:
-    """Samples of the first seed: a source a line, a number of evaluations a column."""
+    """Samples of the first seed: a line per source, a column per number of evaluations."""
     numbers = [j for j, method in enumerate(rows[0]["methods"]) if method == "euler"]
     size = 1.0 + 1.9 * len(numbers), 1.0 * len(rows) + 0.4
     figure, axes = plt.subplots(

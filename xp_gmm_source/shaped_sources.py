@@ -75,7 +75,7 @@ class FrequencySource(NamedTuple):
 
 
 def cosine_basis(size: int) -> Float[np.ndarray, "size size"]:
-    """The orthonormal DCT-II, a coefficient a row: c_k cos(pi k (2 i + 1) / (2 size))."""
+    """The orthonormal DCT-II, a row per coefficient: c_k cos(pi k (2 i + 1) / (2 size))."""
     k, i = np.arange(size)[:, None], np.arange(size)[None, :]
     basis = np.sqrt(2 / size) * np.cos(np.pi * k * (2 * i + 1) / (2 * size))
     basis[0] /= np.sqrt(2)

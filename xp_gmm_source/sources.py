@@ -210,7 +210,7 @@ def mixture_source(
 
     Args:
       mixture: of points in pixels [K, d], or in the coordinates [K, p] of `pca`.
-      mean, std: [d], one number a channel or a single one; by default those of
+      mean, std: [d], one number per channel or a single one; by default those of
         `moments_of`, with which every pixel of a draw has mean 0 and variance 1. A pixel whose
         std is below `SMALLEST_DEVIATION` times the root mean square of all is divided by 1
         instead, so that it stays at 0: noise of rounding errors is not blown up.

@@ -88,7 +88,7 @@ def steps_to_accuracy(steps: np.ndarray, accuracies: np.ndarray, wanted: float) 
 
 
 def measured(tries: list[dict], arguments: Arguments) -> dict:
-    """What the table says of an option, a value a try."""
+    """What the table says of an option, a value per try."""
     return {
         "to_objective": [steps_to_objective(t["losses"], arguments.objective) for t in tries],
         "to_accuracy": [

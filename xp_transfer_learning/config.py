@@ -16,7 +16,7 @@ class RingsConfig:
     """Three clouds flow to three rings (Figure 1 and appendix D.2 of Bonet et al., 2025)."""
 
     num_points: int = 80
-    """Points a class, in source and target."""
+    """Points per class, in source and target."""
     num_directions: int = 500
     num_levels: int | None = None
     """None: exact sliced-Wasserstein. 100: the published percentile approximation."""
@@ -201,7 +201,7 @@ class AdaptationConfig:
     """Epochs, and Adam's step size, of the classifier."""
     learning_rate: float = 1e-3
     num_matched: int = 200
-    """Images a class that the optimal transport between classes looks at."""
+    """Images per class that the optimal transport between classes looks at."""
 
 
 ADAPTATION: dict[str, tuple[AdaptationConfig, ...]] = {

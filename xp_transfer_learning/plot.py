@@ -251,7 +251,7 @@ def adaptation(summary: Path, arrays: dict) -> list[Path]:
         shape = stored_shape(arrays)
         chosen = early_and_late(steps)
         shown = ", ".join(f"{int(steps[i]):,}" for i in chosen)
-        title = f"{config['source']} → {config['target']}, one image a class\nsteps {shown}"
+        title = f"{config['source']} → {config['target']}, one image per class\nsteps {shown}"
         figure = sample_sheet(arrays["samples"][chosen], shape, title)
         samples = plotting.save_figure(figure, stem.with_name(f"{stem.name}_samples.png"))
     return [curve, samples]

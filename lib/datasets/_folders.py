@@ -210,7 +210,7 @@ def _formats() -> tuple[str, ...]:
 
 @functools.cache
 def _print(line: str) -> None:
-    """Once a process: both splits, and several passes, find the same."""
+    """Once per process: both splits, and several passes, find the same."""
     print(line, file=sys.stderr, flush=True)
 
 

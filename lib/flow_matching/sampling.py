@@ -35,7 +35,7 @@ def euler(
 def heun(
     velocity: Velocity, x0: Float[Array, "B d"], num_steps: NumSteps, *, keep_path: bool = False
 ) -> Float[Array, "B d"] | Float[Array, "states B d"]:
-    """Heun's method, the trapezoid with an Euler step in it: two evaluations a step; order 2.
+    """Heun's method, the trapezoid with an Euler step in it: two evaluations per step; order 2.
 
     Returns what `euler` returns.
     """

@@ -40,7 +40,7 @@ Velocity = Callable[[Float[Array, "B d"], Float[Array, " B"]], Float[Array, "B d
 
 MAX_STEPS_PER_CHUNK = 1024
 MAX_COUPLED_STEPS = 64
-"""With optimal coupling: the distances of two chunks are held, B^2 numbers a step."""
+"""With optimal coupling: the distances of two chunks are held, B^2 numbers per step."""
 
 
 @runtime_checkable
@@ -338,9 +338,9 @@ def fit(
         state, finite, buffer = _advance(
             state, size, buffer, table, *inputs, optimizer=optimizer, mesh=mesh, **settings
         )
-        found, finite = devices.fetch((buffer, finite))
-        found = losses[done : done + size] = found[:size]
-        return Chunk(state, {"loss": found.mean()}, first_nonfinite(found, bool(finite)))
+        fetched, finite = devices.fetch((buffer, finite))
+        latest = losses[done : done + size] = fetched[:size]
+        return Chunk(state, {"loss": latest.mean()}, first_nonfinite(latest, bool(finite)))
 
     with ThreadPoolExecutor(1) as thread:
         state, _ = run_steps(

@@ -44,8 +44,8 @@ class Moments(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """Of the mixture before the step the mean log-likelihood in nats a point, of the data's weight
-    each component's share times n, `counts` [K]; of the one after it the ridges [K]."""
+    """Of the mixture before the step the mean log-likelihood in nats per point, of the data's
+    weight each component's share times n, `counts` [K]; of the one after it the ridges [K]."""
 
     log_likelihood: Float[Array, ""]
     counts: Float[Array, " K"]
@@ -192,7 +192,7 @@ class FitResult(NamedTuple):
 
 
 def mean_log_likelihood(mixture: Mixture, data: Rows) -> float:
-    """The weighted mean of log p(x) over rows, in nats a point."""
+    """The weighted mean of log p(x) over rows, in nats per point."""
     with jax.enable_x64(True):
         prepared = prepare_jit(cast(mixture, jnp.float64), data.dtype)
         weight, total = sum_over_rows(_block_log_likelihood, prepared, data)
@@ -211,7 +211,7 @@ def fit(
     show_progress: bool = True,
     description: str = "EM",
 ) -> FitResult:
-    """EM from `start` until the mean log-likelihood moves by less than `tolerance` nats a point.
+    """EM from `start` until the mean log-likelihood moves by less than `tolerance` nats per point.
 
     Args:
       data: the rows, and how they are read and where.
@@ -222,7 +222,7 @@ def fit(
       run: a run folder to save into and, if it holds a checkpoint, to resume from, to the same
         bits. SIGINT and SIGTERM then save after the iteration and raise `Interrupted`.
 
-    Full covariances cost 4 n d^2 K operations an iteration, of which panels save 3/8 at most, and
+    Full covariances cost 4 n d^2 K operations per iteration, of which panels save 3/8 at most, and
     about 7 d^3 K in float64.
 
     Warns where a full covariance has fewer points than dimensions: only the regularization

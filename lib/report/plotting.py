@@ -55,8 +55,8 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
 def save_animation(
     figure: Figure, draw: Callable[[int], Any], num_frames: int, path: str | os.PathLike
 ) -> Path:
-    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, 20 a second, and closes
-    it. The layout of the first frame is kept: nothing moves but what is drawn."""
+    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, 20 per second, and
+    closes it. The layout of the first frame is kept: nothing moves but what is drawn."""
     frames = []
     try:
         for i in range(num_frames):

@@ -196,7 +196,7 @@ def _torch_arrays(path: Path) -> dict[str, StoredArray]:
         what = f" ({asked[1].rstrip('.,')[:80]})" if asked else ""
         raise _Refused(
             f"{path} is refused: its pickle asks for more than tensors{what}, and to unpickle "
-            "that can run code. Save the tensor alone: torch.save(tensor, path)"
+            "that can run code. Save only the tensor: torch.save(tensor, path)"
         ) from error
     if isinstance(loaded, torch.Tensor):
         return {"": _torch_array(path, sizes, loaded)}

@@ -1,7 +1,7 @@
 """Mean random Fourier features of a sample that is read in pieces, for several bandwidths at once.
 
 One pass over samples of any size, each sum over more rows than those of a chunk kept in float64.
-The result depends on the size of the chunks, and on the number of devices, by rounding alone.
+The result depends on the size of the chunks, and on the number of devices, only by rounding.
 
 Cosines of large arguments lose digits: the features of x are off by about eps |W x| / sigma, where
 W x grows with |x|. Kernels and MMDs do not depend on the origin. So where samples lie far from it
@@ -49,7 +49,7 @@ def row_blocks(
 
     The first B rows go to a block each; every other row to any block, independently of the rows
     beside it: in a sorted file blocks that take turns would be samples of all its strata, and vary
-    less than the rows do. A row's block depends on key, row and B alone.
+    less than the rows do. A row's block depends on key, row and B only.
     """
     rows = first_row + jnp.arange(num_rows)
     orders, draws = jax.random.split(key)

@@ -69,11 +69,11 @@ def first_core() -> list[str]:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Of those of the packages that are installed."""
-    found = {}
+    installed = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def _drop_damaged(folder: Path) -> None:

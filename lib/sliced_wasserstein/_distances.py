@@ -131,8 +131,8 @@ def percentile_coupling(levels: Float[Array, "L K"]) -> Callable[[int, int], Cou
     spaced percentiles, and both quantile functions, interpolated linearly between these, are
     compared at given levels in [0, 1], K for every direction.
 
-    The published code draws K = 100 uniform levels a direction anew at every step. Biased for small
-    samples, as interpolation is not the quantile function of a point cloud, and noisier than
+    The published code draws K = 100 uniform levels per direction anew at every step. Biased for
+    small samples, as interpolation is not the quantile function of a point cloud, and noisier than
     `exact_coupling`; kept for comparison with published numbers. It belongs to all L directions
     together: no blocks.
     """

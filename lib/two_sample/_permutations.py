@@ -7,10 +7,10 @@ pooled points, which does not know whose they are. The statistic is
     T(lambda) = (1 + lambda) <f, g(S) f>,    g(rho) = 1 / (rho + lambda) (Tikhonov),
 
 which is MMD^2 for lambda = inf. A small lambda gives weight to directions in which the pooled
-points vary little, where a kernel's mean alone is blind (Hagrass, Sriperumbudur and Li, Spectral
-regularized kernel two-sample tests, Annals of Statistics 52(3), 2024). With the eigenvectors v_i of
-S and its eigenvalues rho_i, T = (1 + lambda) sum_i g(rho_i) <f, v_i>^2: one eigendecomposition
-serves every lambda and every relabelling.
+points vary little, to which a kernel's mean by itself is blind (Hagrass, Sriperumbudur and Li,
+Spectral regularized kernel two-sample tests, Annals of Statistics 52(3), 2024). With the
+eigenvectors v_i of S and its eigenvalues rho_i, T = (1 + lambda) sum_i g(rho_i) <f, v_i>^2: one
+eigendecomposition serves every lambda and every relabelling.
 """
 
 import math
@@ -235,11 +235,11 @@ def _permutation_test(
         rounding = 2 * norm * jnp.finfo(values.dtype).eps * largest
         return values, rounding * factors.astype(values.dtype)
 
-    found = [
+    by_family = [
         map_leading(lambda h, family=family: of_kernel(family(h)), grid)
         for family, grid in families
     ]
-    return aggregated_test(*map(jnp.concatenate, zip(*found)))
+    return aggregated_test(*map(jnp.concatenate, zip(*by_family)))
 
 
 def aggregated_test(

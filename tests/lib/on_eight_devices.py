@@ -51,7 +51,7 @@ def on_both(function):
 
 
 def temporaries(make, *arguments) -> float:
-    """The temporary memory of `make(mesh=mesh)` on a device of eight, relative to one alone."""
+    """The temporary memory of `make(mesh=mesh)` on a device of eight, relative to a single one."""
 
     def size(mesh):
         placed = devices.device_put(arguments, mesh)
@@ -231,15 +231,15 @@ def streams():
     start = gmm.Mixture(np.array([0.4, 0.6]), x[:2], gmm.from_matrices(np.stack([np.eye(4)] * 2)))
     rows, key = np.random.default_rng(0).normal(size=(1413, 8)), jax.random.key(2)
     options = {"num_blocks": 5, "block_key": key, "phases": uniform_phases(key, 20)}
-    arguments, found = (rows, gaussian_frequencies(key, 20, 8), [1.0, 3.0]), []
+    arguments, results = (rows, gaussian_frequencies(key, 20, 8), [1.0, 3.0]), []
     for count in (1, 3, 8):
         some = jax.devices()[-count:]
         data = Rows(x, dtype=np.float64, chunk_size=40, devices=some)
         result = fit(data, start, tolerance=0.0, max_iterations=4, show_progress=False)
         means = stream_mean_embeddings(*arguments, devices=some, chunk_size=700, **options)
-        found.append((result.log_likelihoods, means.block_sums, means.block_sizes))
+        results.append((result.log_likelihoods, means.block_sums, means.block_sizes))
     for i, name in enumerate(("EM", "sums of features", "sizes of blocks")):
-        one, *others = (np.asarray(arrays[i]) for arrays in found)
+        one, *others = (np.asarray(arrays[i]) for arrays in results)
         scale = np.abs(one).max() if name == "EM" else 1
         FOUND[f"streams, {name}"] = max(np.abs(other - one).max() for other in others) / scale
 
@@ -268,7 +268,7 @@ def memory():
 
 
 if __name__ == "__main__":
-    # In float32, but for what is streamed.
+    # In float32, except what is streamed.
     for part in (streams, *((condensation, classifiers, matching) if ALL else ())):
         part()
     with jax.enable_x64(True):

@@ -1,7 +1,7 @@
 """One of the processes of `test_processes.py`: python on_two_processes.py RESULTS [ADDRESS I].
 
 Writes what it finds with one process or two to RESULTS/found-PROCESS.npz, and runs a flow in a run
-folder that is stopped at step 5 by a signal to the last process alone, and resumed.
+folder that is stopped at step 5 by a signal to only the last process, and resumed.
 """
 
 import contextlib
@@ -47,23 +47,23 @@ def flow(results: Path, name: str, mesh):
 
 
 def main(results: Path, mesh) -> None:
-    found = {}
+    arrays = {}
     loop.SECONDS_PER_CHUNK = 0.0  # every step is a chunk
-    run, (found["losses"], found["particles"]) = flow(results, "whole", mesh)
-    run.finish(losses=found["losses"])
+    run, (arrays["losses"], arrays["particles"]) = flow(results, "whole", mesh)
+    run.finish(losses=arrays["losses"])
     loop.progress = progress_until_told
     try:
         flow(results, "stopped", mesh)
     except console.Interrupted as stopped:
         print("stopped", stopped)
     loop.progress = console.progress
-    _, (_, found["resumed"]) = flow(results, "stopped", mesh)
+    _, (_, arrays["resumed"]) = flow(results, "stopped", mesh)
 
     x = np.random.default_rng(0).normal(size=(101, 4)) + np.arange(101)[:, None] % 3
     start = Mixture(np.array([0.4, 0.6]), x[:2], from_matrices(np.stack([np.eye(4)] * 2)))
     data = Rows(x, dtype=np.float64, chunk_size=40, devices=mesh and tuple(mesh.devices.flat))
     result = fit(data, start, tolerance=0.0, max_iterations=4, show_progress=False)
-    found["log_likelihoods"], found["means"] = result.log_likelihoods, result.mixture.means
+    arrays["log_likelihoods"], arrays["means"] = result.log_likelihoods, result.mixture.means
 
     keys = jax.random.split(jax.random.key(3), 3)
     images = jax.random.normal(jax.random.key(0), (9, 2, 2, 1)), np.arange(9) % 2
@@ -71,10 +71,10 @@ def main(results: Path, mesh) -> None:
     options |= {"show_progress": False, "mesh": mesh}
     parameters, _ = classification.fit_seeds(keys, MLP(2, hidden=(5,)), *images, **options)
     for i, leaf in enumerate(jax.tree.leaves(parameters)):
-        found[f"parameters{i}"] = leaf
+        arrays[f"parameters{i}"] = leaf
     pieces = [np.arange(3.0) + i / 3 for i in processes.own_share(5)]
-    found["gathered"] = processes.gathered(pieces, 5)
-    np.savez(results / f"found-{jax.process_index()}.npz", **found)
+    arrays["gathered"] = processes.gathered(pieces, 5)
+    np.savez(results / f"found-{jax.process_index()}.npz", **arrays)
     print("done")
 
 

@@ -387,8 +387,8 @@ def test_boxes_and_targets_agree(case, exponent, seed):
     targets = rng.dirichlet(np.ones(5), shape[0])
     with jax.enable_x64(True):
         arrays = [jnp.asarray(a, dtype) for a in (images, targets)]
-        found = mixed(jax.random.key(seed), *arrays, probability)
-        images, targets, new_images, new_targets, gradient = map(np.asarray, (*arrays, *found))
+        outputs = mixed(jax.random.key(seed), *arrays, probability)
+        images, targets, new_images, new_targets, gradient = map(np.asarray, (*arrays, *outputs))
     assert new_images.dtype == new_targets.dtype == dtype
     box = np.zeros(shape[1:3], bool)
     partners = np.arange(len(images))

@@ -133,7 +133,7 @@ def torchvision_datasets():
 
 @pytest.fixture
 def cifar_root(tmp_path, monkeypatch, torchvision_datasets):
-    """A CIFAR-10 of two images a batch, with its checksums; channel c of image i is 10 i + c."""
+    """A CIFAR-10 of two images per batch, with its checksums; channel c of image i is 10 i + c."""
     folder, cifar = tmp_path / "cifar-10-batches-py", torchvision_datasets.CIFAR10
     folder.mkdir()
     rows = np.uint8([[0, 1, 2], [10, 11, 12]]).repeat(1024, axis=1)

@@ -32,10 +32,10 @@ def features_of(rows):
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_half_precision_is_widened(dtype):
     rows = np.asarray(jnp.asarray(normal(0, 40, DIMENSION), dtype))
-    found = stream_mean_embeddings(rows, FREQUENCIES, BANDWIDTHS)
+    narrow = stream_mean_embeddings(rows, FREQUENCIES, BANDWIDTHS)
     wide = stream_mean_embeddings(rows.astype("f"), FREQUENCIES, BANDWIDTHS)
-    np.testing.assert_array_equal(found.means, wide.means)
-    assert (found.block_sums.shape, found.block_sizes) == ((1, *found.means.shape), [40])
+    np.testing.assert_array_equal(narrow.means, wide.means)
+    assert (narrow.block_sums.shape, narrow.block_sizes) == ((1, *narrow.means.shape), [40])
 
 
 def to_unit(images):
@@ -49,19 +49,19 @@ def test_weighted_images():
     weights, key = rng.uniform(size=300), jax.random.key(5)
     sample = Rows(images, weights=weights, transform=to_unit, dtype=np.float64)
     options = {"num_blocks": 4, "block_key": key, "chunk_size": 70}
-    found = stream_mean_embeddings(sample, FREQUENCIES, BANDWIDTHS, **options)
+    streamed = stream_mean_embeddings(sample, FREQUENCIES, BANDWIDTHS, **options)
     expected = np.average(features_of(to_unit(images[..., 0])), axis=0, weights=weights)
-    np.testing.assert_allclose(found.means, expected, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(streamed.means, expected, rtol=0, atol=1e-13)
     blocks = np.asarray(jitted_row_blocks(key, 0, 300, 4))
-    np.testing.assert_allclose(found.block_sizes, np.bincount(blocks, weights), rtol=1e-13)
+    np.testing.assert_allclose(streamed.block_sizes, np.bincount(blocks, weights), rtol=1e-13)
 
 
 def test_sums_over_chunks_are_in_float64():
     """In float32, 1 + 2^-24 is 1: the more chunks, the less each of them would add."""
     row = normal(0, 1, DIMENSION).astype("f")
-    found = stream_mean_embeddings(row.repeat(200, 0), FREQUENCIES, BANDWIDTHS, chunk_size=1)
+    repeated = stream_mean_embeddings(row.repeat(200, 0), FREQUENCIES, BANDWIDTHS, chunk_size=1)
     one = stream_mean_embeddings(row, FREQUENCIES, BANDWIDTHS)
-    np.testing.assert_allclose(found.means, one.means, rtol=1e-13)
+    np.testing.assert_allclose(repeated.means, one.means, rtol=1e-13)
 
 
 def test_samples_of_many_sizes_compile_once():
@@ -118,10 +118,10 @@ def test_block_bootstrap_has_the_spread_of_the_mean(sort):
     rows = normal(0, 4000, DIMENSION)
     rows = rows[np.argsort(rows[:, 0])] if sort else rows
     options = {"num_blocks": 100, "block_key": jax.random.key(5)}
-    found = stream_mean_embeddings(rows, FREQUENCIES, BANDWIDTHS, **options)
+    streamed = stream_mean_embeddings(rows, FREQUENCIES, BANDWIDTHS, **options)
     weights = np.random.default_rng(1).multinomial(100, np.full(100, 0.01), size=2000)
-    sums = np.tensordot(weights, found.block_sums[:, 1], 1)
-    draws = sums / (weights @ found.block_sizes)[:, None]
+    sums = np.tensordot(weights, streamed.block_sums[:, 1], 1)
+    draws = sums / (weights @ streamed.block_sizes)[:, None]
     ratio = draws.var(axis=0) / (features_of(rows)[:, 1].var(axis=0) / 4000)
     # A variance from 100 blocks has a relative deviation of sqrt(2 / 99) = .14.
     assert np.abs(ratio - 1).max() < 4 * 0.15
@@ -291,14 +291,14 @@ def test_streamed_means(case, exponent, size, seed):
     bandwidths = 10.0**exponent * np.array([0.5, 2.0])
     options = {"phases": phases if phases is None else jnp.asarray(phases), "offset": offset}
     options |= {"num_blocks": 3, "block_key": jax.random.key(seed), "chunk_size": size}
-    found, arguments = [], (x, jnp.asarray(frequencies), bandwidths)
+    streamed, arguments = [], (x, jnp.asarray(frequencies), bandwidths)
     for x64 in (False, True):
         with jax.enable_x64(x64):
-            found.append(stream_mean_embeddings(*arguments, **options))
-    jax.tree.map(np.testing.assert_array_equal, *found)
+            streamed.append(stream_mean_embeddings(*arguments, **options))
+    jax.tree.map(np.testing.assert_array_equal, *streamed)
     blocks = np.asarray(jitted_row_blocks(options["block_key"], 0, n, 3))
-    assert isinstance(found[0], fourier_means.StreamedMeans)
-    means, num_rows, block_sums, block_sizes = found[0]
+    assert isinstance(streamed[0], fourier_means.StreamedMeans)
+    means, num_rows, block_sums, block_sizes = streamed[0]
     assert (means.dtype, block_sums.dtype, num_rows) == (np.float64, np.float64, n)
     np.testing.assert_array_equal(block_sizes, np.bincount(blocks, minlength=3))
     centered = x.astype(float) - offset

@@ -77,8 +77,8 @@ def test_defaults_are_the_published_ones():
 )
 def test_any_optax_optimizer(optimizer):
     x, y = start()
-    found, state = flow(optimizer=optimizer, lr=7.0), optimizer.init(x)
-    for step, (loss, following) in enumerate(zip(found.losses, found.particles[1:])):
+    result, state = flow(optimizer=optimizer, lr=7.0), optimizer.init(x)
+    for step, (loss, following) in enumerate(zip(result.losses, result.particles[1:])):
         value, gradient = noisy(x, y, jax.random.fold_in(KEY, step))
         np.testing.assert_allclose(loss, value, rtol=1e-5)
         updates, state = optimizer.update(gradient, state, x)
@@ -133,9 +133,9 @@ def test_a_function_is_traced_once_and_a_second_flow_compiles_nothing():
 @pytest.mark.parametrize("max_steps", [1024, 5, 3, 1])
 def test_records_are_slices_of_the_whole_run(monkeypatch, whole, n_epochs, record_every, max_steps):
     monkeypatch.setattr(gd, "MAX_STEPS_PER_CHUNK", max_steps)
-    found = flow(n_epochs=n_epochs, record_every=record_every)
+    records = flow(n_epochs=n_epochs, record_every=record_every)
     steps = gd.recorded_steps(n_epochs, record_every)
-    assert_same_bits(found, (whole.losses[:n_epochs], whole.particles[steps]))
+    assert_same_bits(records, (whole.losses[:n_epochs], whole.particles[steps]))
 
 
 def test_large_particles_are_held_once(monkeypatch, whole, run):
@@ -179,7 +179,10 @@ BAD_INPUTS = {
     ),
     "no class": ({"x0": np.zeros((0, 3, 2), np.float32)}, r"x0 must be .*none 0: \(0, 3, 2\)"),
     "empty class": ({"y": np.zeros((2, 0, 2), np.float32)}, r"x_tgt must be .*none 0: \(2, 0, 2\)"),
-    "one class alone": ({"x0": np.zeros((3, 2), np.float32)}, r"x0 must be \(classes, points, dim"),
+    "no axis of classes": (
+        {"x0": np.zeros((3, 2), np.float32)},
+        r"x0 must be \(classes, points, dim",
+    ),
     "integers": ({"x0": np.zeros((2, 3, 2), np.int32)}, "x0 must be floating point, got int32"),
     "dimension": ({"y": np.zeros((2, 3, 5), "f")}, r"x0 \(2, 3, 2\) and x_tgt \(2, 3, 5\) differ"),
     "no step": ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
@@ -226,9 +229,9 @@ def test_a_carry_goes_from_step_to_step():
         losses.append(np.sum(mean**2))
         velocity = np.cos(x) + mean - y / (1 + count) + 0.5 * velocity
         mean, x = mean + (x - mean) / (count + 1), x - 0.1 * velocity
-    found = flow(remembering, carry=first_carry())
-    np.testing.assert_allclose(found.losses, losses, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.particles[-1], x, rtol=1e-4, atol=1e-5)
+    result = flow(remembering, carry=first_carry())
+    np.testing.assert_allclose(result.losses, losses, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.particles[-1], x, rtol=1e-4, atol=1e-5)
 
 
 def test_a_carry_survives_a_stop(monkeypatch, run):
@@ -299,8 +302,8 @@ def test_a_second_call_resumes_and_a_third_extends(monkeypatch, run, record_ever
     interrupt(monkeypatch, partial(flow, n_epochs=10, run=run, record_every=record_every), 6)
     sizes = record_chunks(monkeypatch)
     for n_epochs in (10, 10, 13):
-        found = flow(n_epochs=n_epochs, run=run, record_every=record_every)
-        assert_same_bits(found, flow(n_epochs=n_epochs, record_every=record_every))
+        resumed = flow(n_epochs=n_epochs, run=run, record_every=record_every)
+        assert_same_bits(resumed, flow(n_epochs=n_epochs, record_every=record_every))
     assert len(sizes) == 4 + 10 + 10 + 3 + 13
 
 
@@ -391,8 +394,8 @@ def test_lbfgs_takes_the_published_steps_on_a_convex_target_and_better_ones_else
 
     # Draws: the exact inverse would leave noise of sd sqrt(.3 / 1.7) = .42.
     pushed = Landscape(y, square=1.0, push=1.0)
-    found, published = ours(x0, pushed)[-20:], published_lbfgs(x0, pushed)[-20:]
-    assert np.sqrt(np.mean((found - np.asarray(y)) ** 2)) < 0.42
+    particles, published = ours(x0, pushed)[-20:], published_lbfgs(x0, pushed)[-20:]
+    assert np.sqrt(np.mean((particles - np.asarray(y)) ** 2)) < 0.42
     assert np.sqrt(np.mean((published - np.asarray(y)) ** 2)) > 0.84
 
     # Negative curvature: from beside the maximum down to the minima, as no published pair leads.

@@ -152,7 +152,7 @@ def test_start_from_clusters(structure):
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", ["full", "diag"])
 def test_float32_products_beside_float64(structure):
-    """With constant features, and eigenvalues that a Gram matrix in float32 alone would lose."""
+    """With constant features, and eigenvalues that a Gram matrix purely in float32 would lose."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(24, 24)))[0]
     x = 0.5 + (clusters(4, n=3000, d=24) * np.geomspace(0.3, 1e-3, 24)) @ basis
@@ -233,8 +233,8 @@ def test_resumes_to_the_same_bits(run, monkeypatch):
     interrupt(monkeypatch, partial(quiet_fit, data, start, run=run, **options), 3)
     resumed = quiet_fit(data, start, run=run, **options)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    found = [(row["step"], row["log_likelihood"]) for row in metrics(run)]
-    assert found == list(enumerate(whole.log_likelihoods))
+    logged = [(row["step"], row["log_likelihood"]) for row in metrics(run)]
+    assert logged == list(enumerate(whole.log_likelihoods))
     again = quiet_fit(data, start, run=run, **options)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     other = start._replace(means=start.means + 1), Rows(x, transform=jnp.tanh)
@@ -314,7 +314,7 @@ def test_a_ridge_rises_until_a_factor_exists(x64):
 
 @pytest.mark.slow
 def test_duplicated_points():
-    """One point alone has a singular covariance; k-means wants as many points as components."""
+    """A single point has a singular covariance; k-means wants as many points as components."""
     x = np.ones((30, 2))
     data = Rows(x, dtype=np.float64)
     with pytest.raises(ValueError, match="2 components, but 1 distinct points"):
@@ -368,11 +368,11 @@ def test_kmeans_start_finds_clusters_apart():
     """Also in float32, where one of them is so far that norms say nothing of the others."""
     x = clusters(17, n=300, spread=30.0)
     far = np.float32(x + 1e6 * (np.arange(300) < 100)[:, None])
-    found = kmeans(jax.random.key(0), Rows(far, chunk_size=100), 4)
-    theirs = KMeans(4, init=found, n_init=1, max_iter=1).fit(np.float64(far))
-    np.testing.assert_allclose(found, theirs.cluster_centers_, rtol=1e-6, atol=1e-4)
+    centers = kmeans(jax.random.key(0), Rows(far, chunk_size=100), 4)
+    theirs = KMeans(4, init=centers, n_init=1, max_iter=1).fit(np.float64(far))
+    np.testing.assert_allclose(centers, theirs.cluster_centers_, rtol=1e-6, atol=1e-4)
     scaled = kmeans(jax.random.key(0), Rows(4 * far, chunk_size=100), 4)
-    np.testing.assert_array_equal(scaled, 4 * found)
+    np.testing.assert_array_equal(scaled, 4 * centers)
     start = kmeans_start(jax.random.key(0), Rows(x, chunk_size=100), 3, covariances.full)
     labels = responsibilities(cast(start, jnp.float32), jnp.asarray(x, jnp.float32)).argmax(axis=1)
     for k in range(3):

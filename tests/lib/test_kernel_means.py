@@ -49,14 +49,14 @@ def test_exact_means(shape, dtype, exponent, same, block_size, seed):
     assert isinstance(gram, kernel_means.GramOfMeans)
     assert {a.dtype for a in gram[:3]} == {np.dtype(np.float64)}
     assert (gram.sizes.tolist(), gram.target_size) == (list(sizes), m)
-    found = [np.block([[a, b[:, None]], [b[None], q]]) for a, b, q in zip(*gram[:3])]
+    grams = [np.block([[a, b[:, None]], [b[None], q]]) for a, b, q in zip(*gram[:3])]
     owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     members = (owners == np.arange(len(parts))[:, None]) / np.bincount(owners)[:, None]
     x = np.concatenate(parts).astype(float)
     distances = np.square(x[:, None] - x[None]).sum(axis=2)
     norms = np.square(x - x.mean(axis=0)).sum(axis=1).max() + np.square(x).sum(axis=1).max()
     off = 16 * np.finfo(dtype).eps * (norms if d > 8 else distances.max())
-    for mean, bandwidth in zip(found, bandwidths):
+    for mean, bandwidth in zip(grams, bandwidths):
         kernel = np.exp(-distances / (2 * bandwidth**2))
         bound = off / bandwidth**2 + 8 * np.finfo(dtype).eps
         np.testing.assert_allclose(mean, members @ kernel @ members.T, rtol=0, atol=bound)
@@ -78,17 +78,17 @@ def test_exact_means(shape, dtype, exponent, same, block_size, seed):
 
 def test_half_precision_is_widened():
     *sets, target = samples(12, (300, 200, 400), np.float16)
-    found = exact_gram_of_means(sets, target, BANDWIDTHS, block_size=256)
+    narrow = exact_gram_of_means(sets, target, BANDWIDTHS, block_size=256)
     wide = exact_gram_of_means([x.astype("f") for x in sets], target, BANDWIDTHS, block_size=256)
-    np.testing.assert_array_equal(found.a, wide.a)
+    np.testing.assert_array_equal(narrow.a, wide.a)
 
 
 def test_small_means_without_noise_are_kept_in_single_precision():
     """Where kernels between rows are 1e-8 the diagonal, 1 / n, must not drown them."""
     *sets, target = samples(30, (500, 400, 600), np.float32)
-    found = exact_gram_of_means([*sets, target], target, [0.9], block_size=256)
-    gram = found.a[0]
-    for x, value in zip((*sets, target), np.diag(gram) - noise_of_means(gram, found.sizes)):
+    result = exact_gram_of_means([*sets, target], target, [0.9], block_size=256)
+    gram = result.a[0]
+    for x, value in zip((*sets, target), np.diag(gram) - noise_of_means(gram, result.sizes)):
         expected = np.exp(-pdist(x.astype(float), "sqeuclidean") / (2 * 0.9**2)).mean()
         assert expected < 1e-7
         np.testing.assert_allclose(value, expected, rtol=1e-4)
@@ -99,19 +99,19 @@ def test_a_target_in_several_parts():
     parts = exact_gram_of_means(sets, [first, second], BANDWIDTHS, block_size=4)
     whole = exact_gram_of_means(sets, np.concatenate([first, second]), BANDWIDTHS)
     assert parts.target_size == whole.target_size == 13
-    for found, expected in zip(parts[:3], whole[:3]):
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    for in_parts, expected in zip(parts[:3], whole[:3]):
+        np.testing.assert_allclose(in_parts, expected, rtol=1e-12)
 
 
 def test_files(tmp_path):
-    arrays, found = samples(9, dtype=np.float32), []
+    arrays, results = samples(9, dtype=np.float32), []
     for i, rows in enumerate(arrays):
         torch.save(torch.from_numpy(rows), tmp_path / f"{i}.pt")
     for sets in (arrays, [open_rows(tmp_path / f"{i}.pt") for i in range(4)]):
         gram = exact_gram_of_means(sets[:3], sets[3], BANDWIDTHS, block_size=6)
         median = streamed_median_bandwidth(jax.random.key(0), sets, num_points=20)
-        found.append((gram.a, median))
-    jax.tree.map(np.testing.assert_array_equal, *found)
+        results.append((gram.a, median))
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -161,12 +161,12 @@ class Counting:
 def test_each_set_gives_the_same_number_of_rows():
     sets = [Counting(x) for x in samples(5, (1000, 5, 23))]
     data = [Rows(x, dtype=np.float64) for x in sets]
-    found = streamed_median_bandwidth(jax.random.key(0), data, num_points=61)
+    bandwidth = streamed_median_bandwidth(jax.random.key(0), data, num_points=61)
     assert [len(set(x.taken)) for x in sets] == [21, 5, 21]
     drawn = np.concatenate([x.x[x.taken] for x in sets])
-    np.testing.assert_allclose(found, np.median(pdist(drawn)), rtol=1e-12)
+    np.testing.assert_allclose(bandwidth, np.median(pdist(drawn)), rtol=1e-12)
     first = sets[0].taken
-    assert found == streamed_median_bandwidth(jax.random.key(0), data, num_points=61)
+    assert bandwidth == streamed_median_bandwidth(jax.random.key(0), data, num_points=61)
     streamed_median_bandwidth(jax.random.key(1), data, num_points=61)
     assert set(sets[0].taken) != set(first)
 

@@ -176,8 +176,8 @@ def test_blocked_gradients_are_the_dense_ones(x64):
         by_product = w @ gram_product(kernel, x, y, v, block_size=4)
         return by_product + 2 * mean(x, y, x_weights=w, y_weights=v) + 5 * mean(x, x_weights=w)
 
-    found, expected = (jax.jit(jax.grad(f, (0, 1, 2, 3)))(*arrays) for f in (blocked, dense))
-    for gradient, reference in zip(found, expected):
+    gradients, expected = (jax.jit(jax.grad(f, (0, 1, 2, 3)))(*arrays) for f in (blocked, dense))
+    for gradient, reference in zip(gradients, expected):
         np.testing.assert_allclose(gradient, reference, rtol=1e-10, atol=1e-12)
 
 

@@ -26,7 +26,7 @@ sys.stdin.readline()
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds the folder until a line comes; the module alone, without jax."""
+    """A process that holds the folder until a line comes; only the module, without jax."""
     command = [sys.executable, "-c", HOLDER, locks.__file__, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as process:

@@ -25,7 +25,7 @@ from lib.runs.loop import (
 
 
 class Loop:
-    """Sums up the numbers of its steps, on a clock that they alone move."""
+    """Sums up the numbers of its steps, on a clock that only they move."""
 
     def __init__(self, monkeypatch, seconds_a_step=1.0):
         self.now, self.seconds, self.sums = 0.0, seconds_a_step, np.full(50, np.nan)

@@ -279,7 +279,7 @@ def descents(optimizer, by_torch, x0, num_steps):
     [(0.0, 0.0, ()), (0.9, 0.3, ()), (0.9, 0.05, (2, 3)), (0.0, 0.1, (1,))],
 )
 def test_sgd_is_that_of_torch(x64, momentum, weight_decay, milestones):
-    """5 epochs of 3 steps, torch's schedule stepping once an epoch."""
+    """5 epochs of 3 steps, torch's schedule stepping once per epoch."""
     settings = {"momentum": momentum, "weight_decay": weight_decay}
     optimizer = sgd(0.1, **settings, milestones=milestones, factor=0.2, steps_per_epoch=3)
 

@@ -204,8 +204,8 @@ def test_damaged_files_are_named_and_the_rest_is_shown(results):
     names = damage(results)
     parsed = Parsed(results_page.write_page(results))
     listed = parsed.text.split("Cannot be read, and left out:")[1].split("Interrupted")[0]
-    found = {line.strip().split(": ")[0] for line in listed.strip().splitlines()}
-    assert found == {f"xp_one/{name}" for name in names}
+    paths = {line.strip().split(": ")[0] for line in listed.strip().splitlines()}
+    assert paths == {f"xp_one/{name}" for name in names}
     assert parsed.table("flow")
     assert len(parsed.all("img", "src")) == 2
 

@@ -44,15 +44,17 @@ def witnesses(x, y, v, w, bandwidth, lmbda, block_size):
     kernel = gaussian(bandwidth)
     target = drmmd.prepare_target(kernel, y, w)
     statistics, evaluate = drmmd.particle_statistics(kernel, x, target, v, block_size=block_size)
-    found = {"mmd": drmmd.mmd_witness(target, statistics)}
+    by_name = {"mmd": drmmd.mmd_witness(target, statistics)}
     for name, spectral_filter in FILTERS.items():
-        found[name] = drmmd.drmmd_witness(
+        by_name[name] = drmmd.drmmd_witness(
             target, statistics, lmbda, spectral_filter=spectral_filter
         )
     at = partial(drmmd.witness_function, kernel, target=target, particles=x, points=x, weights=v)
-    evaluated = {name: (*evaluate(found[name]), at(found[name])) for name in ("mmd", "tikhonov")}
-    ratio = drmmd.density_ratio(found["tikhonov"], lmbda)
-    return target, statistics, found, evaluated, ratio
+    evaluated = {
+        name: (*evaluate(by_name[name]), at(by_name[name])) for name in ("mmd", "tikhonov")
+    }
+    ratio = drmmd.density_ratio(by_name["tikhonov"], lmbda)
+    return target, statistics, by_name, evaluated, ratio
 
 
 def grams(case):
@@ -73,8 +75,8 @@ def test_witnesses(flow):
     x, y, k_xx, k_xy, k_yy, v, w, rounding = grams(case)
     (n, d), m, eps, dtype = x.shape, len(y), case.eps, case.x.dtype
     arguments = *case.on_device(), case.bandwidth, lmbda
-    target, statistics, found, evaluated, ratio = witnesses(*arguments, 2 if d == 1 else None)
-    assert_finite((target, statistics, found, evaluated, ratio), dtype)
+    target, statistics, by_name, evaluated, ratio = witnesses(*arguments, 2 if d == 1 else None)
+    assert_finite((target, statistics, by_name, evaluated, ratio), dtype)
     rounding += 2 * (n + m + 4) * eps  # of a mean of the kernel, values of at most 1
     f, root = k_xy.T @ v - k_yy @ w, np.sqrt(w)
     assert_within(target.embedding, k_yy @ w, rounding)
@@ -85,20 +87,20 @@ def test_witnesses(flow):
     spectral = 20 * m * eps + rounding
     assert_within(target.eigenvalues, np.maximum(spectrum, 0), spectral)
     energy = v @ k_xx @ v - 2 * v @ k_xy @ w + w @ k_yy @ w
-    assert_within(found["mmd"].value, energy / 2, 4 * rounding)
-    assert_within(found["mmd"].at_target, f, 2 * rounding)
+    assert_within(by_name["mmd"].value, energy / 2, 4 * rounding)
+    assert_within(by_name["mmd"].at_target, f, 2 * rounding)
     # DrMMD by Woodbury's identity, without a spectrum.
     size = np.linalg.norm(root * f) + 2 * rounding
     matrix = lmbda * np.eye(m) + root[:, None] * k_yy * root
     filtered = np.linalg.solve(matrix, root * f)
     value = (1 + lmbda) / lmbda * (energy - (root * f) @ filtered)
     units = 4 * rounding + 8 * rounding * (1 + size / lmbda) + spectral * (size / lmbda) ** 2
-    assert_within(found["tikhonov"].value, value, 2 * (1 + lmbda) / lmbda * units)
+    assert_within(by_name["tikhonov"].value, value, 2 * (1 + lmbda) / lmbda * units)
     away = 2 * rounding / lmbda + 2 * spectral * size / lmbda**2 + m * eps * size / lmbda
     at_target = 2 * (1 + lmbda) * filtered / root
-    assert_within(found["tikhonov"].at_target, at_target, 2 * (1 + lmbda) * away / root)
+    assert_within(by_name["tikhonov"].at_target, at_target, 2 * (1 + lmbda) * away / root)
     assert_within(ratio, 1 + filtered / root, away / root + 4 * eps * (1 + np.abs(filtered / root)))
-    for name, witness in found.items():
+    for name, witness in by_name.items():
         # The witness is one function: at the target, at the particles, and by its value.
         s, b = float(witness.particle_scale), np.asarray(witness.target_weights, np.float64)
         total = abs(s) + np.abs(b).sum()
@@ -143,23 +145,23 @@ def test_filters(seed, dtype, exponent):
     lmbda = float(dtype(10.0**exponent))
     rho = (lmbda * 10.0 ** rng.uniform(-12, 6, size=6)).astype(dtype)
     rho[0] = 0
-    found = filter_all(jnp.asarray(rho), lmbda)
+    filters = filter_all(jnp.asarray(rho), lmbda)
     rho = rho.astype(np.float64)
     t = rho / lmbda
-    assert_within(found["tikhonov"].inverse, 1 / (rho + lmbda), 4 * eps / (rho + lmbda), dtype)
+    assert_within(filters["tikhonov"].inverse, 1 / (rho + lmbda), 4 * eps / (rho + lmbda), dtype)
     slope = 1 / (rho + lmbda) / lmbda
-    assert_within(found["tikhonov"].slope, -slope, 8 * eps * slope, dtype)
+    assert_within(filters["tikhonov"].slope, -slope, 8 * eps * slope, dtype)
     # expm1 is exact to rounding; below 1e-8 two terms of its series are.
     inverse = np.where(t > 1e-8, -np.expm1(-t) / np.where(t > 0, t, 1), 1 - t / 2)
-    assert_within(found["showalter"].inverse, inverse / lmbda, 8 * eps * inverse / lmbda, dtype)
+    assert_within(filters["showalter"].inverse, inverse / lmbda, 8 * eps * inverse / lmbda, dtype)
     series = sum((-1) ** k * t ** (k - 1) / math.factorial(k + 1) for k in range(1, 25))
     slope = np.where(t < 0.5, series, (inverse - 1) / np.where(t > 0, t, 1)) / lmbda**2
     # From t = 0.1 on a difference is taken, of size t / 2 and more.
-    assert_within(found["showalter"].slope, slope, 64 * eps * np.abs(slope), dtype)
+    assert_within(filters["showalter"].slope, slope, 64 * eps * np.abs(slope), dtype)
     kept = rho > lmbda
     inverse = np.where(kept, 1 / np.where(kept, rho, 1), 0)
-    assert_within(found["cutoff"].inverse, inverse, 2 * eps * inverse, dtype)
-    assert_within(found["cutoff"].slope, inverse**2, 6 * eps * inverse**2, dtype)
+    assert_within(filters["cutoff"].inverse, inverse, 2 * eps * inverse, dtype)
+    assert_within(filters["cutoff"].slope, inverse**2, 6 * eps * inverse**2, dtype)
 
 
 @jax.jit
@@ -230,11 +232,11 @@ def by_features(x, y, v, w, directions, lmbda, block_size):
     target = prepare_target_features(features, y, w, **options)
     mean, none = feature_moments(features, x, v, second=False, **options)
     assert none is None
-    found = {}
+    by_filter = {}
     for name, spectral_filter in FILTERS.items():
         witness = feature_witness(target, mean, lmbda, spectral_filter=spectral_filter)
-        found[name] = witness, feature_velocity(features, witness, x, **options)
-    return feature_moments(features, y, w, **options), mean, target, found
+        by_filter[name] = witness, feature_velocity(features, witness, x, **options)
+    return feature_moments(features, y, w, **options), mean, target, by_filter
 
 
 @many
@@ -248,8 +250,8 @@ def test_features(flow):
     directions = np.random.default_rng(case.seed).normal(size=(d, num)) / largest
     directions = directions.astype(dtype)
     arguments = *case.on_device(), jnp.asarray(directions), lmbda
-    (mean, second), particle_mean, target, found = by_features(*arguments, 2)
-    assert_finite((mean, second, particle_mean, target, found), dtype)
+    (mean, second), particle_mean, target, by_filter = by_features(*arguments, 2)
+    assert_finite((mean, second, particle_mean, target, by_filter), dtype)
     directions = directions.astype(np.float64)
     phi_x, phi_y = np.tanh(x @ directions), np.tanh(y @ directions)
     # tanh has slope 1 at most, and some roundings of its own; a mean has those of its terms.
@@ -276,8 +278,8 @@ def test_features(flow):
         direction = 2 * (1 + lmbda) * basis @ (inverse * (basis.T @ f))
         if name != "cutoff" or gap > 2 * spectral:
             bound = 2 * (1 + lmbda) * (away + further)
-            assert_within(found[name][0].direction, direction, bound, dtype)
-    for witness, velocity in found.values():
+            assert_within(by_filter[name][0].direction, direction, bound, dtype)
+    for witness, velocity in by_filter.values():
         direction = np.asarray(witness.direction, np.float64)
         # (phi_mu - phi_pi) . direction / 2, of the means as they were computed
         bound = (4 * rounding + num * eps * size) * np.abs(direction).sum()

@@ -78,10 +78,10 @@ def test_steps(case, exponent, seed):
         )
         start = gmm.cast(start, dtype)
         inputs = (x, weights, given_), (x, split, given_), (x[order], split[order], given_[order])
-        found = [steps(start, *(jnp.asarray(a, dtype) for a in one)) for one in inputs]
-        again = steps(found[0][1][0], *(jnp.asarray(a, dtype) for a in inputs[0]))[1][1]
-        found, again = jax.tree.map(np.asarray, (found, again))
-    for leaf in jax.tree.leaves(found):
+        results = [steps(start, *(jnp.asarray(a, dtype) for a in one)) for one in inputs]
+        again = steps(results[0][1][0], *(jnp.asarray(a, dtype) for a in inputs[0]))[1][1]
+        results, again = jax.tree.map(np.asarray, (results, again))
+    for leaf in jax.tree.leaves(results):
         assert leaf.dtype == dtype
         assert np.isfinite(leaf).all()
     wide, shares = x.astype(float), weights[:, None] * given_.astype(float)
@@ -90,7 +90,7 @@ def test_steps(case, exponent, seed):
     centers = np.asarray(start.means, float)
     sizes = np.abs(wide - centers.mean(axis=0)) + np.abs(centers - centers.mean(axis=0)).max(axis=0)
     size = sizes.max() + np.abs(centers).max()
-    for (mixture, ridge), (moved, info) in found:
+    for (mixture, ridge), (moved, info) in results:
         assert isinstance(info, em.StepInfo)
         np.testing.assert_allclose(mixture.weights, counts / counts.sum(), rtol=m * eps)
         np.testing.assert_allclose(mixture.means, means, rtol=0, atol=m * eps * size)
@@ -103,7 +103,7 @@ def test_steps(case, exponent, seed):
         # Log-densities are off by 3 d + 8 roundings of the squares and logarithms in them.
         densities = np.square(sizes).sum(axis=1).max() / scale**2 + 2 * d * abs(np.log(scale)) + 5
         assert again.log_likelihood >= info.log_likelihood - 40 * m * eps * densities
-        assert abs(info.log_likelihood - found[0][1][1].log_likelihood) <= m * eps * densities
+        assert abs(info.log_likelihood - results[0][1][1].log_likelihood) <= m * eps * densities
         np.testing.assert_allclose(info.counts.sum(), weights.sum(), rtol=m * eps)
 
 
@@ -157,7 +157,7 @@ def test_components_far_apart(name, exponent, beyond, astray, seed):
     for step in range(3):
         value, *expected = numpy_step(mixture, x.astype(float))
         before, (mixture, info) = mixture, far_step(mixture, jnp.asarray(x))
-        found = (*jax.tree.map(np.float64, mixture[:2]), dense(mixture))
+        parameters = (*jax.tree.map(np.float64, mixture[:2]), dense(mixture))
         kept = np.isinf(np.asarray(info.ridge))
         np.testing.assert_array_equal(
             kept, astray & (step == 0) & ((np.arange(num) == 2) | (name == "tied"))
@@ -166,7 +166,7 @@ def test_components_far_apart(name, exponent, beyond, astray, seed):
             expected[2][kept] = dense(before)[kept]
         else:
             close(np.float64(info.log_likelihood), value)
-        for one, other in zip(found, expected):
+        for one, other in zip(parameters, expected):
             close(one, other)
 
 
@@ -212,14 +212,14 @@ def test_sums_over_rows(layout, seed):
     weights[0] = 1
     computed = np.float32 if dtype == "f4" else np.float64
     data = Rows(x, weights=weights, dtype=computed, block_size=block_size, chunk_size=chunk_size)
-    found = sums.sum_over_rows(power_sums, np.asarray(2, computed), data)
+    streamed = sums.sum_over_rows(power_sums, np.asarray(2, computed), data)
     with jax.enable_x64(True):
         arrays = map(jnp.asarray, (x, weights))
         options = {"dtype": computed, "total_dtype": computed, "block_size": block_size}
-        alone = sums.sum_over_blocks(power_sums, jnp.asarray(2, computed), *arrays, **options)
+        in_blocks = sums.sum_over_blocks(power_sums, jnp.asarray(2, computed), *arrays, **options)
     wide = x.astype(float)
     eps = np.finfo(computed).eps
-    for result, total in ((found, np.float64), (alone, computed)):
+    for result, total in ((streamed, np.float64), (in_blocks, computed)):
         result = {name: np.asarray(value) for name, value in result.items()}
         assert {value.dtype for value in result.values()} == {np.dtype(total)}
         np.testing.assert_allclose(result["sum"], weights @ wide**2, rtol=(n + 3) * eps)

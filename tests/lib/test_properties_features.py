@@ -70,8 +70,8 @@ def test_fourier_features(case):
     frequencies = rng.normal(size=(NUM, d)).astype(np.float32)
     phases = rng.uniform(0, 6, size=NUM).astype(np.float32)
     arrays = jnp.asarray(frequencies), jnp.asarray(phases)
-    found = fourier(*case.on_device(), case.bandwidth, *arrays, 2 if n == 5 else 1024)
-    assert_finite(found, dtype)
+    outputs = fourier(*case.on_device(), case.bandwidth, *arrays, 2 if n == 5 else 1024)
+    assert_finite(outputs, dtype)
     frequencies, phases = frequencies.astype(np.float64), phases.astype(np.float64)
 
     def features(points):
@@ -84,17 +84,17 @@ def test_fourier_features(case):
 
     plain, phased, error = features(x)
     twice = np.concatenate([error, error], axis=1)
-    assert_within(found["plain"], plain, twice, dtype)
-    assert_within(found["phased"], phased, error, dtype)
-    assert_within(np.square(found["plain"]).sum(axis=1), np.ones(n), 4 * NUM * eps)
+    assert_within(outputs["plain"], plain, twice, dtype)
+    assert_within(outputs["phased"], phased, error, dtype)
+    assert_within(np.square(outputs["plain"]).sum(axis=1), np.ones(n), 4 * NUM * eps)
     rounding = (2 * len(x) + 2 * len(y) + 8) * eps
-    assert_within(found["equal"], phased.mean(axis=0), error.mean(axis=0) + rounding, dtype)
-    for embedding, points, weights in zip(found["embeddings"], (x, y), (w, v)):
+    assert_within(outputs["equal"], phased.mean(axis=0), error.mean(axis=0) + rounding, dtype)
+    for embedding, points, weights in zip(outputs["embeddings"], (x, y), (w, v)):
         shares, (plain, _, error) = weights / weights.sum(), features(points)
         bound = shares @ np.concatenate([error, error], axis=1) + rounding
         assert_within(embedding, shares @ plain, bound, dtype)
-    biased = mmd_squared_rff(*found["embeddings"])
-    mu, nu = (np.asarray(embedding, np.float64) for embedding in found["embeddings"])
+    biased = mmd_squared_rff(*outputs["embeddings"])
+    mu, nu = (np.asarray(embedding, np.float64) for embedding in outputs["embeddings"])
     squared = np.square(mu - nu).sum()
     assert_within(biased, squared, (2 * NUM + 4) * eps * squared, dtype)
 
@@ -110,12 +110,12 @@ def nystrom(x, y, bandwidth):
 @given(clouds(shapes=[(6, 5, 1), (1, 4, 2)]))
 def test_nystrom_features(case):
     x, y, *_ = case.in_float64()
-    found = nystrom(*case.on_device()[:2], case.bandwidth)
-    assert_finite(found, case.x.dtype)
+    bases = nystrom(*case.on_device()[:2], case.bandwidth)
+    assert_finite(bases, case.x.dtype)
     points = np.concatenate([y, x])
     squares = np.square(points[:, None] - points[None]).sum(axis=-1)
     gram = np.exp(-squares / (2 * case.bandwidth**2))
-    for basis, features in found:
+    for basis, features in bases:
         landmarks, features = np.asarray(basis.landmarks), np.asarray(features, np.float64)
         rank = len(landmarks)
         at = [int(np.flatnonzero((case.y == row).all(axis=1))[0]) for row in landmarks]

@@ -132,8 +132,8 @@ def test_solvers(case, exponent, seed):
     (n, d, dtype, num_steps), rng = case, np.random.default_rng(seed)
     x0 = sample(rng, n, d, exponent, dtype)
     with jax.enable_x64(True):
-        found = jax.tree.map(np.asarray, solved(jnp.asarray(x0), num_steps))
-    paths, ends = found
+        solutions = jax.tree.map(np.asarray, solved(jnp.asarray(x0), num_steps))
+    paths, ends = solutions
     assert {leaf.dtype for leaf in (*paths, *ends)} == {np.dtype(dtype)}
     eps, h, x0 = np.finfo(dtype).eps, 1 / num_steps, x0.astype(float)
     size = np.abs(x0).max()
@@ -174,7 +174,7 @@ def test_recorded_steps_are_multiples_and_the_last(n_epochs, every):
 @few(8)
 @given(st.sampled_from([(np.float32, 1, True), (np.float64, 3, False)]), DECADES, SEEDS)
 def test_descent_is_a_loop(case, exponent, seed):
-    """Heavy ball in NumPy, off by 4 roundings a step; a schedule does not widen float32. Records
+    """Heavy ball in NumPy, off by 4 roundings per step; a schedule does not widen float32. Records
     are those of every step or of some; L-BFGS arrives."""
     dtype, every, schedule = case
     rng, eps, steps = np.random.default_rng(seed), np.finfo(dtype).eps, 7
@@ -183,7 +183,7 @@ def test_descent_is_a_loop(case, exponent, seed):
     options = {"lr": rate, "m": 0.5, "show_progress": False}
     with jax.enable_x64(True):
         arguments = jnp.asarray(x0), jnp.asarray(target), quadratic, KEY
-        found = gd.wasserstein_gradient_descent(*arguments, steps, record_every=every, **options)
+        result = gd.wasserstein_gradient_descent(*arguments, steps, record_every=every, **options)
         optimizer = optax.sgd(rate, momentum=0.5)
         arrived = gd.wasserstein_gradient_descent_lbfgs(*arguments, 12, show_progress=False)
         state = gd.flow_init(optimizer, jnp.asarray(x0))
@@ -192,7 +192,7 @@ def test_descent_is_a_loop(case, exponent, seed):
             state, _ = step(KEY, state, jnp.asarray(target))
         last = np.asarray(state.particles)
     assert isinstance(state, gd.FlowState)
-    assert isinstance(found, gd.FlowResult)
+    assert isinstance(result, gd.FlowResult)
     x, target, moving, states, losses = x0.astype(float), target.astype(float), 0, [], []
     for t in range(steps):
         states.append(x)
@@ -200,13 +200,13 @@ def test_descent_is_a_loop(case, exponent, seed):
         moving = 2 * (x - target) + 0.5 * moving
         x = x - (falling(t) if schedule else rate) * moving
     states.append(x)
-    # Each step's rounding is carried on by factors below 1 in norm, but for a transient of 4.
+    # Each step's rounding is carried on by factors below 1 in norm, except a transient of 4.
     bound = 16 * (steps + 1) * eps * (np.abs(x0).max() + np.abs(target).max())
-    assert found.losses.dtype == found.particles.dtype == last.dtype == dtype
+    assert result.losses.dtype == result.particles.dtype == last.dtype == dtype
     recorded = [states[i] for i in gd.recorded_steps(steps, every)]
-    np.testing.assert_allclose(found.particles, recorded, rtol=0, atol=bound)
+    np.testing.assert_allclose(result.particles, recorded, rtol=0, atol=bound)
     slack = 12 * bound * np.sqrt(12 * max(losses)) + bound**2
-    np.testing.assert_allclose(found.losses, losses, rtol=0, atol=slack)
+    np.testing.assert_allclose(result.losses, losses, rtol=0, atol=slack)
     np.testing.assert_allclose(last, x, rtol=0, atol=bound)
     # Newton's steps, once a pair of the length of rounding has been left behind.
     np.testing.assert_allclose(arrived.particles[-1], target, rtol=0, atol=bound)

@@ -140,9 +140,9 @@ def test_densities_and_their_gradients(case_and_dtype, exponent, seed):
     worst = tolerance.max(axis=1) + 4 * num * eps
     with jax.enable_x64(True):
         mixture = gmm.cast(mixture, dtype)
-        found = evaluate(mixture, jnp.asarray(points), 4)
-    assert {leaf.dtype for leaf in (*jax.tree.leaves(mixture), *found)} == {np.dtype(dtype)}
-    joints, densities, shares, gradient, block = map(np.asarray, found)
+        outputs = evaluate(mixture, jnp.asarray(points), 4)
+    assert {leaf.dtype for leaf in (*jax.tree.leaves(mixture), *outputs)} == {np.dtype(dtype)}
+    joints, densities, shares, gradient, block = map(np.asarray, outputs)
     possible = np.isfinite(joint)
     for result in (joints, block):
         assert np.all(result[~possible] == -np.inf)
@@ -167,8 +167,8 @@ def test_the_order_of_coordinates_does_not_matter(case, seed):
     density, columns = logsumexp(reference(mixture, points)[0], axis=1), rng.permutation(d)
     with jax.enable_x64(True):
         moved = gmm.cast(gmm.permuted(mixture, columns), np.float64)
-        found = np.asarray(evaluate(moved, jnp.asarray(points[:, columns]), 4)[1])
-    np.testing.assert_allclose(found, density, rtol=1e-10, atol=1e-10)
+        permuted_density = np.asarray(evaluate(moved, jnp.asarray(points[:, columns]), 4)[1])
+    np.testing.assert_allclose(permuted_density, density, rtol=1e-10, atol=1e-10)
 
 
 # Covariance structures and their linear algebra
@@ -196,10 +196,10 @@ def test_structures_of_variances(case, exponent, seed):
     variances = (10.0 ** (2 * exponent) * rng.uniform(0.5, 2, d)).astype(dtype)
     wide, eps = variances.astype(float), np.finfo(dtype).eps
     with jax.enable_x64(True):
-        found = structures(jax.random.key(seed), jnp.asarray(variances), num)
-    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(dtype)}
-    low = found.pop("low_rank", None)
-    for name, structure in found.items():
+        by_name = structures(jax.random.key(seed), jnp.asarray(variances), num)
+    assert {leaf.dtype for leaf in jax.tree.leaves(by_name)} == {np.dtype(dtype)}
+    low = by_name.pop("low_rank", None)
+    for name, structure in by_name.items():
         expected = restricted(name, np.stack([np.diag(wide)] * num), np.full(num, 1 / num))
         np.testing.assert_allclose(structure.matrices(), expected, rtol=(d + 5) * eps)
     if low is None:
@@ -253,10 +253,10 @@ def test_factors_exist_whatever_the_rank(d, dtype, exponent, rank, seed):
     covariance = covariance.astype(dtype)
     variances = np.diagonal(covariance)[None]
     with jax.enable_x64(True):
-        found = jit_factorize(jnp.asarray(covariance))
+        factors = jit_factorize(jnp.asarray(covariance))
         floored = jit_floor(jnp.asarray(variances), jnp.zeros((), dtype))
-    assert {leaf.dtype for leaf in (*found, *floored)} == {np.dtype(dtype)}
-    cholesky, inverse, ridge = in_float64(found)
+    assert {leaf.dtype for leaf in (*factors, *floored)} == {np.dtype(dtype)}
+    cholesky, inverse, ridge = in_float64(factors)
     assert ridge == 0 or rank < d
     pivots = np.square(np.diagonal(cholesky))
     assert np.all(pivots > 0.99 * d * eps * (np.diagonal(covariance) + ridge))

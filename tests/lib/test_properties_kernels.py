@@ -91,11 +91,11 @@ def reference(case, name, x, y):
 
 @jax.jit
 def gram_of_all(x, y, cotangent, bandwidth):
-    found = {}
+    by_kernel = {}
     for name, make in KERNELS.items():
         gram, transpose = jax.vjp(lambda x, y, b: make(b)(x, y), x, y, bandwidth)  # noqa: B023
-        found[name] = (gram, *transpose(cotangent.astype(gram.dtype)))
-    return kernels.squared_distances(x, y), found
+        by_kernel[name] = (gram, *transpose(cotangent.astype(gram.dtype)))
+    return kernels.squared_distances(x, y), by_kernel
 
 
 @many
@@ -103,9 +103,9 @@ def gram_of_all(x, y, cotangent, bandwidth):
 def test_kernels_and_their_gradients(case):
     x, y, *_ = case.in_float64()
     c = np.random.default_rng(case.seed).normal(size=(len(x), len(y))).astype(case.x.dtype)
-    distances, found = gram_of_all(case.x, case.y, jnp.asarray(c), case.bandwidth)
+    distances, by_kernel = gram_of_all(case.x, case.y, jnp.asarray(c), case.bandwidth)
     c = c.astype(np.float64)
-    for name, (gram, x_gradient, y_gradient, slope) in found.items():
+    for name, (gram, x_gradient, y_gradient, slope) in by_kernel.items():
         squares, away, f, f_error, df, df_error, flushed, lengths = reference(case, name, x, y)
         assert_within(distances, squares, away + case.tiny, case.x.dtype)
         assert_within(gram, f, f_error, case.x.dtype)
@@ -171,32 +171,32 @@ def test_sums_over_gram_matrices(case):
     x, y, w, v = case.in_float64()
     dtype, eps = case.x.dtype, case.eps
     block_size = BLOCK_SIZES[len(x), *y.shape]
-    found = sums(*case.on_device(), case.bandwidth, block_size)
+    results = sums(*case.on_device(), case.bandwidth, block_size)
     rounding = (2 * len(x) + 2 * len(y) + 8) * eps
     grams = []
     for a, b in ((x, y), (x, x), (y, y)):
         _, _, gram, error, *_ = reference(case, "laplace", a, b)
         grams.append((gram, error + rounding * np.abs(gram)))
     (xy, xy_error), (xx, xx_error), (yy, yy_error) = grams
-    assert_within(found["product"], xy @ v, xy_error @ v, dtype)
-    assert_within(found["mean"], w @ xy @ v, w @ xy_error @ v, dtype)
-    assert_within(found["within"], w @ xx @ w, w @ xx_error @ w, dtype)
-    assert found["largest"][0] == found["within"]
-    assert_within(found["largest"][1], np.abs(xx).max(), xx_error.max(), dtype)
-    assert_within(found["diagonal"], np.diag(xx), np.diag(xx_error), dtype)
+    assert_within(results["product"], xy @ v, xy_error @ v, dtype)
+    assert_within(results["mean"], w @ xy @ v, w @ xy_error @ v, dtype)
+    assert_within(results["within"], w @ xx @ w, w @ xx_error @ w, dtype)
+    assert results["largest"][0] == results["within"]
+    assert_within(results["largest"][1], np.abs(xx).max(), xx_error.max(), dtype)
+    assert_within(results["diagonal"], np.diag(xx), np.diag(xx_error), dtype)
     shares = (w / w.sum(), v / v.sum()), (np.full(len(x), 1 / len(x)), np.full(len(y), 1 / len(y)))
-    for (p, q), value in zip(shares, (found["mmd"][0], found["equal"])):
+    for (p, q), value in zip(shares, (results["mmd"][0], results["equal"])):
         error = p @ xx_error @ p + 2 * p @ xy_error @ q + q @ yy_error @ q
         assert_within(value, p @ xx @ p - 2 * p @ xy @ q + q @ yy @ q, error, dtype)
-    assert_finite(found["mmd"][1], dtype)
+    assert_finite(results["mmd"][1], dtype)
     (p, q), error = shares[0], 4 * max(xx_error.max(), xy_error.max(), yy_error.max())
     share = min(1 - p @ p, 1 - q @ q)
     # Where one point has all the weight there is no pair to average over.
-    if found["unbiased"] is not None and share > 100 * rounding:
+    if results["unbiased"] is not None and share > 100 * rounding:
         expected = (p @ xx @ p - p**2 @ np.diag(xx)) / (1 - p @ p) - 2 * p @ xy @ q
         expected += (q @ yy @ q - q**2 @ np.diag(yy)) / (1 - q @ q)
         # Both sides of the quotients are off by the error, and the values are at most 1.
-        assert_within(found["unbiased"], expected, error / share + 2 * rounding / share**2, dtype)
+        assert_within(results["unbiased"], expected, error / share + 2 * rounding / share**2, dtype)
 
 
 @jax.jit

@@ -34,8 +34,8 @@ def test_seeds_never_share_a_key_nor_do_their_second_ones(seeds, x64):
         for seed in seeds:
             if seed < 1_000_000:  # what published numbers were drawn with
                 for shift in (0, 1000, 1_000_000):
-                    found = jax.random.key_data(key_of_seed(seed, shift=shift))
-                    np.testing.assert_array_equal(found, jax.random.PRNGKey(shift + seed))
+                    key_data = jax.random.key_data(key_of_seed(seed, shift=shift))
+                    np.testing.assert_array_equal(key_data, jax.random.PRNGKey(shift + seed))
 
 
 NO_SEEDS = [

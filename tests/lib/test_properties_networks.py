@@ -73,13 +73,13 @@ def test_convolutions(case, dtype, exponent, conv, seed):
         started = jax.eval_shape(module.init, KEY, jnp.asarray(x, dtype))["params"]
         assert {leaf.dtype for leaf in jax.tree.leaves(started)} == {np.dtype(np.float32)}
         leaves = {"kernel": jnp.asarray(kernel, dtype), "bias": jnp.asarray(bias, dtype)}
-        found = convolved(module, {"params": leaves}, jnp.asarray(x, dtype), jnp.asarray(weights))
-        found, gradients, gradient = jax.tree.map(np.asarray, found)
+        results = convolved(module, {"params": leaves}, jnp.asarray(x, dtype), jnp.asarray(weights))
+        outputs, gradients, gradient = jax.tree.map(np.asarray, results)
     kernel, bias = kernel.astype(dtype).astype(float), bias.astype(dtype).astype(float)
     bound = (3 * size**2 + 4) * np.finfo(dtype).eps * (terms + np.abs(bias))
-    for leaf in (found, gradient, *gradients["params"].values()):
+    for leaf in (outputs, gradient, *gradients["params"].values()):
         assert leaf.dtype == dtype
-    assert np.all(np.abs(found - value - bias) <= bound)
+    assert np.all(np.abs(outputs - value - bias) <= bound)
     inner = np.sum(weights.astype(float) * value)
     slack = 4 * weights.size * np.finfo(dtype).eps * np.sum(np.abs(weights) * terms)
     assert abs(np.sum(gradient.astype(float) * x.astype(dtype)) - inner) <= slack
@@ -140,12 +140,12 @@ def test_networks_of_float32(case, exponent, constant, seed):
         parameters = jax.tree.map(
             lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes
         )
-        found = applied(network, parameters, *map(jnp.asarray, arguments))
-        found = jax.tree.map(np.asarray, found)
-    for leaf in found:
+        results = applied(network, parameters, *map(jnp.asarray, arguments))
+        results = jax.tree.map(np.asarray, results)
+    for leaf in results:
         assert leaf.dtype == np.float32
         assert np.isfinite(leaf).all()
-    outputs, gradient = found
+    outputs, gradient = results
     assert (gradient.shape, len(outputs)) == (images.shape, 3)
     scale = np.abs(outputs).max() + np.finfo(np.float32).tiny
     np.testing.assert_allclose(outputs[1:] / scale, outputs[:2] / scale, rtol=0, atol=1e-5)
@@ -178,14 +178,14 @@ def test_sinusoids(shape, dtype, seed):
     times = rng.uniform(size=n).astype(dtype)
     times[0] = 0
     with jax.enable_x64(True):
-        found = np.asarray(jit_sinusoids(jnp.asarray(times), dimension))
+        sinusoids = np.asarray(jit_sinusoids(jnp.asarray(times), dimension))
     half = dimension // 2
     angles = 1000 * times.astype(float)[:, None] / 10000.0 ** (np.arange(half) / half)
     expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     eps = np.finfo(dtype).eps
     bound = (2 * np.log(1e4) + 4) * eps * np.concatenate([angles, angles], axis=1) + 2 * eps
-    assert found.dtype == dtype
-    assert np.all(np.abs(found - expected) <= bound)
+    assert sinusoids.dtype == dtype
+    assert np.all(np.abs(sinusoids - expected) <= bound)
 
 
 @few(40)
@@ -284,7 +284,7 @@ def test_velocities_have_the_images_shape():
 
 @pytest.mark.slow
 def test_gradient_reaches_every_parameter():
-    """Groups of the norms hold two channels: alone, a channel's bias before its norm is lost."""
+    """Groups of the norms hold two channels: with one, a channel's bias before its norm is lost."""
     network = UNet(width=16, patch=2, attention=(1,))
     images, times = normal(0, 2, 7, 5, 2), jnp.array([0.2, 0.7])
     parameters = drawn_parameters(network, images, times)

@@ -119,8 +119,8 @@ def test_quadratics(seed, n, dimension, exponent, kind):
     for quadratic in (made, other):
         spectrum = np.linalg.eigvalsh(quadratic.gram)
         extremes = np.maximum(spectrum[[0, -1]], 0 if quadratic is made else -np.inf)
-        found = quadratic.smallest_eigenvalue, quadratic.largest_eigenvalue
-        assert_within(found, extremes, 8 * n * EPS * np.abs(spectrum).max())
+        eigenvalues = quadratic.smallest_eigenvalue, quadratic.largest_eigenvalue
+        assert_within(eigenvalues, extremes, 8 * n * EPS * np.abs(spectrum).max())
 
 
 @many
@@ -159,17 +159,17 @@ def test_solutions_are_the_lowest_of_all_that_is_feasible(drawn):
     batch = solve_batch([problem, problem])
     solutions = [solve(problem), solve(problem, start=start), *batch]
     others = [plain_objective(problem, w)[0] for w in draw_feasible(rng, lower, upper, 20)]
-    for found in solutions:
-        assert_feasible(problem, found.weights)
-        value, size = plain_objective(problem, found.weights)
+    for solution in solutions:
+        assert_feasible(problem, solution.weights)
+        value, size = plain_objective(problem, solution.weights)
         scale = size + problem.scale + problem.kl_penalty
         rounding = 16 * (problem.size + 4) * EPS * scale
-        assert_within(found.objective, value, rounding)
-        assert 0 <= found.gap <= 1e-14 * max(problem.scale, problem.kl_penalty)
-        assert value <= min(others) + found.gap + 2 * rounding
+        assert_within(solution.objective, value, rounding)
+        assert 0 <= solution.gap <= 1e-14 * max(problem.scale, problem.kl_penalty)
+        assert value <= min(others) + solution.gap + 2 * rounding
         for state, bound in ((AT_LOWER, lower), (AT_UPPER, upper)):
-            held = found.active == state
-            np.testing.assert_array_equal(found.weights[held], bound[held])
+            held = solution.active == state
+            np.testing.assert_array_equal(solution.weights[held], bound[held])
 
 
 def fill(x, slope, lower, upper):
@@ -210,13 +210,13 @@ def test_linear_gaps_and_projections(seed, n, exponent, bounded):
         assert_within(gap, fill(x, slope, lower, upper), 8 * n * EPS * np.abs(slope).sum())
     y = 10.0**exponent * rng.normal(size=n)
     y[rng.random(n) < 0.2] *= 1e100
-    found = active_set.project_onto_simplex(y, lower, upper, 1.0)
-    assert_within(found, exact_projection(y, lower, upper), 4 * n * EPS)
+    projected = active_set.project_onto_simplex(y, lower, upper, 1.0)
+    assert_within(projected, exact_projection(y, lower, upper), 4 * n * EPS)
     free, full = active_set.free_entries(y, lower, upper, lambda x: x.sum() - 1)
     assert not (free & full).any()
-    assert (found[full] == upper[full]).all()
-    assert (found[~free & ~full] == lower[~free & ~full]).all()
-    moved = found.copy()
+    assert (projected[full] == upper[full]).all()
+    assert (projected[~free & ~full] == lower[~free & ~full]).all()
+    moved = projected.copy()
     i = rng.integers(n)
     moved[i] = min(max(moved[i] + 1e-12, lower[i]), upper[i])
     mended = active_set.mend_sum(moved.copy(), lower, upper, 1.0)

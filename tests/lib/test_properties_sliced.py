@@ -59,15 +59,15 @@ def powers(x, y, w, v, directions, key, p, block_size):
     options = {"p": p, "block_size": block_size}
     plain = partial(sliced_wasserstein_power, **options)
     root = partial(sliced_wasserstein, **options, x_weights=w, y_weights=v)
-    found = {
+    results = {
         "equal": jax.value_and_grad(plain)(x, y, directions),
         # For p = 1 this is the power itself.
         "root": jax.value_and_grad(root)(x, y, directions) if p == 2 else root(x, y, directions),
     }
     if block_size is None:
         coupling = percentile_coupling(jax.random.uniform(key, (3, 3), x.dtype))
-        found["percentile"] = plain(x, y, directions, coupling=coupling)
-    return found
+        results["percentile"] = plain(x, y, directions, coupling=coupling)
+    return results
 
 
 @many
@@ -78,27 +78,27 @@ def test_sliced_wasserstein(case, p):
     (n, d), m, eps, dtype = x.shape, len(y), case.eps, case.x.dtype
     num, block_size = (4, 2) if n == 1 else (3, None)
     directions, key = draw_directions(case.seed, num, d, dtype), jax.random.key(case.seed)
-    found = powers(*case.on_device(), jnp.asarray(directions), key, p, block_size)
+    results = powers(*case.on_device(), jnp.asarray(directions), key, p, block_size)
     directions = directions.astype(np.float64)
     lines = [(x @ direction, y @ direction) for direction in directions]
     bound, largest = projection_rounding(x, y, directions, p, eps, n + m)
     expected = np.mean([ot.wasserstein_1d(*line, p=p) for line in lines])
-    assert_within(found["equal"][0], expected, bound + case.tiny, dtype)
-    assert_finite(found, dtype)
+    assert_within(results["equal"][0], expected, bound + case.tiny, dtype)
+    assert_finite(results, dtype)
     shares = w / w.sum(), v / v.sum()
     expected = np.mean([ot.wasserstein_1d(*line, *shares, p=p) for line in lines])
     bound += 4 * (n + m) ** 2 * eps * largest + case.tiny
     ends = [max(expected + sign * bound, 0) ** (1 / p) for sign in (-1, 1)]
     spread = max(abs(end - expected ** (1 / p)) for end in ends)
-    root = found["root"][0] if p == 2 else found["root"]
+    root = results["root"][0] if p == 2 else results["root"]
     assert_within(root, expected ** (1 / p), spread + 4 * eps * ends[1], dtype)
     # The points as a whole do not move: the slopes of a translation, p D^(p-1) at most.
-    gradient = np.asarray(found["equal"][1], np.float64)
+    gradient = np.asarray(results["equal"][1], np.float64)
     if p == 2:
         mean = 2 * np.mean([u.mean() - v.mean() for u, v in lines] * directions.T, axis=1)
         size = 2 * (math.sqrt(largest) + np.abs(x).max() + np.abs(y).max())
         assert_within(gradient.sum(axis=0), mean, (2 * d + n + m + 16) * eps * size + case.tiny)
-    if "percentile" not in found:
+    if "percentile" not in results:
         return
     levels = np.asarray(jax.random.uniform(key, (3, 3), dtype), np.float64)
     expected, width = 0.0, max(np.ptp(line) for pair in lines for line in pair)
@@ -109,7 +109,7 @@ def test_sliced_wasserstein(case, p):
         4 * (100 + n + m) * eps * width + projection_rounding(x, y, directions, 1, eps, n + m)[0]
     )
     bound = p * (largest ** (1 / p)) ** (p - 1) * shift + shift**p + 16 * eps * largest
-    assert_within(found["percentile"], expected, bound + case.tiny, dtype)
+    assert_within(results["percentile"], expected, bound + case.tiny, dtype)
 
 
 @partial(jax.jit, static_argnames="p")

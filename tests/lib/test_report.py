@@ -48,14 +48,14 @@ def test_nothing_else_takes_standard_deviations_of_results():
     files = [
         p for q in ("lib/**/*.py", "xp_*/**/*.py", "benchmarks/*.py") for p in REPOSITORY.glob(q)
     ]
-    found = {
+    paths = {
         path.relative_to(REPOSITORY).as_posix()
         for path in [*files, *REPOSITORY.glob("notebooks/*.ipynb")]
         for line in path.read_text().splitlines()
         if re.search(r"\b(nan)?(std|stdev|pstdev|var|variance)\(|ddof", line)
         and "standardized = " not in line
     }
-    assert found - COMPUTED == {"lib/report/spreads.py"}
+    assert paths - COMPUTED == {"lib/report/spreads.py"}
 
 
 # Figures

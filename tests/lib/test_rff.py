@@ -67,8 +67,10 @@ def test_cos_and_sin_in_single_precision():
     quarters = np.arange(-50, 51) * (np.pi / 4)
     far = np.concatenate([np.geomspace(1, 1e4, 20_001), -np.geomspace(1, 1e4, 20_001)])
     angles = np.concatenate([near, quarters, far]).astype("f")
-    found = jax.jit(cos_sin)(angles)
-    for values, exact in zip(found, (np.cos(angles.astype(float)), np.sin(angles.astype(float)))):
+    cos_and_sin = jax.jit(cos_sin)(angles)
+    for values, exact in zip(
+        cos_and_sin, (np.cos(angles.astype(float)), np.sin(angles.astype(float)))
+    ):
         assert values.dtype == jnp.float32
         assert np.abs(values - exact).max() < 1.2e-7
     huge = np.geomspace(1e4, 3e38, 20_001).astype("f")
@@ -88,8 +90,8 @@ def test_derivatives_of_cos_and_sin(x64):
         first = jax.grad(lambda angle, which=which: cos_sin(angle)[which])
         for derivative, values in zip((first, jax.grad(first)), expected):
             for dtype, tolerance in ((np.float32, 1e-6), (np.float64, 1e-14)):
-                found = jax.jit(jax.vmap(derivative))(angles.astype(dtype))
-                np.testing.assert_allclose(found, values, rtol=0, atol=tolerance)
+                derivatives = jax.jit(jax.vmap(derivative))(angles.astype(dtype))
+                np.testing.assert_allclose(derivatives, values, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("phased", [False, True])

@@ -350,8 +350,8 @@ before = memory()
 total = sum(float(chunk[:, 0].sum()) for chunk in Rows(file).chunks(512))
 print(memory() - before, total)
 if "embeddings" in sys.argv:
-    found = stream_mean_embeddings(file, frequencies, [50.0, 100.0], chunk_size=256)
-    print(memory() - before, found.num_rows)
+    streamed = stream_mean_embeddings(file, frequencies, [50.0, 100.0], chunk_size=256)
+    print(memory() - before, streamed.num_rows)
 """
 
 

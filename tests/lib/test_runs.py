@@ -297,9 +297,9 @@ def test_checks_name_the_field_and_its_value(check, good, bad, said):
 
 
 def test_a_commands_arguments_hold_its_settings():
-    found = settings.settings_of(Numbers, Arguments(size=3, rate=0.25, seed=9))
-    assert type(found) is Numbers
-    assert found == Numbers(3, 0.25)
+    numbers = settings.settings_of(Numbers, Arguments(size=3, rate=0.25, seed=9))
+    assert type(numbers) is Numbers
+    assert numbers == Numbers(3, 0.25)
 
 
 def test_names_that_are_chosen():

@@ -141,8 +141,8 @@ def test_bounds_that_leave_one_point(total):
 def test_a_sum_is_mended_within_the_bounds():
     """Where all room left is less than the rounding error of the sum."""
     x = np.append(np.full(10, 0.1), 8e-17)
-    found = active_set.mend_sum(x, np.zeros(11), np.full(11, 0.1), 1.0)
-    np.testing.assert_array_equal(found, np.append(np.full(10, 0.1), 0))
+    mended = active_set.mend_sum(x, np.zeros(11), np.full(11, 0.1), 1.0)
+    np.testing.assert_array_equal(mended, np.append(np.full(10, 0.1), 0))
 
 
 @pytest.mark.parametrize("slack", [0.0, 1e-15, 1e-13, 1e-11, 1e-7])
@@ -165,12 +165,12 @@ def test_excluded_domains():
     for kl_penalty in (0.0, 0.3):
         options = {"ridge": 0.1, "kl_penalty": kl_penalty}
         problem = make_problem(from_means(means, target), prior=prior, upper=upper, **options)
-        found = certified(problem, solve(problem)).weights
+        weights = certified(problem, solve(problem)).weights
         rest = np.delete(prior, 4) / (1 - prior[4])
         without = make_problem(from_means(np.delete(means, 4, 0), target), prior=rest, **options)
-        assert found[4] == 0
+        assert weights[4] == 0
         assert kl_penalty or solve(problem).iterations <= solve(without).iterations + 1
-        np.testing.assert_allclose(np.delete(found, 4), solve(without).weights, atol=1e-12)
+        np.testing.assert_allclose(np.delete(weights, 4), solve(without).weights, atol=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -190,7 +190,7 @@ def test_wild_problems(seed, n, dimension, rounded):
 
 @pytest.mark.parametrize("method", ["_follow_path", "_descend"])
 def test_what_stands_behind_block_pivoting(monkeypatch, method):
-    """With patience for a single failure, the path of dampings; with none, the descent alone."""
+    """With patience for a single failure, the path of dampings; with none, only the descent."""
     used = []
     function = getattr(active_set, method)
     monkeypatch.setattr(active_set, method, lambda *a: used.append(1) or function(*a))
@@ -200,8 +200,8 @@ def test_what_stands_behind_block_pivoting(monkeypatch, method):
         problem = make_problem(from_means(means, target), ridge=1e-4, upper=upper)
         with monkeypatch.context() as patch:
             patch.setattr(active_set, "PATIENCE", 1 if method == "_follow_path" else 0)
-            found = certified(problem, solve(problem)).weights
-        np.testing.assert_allclose(found, solve(problem).weights, atol=1e-9)
+            weights = certified(problem, solve(problem)).weights
+        np.testing.assert_allclose(weights, solve(problem).weights, atol=1e-9)
     assert used
 
 
@@ -211,10 +211,10 @@ def test_corrections_undo_the_damping():
     problem = make_problem(from_means(means, rng.dirichlet(np.ones(30)) @ means))
     damping = 1e-9 * problem.scale
     damped = active_set.minimize(problem.program, damping=damping, corrections=0)
-    found = active_set.minimize(problem.program, damping=damping)
+    corrected = active_set.minimize(problem.program, damping=damping)
     assert damped.gap > 1e-12 * problem.scale
-    assert found.gap < 1e-15 * problem.scale
-    assert found.iterations > damped.iterations
+    assert corrected.gap < 1e-15 * problem.scale
+    assert corrected.iterations > damped.iterations
 
 
 @pytest.mark.parametrize("upper", [None, 0.5])

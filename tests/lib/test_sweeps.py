@@ -98,9 +98,9 @@ def folder_of(job, name):
 
 def test_a_grid_is_every_combination_in_order():
     template = ["a.py", "--seed", "{seed}", "--name={lr}_{seed}", "{not a place}", "{}"]
-    found = _workers.expand(template, ["seed=0,1", "lr=.1,{seed},x=y"])
+    commands = _workers.expand(template, ["seed=0,1", "lr=.1,{seed},x=y"])
     rest = ("{not a place}", "{}")
-    assert found == [
+    assert commands == [
         ("a.py", "--seed", "0", "--name=.1_0", *rest),
         ("a.py", "--seed", "0", "--name={seed}_0", *rest),
         ("a.py", "--seed", "0", "--name=x=y_0", *rest),
@@ -240,7 +240,7 @@ def test_a_dry_run_lists_and_starts_nothing(job, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_lets_what_runs_save_and_starts_nothing_more(job, number):
-    """Ctrl-C goes to every process of the terminal, SIGTERM to the sweep alone."""
+    """Ctrl-C goes to every process of the terminal, SIGTERM only to the sweep."""
     command = [sys.executable, "-m", "lib.runs.sweeps", "--grid", "name=long1,long2,good"]
     command += ["--workers", "2", "--results", job.parent / "results"]
     command += ["--", "python", job, "{name}"]
@@ -357,8 +357,8 @@ def test_jobs_of_a_node_that_is_lost_are_told(job, slurm, capsys, monkeypatch):
 def test_a_stop_cancels_the_jobs_of_slurm(job, slurm, tmp_path, capsys):
     (slurm / "hold").touch()
     entries = [_workers.Entry((str(job), name), tmp_path / "sweeps" / name) for name in "ab"]
-    found = _workers.run(entries, {"time": 30}, workers=2, stop_requested=(slurm / "script").exists)
-    assert list(found.values()) == ["cancelled", "cancelled"]
+    ended = _workers.run(entries, {"time": 30}, workers=2, stop_requested=(slurm / "script").exists)
+    assert list(ended.values()) == ["cancelled", "cancelled"]
     lines = capsys.readouterr().out.splitlines()
     numbers = [line.rpartition("(job ")[2].split(",")[0] for line in lines]
     calls = (slurm / "calls").read_text().splitlines()

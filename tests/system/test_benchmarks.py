@@ -93,20 +93,20 @@ def test_flow_benchmark_runs(tmp_path):
 def test_transfer_benchmark_runs(tmp_path):
     arguments = "--src_dataset digits --tgt_dataset digits:rotated --size 12 --num_per_class 6"
     arguments += " --k_shot 2 --rounds 2 --n_epochs_wgd 10"
-    found = results_of("transfer", tmp_path, arguments)
-    assert 0 < found["ours"]["flow"] < found["ours"]["whole"]
-    assert found["published"]["flow"] > 5_000 * found["per_step"]["published"]["step"]
+    document = results_of("transfer", tmp_path, arguments)
+    assert 0 < document["ours"]["flow"] < document["ours"]["whole"]
+    assert document["published"]["flow"] > 5_000 * document["per_step"]["published"]["step"]
 
 
 @pytest.mark.slow
 def test_solver_benchmark_runs(tmp_path):
     arguments = "--sizes 3 12 --kinds mixture domain --repeats 2 --replicates 3"
-    found = results_of("mixing", tmp_path, arguments)
-    assert [(r["size"], r["features"], r["kind"]) for r in found["results"]] == [
+    document = results_of("mixing", tmp_path, arguments)
+    assert [(r["size"], r["features"], r["kind"]) for r in document["results"]] == [
         (3, 100, "mixture"), (3, 100, "domain"), (12, 100, "mixture"), (12, 100, "domain"),
         (12, 1000, "mixture"),
     ]  # fmt: skip
-    for result in found["results"]:
+    for result in document["results"]:
         for name, contender in result["contenders"].items():
             timed = [contender[what] for what in ("solve", "means") if what in contender]
             assert timed
@@ -114,17 +114,17 @@ def test_solver_benchmark_runs(tmp_path):
             # OSQP's own tolerance is 1e-3, Clarabel's 1e-8.
             most = 1e-14 if name == "ours" else 1e-9 if "tight" in name else 1e-3
             assert contender["gap_to_scale"] < most, name
-    assert found["bootstrap"]["largest_gap_to_scale"] < 1e-14
+    assert document["bootstrap"]["largest_gap_to_scale"] < 1e-14
 
 
 @pytest.mark.slow
 def test_mixing_stream_benchmark_runs(tmp_path):
     arguments = "--files 2 --rows 700 --dimension 32 --num_features 50 --num_blocks 3"
     arguments += f" --chunk_size 256 --folder {tmp_path}"
-    found = results_of("mixing_stream", tmp_path, arguments)
-    assert [r["stream"]["rows"] for r in found["rounds"]] == [700, 700]
-    assert found["binds"] in {"disk", "product"}
-    assert 0 < found["resident_bytes"]["before"] <= found["resident_bytes"]["peak"]
+    document = results_of("mixing_stream", tmp_path, arguments)
+    assert [r["stream"]["rows"] for r in document["rounds"]] == [700, 700]
+    assert document["binds"] in {"disk", "product"}
+    assert 0 < document["resident_bytes"]["before"] <= document["resident_bytes"]["peak"]
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 
 

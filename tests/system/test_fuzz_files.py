@@ -181,8 +181,8 @@ def read_mixture(path):
 
 
 def read_stats(path):
-    found = gmm_files.load_stats(path)
-    return found["mean"].numpy(), found["std"].numpy()
+    stats = gmm_files.load_stats(path)
+    return stats["mean"].numpy(), stats["std"].numpy()
 
 
 def read_condensed(path):

@@ -33,10 +33,10 @@ def run_blocks(text, name):
             continue
         test = doctest.DocTestParser().get_doctest(body, names, name, "README.md", 0)
         runner = doctest.DocTestRunner(verbose=False)
-        found = []
-        runner.run(test, out=found.append, clear_globs=False)
+        printed = []
+        runner.run(test, out=printed.append, clear_globs=False)
         assert test.examples
-        assert not runner.failures, "".join(found)
+        assert not runner.failures, "".join(printed)
         names = test.globs
     return names
 

@@ -58,11 +58,11 @@ def test_quick_run(tmp_path):
     out = tmp_path / "deep" / "scaling.json"
     scaling.main(scaling.Options(quick=True, rounds=2, out=out))
     assert out.with_suffix(".png").stat().st_size > 10_000
-    found = json.loads(out.read_text())
-    assert {row["system"] for row in found["sweeps"]} == {sweep.system for sweep in scaling.QUICK}
-    for row in found["sweeps"]:
+    results = json.loads(out.read_text())
+    assert {row["system"] for row in results["sweeps"]} == {sweep.system for sweep in scaling.QUICK}
+    for row in results["sweeps"]:
         assert all(p["cpu"] > 0 and p["memory"] > 0 for p in row["points"])
     again = tmp_path / "again.json"
     scaling.main(scaling.Options(read=(out, out), out=again))
-    assert json.loads(again.read_text())["sweeps"] == 2 * found["sweeps"]
+    assert json.loads(again.read_text())["sweeps"] == 2 * results["sweeps"]
     assert not jax.config.jax_enable_x64

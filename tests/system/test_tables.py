@@ -37,11 +37,11 @@ def test_a_line_a_row():
     # Two tries of two trainings; the first record does not count.
     row["accuracies"] = [[[0.1, 0.1], [0.7, 0.8]], [[0.1, 0.1], [0.5, 0.6]]]
     training = {"num_epochs": 1650, "learning_rate": 3e-4, "labelling": "axis"}
-    alone = row | {"method": "target_only", "training": training}
+    target_only = row | {"method": "target_only", "training": training}
     k10 = row | {"k": 10, "label_agreement": [0.7149, 0.998]}
     k100 = row | {"k": 100, "label_agreement": [1.0, 0.996]}
     axis = row | {"training": row["training"] | {"labelling": "axis"}}
-    first, by_axis, second, ten, hundred = transfer_table([alone, axis, k100, k10, row]).rows
+    first, by_axis, second, ten, hundred = transfer_table([target_only, axis, k100, k10, row]).rows
     cells = ["65.0 ± 12.9", "14.1", "73.0 ± 1.0"]
     assert first == ["mnist → usps", "5", "mmdsw", "50", "transport", *cells]
     assert second[2:5] == ["target_only", "1,650, Adam 0.0003", "-"]

@@ -31,9 +31,9 @@ def test_mypy_sees_shape_annotations_and_functions_without_any(tmp_path):
         "def without_annotations():\n"
         "    return settings_of(int)\n"
     )
-    found = output_of("mypy", script)
-    assert "script.py:4: error: Argument 1 has incompatible type" in found
-    assert "script.py:8: error: Missing positional argument" in found
+    errors = output_of("mypy", script)
+    assert "script.py:4: error: Argument 1 has incompatible type" in errors
+    assert "script.py:8: error: Missing positional argument" in errors
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)

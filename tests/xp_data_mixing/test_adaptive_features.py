@@ -52,8 +52,8 @@ def test_classifiers_are_logistic_regressions_of_the_rows_with_weight():
     for k, ridge in enumerate((0.01, 0.1)):
         shares = weights[k] / weights[k].sum()
         expected = LogisticRegression(C=1 / ridge, tol=1e-10).fit(rows, labels, shares)
-        found = softmax(posteriors.logits(fitted, rows)[k], axis=1)
-        np.testing.assert_allclose(found, expected.predict_proba(rows), atol=2e-3)
+        probabilities = softmax(posteriors.logits(fitted, rows)[k], axis=1)
+        np.testing.assert_allclose(probabilities, expected.predict_proba(rows), atol=2e-3)
 
 
 @pytest.mark.slow
@@ -64,8 +64,8 @@ def test_the_default_number_of_steps_is_enough():
         posteriors.fit_classifiers(rows, labels, weights, ridges, num_sources=3, num_steps=steps)
         for steps in (posteriors.NUM_STEPS, 200)
     )
-    found, expected = (softmax(posteriors.logits(c, rows)[0], axis=1) for c in (some, many))
-    np.testing.assert_allclose(found, expected, atol=2e-3)
+    probabilities, expected = (softmax(posteriors.logits(c, rows)[0], axis=1) for c in (some, many))
+    np.testing.assert_allclose(probabilities, expected, atol=2e-3)
 
 
 def test_no_row_has_a_say_in_its_own_posteriors():
@@ -299,17 +299,17 @@ def random_densities(rng, m, n):
 def test_likelihood_weights_against_em(m, n):
     rng = np.random.default_rng(m)
     logs, v = random_densities(rng, m, n), rng.random(m)
-    found = likelihood_weights(logs, v)
+    solution = likelihood_weights(logs, v)
     densities, w = np.exp(logs - logs.max(1, keepdims=True)), np.full(n, 1 / n)
     for _ in range(5000):
         shares = densities * w
         w = (v[:, None] * shares / shares.sum(1, keepdims=True)).sum(0) / v.sum()
     by_em = -(v @ (np.log(densities @ w) + logs.max(1))) / v.sum()
-    assert found.loss <= by_em + 1e-9
-    assert found.loss >= by_em - 1e-5
-    assert 0 <= found.gap + 1e-12 < 1e-8
-    assert found.weights.min() >= 0
-    assert found.weights.sum() == pytest.approx(1)
+    assert solution.loss <= by_em + 1e-9
+    assert solution.loss >= by_em - 1e-5
+    assert 0 <= solution.gap + 1e-12 < 1e-8
+    assert solution.weights.min() >= 0
+    assert solution.weights.sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("exponent", [-3, -30, -300])
@@ -318,10 +318,10 @@ def test_likelihood_weights_of_sources_that_are_told_apart(exponent):
     kinds = np.random.default_rng(0).choice(4, 500, p=[0.9, 0.08, 0, 0.02])
     logs = np.random.default_rng(1).uniform(exponent - 1, exponent, (500, 4)) * np.log(10)
     logs[np.arange(500), kinds] = 0
-    found = likelihood_weights(logs)
-    assert found.gap < 1e-8
-    np.testing.assert_allclose(found.weights, np.bincount(kinds, minlength=4) / 500, atol=2e-3)
-    assert found.weights[2] == 0
+    solution = likelihood_weights(logs)
+    assert solution.gap < 1e-8
+    np.testing.assert_allclose(solution.weights, np.bincount(kinds, minlength=4) / 500, atol=2e-3)
+    assert solution.weights[2] == 0
 
 
 def test_mixmin_against_cvxpy():
@@ -329,9 +329,9 @@ def test_mixmin_against_cvxpy():
     w = cvxpy.Variable(4)
     value = -cvxpy.sum(cvxpy.log(np.exp(logs + 300) @ w)) / 80
     cvxpy.Problem(cvxpy.Minimize(value), [cvxpy.sum(w) == 1, w >= 0]).solve(solver=cvxpy.CLARABEL)
-    found = likelihood_weights(logs)
-    np.testing.assert_allclose(found.weights, w.value, atol=1e-4)
-    assert found.loss == pytest.approx(value.value + 300, abs=1e-7)
+    solution = likelihood_weights(logs)
+    np.testing.assert_allclose(solution.weights, w.value, atol=1e-4)
+    assert solution.loss == pytest.approx(value.value + 300, abs=1e-7)
 
 
 @pytest.mark.parametrize(

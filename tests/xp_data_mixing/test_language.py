@@ -46,27 +46,27 @@ def test_code_and_prose_share_nothing():
 
 
 def test_every_domain_is_collected_once_and_held_out_files_are_others(folder):
-    found = texts.collect(folder, 10_000)
-    assert set(found.train) == set(texts.DOMAINS)
-    assert set(found.held_out) == set(texts.DOMAINS) | set(texts.REAL_TARGETS)
-    for name, files in found.manifest.items():
+    collected = texts.collect(folder, 10_000)
+    assert set(collected.train) == set(texts.DOMAINS)
+    assert set(collected.held_out) == set(texts.DOMAINS) | set(texts.REAL_TARGETS)
+    for name, files in collected.manifest.items():
         hashes = [file["sha256"] for file in files]
         assert len(set(hashes)) == len(hashes) > 10
-        for held_out, where in ((False, found.train), (True, found.held_out)):
+        for held_out, where in ((False, collected.train), (True, collected.held_out)):
             expected = sum(file["bytes"] + 1 for file in files if file["held_out"] == held_out)
             assert len(where.get(name, [])) == expected
-    header = next(f for f in found.manifest["headers"] if not f["held_out"])
+    header = next(f for f in collected.manifest["headers"] if not f["held_out"])
     content = (folder / header["path"]).read_bytes()
     assert hashlib.sha256(content).hexdigest() == header["sha256"]
-    assert content + b"\0" in found.train["headers"].tobytes()
-    assert b"sklearn" not in json.dumps(found.manifest["test code"]).encode()
+    assert content + b"\0" in collected.train["headers"].tobytes()
+    assert b"sklearn" not in json.dumps(collected.manifest["test code"]).encode()
     again = texts.collect(folder, 10_000)
-    assert again.manifest == found.manifest
+    assert again.manifest == collected.manifest
 
 
 def test_domains_differ_in_size(folder):
-    found = texts.collect(folder, 160)
-    sizes = [len(text) for text in found.train.values()]
+    collected = texts.collect(folder, 160)
+    sizes = [len(text) for text in collected.train.values()]
     assert all(size <= 160 // 2 ** (i % 4) + 1 for i, size in enumerate(sizes))
     assert sizes[0] > 120 > 41 >= sizes[2]
 
@@ -96,8 +96,8 @@ def test_no_byte_sees_those_after_it():
 def test_losses_are_of_the_next_byte():
     rows = np.random.default_rng(0).integers(0, 256, (3, 10)).astype(np.uint8)
     parameters = SMALL.init(KEY, jnp.zeros(9, int))
-    found = language.window_losses(SMALL, parameters, rows)
-    for row, of_row in zip(rows, found):
+    losses = language.window_losses(SMALL, parameters, rows)
+    for row, of_row in zip(rows, losses):
         logits = np.asarray(SMALL.apply(parameters, jnp.asarray(row[:-1], int)), float)
         expected = -log_softmax(logits, axis=1)[np.arange(9), row[1:]]
         np.testing.assert_allclose(of_row, expected, rtol=1e-4)

@@ -56,7 +56,7 @@ def test_accuracies_are_those_of_classifiers_trained_by_hand():
     sets = evaluation.TrainingSet(images, labels), evaluation.EvaluationSet(shown, truth)
     options = {"num_networks": 2, "show_progress": False}
     accuracies = evaluation.accuracies(key, *sets, SETTING, evaluator, **options)
-    # 3 batches an epoch: half of 9 steps is the 5th.
+    # 3 batches per epoch: half of 9 steps is the 5th.
     optimizer = optimizers.sgd(0.1, momentum=0.9, weight_decay=5e-4, milestones=(4,), factor=0.2)
     options = {"optimizer": optimizer, "num_epochs": 3, "batch_size": 8}
     for seed, accuracy in zip(jax.random.split(key, 2), accuracies):

@@ -62,14 +62,14 @@ def test_wasserstein_is_that_of_an_assignment(p, metric):
 
 
 @x64
-def test_judge_names_and_squares():
+def test_evaluate_names_and_squares():
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(6, 1)), rng.normal(size=(7, 1))
-    judged = metrics.evaluate(jnp.asarray(x), jnp.asarray(y), 0.7)
+    evaluated = metrics.evaluate(jnp.asarray(x), jnp.asarray(y), 0.7)
     expected = mmd_squared(x, y, lambda a, b: kernel(a, b, 0.7))
-    assert judged["mmd2"] == pytest.approx(expected, rel=1e-9)
-    assert judged["w1"] == pytest.approx(wasserstein_distance(x[:, 0], y[:, 0]), rel=1e-9)
-    assert set(judged) == {"mmd2", "w1", "w2", "kl"}
+    assert evaluated["mmd2"] == pytest.approx(expected, rel=1e-9)
+    assert evaluated["w1"] == pytest.approx(wasserstein_distance(x[:, 0], y[:, 0]), rel=1e-9)
+    assert set(evaluated) == {"mmd2", "w1", "w2", "kl"}
     flat = metrics.evaluate(jnp.asarray(np.tile(x, 2)), jnp.asarray(np.tile(y, 2)), 0.7)
     assert set(flat) == {"mmd2", "w1", "w2"}
 
@@ -432,7 +432,7 @@ def test_published_data_sets_are_what_they_are_called(name, center, spread):
         assert kstest(target.ravel() / 4, "norm").pvalue > 1e-3
     else:
         assert np.abs(target).max() <= 10
-        # Turned back, each coordinate is Student's but for the one in fifty that lies outside.
+        # Turned back, each coordinate is Student's, except the one in fifty that lies outside.
         for column in (target @ [[1, 1], [-1, 1]] / np.sqrt(2)).T:
             assert kstest(column, t_distribution(2).cdf).statistic < 0.05
 

@@ -46,8 +46,8 @@ def test_images_of_two_draws_are_distinct(monkeypatch):
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (7, 40), (200, 200)])
 def test_interval(hits, n):
     expected = binomtest(hits, n).proportion_ci(method="wilson")
-    found = power.interval([True] * hits + [False] * (n - hits))
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    interval = power.interval([True] * hits + [False] * (n - hits))
+    np.testing.assert_allclose(interval, expected, atol=1e-4)
 
 
 def test_draws_are_the_same_for_all_and_are_not_repeated(tmp_path):

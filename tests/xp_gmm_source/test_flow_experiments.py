@@ -150,7 +150,7 @@ def test_settings_that_cannot_be(call, words):
 
 
 def test_presets_compare_at_one_cost():
-    """Flows of a group differ in source and coupling alone."""
+    """Flows of a group differ only in source and coupling."""
     alike = {"source": "gaussian", "coupling": "optimal", "prune": False, "n_components": 10}
     alike["covariance_type"] = "full"
     for preset in ("quick", "paper", "gpu"):

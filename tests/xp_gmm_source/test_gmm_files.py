@@ -245,7 +245,7 @@ def test_published_snippet_as_printed(stored, folder, tmp_path, monkeypatch):
 
 
 def test_a_batch_in_torch_needs_no_factor_for_each_draw():
-    """No intermediate is larger than the batch or the factors, let alone B d^2 numbers."""
+    """No intermediate is larger than the batch or the factors: none has B d^2 numbers."""
     d, num = 60, 50
     rng = np.random.default_rng(0)
     factors = np.tril(rng.normal(size=(2, d, d))) + 5 * np.eye(d)
@@ -376,11 +376,11 @@ def test_the_uses_of_a_seed_share_no_key(seed):
 
 def test_flips_each_image_or_not():
     images = images_of(50)
-    found = gmm_fit.flipped(images, 0)
-    same, turned = ((found == x).all(axis=(1, 2, 3)) for x in (images, images[:, :, ::-1]))
+    flipped = gmm_fit.flipped(images, 0)
+    same, turned = ((flipped == x).all(axis=(1, 2, 3)) for x in (images, images[:, :, ::-1]))
     assert (same | turned).all()
     assert 10 < (turned & ~same).sum() < 40
-    assert np.array_equal(found, gmm_fit.flipped(images, 0))
+    assert np.array_equal(flipped, gmm_fit.flipped(images, 0))
 
 
 @pytest.mark.slow
@@ -389,7 +389,9 @@ def test_singular_covariances_are_announced(monkeypatch):
     there is memory; where there is not, an error before any work."""
     images = images_of(40)
     config = FitConfig(n_components=3, max_iter=1, reg_covar=1e-2)
-    with pytest.warns(UserWarning, match="13 a component, in 18 dim.*tied, diag, spherical or low"):
+    with pytest.warns(
+        UserWarning, match="13 per component, in 18 dim.*tied, diag, spherical or low"
+    ):
         gmm_fit.fit_images(config, images, show_progress=False)
     monkeypatch.setattr(gmm_fit.os, "sysconf", lambda name: 100)
     with (

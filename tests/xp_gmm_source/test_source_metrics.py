@@ -120,10 +120,10 @@ def test_bad_input_is_refused(reference, call, words):
         call(reference)
 
 
-def test_judge_is_what_numpy_finds(digits, network, reference):
+def test_evaluate_is_what_numpy_finds(digits, network, reference):
     noise = np.random.default_rng(0).normal(size=(150, 8, 8, 1))
     samples = (digits[0][:150] + 0.3 * noise).astype(np.float32)
-    judged = metrics.evaluate(samples, reference)
+    evaluated = metrics.evaluate(samples, reference)
     x, y = (z.reshape(len(z), -1) for z in (samples, digits[2][:200]))
     of_x, of_y = metrics.outputs(network, x), metrics.outputs(network, y)
     features = [np.asarray(outputs.features, float) for outputs in (of_x, of_y)]
@@ -131,21 +131,21 @@ def test_judge_is_what_numpy_finds(digits, network, reference):
     for name, pair in (("mmd2_pixels", pixels), ("mmd2_features", features)):
         gaussian = partial(kernel, bandwidth=np.median(pdist(pair[1])))
         expected = mmd_squared(*pair, gaussian, unbiased=True)
-        assert judged[name] == pytest.approx(expected, rel=1e-3)
+        assert evaluated[name] == pytest.approx(expected, rel=1e-3)
     expected = metrics.frechet_distance(of_x.features, of_y.features)
-    assert judged["frechet"] == pytest.approx(expected, rel=1e-6)
+    assert evaluated["frechet"] == pytest.approx(expected, rel=1e-6)
 
     # W_2^2 on the line of 150 and 200 points: both repeated to 600.
     directions = np.asarray(reference.directions, float)
     u, v = (np.sort(np.repeat(z @ directions.T, 600 // len(z), axis=0), axis=0) for z in (x, y))
     sliced = np.sqrt(np.mean((u - v) ** 2))
-    assert judged["sliced_wasserstein"] == pytest.approx(sliced, rel=1e-4)
+    assert evaluated["sliced_wasserstein"] == pytest.approx(sliced, rel=1e-4)
 
     labels = (np.asarray(outputs.predictions) for outputs in (of_x, of_y))
     p, q = (np.bincount(predictions, minlength=10) / len(predictions) for predictions in labels)
     # Total variation is the transport cost for a distance of 1 between any two classes.
-    assert judged["class_distance"] == pytest.approx(np.maximum(p - q, 0).sum())
-    assert judged["class_entropy_gap"] == pytest.approx(entropy(q) - entropy(p))
+    assert evaluated["class_distance"] == pytest.approx(np.maximum(p - q, 0).sum())
+    assert evaluated["class_entropy_gap"] == pytest.approx(entropy(q) - entropy(p))
 
 
 def test_a_dropped_mode_and_noise_are_seen_above_the_floor(digits, network, reference):

@@ -189,8 +189,8 @@ def dct_statistics(data, block):
 def test_frequency_statistics_are_scipys_and_draws_are_standardized(shape, block, share):
     data = images(30, *shape)
     expected = dct_statistics(data, block)
-    for found, exact in zip(shaped.frequency_statistics(data, block=block), expected):
-        np.testing.assert_allclose(found, exact, atol=1e-10)
+    for statistic, exact in zip(shaped.frequency_statistics(data, block=block), expected):
+        np.testing.assert_allclose(statistic, exact, atol=1e-10)
     source = shaped.frequency_source(data, masked_share=share, block=block)
     assert_standard(source.sample(KEY, 8000))
     assert np.ptp(np.asarray(source.std)) > 1e-3 * np.asarray(source.std).max()

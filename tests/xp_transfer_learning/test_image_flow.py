@@ -31,7 +31,7 @@ def test_quick_flows_bring_digits_to_the_target(tmp_path):
         arrays = dict(np.load(folder / "arrays.npz"))
         assert arrays["losses"][-1] < 1e-3 * arrays["losses"][0]
         # Every particle ends at a target image, and every target image is met: distances fall
-        # from several gray levels a pixel to less than a tenth of one in [0, 1].
+        # from several gray levels per pixel to less than a tenth of one in [0, 1].
         particles, target = (a.reshape(-1, 64) for a in (arrays["particles"][-1], arrays["x_tgt"]))
         squared = cdist(particles, target, "sqeuclidean") / 64
         distances = np.sqrt(squared.min(axis=1))

@@ -61,7 +61,7 @@ def test_matching_with_more_source_classes_fills_every_target(seed):
 
 
 def test_matching_with_more_target_classes_takes_the_largest_share():
-    """Each of 2 classes fills 1.5 of 3: one target alone, and half of the one in the middle."""
+    """Each of 2 classes fills 1.5 of 3: one target entirely, and half of the one in the middle."""
     costs = np.array([[4.0, 1, 0], [0, 1, 4]])
     np.testing.assert_array_equal(match_classes(costs), [2, 0])
     np.testing.assert_array_equal(match_classes(np.ones((1, 3)) * [[3, 1, 2]]), [0])

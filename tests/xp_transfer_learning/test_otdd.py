@@ -1,7 +1,7 @@
 """OTDD by Sinkhorn against POT's exact one.
 
 Sinkhorn stops with marginals off by up to 1e-3 in total, which bounds what its plans are worth.
-With an epsilon of 1e-3 they are vertices up to that, but for near ties; the value, at worst off by
+With an epsilon of 1e-3 they are vertices up to that, except near ties; the value, at worst off by
 log(points) epsilon mean costs and 1e-3 largest ones (0.7 % here), is by 0.04 %.
 """
 

@@ -110,8 +110,8 @@ def test_without_flowed_images_the_same_epochs_and_the_same_gradient_steps(
     (one,) = transfer.trainings("mmdsw", k, arguments, num_classes)
     assert same_epochs.num_epochs == one.num_epochs == epochs
     wanted = steps(of_target * k + of_source * n, epochs)
-    alone = of_target * k
-    assert steps(alone, same_steps.num_epochs) <= wanted < steps(alone, same_steps.num_epochs + 1)
+    shots = of_target * k
+    assert steps(shots, same_steps.num_epochs) <= wanted < steps(shots, same_steps.num_epochs + 1)
 
 
 def test_the_classes_that_count_are_those_of_the_data(tmp_path, monkeypatch):
