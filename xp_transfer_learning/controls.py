@@ -446,6 +446,8 @@ def preset(arguments: Arguments) -> Arguments:
 
 def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Runs the arms; returns the summary's path."""
+    from xp_transfer_learning import plot
+
     arguments = preset(arguments)
     flow = METHODS["sliced_mmd"]
     if arguments.n_epochs_wgd is not None:
@@ -483,7 +485,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     stem = f"controls_{pair}-k{'_'.join(map(str, arguments.k_shot))}-{arguments.matching}"
     path = arguments.results / EXPERIMENT / f"{stem}.json"
     summary = {"seeds": list(seeds), "n_epochs_nn": arguments.n_epochs_nn, "rows": rows}
-    return write_summary(path, summary, [table(rows)])
+    return write_summary(path, summary, [table(rows)], figures=lambda path: [plot.controls(path)])
 
 
 if __name__ == "__main__":

@@ -190,6 +190,34 @@ def transfer_along(summary: Path) -> Path:
         return plotting.save_figure(figure, summary.parent / "figures" / f"{summary.stem}.png")
 
 
+def controls(summary: Path) -> Path:
+    """Accuracies of `controls.py`: a panel per k, a line per arm; a dot per draw, their mean, and a
+    dotted line at the k images, augmented."""
+    rows = json.loads(summary.read_text())["rows"]
+    numbers = list(dict.fromkeys(row["k"] for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))[::-1]
+    with plotting.style():
+        figure, axes = plt.subplots(
+            1, len(numbers), figsize=(3.4 * len(numbers) + 2.2, 0.3 * len(arms) + 1.2),
+            squeeze=False, sharey=True, layout="constrained",
+        )  # fmt: skip
+        for axis, k in zip(axes[0], numbers):
+            for row in (row for row in rows if row["k"] == k):
+                means = 100 * np.mean(row["accuracies"], axis=1)
+                place = arms.index(row["arm"])
+                color = plotting.CLASS_COLORS[0 if "way" in row["arm"] else 1]
+                if row["arm"] in ("arrived", "auto"):
+                    color = plotting.CLASS_COLORS[("arrived", "auto").index(row["arm"]) * 2]
+                axis.scatter(means, np.full(len(means), place), s=8, color=color, alpha=0.5, lw=0)
+                axis.scatter(means.mean(), place, s=50, marker="|", color=color)
+                if row["arm"] == "k images, augmented":
+                    axis.axvline(means.mean(), color="0.5", ls=":", lw=1)
+            axis.set_yticks(range(len(arms)), arms, fontsize=7)
+            axis.set_xlabel("accuracy in percent")
+            axis.set_title(f"{rows[0]['source']} → {rows[0]['target']}, k = {k}", fontsize=9)
+        return plotting.save_figure(figure, summary.with_suffix(".png"))
+
+
 def matching(costs: np.ndarray, matched: np.ndarray) -> Figure:
     """Costs [C, D] between flowed and target classes; in red the target class [C] of each."""
     figure, axis = plt.subplots(figsize=(3.6, 3))

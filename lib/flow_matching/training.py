@@ -30,12 +30,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
 from lib import devices
+from lib.flow_matching.semidiscrete import assign
 from lib.kernels import squared_distances
 from lib.runs import Run
 from lib.runs.loop import Chunk, first_nonfinite, run_steps, traced_optimizer
 
-Coupling = Literal["independent", "optimal", "conditional"]
-"""conditional: optimal within each class of the batch."""
+Coupling = Literal["independent", "optimal", "conditional", "semidiscrete"]
+"""optimal: within a batch; conditional: within each class of it. semidiscrete: of the source with
+all of the data, by potentials (`lib.flow_matching.semidiscrete`)."""
 Velocity = Callable[[Float[Array, "B d"], Float[Array, " B"]], Float[Array, "B d"]]
 
 MAX_STEPS_PER_CHUNK = 1024
@@ -187,30 +189,39 @@ def draw_step(
     images: Num[Array, "n height width channels"],
     batch_size: int,
     labels: Int[Array, " n"] | None = None,
+    potentials: Float[Array, " n"] | None = None,
     *,
     augment_flip: bool = False,
     mesh: Mesh | None = None,
 ) -> Draws:
-    """The source's own pairs of a step. `key` is that of the whole run.
+    """The source's own pairs of a step, or those of `potentials`. `key` is that of the whole run.
 
-    x1 are images, `labels` theirs, drawn independently (so one may come twice), as flat rows. uint8
-    is mapped from 0..255 to [-1, 1]. With `augment_flip` each is mirrored left to right with
-    probability 1/2.
+    x1 are images, `labels` theirs, drawn independently (so one may come twice), as flat rows; with
+    `potentials` those that x0 are assigned to. uint8 is mapped from 0..255 to [-1, 1]. With
+    `augment_flip` each is mirrored left to right with probability 1/2.
     """
     batch_key, source_key, time_key = jax.random.split(jax.random.fold_in(key, step), 3)
     index_key, flip_key = jax.random.split(batch_key)
-    chosen = jax.random.randint(index_key, (batch_size,), 0, len(images))
-    batch = images[chosen]
-    if batch.dtype == jnp.uint8:
-        batch = batch.astype(jnp.float32) / 127.5 - 1
+    x0 = None
+    if potentials is None:
+        chosen = jax.random.randint(index_key, (batch_size,), 0, len(images))
+    else:
+        x0 = source.sample(source_key, batch_size)
+        chosen = assign(x0, in_unit(images).reshape(len(images), -1), potentials)
+    batch = in_unit(images[chosen])
     if augment_flip:
         flipped = jax.random.bernoulli(flip_key, shape=(batch_size, 1, 1, 1))
         batch = jnp.where(flipped, batch[:, :, ::-1], batch)
     # All of the batch in one place, for the assignment.
     x1 = devices.constrain(batch.reshape(batch_size, -1), mesh)
-    x0 = devices.constrain(source.couple(source_key, x1), mesh)
+    x0 = devices.constrain(source.couple(source_key, x1) if x0 is None else x0, mesh)
     times = jax.random.uniform(time_key, (batch_size,), x1.dtype)
     return Draws(x0, x1, times, None if labels is None else labels[chosen])
+
+
+def in_unit(images: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """uint8 images in [-1, 1]; others as they are."""
+    return images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images
 
 
 def train_step(
@@ -220,6 +231,7 @@ def train_step(
     images: Num[Array, "n height width channels"],
     permutation: Int[Array, " B"] | None = None,
     labels: Int[Array, " n"] | None = None,
+    potentials: Float[Array, " n"] | None = None,
     *,
     network: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -235,8 +247,9 @@ def train_step(
     (1 + step) / (10 + step)), step counted from 0, so that it forgets its start.
     """
     x0, x1, times, of_batch = draw_step(
-        key, state.step, source, images, batch_size, labels, augment_flip=augment_flip, mesh=mesh
-    )
+        key, state.step, source, images, batch_size, labels, potentials,
+        augment_flip=augment_flip, mesh=mesh,
+    )  # fmt: skip
     if permutation is not None:
         x0 = x0[permutation]
 
@@ -271,6 +284,7 @@ def fit(
     ema_decay: float = 0.999,
     augment_flip: bool = False,
     labels: Array | None = None,
+    potentials: Array | None = None,
     run: Run | None = None,
     show_progress: bool = True,
     description: str = "flow matching",
@@ -283,8 +297,8 @@ def fit(
       key: key of the run, for the network's start and every step.
       source: draws x0 [B, H W channels]; see `Source`.
       images: [n, H, W, channels], float in [-1, 1], or uint8, which is mapped there batch by batch.
-      coupling: "independent", "optimal" within each batch, or "conditional": within each class of
-        it.
+      coupling: "independent", "optimal" within each batch, "conditional": within each class of it,
+        or "semidiscrete": with all images, by their `potentials` [n].
       batch_size: images per step, drawn independently.
       ema_decay: of the running mean of the parameters, in [0, 1).
       augment_flip: mirrors images at random.
@@ -302,8 +316,9 @@ def fit(
       RunFileError: the folder's checkpoint is of other data, settings or key.
     """
     images, source = jnp.asarray(images), jax.tree.map(jnp.asarray, source)
-    labels = None if labels is None else jnp.asarray(labels)
+    labels, potentials = (None if a is None else jnp.asarray(a) for a in (labels, potentials))
     _check_input(images, source, labels, num_steps, batch_size, coupling, ema_decay)
+    _check_potentials(potentials, images, coupling, augment_flip)
     init_key, key = jax.random.split(key)
     start = partial(init, init_key, network, optimizer, images.shape[1:], labels is not None)
     parameters = jax.eval_shape(start).parameters  # shares its trace with the start itself
@@ -316,7 +331,7 @@ def fit(
     _check_network(network, parameters, images, labels)
     losses = np.zeros(num_steps, np.float32)
     buffer = devices.device_put(np.zeros(MAX_STEPS_PER_CHUNK, np.float32), mesh)
-    inputs = devices.device_put((key, source, images, labels), mesh)
+    inputs = devices.device_put((key, source, images, labels, potentials), mesh)
     costs = partial(_costs, batch_size=batch_size, augment_flip=augment_flip, mesh=mesh)
     assigned = dict[int, Future]()
 
@@ -334,7 +349,7 @@ def fit(
 
     def advance(state, done, size):
         nonlocal buffer
-        table = permutations(done, size) if coupling != "independent" else None
+        table = permutations(done, size) if coupling in ("optimal", "conditional") else None
         state, finite, buffer = _advance(
             state, size, buffer, table, *inputs, optimizer=optimizer, mesh=mesh, **settings
         )
@@ -355,11 +370,14 @@ def fit(
                 "optimizer": traced_optimizer(optimizer, parameters),
                 "coupling": coupling,
                 **({} if labels is None else {"labels": labels}),
+                **({} if potentials is None else {"potentials": potentials}),
                 **settings,
             },
             history=lambda done: losses[:done],
             place=partial(devices.device_put, mesh=mesh),
-            max_chunk=MAX_STEPS_PER_CHUNK if coupling == "independent" else MAX_COUPLED_STEPS,
+            max_chunk=MAX_COUPLED_STEPS
+            if coupling in ("optimal", "conditional")
+            else MAX_STEPS_PER_CHUNK,
             show_progress=show_progress,
             description=description,
         )
@@ -372,7 +390,7 @@ def fit(
     static_argnames=("network", "optimizer", "batch_size", "ema_decay", "augment_flip", "mesh"),
     donate_argnames="buffer",
 )
-def _advance(state, size, buffer, permutations, key, source, images, labels, **settings):
+def _advance(state, size, buffer, permutations, key, source, images, *given, **settings):
     """(state after `size` steps, whether it is finite, the losses in `buffer`).
 
     `size` is not static: chunks of any size share one program.
@@ -381,7 +399,7 @@ def _advance(state, size, buffer, permutations, key, source, images, labels, **s
     def body(i, carry):
         state, losses = carry
         permutation = None if permutations is None else permutations[i]
-        state, value = train_step(key, state, source, images, permutation, labels, **settings)
+        state, value = train_step(key, state, source, images, permutation, *given, **settings)
         state = devices.constrain(state, settings["mesh"])
         return state, losses.at[i].set(value.astype(losses.dtype))
 
@@ -391,7 +409,7 @@ def _advance(state, size, buffer, permutations, key, source, images, labels, **s
 
 
 @partial(jax.jit, static_argnames=("batch_size", "augment_flip", "mesh"))
-def _costs(step, key, source, images, labels, **settings):
+def _costs(step, key, source, images, labels, potentials, **settings):
     """|x1_i - x0_j|^2 of a step's batch, [B, B], and its labels."""
     x0, x1, _, of_batch = draw_step(key, step, source, images, labels=labels, **settings)
     return devices.constrain(squared_distances(x1, x0), settings["mesh"]), of_batch
@@ -429,6 +447,15 @@ def _check_input(images, source, labels, num_steps, batch_size, coupling, ema_de
     x0 = jax.eval_shape(lambda source, x1: source.couple(jax.random.key(0), x1), source, x1)
     if x0.shape != x1.shape:
         raise ValueError(f"the source draws {x0.shape} for a batch of images of shape {x1.shape}")
+
+
+def _check_potentials(potentials, images, coupling, augment_flip) -> None:
+    if (potentials is not None) != (coupling == "semidiscrete"):
+        raise ValueError("potentials are of coupling semidiscrete, which needs them")
+    if potentials is not None and potentials.shape != (len(images),):
+        raise ValueError(f"potentials are [{len(images)}], one per image, not {potentials.shape}")
+    if potentials is not None and augment_flip:
+        raise ValueError("augment_flip makes images that the potentials do not know")
 
 
 def _check_network(network, parameters, images, labels) -> None:

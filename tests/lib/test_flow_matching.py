@@ -315,6 +315,22 @@ def test_labels_that_are_not_used_change_nothing(coupling):
     )
 
 
+def test_semidiscrete_training_resumes_and_refuses_what_does_not_fit(monkeypatch, run):
+    options = {"coupling": "semidiscrete", "potentials": jnp.linspace(0, 1, 12)}
+    whole = training(**options)
+    assert not np.array_equal(whole.losses, training().losses)
+    interrupt(monkeypatch, partial(training, **options, run=run), 5)
+    assert_same_bits(training(**options, run=run), whole)
+    for changes, message in (
+        ({"potentials": None}, "which needs them"),
+        ({"coupling": "optimal"}, "potentials are of coupling semidiscrete"),
+        ({"potentials": jnp.zeros(5)}, r"potentials are \[12\], one per image, not \(5,\)"),
+        ({"augment_flip": True}, "images that the potentials do not know"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training(**options | changes)
+
+
 @pytest.mark.parametrize("coupling", ["independent", "conditional"])
 def test_a_velocity_of_the_label_only_is_the_mean_of_its_class(coupling):
     """E[x1 - x0 | label] is the class's mean less the source's, whatever the pairs within it."""
