@@ -76,7 +76,7 @@ def test_training_pairs_each_draw_with_its_image():
     values = jnp.asarray(RNG.normal(size=9), jnp.float32)
     source, labels = Uniform(jnp.zeros(2)), jnp.arange(9) + 10
     drawn = draw_step(KEY, 3, source, images, 40, labels, values)
-    costs = np.square(np.asarray(drawn.x0)[:, None] - rows[None]).sum(axis=2) - values
+    costs = np.square(np.asarray(drawn.x0)[:, None] - rows[None]).sum(axis=2) - np.asarray(values)
     np.testing.assert_allclose(drawn.x1, rows[costs.argmin(axis=1)], rtol=1e-6)
     np.testing.assert_array_equal(drawn.labels, labels[costs.argmin(axis=1)])
 
