@@ -3,6 +3,7 @@
     python xp_gmm_source/gmm_fit.py                                            (CIFAR-10, K = 2)
     python xp_gmm_source/gmm_fit.py --n_components 10 --n_pca 300 --covariance_type full
     python xp_gmm_source/gmm_fit.py --dataset path/to/images.zip --covariance_type diag
+    python xp_gmm_source/gmm_fit.py --dataset mnist --n_pca 50 --n_components auto
 
 Writes NAME = {dataset}_gmm{K}_pca{D}_{covariance_type} to --output_dir: NAME.pkl and NAME_stats.pt,
 which PyTorch code reads as the published ones, and NAME.npz, the same without pickle, which is
@@ -17,7 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ import tyro
 from jax.sharding import Mesh
 
 from lib import gmm, runs
-from lib.datasets import file_stem, identity, load, to_unit
+from lib.datasets import Dataset, file_stem, identity, load, to_unit
 from lib.gmm.covariances import diagonal, full, low_rank, spherical, tied
 from lib.gmm.em import fit, mean_log_likelihood
 from lib.gmm.starts import Structure, kmeans_start
@@ -34,7 +35,7 @@ from lib.rows import Rows
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
-from xp_gmm_source import gmm_files
+from xp_gmm_source import gmm_files, selection
 from xp_gmm_source.config import EXPERIMENT, FitConfig
 from xp_gmm_source.sources import Projection, mixture_source, moments_of
 
@@ -292,12 +293,27 @@ def sampled_moments(
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(DeviceOptions, FitConfig):
+    n_components: int | Literal["auto"] = FitConfig.n_components  # type: ignore[assignment]
+    """K, the number of Gaussian components; auto: by held-out likelihood (see selection.py)."""
     output_dir: Path = DATA
     """Where the files go. Default: the folder data beside this one."""
     data_root: Path | None = None
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
     results: Path = Path("results")
     """Where an unfinished fit keeps its checkpoint."""
+
+    def __post_init__(self):
+        if self.n_components != "auto":
+            super().__post_init__()
+
+
+def chosen(arguments: Arguments, train: Dataset, mesh: Mesh | None = None) -> int:
+    """K by held-out likelihood; prints what it is chosen from."""
+    config = settings_of(FitConfig, dataclasses.replace(arguments, n_components=1))
+    candidates = selection.select(config, train.images, fit_images, mesh=mesh)
+    made = selection.table(candidates, config.n_pca or int(np.prod(train.image_shape)))
+    print(f"{made.caption}\n\n{made.markdown()}\n")
+    return selection.best(candidates)
 
 
 def _finished(path: Path, settings: dict[str, Any]) -> bool:
@@ -310,9 +326,11 @@ def _finished(path: Path, settings: dict[str, Any]) -> bool:
 
 def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Fits, writes the three files, says where they lie; returns the path of the npz."""
-    config = settings_of(FitConfig, arguments)
     where: dict[str, Any] = {"data_root": arguments.data_root}
-    train = load(config.dataset, **where)
+    train = load(arguments.dataset, **where)
+    if arguments.n_components == "auto":
+        arguments = dataclasses.replace(arguments, n_components=chosen(arguments, train, mesh))
+    config = settings_of(FitConfig, arguments)
     d = int(np.prod(train.image_shape))
     kind = f"gmm{config.n_components}_pca{config.n_pca or d}_{config.covariance_type}"
     stem = train.origin or file_stem(config.dataset, **where)
