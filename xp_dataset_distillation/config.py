@@ -313,6 +313,16 @@ def order(base: CondenseConfig) -> dict[str, CondenseConfig]:
     }
 
 
+def pools(base: CondenseConfig) -> dict[str, CondenseConfig]:
+    """Random networks against those of a pool, under each kernel and factor."""
+    kinds: tuple[Networks, ...] = ("random", "trained", "aged", "interpolated")
+    return {
+        f"{networks}, {label}": replace(method, networks=networks)
+        for networks in kinds
+        for label, method in order(base).items()
+    }
+
+
 def kernels(base: CondenseConfig) -> dict[str, CondenseConfig]:
     """Every kernel, and the Gaussian one at other bandwidths."""
     names: tuple[KernelName, ...] = (

@@ -15,6 +15,7 @@ from xp_dataset_distillation.config import (
     kernels,
     mmdsw,
     order,
+    pools,
 )
 
 ARCHITECTURES: tuple[NetworkName, ...] = ("convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18")
@@ -93,6 +94,7 @@ def _groups(
     (evaluation,) = evaluations.values()
     varied: dict[str, dict[str, Method]] = {
         "order": order(base) | random,
+        "pools": pools(base) | random,
         "kernels": kernels(base) | random,
         "data_size": {
             f"{size or 'all'} images per class": replace(base, num_per_class=size)
