@@ -58,7 +58,7 @@ class FitConfig:
 
 
 SourceName = Literal["gaussian", "norm_aligned", "gmm", "dct"]
-Coupling = Literal["independent", "optimal", "mode"]
+Coupling = Literal["independent", "optimal", "mode", "semidiscrete"]
 Preset = Literal["quick", "paper", "gpu"]
 
 
@@ -74,7 +74,12 @@ class FlowConfig:
     the images hardly have."""
     coupling: Coupling = "optimal"
     """Of x0 and x1. optimal: exact optimal transport within the minibatch. mode: x0 from the
-    component responsible for x1 (gmm only)."""
+    component responsible for x1 (gmm only). semidiscrete: optimal transport between the source and
+    all training images."""
+    potential_steps: int = 4000
+    """Of the ascent that learns the potentials of semidiscrete, with `potential_batch` draws each:
+    n d of these operations a step, n training images."""
+    potential_batch: int = 256
     n_components: int = 10
     """Of the mixture, as the next two."""
     covariance_type: CovarianceType = "full"
@@ -120,7 +125,11 @@ class FlowConfig:
             "num_steps",
             "batch_size",
             "num_samples",
+            "potential_steps",
+            "potential_batch",
         )
+        if self.coupling == "semidiscrete" and self.augment_flip:
+            raise ValueError("augment_flip makes images that semidiscrete potentials do not know")
         if self.coupling == "mode" and self.source != "gmm":
             raise ValueError(f"coupling mode is of a mixture, not of source {self.source}")
         if self.prune and self.source not in ("gaussian", "norm_aligned"):
@@ -135,6 +144,11 @@ class FlowConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
+    def without_effect(self) -> tuple[str, ...]:
+        """Later settings that change nothing here: a run made before them keeps its name."""
+        later = ("potential_steps", "potential_batch")
+        return () if self.coupling == "semidiscrete" else later
+
 
 def comparison(base: FlowConfig) -> dict[str, FlowConfig]:
     """The sources that are compared on one data set, at one cost of training."""
@@ -142,6 +156,7 @@ def comparison(base: FlowConfig) -> dict[str, FlowConfig]:
     choices: dict[str, dict[str, Any]] = {
         "Gaussian": {"coupling": "independent", "prune": True},
         "Gaussian, OT": {"prune": True},
+        "Gaussian, semidiscrete": {"coupling": "semidiscrete"},
         "norm-aligned, OT": {"source": "norm_aligned", "prune": True},
         "DCT, OT": {"source": "dct"},
         "GMM-1, OT": {"source": "gmm", "n_components": 1},
@@ -150,6 +165,8 @@ def comparison(base: FlowConfig) -> dict[str, FlowConfig]:
         "GMM-10, mode-coupled": {"source": "gmm", "coupling": "mode"},
         "GMM-10 diagonal, mode-coupled": {"source": "gmm", "coupling": "mode", **diagonal},
     }
+    if base.augment_flip:  # of images that the potentials would not know
+        del choices["Gaussian, semidiscrete"]
     return {label: replace(base, **choice) for label, choice in choices.items()}
 
 

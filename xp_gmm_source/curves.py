@@ -102,6 +102,7 @@ def curve(
     trained_by = replace(config, num_steps=1, euler=(), num_samples=1)
     training = runs.open_run(arguments.results, EXPERIMENT, name, trained_by, seed=seed)
     source = flow.source_of(config, split.train, arguments.results, mesh=mesh)
+    pairs = flow.pairs_of(config, source, split.train, arguments.results)
     warm_up = config.warm_up
     optimizer = flow.optimizer(config.learning_rate, warm_up, 2 * warm_up, decay=False)
     train_key, evaluation_key = jax.random.split(key_of_seed(seed, shift=1000))
@@ -111,8 +112,7 @@ def curve(
         if not run.finished:
             trained = flow_matching.fit(
                 train_key, flow.network(config), source, jnp.asarray(split.train.images),
-                coupling="optimal" if config.coupling == "optimal" else "independent",
-                optimizer=optimizer,
+                **pairs, optimizer=optimizer,
                 num_steps=mark, batch_size=config.batch_size, ema_decay=config.ema_decay,
                 augment_flip=config.augment_flip, run=training,
                 description=f"{label}, seed {seed}", mesh=mesh,

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from lib import flow_matching, runs
 from lib.datasets import Dataset, identity, load, to_unit
 from lib.flow_matching import Source, sampling
+from lib.flow_matching.semidiscrete import fit_potentials
 from lib.flow_matching.unet import UNet
 from lib.networks import convolution
 from lib.numerics import key_of_seed, named_key
@@ -189,6 +190,36 @@ def source_of(
     return make(stored.mixture, mean=stored.mean, std=stored.std, pca=stored.projection)
 
 
+def pairs_of(
+    config: FlowConfig,
+    source: Source,
+    train: Dataset,
+    results: Path,
+    *,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """How `flow_matching.fit` is to pair x0 and x1; potentials are learnt, or found in their
+    folder, beside the seconds that they took."""
+    if config.coupling != "semidiscrete":
+        # The pairs of "mode" are the source's own.
+        return {"coupling": "optimal" if config.coupling == "optimal" else "independent"}
+    about = ("dataset", "source", "n_components", "covariance_type", "n_pca", "em_iterations",
+             "masked_share", "num_train", "potential_steps", "potential_batch")  # fmt: skip
+    known = {name: getattr(config, name) for name in about}
+    name = f"potentials-{train.name}-{config.source}"
+    run = runs.open_run(results, EXPERIMENT, name, known, seed=0, wait=True)
+    if not run.finished:
+        began = time.perf_counter()
+        points = jnp.asarray(to_unit(train.images).reshape(len(train.images), -1), jnp.float32)
+        potentials = fit_potentials(
+            jax.random.key(3), source, points, num_steps=config.potential_steps,
+            batch_size=config.potential_batch, run=run, show_progress=show_progress,
+        )  # fmt: skip
+        seconds = np.asarray(time.perf_counter() - began)
+        run.finish(**potentials._asdict(), seconds=seconds)
+    return {"coupling": "semidiscrete", "potentials": run.load_arrays()["values"]}
+
+
 def sampling_sources(
     config: FlowConfig, source: Source, train: Dataset, *, show_progress: bool = True
 ) -> dict[str, Source]:
@@ -258,12 +289,14 @@ def run_flow(
     losses [num_steps] and train_seconds."""
     name = f"{Path(config.dataset).stem}-{config.source}-{config.coupling}"
     known = known_by_content(config, data_root)
-    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed)
+    exclude = (*runs.NOT_HASHED, *config.without_effect())
+    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed, exclude=exclude)
     if run.finished:
         return run
     split = read(config, data_root)
     config = known
     source = source_of(config, split.train, results, show_progress=show_progress, mesh=mesh)
+    pairs = pairs_of(config, source, split.train, results, show_progress=show_progress)
     train_key, evaluation_key = jax.random.split(key_of_seed(seed, shift=1000))
     began = time.perf_counter()
     trained = flow_matching.fit(
@@ -271,7 +304,7 @@ def run_flow(
         network(config),
         source,
         jnp.asarray(split.train.images),
-        coupling="optimal" if config.coupling == "optimal" else "independent",
+        **pairs,
         optimizer=optimizer(config.learning_rate, config.warm_up, config.num_steps, config.decay),
         num_steps=config.num_steps,
         batch_size=config.batch_size,

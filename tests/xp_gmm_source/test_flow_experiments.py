@@ -3,11 +3,14 @@
 import json
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lib import runs
+from lib.flow_matching import draw_step, optimal_permutation
+from lib.kernels import squared_distances
 from xp_gmm_source import experiments, flow, tables
 from xp_gmm_source.config import FlowConfig, comparison, presets
 
@@ -164,3 +167,29 @@ def test_presets_compare_at_one_cost():
     (config,) = chosen["cifar10"].values()
     assert (config.dataset, config.num_steps, config.n_components) == ("mine.zip", 7, 1)
     assert len(comparison(TINY)) == 9
+
+
+@pytest.mark.slow
+def test_semidiscrete_pairs_are_nearer_than_those_of_a_batch(tmp_path):
+    """Digits, 64 pairs: beside optimal transport within the batch; the potentials are kept."""
+    config = replace(TINY, coupling="semidiscrete", potential_steps=1500, potential_batch=64)
+    split = flow.read(config, None)
+    source = flow.source_of(config, split.train, tmp_path)
+    (coupling, potentials) = flow.pairs_of(
+        config, source, split.train, tmp_path, show_progress=False
+    ).values()
+    assert coupling == "semidiscrete"
+    images = jnp.asarray(split.train.images)
+    costs = []
+    for step in range(20):
+        far = draw_step(jax.random.key(0), step, source, images, 64)
+        order = optimal_permutation(squared_distances(far.x1, far.x0))
+        near = draw_step(jax.random.key(0), step, source, images, 64, None, jnp.asarray(potentials))
+        pairs = (far.x0[order], far.x1), (near.x0, near.x1)
+        costs.append([float(jnp.mean((x0 - x1) ** 2)) for x0, x1 in pairs])
+    of_batch, of_all = np.mean(costs, axis=0)
+    assert of_all < 0.97 * of_batch
+    run = flow.run_flow(config, seed=0, results=tmp_path, show_progress=False)
+    assert np.isfinite(run.load_arrays()["frechet"]).all()
+    with pytest.raises(ValueError, match="semidiscrete potentials do not know"):
+        replace(config, augment_flip=True)
