@@ -217,7 +217,7 @@ def pairs_of(
         )  # fmt: skip
         seconds = np.asarray(time.perf_counter() - began)
         run.finish(**potentials._asdict(), seconds=seconds)
-    return {"coupling": "semidiscrete", "potentials": run.load_arrays()["values"]}
+    return {"coupling": "semidiscrete", "potentials": jnp.asarray(run.load_arrays()["values"])}
 
 
 def sampling_sources(

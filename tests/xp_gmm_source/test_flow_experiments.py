@@ -166,7 +166,7 @@ def test_presets_compare_at_one_cost():
     assert list(chosen) == ["cifar10"]
     (config,) = chosen["cifar10"].values()
     assert (config.dataset, config.num_steps, config.n_components) == ("mine.zip", 7, 1)
-    assert len(comparison(TINY)) == 9
+    assert len(comparison(TINY)) == 10
 
 
 @pytest.mark.slow
