@@ -22,7 +22,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "requirements.txt"]
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 copybutton_exclude = ".linenos, .gp, .go"

@@ -8,6 +8,7 @@ what a module offers is what it defines, or for a package what its `__init__` im
 
 import ast
 import inspect
+import itertools
 import re
 import sys
 import textwrap
@@ -133,7 +134,7 @@ def section(title: str, lines: list[str], targets: Mapping[str, str]) -> list[st
 def text_to_rst(block: list[str], targets: Mapping[str, str]) -> list[str]:
     """A paragraph, with bullets or indented items in it or without."""
     result, parts = [], [[block[0]]]
-    for previous, line in zip(block, block[1:]):
+    for previous, line in itertools.pairwise(block):
         is_deeper, was_deeper = line.startswith(" "), previous.startswith(" ")
         of_bullet = parts[-1][0].startswith("- ") and is_deeper
         if line.startswith("- ") or (is_deeper != was_deeper and not of_bullet):
