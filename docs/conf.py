@@ -12,6 +12,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_copy_source = False
 extensions = [
     "myst_nb",
     "plain_docstrings",
@@ -29,6 +30,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
 smartquotes = False
-python_maximum_signature_line_length = 80
+python_maximum_signature_line_length = 64
 toc_object_entries_show_parents = "hide"

@@ -56,19 +56,74 @@ def public_names(path: Path) -> list[str]:
     return [name for name in names if name[0] != "_"]
 
 
-def declare(module: ModuleType) -> None:
-    """Sets `__all__`, and puts plain functions in the place of compiled ones, for Sphinx to read.
+class Written:
+    """A constant or an alias of a type, shown as the source has it."""
 
-    What a package offers under its own name does not stand a second time under its module's.
-    """
+    def __init__(self, source: str):
+        self.source = source
+
+    def __repr__(self) -> str:
+        return self.source
+
+
+FULL_NAMES: dict[int, str] = {}
+"""By the identity of a public class or alias what it is called, for links from annotations."""
+
+
+def declare(module: ModuleType) -> None:
+    """Sets `__all__`. What a package offers does not stand a second time under its module."""
     names = public_names(Path(str(module.__file__)))
     package = sys.modules[module.__name__.rpartition(".")[0]]
     names = [name for name in names if name not in getattr(package, "__all__", [])]
     module.__dict__["__all__"] = names
     for name in names:
-        value = getattr(module, name)
-        if not inspect.isclass(value) and inspect.isfunction(inspect.unwrap(value)):
-            setattr(module, name, inspect.unwrap(value))
+        FULL_NAMES.setdefault(id(getattr(module, name)), f"{module.__name__}.{name}")
+
+
+def make_plain(module: ModuleType) -> None:
+    """Puts in the place of compiled functions and of aliases what Sphinx reads and shows."""
+    from sphinx.pycode import ModuleAnalyzer
+
+    for name in module.__dict__["__all__"]:
+        value = inspect.unwrap(getattr(module, name))
+        if inspect.isfunction(value):
+            setattr(module, name, value)
+        elif not inspect.isclass(value):
+            origin = origins(module).get(name, module)
+            body = ast.parse(Path(str(origin.__file__)).read_text()).body
+            (source,) = (
+                ast.unparse(node.value)
+                for node in body
+                if isinstance(node, ast.Assign | ast.AnnAssign) and assigned(node) == name
+            )
+            # What is put together of private names stands there as its value.
+            setattr(module, name, Written(repr(value) if re.search(r"\b_", source) else source))
+            FULL_NAMES[id(getattr(module, name))] = f"{module.__name__}.{name}"
+            # Sphinx shows constants and aliases that the module itself documents.
+            analyzer = ModuleAnalyzer.for_module(module.__name__)
+            analyzer.analyze()
+            found = ModuleAnalyzer.for_module(origin.__name__).find_attr_docs()
+            analyzer.attr_docs["", name] = found.get(("", name)) or [""]
+
+
+def assigned(node: ast.Assign | ast.AnnAssign) -> str:
+    return ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+
+
+def origins(module: ModuleType) -> dict[str, ModuleType]:
+    """{name: module} of what a package's `__init__` imports from its own modules."""
+    result = {}
+    for node in ast.parse(Path(str(module.__file__)).read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(module.__name__):
+            result |= {alias.name: import_module(str(node.module)) for alias in node.names}
+    return result
+
+
+def module_text(module: ModuleType) -> list[str]:
+    """A module's docstring, and of a package those of its private modules that it offers."""
+    private = {origin.__name__: origin for origin in origins(module).values()}
+    parts = [module, *(part for name, part in private.items() if "._" in name)]
+    return "\n\n".join(inspect.getdoc(part) or "" for part in parts).splitlines()
 
 
 # Docstrings
@@ -198,6 +253,8 @@ class Readable(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         value = self.names.get(node.id)
+        if full_name := FULL_NAMES.get(id(value)):
+            return ast.parse(full_name, mode="eval").body
         if not hasattr(value, "dim_str"):
             return node
         return ast.parse(f"{value.dtype.__name__}[Array, {value.dim_str!r}]", mode="eval").body
@@ -256,11 +313,16 @@ def full_names() -> dict[str, dict[str, str]]:
 
 def setup(app):
     app.setup_extension("sphinx.ext.autodoc")
-    for name in public_modules(Path(app.srcdir).parent / "lib"):
-        declare(import_module(name))
+    modules = [import_module(name) for name in public_modules(Path(app.srcdir).parent / "lib")]
+    for module in modules:
+        declare(module)
+    for module in modules:
+        make_plain(module)
     names = full_names()
 
     def process_docstring(app, what, name, obj, options, lines):
+        if what == "module":
+            lines[:] = module_text(obj)
         module = next((m for m in sorted(names, key=len)[::-1] if m and name.startswith(m)), "")
         lines[:] = to_rst(list(lines), {**names[""], **names.get(module, {})})
 
