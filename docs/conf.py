@@ -13,7 +13,9 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False
+html_math_renderer = "mathml"
 extensions = [
+    "mathml",
     "myst_nb",
     "plain_docstrings",
     "repository_pages",

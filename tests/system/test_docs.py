@@ -37,6 +37,7 @@ def entries(page):
     """The pages, without their ending, that a page's tables of contents name."""
     for block in re.findall(r"(?ms)^```\{toctree\}\n(.*?)^```", page.read_text()):
         names = [line for line in block.splitlines() if line and not line.startswith(":")]
+        names = [re.sub(r".* <(.*)>", r"\1", name) for name in names]  # behind a title
         yield from (relative((page.parent / name).resolve()) for name in names)
 
 
