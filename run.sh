@@ -23,6 +23,7 @@ bash run.sh NAME [PRESET]      one experiment; PRESET is quick (default) or pape
 bash run.sh sweep ARGS...      a grid of commands, here or on Slurm; see bash run.sh sweep --help
 bash run.sh test [ARGS...]     set up, then run the tests; ARGS go to pytest (-m slow: the slow ones)
                                --cov, as the last: coverage too
+bash run.sh docs               set up, then build the documentation site: docs/_build/html
 bash run.sh setup              set up only
 bash run.sh --help             this text
 
@@ -122,6 +123,16 @@ setup() {
   export PATH="$PWD/.venv/bin:$PATH"
 }
 
+# What the site is built with, beside all else, unless it is there already.
+setup_docs() {
+  setup requirements.txt
+  if ! cmp -s docs/requirements.txt .venv/installed-docs-requirements.txt; then
+    echo "run.sh: installing docs/requirements.txt"
+    pip_install -r docs/requirements.txt
+    cp docs/requirements.txt .venv/installed-docs-requirements.txt
+  fi
+}
+
 # How long a part took here the last time, or takes on two quiet cores; nothing where not known.
 seconds_of() {
   local last
@@ -171,6 +182,11 @@ case "${1:-all}" in
     shift
     setup requirements-dev.txt
     exec python -m pytest --numprocesses auto --dist loadfile "$@"
+    ;;
+  docs)
+    setup_docs
+    python -m sphinx --quiet -W --keep-going -b html docs docs/_build/html
+    echo "run.sh: the site lies in $PWD/docs/_build/html/index.html"
     ;;
   sweep)
     shift
