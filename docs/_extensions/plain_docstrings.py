@@ -102,8 +102,8 @@ def make_plain(module: ModuleType) -> None:
             # Sphinx shows constants and aliases that the module itself documents.
             analyzer = ModuleAnalyzer.for_module(module.__name__)
             analyzer.analyze()
-            found = ModuleAnalyzer.for_module(origin.__name__).find_attr_docs()
-            analyzer.attr_docs["", name] = found.get(("", name)) or [""]
+            documented = ModuleAnalyzer.for_module(origin.__name__).find_attr_docs()
+            analyzer.attr_docs["", name] = documented.get(("", name)) or [""]
 
 
 def assigned(node: ast.Assign | ast.AnnAssign) -> str:
