@@ -193,7 +193,8 @@ def matching_step(coupling: flow_matching.Coupling, batch_size: int = 512):
 def matching_costs(batch_size: int = 512):
     images = shape(50_000, 32, 32, 3, dtype=jnp.uint8)
     options = {"batch_size": batch_size, "augment_flip": True, "mesh": None}
-    return flow_matching.training._costs, (step_number(), key(), source(10, 3072), images), options
+    arguments = step_number(), key(), source(10, 3072), images, None, None
+    return flow_matching.training._costs, arguments, options
 
 
 # ---- Mixing and tests

@@ -183,7 +183,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     for earlier in (arguments.add_to, path):
         if earlier is not None and (earlier == arguments.add_to or earlier.exists()):
             points |= {place_of(p): p for p in json.loads(earlier.read_text())["points"]}
-    write = partial(write_points, path, arguments, points)
+    write = partial(write_points, arguments, path, points)
     for seed in arguments.seeds:
         for label in arguments.labels:
             place = partial(Place, label, seed, arguments.width)
@@ -200,7 +200,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
 
 
 def write_points(
-    path: Path, arguments: Arguments, points: Mapping[Place, Any], *, show: bool = True, **drawn
+    arguments: Arguments, path: Path, points: Mapping[Place, Any], *, show: bool = True, **drawn
 ) -> Path:
     order = {label: i for i, label in enumerate(comparison(FlowConfig()))}
     ordered = sorted(

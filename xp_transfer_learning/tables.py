@@ -121,8 +121,8 @@ def ablation_table(
     """A row per option of `ablation.py`. Steps and seconds of flowing until the objective is the
     given share of its start, and until the accuracy is the given one: mean and sample standard
     deviation over the tries, "-" unless all arrived; then loss and accuracy at the end."""
-    heads = ["option", "step size", "ms per step", f"to {objective:.0%} of the loss, steps"]
-    heads += ["seconds", f"to an accuracy of {accuracy:.0%}, steps", "seconds"]
+    heads = ["option", "step size", "ms per step", f"to {100 * objective:g}% of the loss, steps"]
+    heads += ["seconds", f"to an accuracy of {100 * accuracy:g}%, steps", "seconds"]
     return Table(
         [*heads, "last loss", "last accuracy"],
         [ablation_cells(row) for row in rows],

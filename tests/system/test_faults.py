@@ -329,7 +329,7 @@ def test_a_command_tries_to_write_before_it_works(tmp_path, capsys, option, base
 
 
 REPOSITORY = Path(__file__).parents[2]
-INPUTS = {"data_root", "train_paths", "val_paths", "read", "folder", "x", "y"}
+INPUTS = {"data_root", "train_paths", "val_paths", "read", "folder", "x", "y", "add_to"}
 
 
 def test_every_path_and_seed_of_a_command_is_checked():
