@@ -24,10 +24,15 @@ def features(
     parameters: Parameters, images: Float[np.ndarray, "n height width channels"]
 ) -> Float[np.ndarray, "n 84"]:
     """What LeNet-5's last layer sees."""
-    network = LeNet5(num_classes=None)
-    of_one = jax.jit(lambda image: network.apply(parameters, image[None])[0])
-    images = jnp.asarray(images)
-    return np.asarray(jax.lax.map(of_one, images, batch_size=min(1000, len(images))))
+    return np.asarray(_features(parameters, jnp.asarray(images)))
+
+
+@jax.jit
+def _features(parameters, images):
+    def of_one(image):
+        return LeNet5(num_classes=None).apply(parameters, image[None])[0]
+
+    return jax.lax.map(of_one, images, batch_size=min(1000, len(images)))
 
 
 def match_p_value(costs: Float[np.ndarray, "C D"], num_shuffles: int = 999) -> float:

@@ -13,6 +13,7 @@ in whole epochs.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,10 +151,14 @@ def train_networks(
 
 def accuracies(parameters, images, labels, *, num_classes: int) -> np.ndarray:
     """Accuracy of each of the networks that `train_networks` returns."""
-    network, images, labels = LeNet5(num_classes), jnp.asarray(images), jnp.asarray(labels)
-    return np.asarray(
-        jax.lax.map(lambda p: classification.accuracy(network, p, images, labels), parameters)
-    )
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    return np.asarray(_accuracies(parameters, images, labels, num_classes))
+
+
+@partial(jax.jit, static_argnames="num_classes")
+def _accuracies(parameters, images, labels, num_classes):
+    network = LeNet5(num_classes)
+    return jax.lax.map(lambda p: classification.accuracy(network, p, images, labels), parameters)
 
 
 def run_try(

@@ -59,6 +59,7 @@ def test_in_a_pipeline_and_warm():
         assert model.fit(X).lower_bound_ > first
 
 
+@pytest.mark.slow
 def test_the_best_of_several_starts_is_kept():
     scores = [
         GaussianMixture(6, random_state=0, n_init=n, tol=1e-2).fit(X).lower_bound_ for n in (1, 4)

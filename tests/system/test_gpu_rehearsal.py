@@ -29,6 +29,7 @@ def images(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_whole_script(tmp_path):
     command = ["bash", "benchmarks/gpu.sh", images(tmp_path / "a.zip"), "--rehearse"]
     quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

@@ -11,6 +11,7 @@ import pytest
 from nbclient import NotebookClient
 from scripts import REPOSITORY, run_script
 
+QUICK = ("drmmd", "rings", "tour", "two_sample")
 NAMES = sorted(path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
@@ -142,16 +143,20 @@ def distillation(shown):
     assert "(10, 8, 8, 1) [0 1 2 3 4 5 6 7 8 9] 1" in shown.text()
 
 
-@pytest.fixture(scope="module")
-def as_committed(tmp_path_factory):
+def check_committed(names, folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RESULTS", str(tmp_path_factory.mktemp("none")))
-        return run_notebooks(*NAMES)
+        patch.setenv("RESULTS", str(folder))
+        for name, shown in run_notebooks(*names).items():
+            globals()[name](shown)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_notebooks_show_what_is_committed(as_committed, name):
-    globals()[name](as_committed[name])
+def test_notebooks_show_what_is_committed(tmp_path):
+    check_committed(QUICK, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_other_notebooks_show_what_is_committed(tmp_path):
+    check_committed([name for name in NAMES if name not in QUICK], tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,7 @@ def test_every_method_is_measured_on_every_target_it_has_weights_for(setting, me
     assert (measured["tv"][0] == 0) == (method == "oracle")
 
 
+@pytest.mark.slow
 def test_sentences_are_embedded_as_texts(setting, monkeypatch):
     """By their length here: windows of a mixture have the lengths of its domains."""
     seen = []

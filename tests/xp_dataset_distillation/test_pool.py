@@ -75,6 +75,7 @@ def test_networks_stay_for_their_steps(stored):
     assert not np.array_equal(same, other)
 
 
+@pytest.mark.slow
 def test_condensations_share_a_pool(stored, monkeypatch):
     """Trained before: not again."""
     folder, _ = stored

@@ -53,6 +53,7 @@ def test_larger_samples_are_drawn_from(files):
     assert document["samples"]["x"] == {"path": str(files / "x.npy"), "rows": 150, "used": 50}
 
 
+@pytest.mark.slow
 def test_folders_of_images(tmp_path):
     """Gray squares, and brighter ones, of several sizes and in a folder within."""
     rng = np.random.default_rng(0)

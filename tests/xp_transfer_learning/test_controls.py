@@ -136,6 +136,7 @@ def test_flows_of_other_matchings_are_other_flows(tmp_path):
     np.testing.assert_array_equal(one.flow(draws[0]), ends[0])
 
 
+@pytest.mark.slow
 def test_the_sources_network_is_read_back_as_it_was(tmp_path):
     first, again = (task(tmp_path).source_network() for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
