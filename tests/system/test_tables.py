@@ -12,7 +12,7 @@ from xp_data_mixing.study import tables as data_mixing
 from xp_dataset_distillation import tables as distillation
 from xp_drmmd import tables as drmmd
 from xp_gmm_source import tables as gmm_source
-from xp_transfer_learning import plot
+from xp_transfer_learning import controls, plot
 from xp_transfer_learning.tables import (
     PUBLISHED_TRANSFER,
     ablation_table,
@@ -93,7 +93,8 @@ def tables_of(experiment):
         (ablation,) = (one for name, one in stored.items() if name.startswith("ablation"))
         levels = {name: ablation["arguments"][name] for name in ("objective", "accuracy")}
         rows = [r for name, one in stored.items() if name[:9] == "transfer_" for r in one["rows"]]
-        return [ablation_table(ablation["rows"], **levels), transfer_table(rows)]
+        arms = [controls.table(one["rows"]) for name, one in stored.items() if "controls" in name]
+        return [ablation_table(ablation["rows"], **levels), transfer_table(rows), *arms]
     if experiment == "xp_drmmd":
         by_rings = drmmd.table(stored["rings_paper"], w1=0.0105)
         by_kl = drmmd.table(stored["gaussian_paper"], names=("kl",))
