@@ -56,6 +56,7 @@ from xp_transfer_learning.features import (
     features,
     logistic_accuracy,
     match_p_value,
+    of_classes,
 )
 from xp_transfer_learning.labels import class_costs, match_classes
 from xp_transfer_learning.transfer import accuracies, data, train_networks
@@ -222,16 +223,14 @@ def by_features(arm: Arm, draw: Draw, test: Held, source_network: Any, seed: int
     """Accuracy in the features of the source's network, of the k images or of their calibrated
     normals."""
 
-    def of(x):
-        flat = x.reshape(-1, *draw.image_shape).astype(np.float32)
-        return features(source_network, flat).reshape(*x.shape[:-1], -1)
-
-    target, test_features = of(draw.x_tgt), features(source_network, test.images)
+    target = of_classes(source_network, draw.x_tgt, draw.image_shape)
+    test_features = features(source_network, test.images)
     if arm.kind == "logistic":
         labels = np.repeat(np.arange(len(target)), target.shape[1])
         target = target.reshape(len(labels), -1)
         return logistic_accuracy(target, labels, test_features, test.labels)
-    sample = calibrated_sample(seed, of(draw.x0), target)
+    source = of_classes(source_network, draw.x0, draw.image_shape)
+    sample = calibrated_sample(seed, source, target)
     return logistic_accuracy(*sample, np.sqrt(test_features), test.labels)
 
 
@@ -321,12 +320,7 @@ class Task:
         """Between classes, [C, D]: W_2^2 of the images, or of their features."""
         if self.config.matching == "features":
             network = self.source_network()
-            x0, x_tgt = (
-                features(network, x.reshape(-1, *image_shape).astype(np.float32)).reshape(
-                    *x.shape[:2], -1
-                )
-                for x in (x0, x_tgt)
-            )
+            x0, x_tgt = (of_classes(network, x, image_shape) for x in (x0, x_tgt))
         return class_costs(x0, x_tgt)
 
     def match(self, x0: np.ndarray, x_tgt: np.ndarray, image_shape) -> tuple[np.ndarray, float]:

@@ -27,6 +27,14 @@ def features(
     return np.asarray(_features(parameters, jnp.asarray(images)))
 
 
+def of_classes(
+    parameters: Parameters, x: Float[np.ndarray, "C n d"], image_shape: tuple[int, int, int]
+) -> Float[np.ndarray, "C n 84"]:
+    """`features` of images by class."""
+    images = x.reshape(-1, *image_shape).astype(np.float32)
+    return features(parameters, images).reshape(*x.shape[:2], -1)
+
+
 @jax.jit
 def _features(parameters, images):
     def of_one(image):
