@@ -26,6 +26,7 @@ from lib.networks import classification, convolution, network_by_name, optimizer
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
+from xp_dataset_distillation.baselines import without_last_layer
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, PoolConfig
 from xp_dataset_distillation.evaluation import transform
 from xp_dataset_distillation.real_data import known_by_content, setting_of, training_images
@@ -67,11 +68,9 @@ def train_pool(
     images = jnp.asarray(real.images, jnp.float32) / 255
     key = jax.random.key(0)
     blank = jnp.zeros((1, *real.image_shape))
-    names = jax.eval_shape(headless.init, key, blank)["params"]
 
     def flat(parameters):
-        """Without the last layer, whose name the network without it does not have."""
-        return ravel_pytree({"params": {name: parameters["params"][name] for name in names}})[0]
+        return ravel_pytree(without_last_layer(parameters, headless, real.image_shape))[0]
 
     keys = jax.random.split(key, config.pool_networks)
     parameters = jax.vmap(whole.init, in_axes=(0, None))(keys, blank)

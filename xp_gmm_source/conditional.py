@@ -231,7 +231,7 @@ def sampled(network, shape, parameters, x0, num):
 
     def of_class(one):
         label, rows = one
-        v = flow_matching.velocity(network, parameters, shape, label=label)
+        v = flow_matching.velocity(network, parameters, shape, labels=label)
         return sampling.integrate(v, rows, num_evaluations=num)
 
     return jax.lax.map(of_class, (jnp.arange(len(x0)), x0))
@@ -243,7 +243,7 @@ def paths(network, shape, parameters, x0):
 
     def of_class(one):
         label, rows = one
-        v = flow_matching.velocity(network, parameters, shape, label=label)
+        v = flow_matching.velocity(network, parameters, shape, labels=label)
         return sampling.euler(v, rows, PATH_STEPS, keep_path=True)
 
     return jax.lax.map(of_class, (jnp.arange(len(x0)), x0))

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from lib import flow_matching, runs
+from lib import runs
 from lib.datasets import file_stem
 from lib.numerics import key_of_seed
 from lib.report.spreads import standard_error
@@ -110,12 +109,9 @@ def curve(
         at_mark = replace(config, num_steps=mark)
         run = runs.open_run(arguments.results, EXPERIMENT, f"{name}-point", at_mark, seed=seed)
         if not run.finished:
-            trained = flow_matching.fit(
-                train_key, flow.network(config), source, jnp.asarray(split.train.images),
-                **pairs, optimizer=optimizer,
-                num_steps=mark, batch_size=config.batch_size, ema_decay=config.ema_decay,
-                augment_flip=config.augment_flip, run=training,
-                description=f"{label}, seed {seed}", mesh=mesh,
+            trained = flow.train(
+                train_key, at_mark, source, split.train, optimizer=optimizer, run=training,
+                description=f"{label}, seed {seed}", mesh=mesh, **pairs,
             )  # fmt: skip
             references = flow.reference(config, split, arguments.results)
             run.finish(

@@ -276,6 +276,23 @@ def network(config: FlowConfig) -> UNet:
 # ---- One model
 
 
+def train(
+    key: jax.Array, config: FlowConfig, source: Source, images: Dataset, **options: Any
+) -> flow_matching.FitResult:
+    """`flow_matching.fit` of `config.num_steps` steps; `options` are those of it."""
+    return flow_matching.fit(
+        key,
+        network(config),
+        source,
+        jnp.asarray(images.images),
+        num_steps=config.num_steps,
+        batch_size=config.batch_size,
+        ema_decay=config.ema_decay,
+        augment_flip=config.augment_flip,
+        **options,
+    )
+
+
 def run_flow(
     config: FlowConfig,
     *,
@@ -299,21 +316,17 @@ def run_flow(
     pairs = pairs_of(config, source, split.train, results, show_progress=show_progress)
     train_key, evaluation_key = jax.random.split(key_of_seed(seed, shift=1000))
     began = time.perf_counter()
-    trained = flow_matching.fit(
+    trained = train(
         train_key,
-        network(config),
+        config,
         source,
-        jnp.asarray(split.train.images),
-        **pairs,
+        split.train,
         optimizer=optimizer(config.learning_rate, config.warm_up, config.num_steps, config.decay),
-        num_steps=config.num_steps,
-        batch_size=config.batch_size,
-        ema_decay=config.ema_decay,
-        augment_flip=config.augment_flip,
         run=run,
         show_progress=show_progress,
         description=name,
         mesh=mesh,
+        **pairs,
     )
     seconds = time.perf_counter() - began
     sources = sampling_sources(config, source, split.train, show_progress=show_progress)

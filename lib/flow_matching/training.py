@@ -91,30 +91,21 @@ def velocity(
     parameters: PyTree,
     image_shape: tuple[int, ...],
     *,
-    label: int | Int[Array, ""] | None = None,
+    labels: int | Int[Array, "*B"] | None = None,
     mesh: Mesh | None = None,
 ) -> Velocity:
-    """`network` on flat rows: v(x [B, d], t [B]) -> [B, d], of one class if `label` is given; the
-    devices of a mesh (`lib.devices`) share the rows."""
+    """`network` on flat rows: v(x [B, d], t [B]) -> [B, d], given `labels` ([B], or one for all
+    rows) if it has classes; the devices of a mesh (`lib.devices`) share the rows."""
 
-    def evaluate(parameters, x, times):
-        labels = () if label is None else (jnp.full(len(x), label, jnp.int32),)
-        return _apply(network, parameters, x.reshape(-1, *image_shape), times, *labels).reshape(
-            x.shape
-        )
+    def evaluate(parameters, x, times, *labels):
+        velocities = _apply(network, parameters, x.reshape(-1, *image_shape), times, *labels)
+        return velocities.reshape(x.shape)
 
-    return partial(devices.over_devices(evaluate, mesh, replicated=1), parameters)
-
-
-def _conditional(network, parameters, image_shape, labels, mesh) -> Velocity:
-    """`velocity` of rows that have labels [B] each."""
-
-    def evaluate(parameters, x, times, labels):
-        images = x.reshape(-1, *image_shape)
-        return _apply(network, parameters, images, times, labels).reshape(x.shape)
-
-    shared = devices.over_devices(evaluate, mesh, replicated=1)
-    return lambda x, times: shared(parameters, x, times, labels)
+    of_rows = partial(devices.over_devices(evaluate, mesh, replicated=1), parameters)
+    if labels is None:
+        return of_rows
+    given = jnp.asarray(labels)
+    return lambda x, times: of_rows(x, times, jnp.broadcast_to(given, times.shape))
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -254,10 +245,7 @@ def train_step(
         x0 = x0[permutation]
 
     def objective(parameters):
-        if of_batch is None:
-            v = velocity(network, parameters, images.shape[1:], mesh=mesh)
-        else:
-            v = _conditional(network, parameters, images.shape[1:], of_batch, mesh)
+        v = velocity(network, parameters, images.shape[1:], labels=of_batch, mesh=mesh)
         return loss(v, x0, x1, times)
 
     value, gradient = jax.value_and_grad(objective)(state.parameters)
@@ -332,6 +320,7 @@ def fit(
     losses = np.zeros(num_steps, np.float32)
     buffer = devices.device_put(np.zeros(MAX_STEPS_PER_CHUNK, np.float32), mesh)
     inputs = devices.device_put((key, source, images, labels, potentials), mesh)
+    in_batches = coupling in ("optimal", "conditional")
     costs = partial(_costs, batch_size=batch_size, augment_flip=augment_flip, mesh=mesh)
     assigned = dict[int, Future]()
 
@@ -349,7 +338,7 @@ def fit(
 
     def advance(state, done, size):
         nonlocal buffer
-        table = permutations(done, size) if coupling in ("optimal", "conditional") else None
+        table = permutations(done, size) if in_batches else None
         state, finite, buffer = _advance(
             state, size, buffer, table, *inputs, optimizer=optimizer, mesh=mesh, **settings
         )
@@ -375,9 +364,7 @@ def fit(
             },
             history=lambda done: losses[:done],
             place=partial(devices.device_put, mesh=mesh),
-            max_chunk=MAX_COUPLED_STEPS
-            if coupling in ("optimal", "conditional")
-            else MAX_STEPS_PER_CHUNK,
+            max_chunk=MAX_COUPLED_STEPS if in_batches else MAX_STEPS_PER_CHUNK,
             show_progress=show_progress,
             description=description,
         )

@@ -45,13 +45,13 @@ def test_a_curve_grows(tmp_path, monkeypatch):
     first = json.loads(path.read_text())["points"]
     assert [p["step"] for p in first] == [2, 4]
     assert path.with_suffix(".png").exists()
-    sizes, fit = [], curves.flow_matching.fit
+    sizes, fit = [], curves.flow.flow_matching.fit
 
     def counted(*arguments, num_steps, **options):
         sizes.append(num_steps)
         return fit(*arguments, num_steps=num_steps, **options)
 
-    monkeypatch.setattr(curves.flow_matching, "fit", counted)
+    monkeypatch.setattr(curves.flow.flow_matching, "fit", counted)
     longer = json.loads(curves.main(replace(small, marks=(2, 4, 6))).read_text())["points"]
     assert longer[:2] == first
     assert sizes == [6]
