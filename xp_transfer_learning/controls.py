@@ -30,6 +30,7 @@ import numpy as np
 import tyro
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
+from scipy.spatial.distance import cdist
 
 from lib import augment, datasets, runs
 from lib.augment.elastic import elastic
@@ -66,14 +67,15 @@ Augmentation = Literal["none", "affine", "elastic", "mixup"]
 
 
 class Arm(NamedTuple):
-    """share: of the way that source images have gone; None: none are used. flowed: False: a share
-    of the way to an image of the class drawn at random."""
+    """share: of the way that source images have gone; None: none are used. way: along the flow; to
+    the target image that a flow of features couples an image with; or to one drawn at random, both
+    of the image's class."""
 
     kind: Literal["images", "fine-tuned", "logistic", "calibration", "auto"] = "images"
     share: float | None = None
     augmentation: Augmentation = "affine"
     permuted: bool = False
-    flowed: bool = True
+    way: Literal["flow", "features", "random"] = "flow"
 
 
 BASELINE = "k images, augmented"
@@ -89,7 +91,8 @@ ARMS = {
     "with the source, classes permuted": Arm(share=0.0, permuted=True),
     "a quarter of the way": Arm(share=0.25),
     "half of the way": Arm(share=0.5),
-    "half of the way, no flow": Arm(share=0.5, flowed=False),
+    "half of the way, coupled by features": Arm(share=0.5, way="features"),
+    "half of the way, no flow": Arm(share=0.5, way="random"),
     "half of the way, classes permuted": Arm(share=0.5, permuted=True),
     "arrived": Arm(share=1.0),
     "source, fine-tuned": Arm("fine-tuned"),
@@ -193,10 +196,10 @@ def training_images(
 
 
 def measure(
-    arm: Arm, draw: Draw, test: Held, train: Trainer, flow: Callable[[Draw], np.ndarray],
-    source_network: Any,
+    arm: Arm, draw: Draw, test: Held, train: Trainer,
+    ends: Mapping[str, Callable[[Draw], np.ndarray]], source_network: Any,
 ) -> np.ndarray:  # fmt: skip
-    """Accuracies [trainings] of one arm but `auto`."""
+    """Accuracies [trainings] of one arm but `auto`. `ends`: by way, where it takes the source."""
     if arm.kind in ("logistic", "calibration"):
         return np.atleast_1d(by_features(arm, draw, test, source_network, train.seed))
     if arm.permuted:
@@ -208,13 +211,7 @@ def measure(
         images = draw.x0.reshape(-1, *draw.image_shape).astype(np.float32)
         pretrain = train._replace(seed=train.seed + PRETRAINING)
         start = pretrain(images, labels, arm.augmentation)
-    end = None
-    if arm.share and arm.flowed:
-        end = flow(draw)
-    elif arm.share:
-        rng, (num, n, _) = np.random.default_rng(train.seed), draw.x0.shape
-        places = rng.integers(0, draw.x_tgt.shape[1], (num, n))
-        end = draw.x_tgt[draw.matched[:, None], places]
+    end = ends[arm.way](draw) if arm.share else None
     networks = train(*training_images(draw, arm.share, end), arm.augmentation, start)
     return accuracies(networks, *test, num_classes=train.num_classes)
 
@@ -252,12 +249,8 @@ def choose(
         test = Held(left, np.arange(num_classes))
         fitted = draw._replace(x_tgt=kept, matched=rematch(kept))
         for i, name in enumerate(CANDIDATES):
-            means[fold, i] = measure(ARMS[name], fitted, test, train, _no_flow, None).mean()
+            means[fold, i] = measure(ARMS[name], fitted, test, train, {}, None).mean()
     return CANDIDATES[int(means.mean(axis=0).argmax())]
-
-
-def _no_flow(draw: Draw) -> np.ndarray:
-    raise AssertionError("no candidate flows")
 
 
 # ---- Runs
@@ -335,17 +328,43 @@ class Task:
         costs = self.costs(x0, x_tgt, image_shape)
         return match_classes(costs), match_p_value(costs)
 
-    def flow(self, draw: Draw) -> np.ndarray:
-        """Where the flow takes every source image, [C, n, d]."""
-        run = self.place.open(self.config, "flow", self.seed, matched=draw.matched.tolist())
+    def flowed(
+        self, x0: np.ndarray, x_tgt: np.ndarray, step_size: float, **settings: Any
+    ) -> np.ndarray:
+        """Where the flow takes x0 [C, n, d] to, from each class to that of its number."""
+        run = self.place.open(self.config, "flow", self.seed, **settings)
         if not run.finished:
             end = methods.flow(
-                self.config.transfer.flow, jnp.asarray(draw.x0),
-                jnp.asarray(draw.x_tgt[draw.matched]), seed=self.seed, records=1, run=run,
-                description="flow", mesh=self.place.mesh,
+                replace(self.config.transfer.flow, step_size=step_size),
+                jnp.asarray(x0), jnp.asarray(x_tgt), seed=self.seed,
+                records=1, run=run, description="flow", mesh=self.place.mesh,
             ).images[-1]  # fmt: skip
             run.finish(end=end)
         return run.load_arrays()["end"]
+
+    def end_of_flow(self, draw: Draw) -> np.ndarray:
+        step_size, matched = self.config.transfer.flow.step_size, draw.matched.tolist()
+        return self.flowed(draw.x0, draw.x_tgt[draw.matched], step_size, matched=matched)
+
+    def end_by_features(self, draw: Draw) -> np.ndarray:
+        """The target image next to whose features those of each source image arrive."""
+        network, x_tgt = self.source_network(), draw.x_tgt[draw.matched]
+        source, target = (of_classes(network, x, draw.image_shape) for x in (draw.x0, x_tgt))
+        # As far per step as images go: a way grows with the root of the dimension, and a gradient
+        # averaged over directions falls with it.
+        scale = draw.x_tgt.std() / target.std()
+        step_size = self.config.transfer.flow.step_size * target.shape[-1] / x_tgt.shape[-1]
+        matched = draw.matched.tolist()
+        arrived = self.flowed(
+            scale * source, scale * target, step_size, matched=matched, of="features"
+        )
+        nearest = [cdist(x, y).argmin(axis=1) for x, y in zip(arrived, scale * target)]
+        return np.take_along_axis(x_tgt, np.stack(nearest)[..., None], axis=1)
+
+    def random_end(self, draw: Draw) -> np.ndarray:
+        rng, (num_classes, n, _) = np.random.default_rng(self.seed), draw.x0.shape
+        places = rng.integers(0, draw.x_tgt.shape[1], (num_classes, n))
+        return draw.x_tgt[draw.matched[:, None], places]
 
     def test(self, image_shape) -> Held:
         test = shaped(load(self.config.transfer.target, "test", self.place.data_root), image_shape)
@@ -364,10 +383,13 @@ class Task:
                 arm = choose(draw, lambda x: self.match(x0, x, image_shape)[0], train, p_value)
                 done = self.run(arm)["accuracies"]
             else:
-                done = measure(
-                    ARMS[name], draw, self.test(image_shape), train, self.flow,
-                    self.source_network(),
-                )  # fmt: skip
+                ends = {
+                    "flow": self.end_of_flow,
+                    "features": self.end_by_features,
+                    "random": self.random_end,
+                }
+                test, network = self.test(image_shape), self.source_network()
+                done = measure(ARMS[name], draw, test, train, ends, network)
             of_match = {"matched": matched, "p_value": np.asarray(p_value)}
             run.finish(accuracies=done, arm=np.asarray(arm), **of_match)
         return run.load_arrays()

@@ -78,12 +78,12 @@ def trained(monkeypatch):
     return seen
 
 
-def measure(name, flow=None):
-    return controls.measure(ARMS[name], draw(), HELD, TRAINER, flow, None)
+def measure(name, **ends):
+    return controls.measure(ARMS[name], draw(), HELD, TRAINER, ends, None)
 
 
-def test_without_a_flow_a_source_image_goes_to_images_of_its_class(trained):
-    measure("half of the way, no flow")
+def test_without_a_flow_a_source_image_goes_to_images_of_its_class(trained, tmp_path):
+    measure("half of the way, no flow", random=task(tmp_path).random_end)
     ((images, labels, augmentation),) = trained
     assert augmentation == "affine"
     np.testing.assert_array_equal(images[18:, 0, 0, 0], 0.5 * np.where(labels[18:], 0.75, 0.5))
@@ -91,7 +91,8 @@ def test_without_a_flow_a_source_image_goes_to_images_of_its_class(trained):
 
 def test_permuted_classes_flow_to_their_permuted_targets(trained):
     flowed = []
-    measure("half of the way, classes permuted", lambda d: flowed.append(d.matched) or d.x0 + 1)
+    flow = lambda d: flowed.append(d.matched) or d.x0 + 1  # noqa: E731
+    measure("half of the way, classes permuted", flow=flow)
     ((images, labels, _),) = trained
     np.testing.assert_array_equal(labels[18:], np.repeat(flowed[0], 10))
     np.testing.assert_array_equal(images[18:], 0.5)
@@ -120,8 +121,10 @@ def test_auto_of_one_image_per_class_asks_whether_classes_correspond(trained, p_
     assert trained == []
 
 
-def task(tmp_path, matching="images"):
-    flow = FlowSettings("sliced_mmd", num_steps=2, num_directions=64)
+def task(tmp_path, matching="images", steps=2, step_size=20.0):
+    flow = FlowSettings(
+        "sliced_mmd", num_steps=steps, step_size=step_size, num_directions=64, m=0.0
+    )
     transfer = TransferConfig("digits", ROTATED, 3, num_per_class=4, size=28, flow=flow)
     training = TrainingConfig(num_epochs=1, num_trainings=1)
     return Task(ControlsConfig(transfer, training, matching), 0, Place(tmp_path, None, None))
@@ -131,9 +134,24 @@ def test_flows_of_other_matchings_are_other_flows(tmp_path):
     one = task(tmp_path)
     x0, x_tgt, shape = one.images()
     draws = [Draw(x0, x_tgt, np.roll(np.arange(10), shift), shape) for shift in (0, 1)]
-    ends = [one.flow(draw) for draw in draws]
+    ends = [one.end_of_flow(draw) for draw in draws]
     assert np.abs(ends[0] - ends[1]).max() > 0.01
-    np.testing.assert_array_equal(one.flow(draws[0]), ends[0])
+    np.testing.assert_array_equal(one.end_of_flow(draws[0]), ends[0])
+
+
+def test_a_flow_of_features_couples_images(tmp_path, monkeypatch):
+    """Features are the first pixel: half of each class has it near that of the first image."""
+    monkeypatch.setattr(Task, "source_network", lambda _: None)
+    monkeypatch.setattr(controls, "of_classes", lambda network, x, shape: x[:, :, :1])
+    x0 = np.random.default_rng(0).random((2, 6, 4))
+    x0[:, :, 0] = [[0.0, 1.0, 0.1, 0.9, 0.2, 0.8], [1.0, 0.9, 0.8, 0.2, 0.1, 0.0]]
+    x_tgt = np.zeros((2, 2, 4))
+    x_tgt[:, 1, 0], x_tgt[1, :, 1:] = 0.9, 0.5
+    end = task(tmp_path, steps=100, step_size=0.2).end_by_features(
+        Draw(x0, x_tgt, np.array([1, 0]), SHAPE)
+    )
+    np.testing.assert_array_equal(end[:, :, 0], 0.9 * (x0[:, :, 0] > 0.5))
+    np.testing.assert_array_equal(end[:, :, 1], np.repeat([[0.5], [0.0]], 6, axis=1))
 
 
 @pytest.mark.slow
