@@ -149,7 +149,7 @@ run_experiment() {
     exit 2
   fi
   # Also where an experiment fails or is interrupted: the page says how to go on.
-  trap 'status=$?; python -m lib.report.page "$RESULTS"; exit $status' EXIT
+  trap 'status=$?; python -m lib.report.page "$RESULTS" --cards docs/cards.json; exit $status' EXIT
   local about began=$SECONDS
   about=$(seconds_of "$1" "$2")
   echo "=== $1, $2${about:+: about $about s}"

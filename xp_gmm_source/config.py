@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lib.flow_matching.sampling import EVALUATIONS_PER_STEP, Method
 from lib.numerics import check_seed
 from lib.runs.settings import check_not_negative, check_positive, check_sizes
 
@@ -114,6 +115,8 @@ class FlowConfig:
     """Numbers of function evaluations."""
     heun: tuple[int, ...] = (20,)
     """Even: two evaluations per step."""
+    ralston3: tuple[int, ...] = ()
+    """Multiples of three: as many evaluations per step."""
 
     def __post_init__(self):
         check_sizes(
@@ -136,18 +139,24 @@ class FlowConfig:
             raise ValueError(f"prune is for gaussian and norm_aligned, not {self.source}")
         if not 0 <= self.masked_share < 1:
             raise ValueError(f"masked_share must be in [0, 1), got {self.masked_share}")
-        if min((*self.euler, *self.heun), default=1) < 1 or any(num % 2 for num in self.heun):
-            raise ValueError(
-                f"numbers of evaluations are positive, Heun's even: {self.euler}, {self.heun}"
-            )
+        for method, num in self.samplers():
+            per_step = EVALUATIONS_PER_STEP[method]
+            if num < 1 or num % per_step:
+                raise ValueError(f"{method}: evaluations are a multiple of {per_step}, got {num}")
         check_positive(self, "learning_rate")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
     def without_effect(self) -> tuple[str, ...]:
         """Later settings that change nothing here: a run made before them keeps its name."""
-        later = ("potential_steps", "potential_batch")
-        return () if self.coupling == "semidiscrete" else later
+        later = () if self.ralston3 else ("ralston3",)
+        semidiscrete = self.coupling == "semidiscrete"
+        return later if semidiscrete else (*later, "potential_steps", "potential_batch")
+
+    def samplers(self) -> list[tuple[Method, int]]:
+        """Methods and their numbers of evaluations."""
+        methods: tuple[Method, ...] = ("euler", "heun", "ralston3")
+        return [(method, num) for method in methods for num in getattr(self, method)]
 
 
 def comparison(base: FlowConfig) -> dict[str, FlowConfig]:

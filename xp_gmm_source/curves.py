@@ -55,8 +55,10 @@ class Arguments(DeviceOptions):
     """Channels of the U-Net at its finest level."""
     marks: tuple[int, ...] = (1000, 2000, 4000, 8000, 16_000, 32_000)
     """Numbers of training steps to evaluate at."""
-    euler: tuple[int, ...] = (5, 20, 100)
-    """Numbers of function evaluations."""
+    euler: tuple[int, ...] = (1, 2, 3, 5, 20, 100)
+    """Numbers of function evaluations, as the next two: few are where a source matters."""
+    heun: tuple[int, ...] = (2, 20)
+    ralston3: tuple[int, ...] = (3,)
     num_samples: int = FlowConfig.num_samples
     add_to: Path | None = None
     """A summary of this command whose points are kept."""
@@ -82,7 +84,7 @@ def config_of(arguments: Arguments, label: str) -> FlowConfig:
     """The flow of `experiments.py`, at a constant rate."""
     base = FlowConfig(
         dataset=arguments.dataset, width=arguments.width, decay=False, euler=arguments.euler,
-        heun=(), num_samples=arguments.num_samples,
+        heun=arguments.heun, ralston3=arguments.ralston3, num_samples=arguments.num_samples,
     )  # fmt: skip
     known = {name: replace(one, prune=False) for name, one in comparison(base).items()}
     return known[settings.chosen((label,), known, kind="flow")[0]]
@@ -98,7 +100,7 @@ def curve(
     config = flow.known_by_content(config, arguments.data_root)
     name = f"curve-{Path(arguments.dataset).stem}-{config.source}-{config.coupling}"
     # The number of steps is no part of a curve, nor what is evaluated of a training.
-    trained_by = replace(config, num_steps=1, euler=(), num_samples=1)
+    trained_by = replace(config, num_steps=1, euler=(), heun=(), ralston3=(), num_samples=1)
     training = runs.open_run(arguments.results, EXPERIMENT, name, trained_by, seed=seed)
     source = flow.source_of(config, split.train, arguments.results, mesh=mesh)
     pairs = flow.pairs_of(config, source, split.train, arguments.results)
@@ -122,7 +124,10 @@ def curve(
         stored = run.load_arrays()
         point = {"label": label, "seed": seed, "width": arguments.width, "step": mark}
         point |= {name: stored[name][0] for name in (*MEASURES, *PATHS)}
-        yield point | {"evaluations": stored["evaluations"], "floor": floor_of(stored)}
+        samplers = [
+            f"{method} {num}" for method, num in zip(stored["methods"], stored["evaluations"])
+        ]
+        yield point | {"samplers": samplers, "floor": floor_of(stored)}
 
 
 def values(points: Sequence[Mapping[str, Any]], label: str, step: int, measure: str, j: int):
@@ -139,7 +144,7 @@ def tables(points: Sequence[Mapping[str, Any]]) -> list[Table]:
         of_width = [point for point in points if point["width"] == width]
         labels = list(dict.fromkeys(point["label"] for point in of_width))
         marks = sorted({point["step"] for point in of_width})
-        for j, evaluations in enumerate(of_width[0]["evaluations"]):
+        for j, sampler in enumerate(of_width[0]["samplers"]):
             lines = []
             for label in labels:
                 cells = []
@@ -149,7 +154,7 @@ def tables(points: Sequence[Mapping[str, Any]]) -> list[Table]:
                     cells.append(_cell(own, {} if label == BASELINE else other))
                 lines.append([label, *cells])
             caption = (
-                f"{MEASURES['frechet']} after {evaluations} evaluations by training steps, width "
+                f"{MEASURES['frechet']} by training steps, with {sampler} evaluations, width "
                 f"{width}, mean ± sample standard deviation over seeds; in brackets less "
                 f"{BASELINE!r}, paired by seed, with 1.96 standard errors."
             )
@@ -187,8 +192,8 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
             for point in curve(arguments, label, seed, missing, mesh):
                 points[place_of(point)] = point
                 shown = ", ".join(
-                    f"{num} evaluations {value:.3g}"
-                    for num, value in zip(point["evaluations"], point["frechet"])
+                    f"{sampler} {value:.3g}"
+                    for sampler, value in zip(point["samplers"], point["frechet"])
                 )
                 print(f"  {label}, seed {seed}, step {point['step']:,}: {shown}", flush=True)
                 write(show=False)

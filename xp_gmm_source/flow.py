@@ -356,7 +356,7 @@ def evaluate_flow(
     [500, 2], test images on those components.
     """
     shape, model = train.image_shape, network(config)
-    samplers = [("euler", num) for num in config.euler] + [("heun", num) for num in config.heun]
+    samplers = config.samplers()
     order = np.random.default_rng(1).permutation(len(train.images))[: config.num_samples]
     floor = metrics.evaluate(to_unit(train.images[order]), reference_images)
     measured: dict[str, list] = {name: [] for name in (*floor, "samples", "paths", *MEASURES)}

@@ -52,18 +52,20 @@ def curves(rows: list[dict], floor: dict[str, float]) -> Figure:
 
 
 def training_curves(summary: Path) -> Path:
-    """The Fréchet distance against training steps: a panel per width and number of evaluations, a
-    line per source (mean over seeds), a dot per seed; dotted, as many training images."""
+    """The Fréchet distance against training steps: a panel per width and number of evaluations of
+    Euler's method, a line per source (mean over seeds), a dot per seed; dotted, as many training
+    images."""
     told = json.loads(summary.read_text())
     points = told["points"]
-    widths, evaluations = sorted({p["width"] for p in points}), points[0]["evaluations"]
+    widths, samplers = sorted({p["width"] for p in points}), points[0]["samplers"]
+    columns = [j for j, sampler in enumerate(samplers) if sampler.startswith("euler")]
     labels = list(dict.fromkeys(point["label"] for point in points))
     with plotting.style():
-        size = 3.3 * len(evaluations), 3.2 * len(widths) + 0.6
-        shape = len(widths), len(evaluations)
+        size = 3.3 * len(columns), 3.2 * len(widths) + 0.6
+        shape = len(widths), len(columns)
         figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey=True)
         for line, width in zip(axes, widths):
-            for j, axis in enumerate(line):
+            for j, axis in zip(columns, line):
                 for i, label in enumerate(labels):
                     own = [p for p in points if p["width"] == width and p["label"] == label]
                     steps = np.array([p["step"] for p in own])
@@ -76,7 +78,7 @@ def training_curves(summary: Path) -> Path:
                 axis.axhline(points[0]["floor"]["frechet"], color="0.4", ls=":")
                 axis.set_xscale("log")
                 axis.set_yscale("log")
-                axis.set_title(f"{evaluations[j]} evaluations, width {width}", fontsize=9)
+                axis.set_title(f"{samplers[j]}, width {width}", fontsize=9)
         for axis in axes[-1]:
             axis.set_xlabel("training steps")
         axes[0, 0].set_ylabel(MEASURES["frechet"])

@@ -352,7 +352,7 @@ class Task:
         source, target = (of_classes(network, x, draw.image_shape) for x in (draw.x0, x_tgt))
         # As far per step as images go: a way grows with the root of the dimension, and a gradient
         # averaged over directions falls with it.
-        scale = draw.x_tgt.std() / target.std()
+        scale = np.sqrt(np.mean(x_tgt**2) / np.mean(target**2))
         step_size = self.config.transfer.flow.step_size * target.shape[-1] / x_tgt.shape[-1]
         matched = draw.matched.tolist()
         arrived = self.flowed(

@@ -144,12 +144,13 @@ def image_flow(arrays: dict, title: str, stem: Path) -> list[Path]:
 def animate_images(
     particles: np.ndarray, steps: np.ndarray, shape: tuple[int, int, int], path: Path
 ) -> Path:
-    """Ten images per class on their way, at some forty records, more of them early on."""
+    """Two images per class, one below the other, on their way, at some forty records, more of
+    them early on."""
     last = len(steps) - 1
     frames = np.unique(np.geomspace(1, last + 1, 40).round().astype(int) - 1)
-    shown = np.asarray(as_images(particles[frames][:, :, :10], shape))
+    shown = np.asarray(as_images(particles[frames][:, :, :2].swapaxes(1, 2), shape))
     rows, columns = shown.shape[1:3]
-    figure, axis = plt.subplots(figsize=(0.4 * columns, 0.4 * rows + 0.3))
+    figure, axis = plt.subplots(figsize=(0.62 * columns, 0.62 * rows + 0.3))
 
     def draw(i: int) -> None:
         axis.clear()

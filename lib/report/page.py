@@ -1,6 +1,7 @@
 """One HTML page of everything in a results folder.
 
-    python -m lib.report.page results        writes results/index.html
+    python -m lib.report.page results                             writes results/index.html
+    python -m lib.report.page results --cards docs/cards.json     with summary cards at the top
 
 It shows what lies there, whoever wrote it:
 
@@ -60,15 +61,39 @@ _DAMAGE = (
 """What reading a damaged image or npz raises."""
 
 
-def write_page(results: str | os.PathLike) -> Path:
+def write_page(results: str | os.PathLike, cards: str | os.PathLike | None = None) -> Path:
     """Writes `results/index.html`, whole or not at all, and returns its path. Raises OSError where
-    the folder cannot be read or written."""
-    results = Path(results)
+    the folder cannot be read or written.
+
+    `cards` is a JSON file: a list of objects with the strings experiment (a folder of the results),
+    title, what, ours, published, and picture (a PNG's path from the file). Those of the experiments
+    at hand stand at the top of the page. Raises ValueError where a string is missing.
+    """
+    cards, results = _cards(Path(cards)) if cards else {}, Path(results)
     make_folder(results)
     page = results / "index.html"
     # What is no UTF-8, in names of files or in JSON, shows as question marks.
-    write_bytes(page, html.render(TEMPLATE, _Reader(results).contents()).encode(errors="replace"))
+    write_bytes(
+        page,
+        html.render(TEMPLATE, _Reader(results).contents() | {"cards": cards}).encode(
+            errors="replace"
+        ),
+    )
     return page
+
+
+def _cards(path: Path) -> dict[str, dict[str, str]]:
+    """{experiment: card}, its picture as an address that holds all of it."""
+    try:
+        return {
+            card["experiment"]: {
+                name: card[name] for name in ("title", "what", "ours", "published")
+            }
+            | {"picture": html.data_uri((path.parent / card["picture"]).read_bytes(), "PNG")}
+            for card in json.loads(path.read_bytes())
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a list of cards with all their strings: {error!r}") from None
 
 
 class _Reader:
@@ -300,8 +325,10 @@ def _filled(form: str, env: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="lib.report.page", description=write_page.__doc__)
     parser.add_argument("results", nargs="?", default="results", help="the folder of results")
+    parser.add_argument("--cards", help="a JSON file of summary cards")
+    arguments = parser.parse_args()
     with console.one_line_errors():
-        print(f"page:    {write_page(parser.parse_args().results)}")
+        print(f"page:    {write_page(arguments.results, arguments.cards)}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from PIL import Image
 
 from lib.runs.files import atomic_file
 
+COLORS_OF_ANIMATIONS = 32
+"""Few: noisy images do not compress."""
 # Okabe and Ito's palette: told apart by color-blind readers.
 CLASS_COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
@@ -55,8 +57,9 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
 def save_animation(
     figure: Figure, draw: Callable[[int], Any], num_frames: int, path: str | os.PathLike
 ) -> Path:
-    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, 20 per second, and
-    closes it. The layout of the first frame is kept: nothing moves but what is drawn."""
+    """Writes a GIF of `draw(0)`, ..., `draw(num_frames - 1)` on the figure, 12 per second, and
+    closes it. The first frame and the last stay for a second and more. The layout of the first
+    frame is kept: nothing moves but what is drawn."""
     frames = []
     try:
         for i in range(num_frames):
@@ -66,9 +69,11 @@ def save_animation(
                 figure.set_layout_engine("none")
             figure.savefig(stream := io.BytesIO(), format="png", dpi=90)
             frames.append(Image.open(stream).convert("RGB"))
+        frames = [frame.quantize(COLORS_OF_ANIMATIONS) for frame in frames]
+        durations = [1000, *[80] * (num_frames - 2), 2000][-num_frames:]
         with atomic_file(path) as file:
             frames[0].save(
-                file, "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0
+                file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
             )
     finally:
         plt.close(figure)

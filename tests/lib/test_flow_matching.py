@@ -22,7 +22,7 @@ from lib.flow_matching import (
     train_step,
     velocity,
 )
-from lib.flow_matching.sampling import euler, heun, integrate, straightness
+from lib.flow_matching.sampling import euler, heun, integrate, ralston3, straightness
 from lib.flow_matching.unet import UNet
 from lib.kernels import squared_distances
 from lib.runs.files import RunFileError
@@ -92,8 +92,21 @@ def gaussian_velocity(x, times):
     return M[None] + rate * (x - t * M[None])
 
 
-@pytest.mark.parametrize(("method", "solve"), [("euler", euler), ("heun", heun)])
-def test_one_program_serves_all_numbers_of_evaluations(x64, method, solve):
+SOLVERS = {"euler": (euler, 1), "heun": (heun, 2), "ralston3": (ralston3, 3)}
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_errors_fall_with_the_order_of_the_method(x64, method):
+    """x(1) = m + s x0; twice the steps, 2^order times less."""
+    solve, order = SOLVERS[method]
+    x0 = jax.random.normal(jax.random.key(0), (50, 2), jnp.float64)
+    errors = [np.abs(solve(gaussian_velocity, x0, n) - (M + S * x0)).max() for n in (64, 128)]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_one_program_serves_all_numbers_of_evaluations(x64, method):
+    solve, per_step = SOLVERS[method]
     x0, traced = jax.random.normal(jax.random.key(0), (7, 2), jnp.float64), []
 
     @jax.jit
@@ -101,8 +114,8 @@ def test_one_program_serves_all_numbers_of_evaluations(x64, method, solve):
         traced.append(num)
         return integrate(gaussian_velocity, x0, num_evaluations=num, method=method, block_size=4)
 
-    for num in (2, 6, 10):
-        expected = solve(gaussian_velocity, x0, num if method == "euler" else num // 2)
+    for num in (6, 12, 18):
+        expected = solve(gaussian_velocity, x0, num // per_step)
         np.testing.assert_allclose(sampled(jnp.asarray(num)), expected, rtol=1e-12)
     assert len(traced) == 1
 

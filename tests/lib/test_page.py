@@ -119,6 +119,24 @@ def test_the_page_holds_all_and_needs_nothing_else(results):
     assert {p.name for p in results.iterdir()} == {"index.html", "xp_one"}
 
 
+def test_cards_of_the_experiments_at_hand_come_first(results, tmp_path):
+    picture = image(tmp_path / "pictures" / "one.png")
+    card = {"title": "One", "what": "it flows", "ours": "1 < 2", "published": "3"}
+    cards = [
+        card | {"experiment": f"xp_{n}", "picture": "pictures/one.png"} for n in ("one", "two")
+    ]
+    files.write_json(tmp_path / "cards.json", cards)
+    parsed = Parsed(results_page.write_page(results, tmp_path / "cards.json"))
+    assert parsed.all("a", "href")[0] == "#experiment1"
+    assert base64.b64decode(parsed.all("img", "src")[0].partition(",")[2]) == picture
+    text = " ".join(parsed.text.split())
+    assert text.count("it flows") == text.count("In full: 1 < 2") == 1
+    del cards[1]["what"]
+    files.write_json(tmp_path / "cards.json", cards)
+    with pytest.raises(ValueError, match=r"cards\.json: not a list of cards with all .*'what'"):
+        results_page.write_page(results, tmp_path / "cards.json")
+
+
 def test_summaries_bring_their_tables(results, capsys):
     parsed = Parsed(results_page.write_page(results))
     assert parsed.table("flow") == [["flow", "loss"], ["a b", ".5"]]
@@ -310,7 +328,7 @@ def test_run_sh_ends_with_the_page_also_after_a_failure(tmp_path, status):
         assert [line for line in lines if line.endswith(" runs")] == [
             f"{name} runs" for name in (ran[:1] if status else ran)
         ]
-        assert lines[-1] == "python -m lib.report.page my results"
+        assert lines[-1] == "python -m lib.report.page my results --cards docs/cards.json"
 
 
 def test_the_command_prints_where_the_page_is(results, monkeypatch, capsys):

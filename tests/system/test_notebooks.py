@@ -1,5 +1,5 @@
-"""Every notebook runs as it is committed, in seconds; and draws a user's own runs where there are
-some. The quick rings run as a user runs them."""
+"""Every notebook runs as it is committed, in seconds, and shows again what is stored in it; and
+draws a user's own runs where there are some. The quick rings run as a user runs them."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 from scripts import REPOSITORY, run_script
@@ -39,13 +40,39 @@ class Shown(NamedTuple):
         return [float(number) / (100 if percent else 1) for number, percent in numbers]
 
 
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
+
+
+def check_stored(name, shown):
+    """What a notebook shows is what is stored in it: words, and numbers as far as processors agree;
+    seconds do not."""
+    cells = nbformat.read(REPOSITORY / f"notebooks/{name}.ipynb", as_version=4).cells
+    stored = Shown([output for cell in cells for output in cell.get("outputs", ())])
+    assert shown.counts() == stored.counts(), f"python docs/notebooks.py {name}"
+    now, before = (
+        re.sub(r"\d+ s\b", "some s", " ".join((one.text() + one.data("text/markdown")).split()))
+        for one in (shown, stored)
+    )
+    assert NUMBER.sub("#", now) == NUMBER.sub("#", before), f"python docs/notebooks.py {name}"
+    numbers = ([float(number) for number in NUMBER.findall(text)] for text in (now, before))
+    np.testing.assert_allclose(*numbers, rtol=0.2, atol=2e-3, err_msg=name)
+
+
+def test_stored_figures_are_small():
+    for name in NAMES:
+        notebook = nbformat.read(REPOSITORY / f"notebooks/{name}.ipynb", as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        figures = [o.get("data", {}).get("image/png", "") for c in code for o in c.outputs]
+        assert 0 < max(map(len, figures)) < 300_000, name
+        assert all(cell.execution_count for cell in code), name
+
+
 def run_notebooks(*names):
     """{name: what is shown}, all run in one kernel, which is emptied in between: most of their time
     are imports and programs that several of them compile."""
     cells, ends = [], []
     for name in names:
         notebook = nbformat.read(REPOSITORY / f"notebooks/{name}.ipynb", as_version=4)
-        assert not any(cell.get("outputs") for cell in notebook.cells), "commit without outputs"
         sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
         cells += map(nbformat.v4.new_code_cell, ("%reset -f", *sources))
         ends.append(len(cells))
@@ -148,6 +175,7 @@ def check_committed(names, folder):
         patch.setenv("RESULTS", str(folder))
         for name, shown in run_notebooks(*names).items():
             globals()[name](shown)
+            check_stored(name, shown)
 
 
 def test_notebooks_show_what_is_committed(tmp_path):

@@ -1,6 +1,7 @@
-"""The README keeps its word: recipes print what it prints, links lead somewhere, files exist."""
+"""The README and the recipes keep their word: they print what they print, files exist."""
 
 import doctest
+import json
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -14,14 +15,16 @@ from scripts import REPOSITORY
 from lib import kernels
 
 README = (REPOSITORY / "README.md").read_text()
+EXPERIMENTS = sorted(path.parent.name for path in REPOSITORY.glob("xp_*/run.sh"))
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text()
 PAGES = sorted(
     path
     for pattern in ("*.md", "benchmarks/*.md", "xp_*/*.md")
     for path in REPOSITORY.glob(pattern)
 )
-# {title: text} of the README's recipes.
-RECIPES = dict(re.findall(r"(?ms)^### (\d\. [^\n]+)\n(.*?)(?=^### |^## |\nIn float64)", README))
+RECIPES_PAGE = (REPOSITORY / "docs/recipes.md").read_text()
+# {title: text} of its recipes.
+RECIPES = dict(re.findall(r"(?ms)^## (\d\. [^\n]+)\n(.*?)(?=^## |\nIn float64)", RECIPES_PAGE))
 
 
 def run_blocks(text, name):
@@ -31,7 +34,7 @@ def run_blocks(text, name):
         if kind == "python":
             exec(body, names)
             continue
-        test = doctest.DocTestParser().get_doctest(body, names, name, "README.md", 0)
+        test = doctest.DocTestParser().get_doctest(body, names, name, "recipes.md", 0)
         runner = doctest.DocTestRunner(verbose=False)
         printed = []
         runner.run(test, out=printed.append, clear_globs=False)
@@ -46,8 +49,28 @@ def test_there_are_six_recipes():
 
 
 @pytest.mark.parametrize("title", RECIPES)
-def test_recipes_print_what_the_readme_says(title):
+def test_recipes_print_what_they_say(title):
     assert run_blocks(RECIPES[title], title)
+
+
+def test_the_readme_is_short_and_runs(capsys):
+    assert len(README.split()) < 950
+    run_blocks(README, "README")
+    (printed,) = re.findall(r"print\(.*\)  # (\S+)$", README, re.MULTILINE)
+    assert f"{float(capsys.readouterr().out):.3f}" == printed
+
+
+def test_the_systems_of_the_readme_are_the_cards():
+    cards = json.loads((REPOSITORY / "docs/cards.json").read_text())
+    rows = [
+        f"| [{card['title']}]({card['experiment']}/README.md) | {card['what']} | {card['ours']} "
+        f"| {card['published']} | `bash run.sh {card['experiment']}` |"
+        for card in cards
+    ]
+    assert "\n".join(rows) in README
+    assert sorted(card["experiment"] for card in cards) == EXPERIMENTS
+    for name in EXPERIMENTS:
+        assert (REPOSITORY / f"docs/_static/cards/{name}.png").exists()
 
 
 def test_the_flow_of_the_guide():
@@ -85,7 +108,7 @@ def test_scripts_that_are_named_exist():
 
 
 def test_the_table_of_modules_is_complete():
-    table = README[README.index("| `lib.` | what |") :].split("\n\n")[0]
+    table = RECIPES_PAGE[RECIPES_PAGE.index("| `lib.` | what |") :].split("\n\n")[0]
     named = re.findall(r"`(\w+)`", "".join(row.split(" | ")[0] for row in table.splitlines()[2:]))
     rooms = {path.stem for path in (REPOSITORY / "lib").iterdir() if path.name[0] not in "_."}
     assert sorted(named) == sorted(rooms)

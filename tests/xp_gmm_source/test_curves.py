@@ -11,7 +11,7 @@ from xp_gmm_source.curves import BASELINE, Arguments
 
 
 def point(label, seed, step, value, width=32):
-    measures = {"frechet": [value], "evaluations": [5], "floor": {"frechet": 0.1}}
+    measures = {"frechet": [value], "samplers": ["euler 5"], "floor": {"frechet": 0.1}}
     return {"label": label, "seed": seed, "step": step, "width": width, **measures}
 
 
@@ -38,8 +38,8 @@ def test_unknown_labels_are_named_before_any_training(tmp_path):
 def test_a_curve_grows(tmp_path, monkeypatch):
     """A third mark goes on from the second; points that are given are not made again."""
     small = Arguments(
-        "digits", labels=(BASELINE,), seeds=(0,), width=8, marks=(2, 4), euler=(2,), num_samples=20,
-        results=tmp_path / "one",
+        "digits", labels=(BASELINE,), seeds=(0,), width=8, marks=(2, 4), euler=(2,), heun=(2,),
+        num_samples=20, results=tmp_path / "one",
     )  # fmt: skip
     path = curves.main(small)
     first = json.loads(path.read_text())["points"]

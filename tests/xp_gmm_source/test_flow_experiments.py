@@ -135,8 +135,8 @@ def test_tables_show_mean_and_spread():
     [
         (lambda: FlowConfig(coupling="mode"), "of a mixture, not of source gaussian"),
         (lambda: FlowConfig(source="gmm", prune=True), "prune is for gaussian and norm_aligned"),
-        (lambda: FlowConfig(heun=(5,)), "Heun's even"),
-        (lambda: FlowConfig(euler=(0,)), "positive"),
+        (lambda: FlowConfig(heun=(5,)), "heun: evaluations are a multiple of 2, got 5"),
+        (lambda: FlowConfig(euler=(0,)), "euler: evaluations are a multiple of 1, got 0"),
         (lambda: FlowConfig(masked_share=1.0), "masked_share"),
         (lambda: FlowConfig(ema_decay=1.0), "ema_decay"),
         (lambda: FlowConfig(learning_rate=0.0), "learning_rate"),
