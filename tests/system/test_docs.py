@@ -1,5 +1,6 @@
 """The documentation site: every page is reachable, every module has one, links lead somewhere."""
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -85,6 +86,31 @@ def test_parts_that_pages_include_are_there(page):
     for match in REPOSITORY_PAGES.INCLUDE.finditer(page.read_text()):
         part = REPOSITORY_PAGES.part_of(page, match)
         assert len(part.text.split()) > 20
+
+
+def messages():
+    """All texts in the code, with \0 where values come in; and what run.sh prints."""
+    for path in [*REPOSITORY.glob("lib/**/*.py"), *REPOSITORY.glob("xp_*/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [
+                    part.value if isinstance(part, ast.Constant) else "\0" for part in node.values
+                ]
+                yield "".join(parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+    yield (REPOSITORY / "run.sh").read_text()
+
+
+def test_errors_of_troubleshooting_are_those_of_the_code():
+    rows = table_rows((DOCS / "troubleshooting.md").read_text())
+    quoted = [row.split("`")[1] for row in rows if re.match(r"\| `[^`]*`(,[^|]*)? \|", row)]
+    theirs = {"No module named 'lib'", "operator torchvision::nms does not exist"}
+    known = list(messages())
+    assert len(quoted) >= 30
+    for message in set(quoted) - theirs:
+        pattern = re.compile(".*".join(map(re.escape, message.split("..."))), re.DOTALL)
+        assert any(pattern.search(text) for text in known), message
 
 
 def test_numbers_of_the_results_are_those_of_the_experiments():
