@@ -1,4 +1,5 @@
-"""Checked without running it: types (mypy) and style (ruff), configured in pyproject.toml."""
+"""Checked without running it: types (mypy), style (ruff) and spelling (codespell), configured in
+pyproject.toml."""
 
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import sys
 import pytest
 from scripts import REPOSITORY
 
-SOURCES = ["lib", "tests", "benchmarks", *sorted(REPOSITORY.glob("xp_*"))]
+SOURCES = ["lib", "tests", "benchmarks", "docs", *sorted(REPOSITORY.glob("xp_*"))]
 
 
 def output_of(*command) -> str:
@@ -39,3 +40,11 @@ def test_mypy_sees_shape_annotations_and_functions_without_any(tmp_path):
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
 def test_style(command):
     assert output_of("ruff", *command, *SOURCES) == ""
+
+
+def test_spelling():
+    files = subprocess.check_output(["git", "ls-files"], cwd=REPOSITORY, text=True).split()
+    texts = [file for file in files if file.endswith((".md", ".py", ".sh", ".toml"))]
+    command = [sys.executable, "-m", "codespell_lib", *texts]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.stdout + done.stderr == ""
