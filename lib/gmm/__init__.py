@@ -14,6 +14,7 @@ from lib.gmm._mixture import (
     sample_components,
     sample_coupled,
     to_sklearn,
+    without_empty,
 )
 from lib.gmm.covariances import (
     Covariance,

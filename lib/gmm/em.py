@@ -187,7 +187,10 @@ class FitResult(NamedTuple):
                 f"as it was{last}"
             )
         for k in np.flatnonzero(np.asarray(self.mixture.weights) == 0):
-            repairs.append(f"component {k} lost all its points: it has weight 0 and its last shape")
+            repairs.append(
+                f"component {k} lost all its points: it has weight 0 and its last shape "
+                "(lib.gmm.without_empty leaves it out)"
+            )
         return repairs
 
 
