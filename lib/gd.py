@@ -28,7 +28,9 @@ from lib.runs import Run
 from lib.runs.loop import Chunk, first_nonfinite, run_steps, traced_optimizer, without_weak_types
 
 TargetValueAndGrad = Callable[[Array, PyTree, Array], tuple[Array, Array]]
+"""A function of particles, target and key that gives a value and a gradient of the particles."""
 StatefulValueAndGrad = Callable[[Array, PyTree, Array, PyTree], tuple[Array, Array, PyTree]]
+"""The same, with a state that it gets and gives back, such as an adapted lambda."""
 
 MAX_STEPS_PER_CHUNK = 1024
 MAX_RECORD_BYTES_PER_CHUNK = 64 * 2**20

@@ -38,6 +38,7 @@ from lib.numerics import (
 )
 
 Kernel = Callable[[Float[Array, "n d"], Float[Array, "m d"]], Float[Array, "n m"]]
+"""A function of points [n, d] and [m, d] that gives the matrix k(x_i, y_j), [n, m]."""
 
 # Up to this dimension distances are summed feature by feature, which costs no more than a matrix
 # product (measured on CPU) and is exact for near points; above it they are expanded.

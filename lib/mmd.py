@@ -43,6 +43,8 @@ from lib.sliced_wasserstein import (
 )
 
 TargetValueAndGrad = Callable[[Array, Array, PRNGKey], tuple[Array, Array]]
+"""A function of particles [C, n, d], a target [D, m, d] and a key that gives the value of a flow's
+functional and its Wasserstein gradient, [C, n, d]."""
 
 
 def _as_samples(x, y, x_weights=None, y_weights=None):

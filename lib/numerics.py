@@ -22,7 +22,9 @@ from jax import lax
 from jaxtyping import Array, Float, Key, PyTree, Shaped, UInt32
 
 AnyArray = Array | np.ndarray
+"""An array of jax or of numpy."""
 PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
+"""A random key of either kind: `jax.random.key(0)` or `jax.random.PRNGKey(0)`."""
 
 
 # Products and elementary functions

@@ -37,6 +37,7 @@ ROTATION_DEGREES = 15.0
 CUTOUT_SHARE = 0.5  # The side of the hole, as a share of the image's.
 
 Dialect = Literal["idc", "dsa"]
+"""The published code that the augmentations follow: IDC's or DSA's."""
 Number = Float[Array, "*num"] | None
 
 

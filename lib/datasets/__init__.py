@@ -1,4 +1,9 @@
-"""Labelled image data sets by name, by folder, or made up."""
+"""Labelled image data sets by name, by folder, or made up.
+
+`load("mnist")` reads a named set, `load("path/to/images.zip")` one's own. A `Dataset` holds uint8
+images [N, H, W, channels] and labels; `draw` gives points [C, n, d] by class. `transforms` resize,
+rotate, invert.
+"""
 
 from lib.datasets._datasets import (
     NAMES,

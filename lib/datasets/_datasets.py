@@ -26,6 +26,7 @@ from lib.datasets._folders import SPLITS, fingerprint, read_image_folder
 from lib.runs import CONTENT
 
 Split = Literal["train", "test"]
+"""The part of a data set; training and selection see only "train"."""
 
 
 class Dataset(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 Centers = Sequence[Sequence[float]] | Real[Array | np.ndarray, "classes 2"]
+"""The center of each class in the plane."""
 THREE_CENTERS = ((0.0, 0.0), (-0.75, 0.0), (-1.5, 0.0))
 
 

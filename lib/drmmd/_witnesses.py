@@ -189,6 +189,7 @@ class Filtered(NamedTuple):
 
 
 SpectralFilter = Callable[[Array, ScalarLike], Filtered]
+"""Of the eigenvalues of the target's covariance, and of lambda."""
 
 
 def tikhonov(eigenvalues: Array, lmbda: ScalarLike) -> Filtered:

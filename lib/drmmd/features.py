@@ -19,6 +19,7 @@ from lib.drmmd._witnesses import SpectralFilter, as_target, check_lambda, tikhon
 from lib.numerics import map_blocks, normalized_weights, product, to_blocks
 
 Features = Callable[[Float[Array, "n d"]], Float[Array, "n D"]]
+"""A map of points to features whose products stand for the kernel."""
 
 
 class FeatureTarget(NamedTuple):

@@ -15,7 +15,9 @@ from lib.flow_matching.training import Velocity
 from lib.numerics import map_blocks, safe_norm
 
 Method = Literal["euler", "heun", "ralston3"]
+"""A Runge-Kutta method of order 1, 2 or 3."""
 NumSteps = int | Int[Array, ""]
+"""A traced number lets one compiled program serve all."""
 EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2, "ralston3": 3}
 
 

@@ -39,6 +39,7 @@ Coupling = Literal["independent", "optimal", "conditional", "semidiscrete"]
 """optimal: within a batch; conditional: within each class of it. semidiscrete: of the source with
 all of the data, by potentials (`lib.flow_matching.semidiscrete`)."""
 Velocity = Callable[[Float[Array, "B d"], Float[Array, " B"]], Float[Array, "B d"]]
+"""v(x, t) of points and their times."""
 
 MAX_STEPS_PER_CHUNK = 1024
 MAX_COUPLED_STEPS = 64

@@ -1,4 +1,8 @@
-"""Gaussian mixtures: densities, samples, conversions; `em` fits them, `starts` starts the fit."""
+"""Gaussian mixtures: densities, samples, conversions; `em` fits them, `starts` starts the fit.
+
+A `Mixture` has weights, means and one of five structures of covariances: full, tied, diagonal,
+spherical, low rank + diagonal. `estimator` is scikit-learn's interface to all of it.
+"""
 
 from lib.gmm._mixture import (
     Mixture,

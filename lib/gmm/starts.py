@@ -18,6 +18,7 @@ from lib.rows import Rows
 from lib.rows.sums import sum_over_rows
 
 Structure = Callable[[int, Float[AnyArray, " d"]], Covariance]
+"""Makes covariances of a number of components and the variances of the data, as `full` does."""
 
 SEED_POINTS = 10_000
 """Points among which k-means++ looks for its seeds."""

@@ -27,6 +27,7 @@ Parameters = Any
 # transform(key, images [B, H, W, channels], targets [B, classes]) -> (images, targets): augments,
 # mixes, normalizes. A pure function, known to jit by its hash: make it once.
 Transform = Callable[[Array, Array, Array], tuple[Array, Array]]
+"""An augmentation: of a key, images and targets; gives images and targets."""
 
 NEVER = np.iinfo(np.int32).max
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from lib.rows.files import RowFile
 
 Transform = Callable[[Array], Array]
+"""What a chunk of rows goes through before it is used, such as `lib.datasets.to_unit`."""
 
 
 @dataclass(frozen=True, eq=False)

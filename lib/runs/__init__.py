@@ -1,4 +1,9 @@
-"""Runs: folders, files, interruption, commands."""
+"""Runs: folders, files, interruption, commands.
+
+A run has a folder named after the hash of its settings. It is skipped when it is finished, resumes
+to the same bits when it was interrupted, and is locked while a process works in it. `loop` drives
+long compiled loops, `files` writes whole files or none, `sweeps` runs grids of commands.
+"""
 
 from lib.runs._folders import (
     CONTENT,

@@ -30,6 +30,7 @@ from jaxtyping import PyTree
 from lib.runs import processes
 
 PathLike = str | os.PathLike
+"""A path, as text or not."""
 Identity = Mapping[str, np.ndarray] | None
 _DTYPES = "__dtypes__"  # the npz member that names the dtypes npy has no word for
 
