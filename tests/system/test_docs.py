@@ -8,11 +8,23 @@ import sys
 from decimal import Decimal
 
 import pytest
+from blocks import run_blocks
 from scripts import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 GUIDES = sorted(DOCS.glob("guides/*.md"))
+API = sorted(page for page in DOCS.glob("api/*.md") if page.stem != "index")
+# What annotates arguments, and what functions return: examples show these by their use.
+TYPES = {
+    "AnyArray", "Centers", "Coupling", "Covariance", "Features", "Identity", "Kernel", "Method",
+    "NumSteps", "OnRows", "PRNGKey", "PathLike", "Readout", "SpectralFilter", "Split",
+    "StatefulValueAndGrad", "Structure", "TargetValueAndGrad", "Transform", "Velocity",
+    "Draws", "FeatureTarget", "FeatureWitness", "Filtered", "FitResult", "FlowResult", "FlowState",
+    "GramOfMeans", "Interval", "Moments", "Normalization", "NystromBasis", "Parameters",
+    "PermutationTest", "Potentials", "Problem", "Quadratic", "Solution", "Statistics", "StepInfo",
+    "Straightness", "StreamedMeans", "Target", "TrainState", "Witness",
+}  # fmt: skip
 
 
 def extension(name):
@@ -59,6 +71,24 @@ def test_every_public_module_has_its_place_in_the_api():
     pages = "".join(page.read_text() for page in DOCS.glob("api/*.md"))
     documented = re.findall(r"\.\. automodule:: (\S+)", pages)
     assert sorted(documented) == sorted(PLAIN_DOCSTRINGS.public_modules(REPOSITORY / "lib"))
+
+
+@pytest.mark.parametrize("page", API, ids=relative)
+def test_every_public_name_has_an_example(page):
+    examples = "".join(re.findall(r"(?ms)^```pycon\n(.*?)^```$", page.read_text()))
+    for module in re.findall(r"\.\. automodule:: (\S+)", page.read_text()):
+        path = REPOSITORY / module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        names = set(PLAIN_DOCSTRINGS.public_names(path)) - TYPES
+        assert not names - set(re.findall(r"\w+", examples)), module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", API, ids=relative)
+def test_examples_print_what_they_say(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # which an example sets: put back after it
+    assert run_blocks(page.read_text(), page.name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)

@@ -1,6 +1,5 @@
 """The README and the recipes keep their word: they print what they print, files exist."""
 
-import doctest
 import json
 import re
 from functools import partial
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blocks import run_blocks
 from kernel_oracles import kernel, mmd_squared
 from scripts import REPOSITORY
 
@@ -25,23 +25,6 @@ PAGES = sorted(
 RECIPES_PAGE = (REPOSITORY / "docs/recipes.md").read_text()
 # {title: text} of its recipes.
 RECIPES = dict(re.findall(r"(?ms)^## (\d\. [^\n]+)\n(.*?)(?=^## |\nIn float64)", RECIPES_PAGE))
-
-
-def run_blocks(text, name):
-    """Runs the python and pycon blocks of `text`, one after the other, in one namespace."""
-    names = {}
-    for kind, body in re.findall(r"(?ms)^```(python|pycon)\n(.*?)^```$", text):
-        if kind == "python":
-            exec(body, names)
-            continue
-        test = doctest.DocTestParser().get_doctest(body, names, name, "recipes.md", 0)
-        runner = doctest.DocTestRunner(verbose=False)
-        printed = []
-        runner.run(test, out=printed.append, clear_globs=False)
-        assert test.examples
-        assert not runner.failures, "".join(printed)
-        names = test.globs
-    return names
 
 
 def test_there_are_six_recipes():
