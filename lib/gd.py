@@ -216,8 +216,8 @@ def wasserstein_gradient_descent(
     return FlowResult(losses, particles)
 
 
-# The published name of the compiled loop, which this one always is.
 wasserstein_gradient_descent_jit = wasserstein_gradient_descent
+"""The published name of the compiled loop, which `wasserstein_gradient_descent` always is."""
 
 
 def wasserstein_gradient_descent_lbfgs(

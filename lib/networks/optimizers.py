@@ -8,9 +8,10 @@ from functools import cache, partial
 
 import optax
 
-adam = cache(optax.adam)  # Kingma and Ba, 2015
-# Loshchilov and Hutter, 2019; with the decay that torch has by default.
+adam = cache(optax.adam)
+"""optax's Adam (Kingma and Ba, 2015), of a step size."""
 adamw = cache(partial(optax.adamw, weight_decay=0.01))
+"""The same with a decay of weights (Loshchilov and Hutter, 2019), by default torch's."""
 
 
 @cache
