@@ -129,7 +129,11 @@ def expand(app, docname: str, content: list[str]) -> None:
 
 
 def copy_notebooks() -> None:
-    for notebook in sorted(REPOSITORY.glob("notebooks/*.ipynb")):
+    notebooks = sorted(REPOSITORY.glob("notebooks/*.ipynb"))
+    for copy in DOCS.glob("notebooks/*.ipynb"):
+        if copy.name not in {notebook.name for notebook in notebooks}:
+            copy.unlink()  # of an earlier name
+    for notebook in notebooks:
         copy = DOCS / "notebooks" / notebook.name
         if not copy.exists() or copy.read_bytes() != notebook.read_bytes():
             shutil.copy(notebook, copy)
