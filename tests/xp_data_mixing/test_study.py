@@ -179,6 +179,7 @@ def recovered():
     )
 
 
+@pytest.mark.slow
 def test_recovery_reports_every_estimator(recovered):
     names = recovered["names"].tolist()
     assert recovered["weights"].shape == (len(names), 2, 10)
@@ -195,6 +196,7 @@ def test_recovery_reports_every_estimator(recovered):
     np.testing.assert_array_equal(recovered["weights"][cell], recovered["weights"][chosen])
 
 
+@pytest.mark.slow
 def test_linear_mean_matching_is_nonnegative_least_squares(recovered):
     """Its optimality, from the images: no exchange of weight between two classes helps."""
     splits = problems.load(TINY)
