@@ -1,7 +1,7 @@
 """Settings of mixtures as sources of flow matching."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lib.flow_matching.sampling import EVALUATIONS_PER_STEP, Method
 from lib.numerics import check_seed
@@ -155,8 +155,7 @@ class FlowConfig:
 
     def samplers(self) -> list[tuple[Method, int]]:
         """Methods and their numbers of evaluations."""
-        methods: tuple[Method, ...] = ("euler", "heun", "ralston3")
-        return [(method, num) for method in methods for num in getattr(self, method)]
+        return [(method, num) for method in get_args(Method) for num in getattr(self, method)]
 
 
 def comparison(base: FlowConfig) -> dict[str, FlowConfig]:

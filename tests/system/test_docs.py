@@ -147,8 +147,8 @@ def test_numbers_of_the_results_are_those_of_the_experiments():
     """Rounded: each is a number of their pages within half a unit of its last digit."""
 
     def numbers(text):
-        found = re.findall(r"(?<![\w-])\.?\d[\d,.]*(?:e-?\d+)?", text.replace(", ", " "))
-        return {number.rstrip(".,").replace(",", "") for number in found}
+        matches = re.findall(r"(?<![\w-])\.?\d[\d,.]*(?:e-?\d+)?", text.replace(", ", " "))
+        return {number.rstrip(".,").replace(",", "") for number in matches}
 
     pages = [*REPOSITORY.glob("xp_*/README.md"), REPOSITORY / "benchmarks/README.md"]
     known = [float(n) for page in pages for n in numbers(page.read_text()) if n.count(".") < 2]
