@@ -5,9 +5,7 @@ All are stored images [C, n, H, W, channels] in [0, 1], of every class by itself
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,16 +128,6 @@ def kmeans_centers(
     return np.clip(np.stack(centers), 0, 1).astype(np.float32)
 
 
-def without_last_layer(
-    parameters: Any, headless: nn.Module, image_shape: tuple[int, int, int]
-) -> Any:
-    """What `headless`, all layers except the last, takes of a network's parameters: layers have the
-    same names in both."""
-    blank = jnp.zeros((1, *image_shape))
-    names = jax.eval_shape(headless.init, jax.random.key(0), blank)["params"]
-    return {"params": {name: parameters["params"][name] for name in names}}
-
-
 def trained_features(key: PRNGKeyArray, config: BaselineConfig, real: RealData) -> Features:
     """images [n, H, W, c] in [0, 1] -> features [n, f] of a ConvNet trained on all images."""
     network = partial(
@@ -161,5 +149,4 @@ def trained_features(key: PRNGKeyArray, config: BaselineConfig, real: RealData) 
         num_epochs=config.feature_epochs,
         batch_size=256,
     )
-    shared = without_last_layer(parameters, headless, real.image_shape)
-    return jax.jit(lambda images: headless.apply(shared, normalized(images)))
+    return jax.jit(lambda images: headless.apply(parameters, normalized(images)))

@@ -28,7 +28,7 @@ from lib.runs.processes import DeviceOptions
 from xp_dataset_distillation import condense, losses, moments
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, KernelName, Start
 from xp_dataset_distillation.factor import decode
-from xp_dataset_distillation.objectives import feature_network
+from xp_dataset_distillation.objectives import network_of
 from xp_dataset_distillation.presets import CPU
 
 KERNELS = ("linear", "polynomial", "gaussian", "energy", "rff")
@@ -154,7 +154,7 @@ def moment_differences(
     num_networks: int, num_real: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """`moments.moment_differences` of every class and network, [networks, classes] per measure."""
-    network = feature_network(config, problem.setting)
+    network = network_of(config, problem.setting)
     decoded = np.asarray(decode(jnp.asarray(images), config.factor))
 
     @jax.jit

@@ -102,6 +102,9 @@ class CondenseConfig:
     end of their training, after any of its epochs, or between start and end."""
     pool_networks: int = PoolConfig.pool_networks
     pool_epochs: int = PoolConfig.pool_epochs
+    class_weight: float = 0.0
+    """Adds so many times the cross-entropy of the condensed images under the pool's networks, as
+    IDM and DANCE do."""
     num_directions: int = 500
     """Of mmdsw."""
     class_chunk: int | None = None
@@ -124,7 +127,12 @@ class CondenseConfig:
         if self.networks != "random" and self.space == "pixels":
             raise ValueError(f"networks {self.networks} are of --space features")
         check_positive(self, "bandwidth_scale")
-        check_not_negative(self, "held_out")
+        check_not_negative(self, "held_out", "class_weight")
+        if self.class_weight and (self.networks == "random" or self.method == "mmdsw"):
+            raise ValueError(
+                "class_weight is of networks that know the classes (--networks trained, aged or "
+                "interpolated), and not of mmdsw"
+            )
         if self.step_size is not None:
             check_positive(self, "step_size")
         if not 0 <= self.momentum < 1:
@@ -141,8 +149,9 @@ class CondenseConfig:
 
     def without_effect(self) -> tuple[str, ...]:
         """Later settings that change nothing here: a run made before them keeps its name."""
-        pool = ("pool_networks", "pool_epochs")
-        return ("networks", *pool) if self.networks == "random" else ()
+        if self.networks == "random":
+            return ("networks", "pool_networks", "pool_epochs", "class_weight")
+        return () if self.class_weight else ("class_weight",)
 
     def resolved_step_size(self, image_shape: tuple[int, int, int]) -> float:
         """`step_size`, or its rule for these images."""

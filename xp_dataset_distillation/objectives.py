@@ -52,6 +52,8 @@ class Batch(NamedTuple):
     """Parameters of the augmentation."""
     keys: Array
     """Of the loss."""
+    labels: Array
+    """[classes]."""
 
 
 Loss = Callable[[Array, Any, Batch], Array]
@@ -59,11 +61,13 @@ Loss = Callable[[Array, Any, Batch], Array]
 classes [1]."""
 
 
-def feature_network(config: CondenseConfig, setting: Setting) -> nn.Module:
-    """The network without its last layer."""
+def network_of(
+    config: CondenseConfig, setting: Setting, num_classes: int | None = None
+) -> nn.Module:
+    """The network; without `num_classes`, up to its features."""
     return network_by_name(
         config.network,
-        None,
+        num_classes,
         setting.image_shape,
         width=config.width,
         depth=config.depth,
@@ -81,7 +85,7 @@ def objective(
     The devices of a mesh share classes and networks; with mmdsw, which compares all classes, the
     classes' features and then the directions.
     """
-    network = feature_network(config, setting) if config.space == "features" else None
+    network = network_of(config, setting) if config.space == "features" else None
     augmentation = augment.parse(config.augmentation, dialect=config.strategy, flips=setting.flips)
     num_classes, shape = setting.num_classes, setting.image_shape
     joint = config.method == "mmdsw"
@@ -100,7 +104,7 @@ def objective(
         batch_key, change_key, loss_key, choice_key = jax.random.split(key, 4)
         parameters = None
         if network is not None:
-            parameters = _draw_networks(network, target, step, config, shape)
+            parameters = _draw_networks(target, step, config, setting)
         stored = x.reshape(num_classes, -1, *shape)
         real = draw_batch(batch_key, target.real, config.real_batch)
         if joint:
@@ -109,7 +113,7 @@ def objective(
             changes = jax.vmap(draw_change)(jax.random.split(change_key, num_classes))
             keys = jax.random.split(loss_key, num_classes)
         chosen = _choose(choice_key, stored, config.most_decoded // config.factor**2)
-        batch = Batch(stored, chosen, real, changes, keys)
+        batch = Batch(stored, chosen, real, changes, keys, jnp.arange(num_classes))
         values, gradient = values_and_gradient(parameters, batch)
         return jnp.sum(values), gradient.reshape(x.shape), step + 1
 
@@ -130,9 +134,21 @@ def _class_losses(config: CondenseConfig, setting: Setting, network: nn.Module |
         decoded = decode(stored, config.factor)
         real = batch.real.astype(jnp.float32) / 255
         x, y = features(decoded), lax.stop_gradient(features(real))
-        return jax.vmap(class_loss)(batch.keys, x, y)
+        values = jax.vmap(class_loss)(batch.keys, x, y)
+        if config.class_weight:
+            values += config.class_weight * _cross_entropy(parameters, x, batch.labels)
+        return values
 
     return loss
+
+
+def _cross_entropy(parameters: Any, features: Array, labels: Array) -> Array:
+    """The mean over the images of each class, [classes], by the network's last layer."""
+    layers = parameters["params"]
+    last = layers[max(name for name in layers if name.startswith("Dense"))]
+    logits = nn.Dense(last["bias"].size).apply({"params": last}, features)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[:, None])
+    return jnp.mean(each, axis=1)
 
 
 def _dataset_loss(
@@ -170,18 +186,20 @@ def _features(network: nn.Module | None, setting: Setting, parameters: Any, imag
     return features.reshape(classes, k, -1)
 
 
-def _draw_networks(network, target: Target, step, config: CondenseConfig, shape) -> Any:
+def _draw_networks(target: Target, step, config: CondenseConfig, setting: Setting) -> Any:
     """Parameters of networks, stacked along a first axis: random ones, or drawn from the pool."""
     key = jax.random.fold_in(
         jax.random.wrap_key_data(target.network_key), step // config.steps_per_network
     )
     keys = jax.random.split(key, config.num_networks)
-    blank = jnp.zeros((1, *shape))
+    blank = jnp.zeros((1, *setting.image_shape))
     if config.networks == "random":
+        network = network_of(config, setting)
         return jax.vmap(network.init, in_axes=(0, None))(keys, blank)
     pool = target.pool
     assert pool is not None
-    like = jax.eval_shape(network.init, keys[0], blank)
+    whole = network_of(config, setting, setting.num_classes)
+    like = jax.eval_shape(whole.init, keys[0], blank)
     _, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like))
 
     def drawn(key):

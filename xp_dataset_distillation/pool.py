@@ -11,7 +11,6 @@ methods, numbers of images and seeds; it is trained once, and kept in its folder
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,7 +25,6 @@ from lib.networks import classification, convolution, network_by_name, optimizer
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from lib.runs.settings import settings_of
-from xp_dataset_distillation.baselines import without_last_layer
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, PoolConfig
 from xp_dataset_distillation.evaluation import transform
 from xp_dataset_distillation.real_data import known_by_content, setting_of, training_images
@@ -45,40 +43,39 @@ def train_pool(
     show_progress: bool = True,
     mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
-    """Trains the pool, or reads it: parameters [networks, 1 + epochs, P] of the networks without
-    their last layers, as flat vectors (`jax.flatten_util.ravel_pytree`), at the start and after
-    each epoch; losses [networks, epochs], and seconds."""
+    """Trains the pool, or reads it: parameters [networks, 1 + epochs, P] of the networks, as flat
+    vectors (`jax.flatten_util.ravel_pytree`), at the start and after each epoch; losses
+    [networks, epochs], and seconds."""
     known = known_by_content(config, data_root)
-    name = f"pool-{Path(config.dataset).stem}-{config.network}{config.width}"
+    name = f"networks-{Path(config.dataset).stem}-{config.network}{config.width}"
     run = runs.open_run(results, EXPERIMENT, name, known, seed=0, wait=True)
     if run.finished:
         return run.load_arrays()
     real, _ = training_images(config, data_root)
     setting, began = setting_of(config, real), time.perf_counter()
-    network = partial(
-        network_by_name,
+    network = network_by_name(
         config.network,
-        image_shape=real.image_shape,
+        real.num_classes,
+        real.image_shape,
         width=config.width,
         depth=config.depth,
         convolution=convolution.fastest(),
     )
-    whole, headless = network(num_classes=real.num_classes), network(num_classes=None)
     augmentation = augment.parse("color_crop_cutout_flip", dialect="idc", flips=setting.flips)
     images = jnp.asarray(real.images, jnp.float32) / 255
     key = jax.random.key(0)
     blank = jnp.zeros((1, *real.image_shape))
 
     def flat(parameters):
-        return ravel_pytree(without_last_layer(parameters, headless, real.image_shape))[0]
+        return jax.vmap(lambda tree: ravel_pytree(tree)[0])(parameters)
 
     keys = jax.random.split(key, config.pool_networks)
-    parameters = jax.vmap(whole.init, in_axes=(0, None))(keys, blank)
-    ages, losses = [jax.vmap(flat)(parameters)], []
+    parameters = jax.vmap(network.init, in_axes=(0, None))(keys, blank)
+    ages, losses = [flat(parameters)], []
     for epoch in range(config.pool_epochs):
         parameters, loss = classification.fit_seeds(
             jax.random.split(jax.random.fold_in(key, 1 + epoch), config.pool_networks),
-            whole,
+            network,
             images,
             jnp.asarray(real.labels),
             optimizer=optimizers.adam(1e-3),
@@ -91,7 +88,7 @@ def train_pool(
             description=f"{name}, epoch {epoch + 1}",
             mesh=mesh,
         )
-        ages.append(jax.vmap(flat)(parameters))
+        ages.append(flat(parameters))
         losses.append(loss[:, 0])
     seconds = time.perf_counter() - began
     run.finish(

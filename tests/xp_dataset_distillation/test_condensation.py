@@ -66,7 +66,7 @@ def test_the_objective_is_a_loop_over_classes_and_networks(settings, digits):
     class_loss = losses.class_loss(settings.kernel)
     network = None
     if settings.space == "features":
-        network = objectives.feature_network(settings, digits.setting)
+        network = objectives.network_of(settings, digits.setting)
 
     def features(images, network_key):
         if network is None:

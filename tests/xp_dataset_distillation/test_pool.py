@@ -12,6 +12,7 @@ from lib import runs
 from lib.networks import network_by_name
 from xp_dataset_distillation import condense, objectives, pool
 from xp_dataset_distillation.config import CondenseConfig
+from xp_dataset_distillation.factor import decode
 
 POOLED = replace(SMALL, networks="trained", pool_networks=3, pool_epochs=2, num_networks=2)
 SHAPE = (8, 8, 1)
@@ -26,20 +27,18 @@ def stored(tmp_path_factory):
 
 def drawn(settings, parameters, step=0):
     """The networks of a step as vectors [networks, P]."""
-    network = network_by_name("convnet", None, SHAPE, **SIZE)
     target = objectives.Target(None, jax.random.key_data(jax.random.key(2)), parameters)
-    trees = objectives._draw_networks(network, target, step, settings, SHAPE)
+    setting = condense.problem(SMALL, None).setting
+    trees = objectives._draw_networks(target, step, settings, setting)
     return np.asarray(jax.vmap(lambda tree: jax.flatten_util.ravel_pytree(tree)[0])(trees))
 
 
 def test_a_pool_holds_every_network_from_start_to_end(stored):
-    """The start is a new network without its last layer; losses fall."""
+    """The start is a new network; losses fall."""
     _, arrays = stored
-    whole = network_by_name("convnet", 10, SHAPE, **SIZE)
-    first = whole.init(jax.random.split(jax.random.key(0), 3)[0], jnp.zeros((1, *SHAPE)))
-    last = max(name for name in first["params"] if name.startswith("Dense"))
-    headless = {"params": {k: v for k, v in first["params"].items() if k != last}}
-    vector = jax.flatten_util.ravel_pytree(headless)[0]
+    network = network_by_name("convnet", 10, SHAPE, **SIZE)
+    first = network.init(jax.random.split(jax.random.key(0), 3)[0], jnp.zeros((1, *SHAPE)))
+    vector = jax.flatten_util.ravel_pytree(first)[0]
     assert arrays["parameters"].shape == (3, 3, len(vector))
     np.testing.assert_allclose(arrays["parameters"][0, 0], vector, rtol=1e-6)
     assert np.all(arrays["losses"][:, 1] < arrays["losses"][:, 0])
@@ -75,6 +74,36 @@ def test_networks_stay_for_their_steps(stored):
     assert not np.array_equal(same, other)
 
 
+@pytest.mark.parametrize("kind", ["trained", "interpolated"])
+def test_class_weight_adds_the_cross_entropy_of_the_condensed_images(stored, kind):
+    """Images are decoded, normalized and classified here by the whole network, class by class."""
+    digits = condense.problem(SMALL, None)
+    settings = replace(POOLED, networks=kind, factor=2, class_weight=0.3)
+    x = jnp.asarray(condense.start(jax.random.key(1), settings, digits.real))
+    pool_of_networks = jnp.asarray(stored[1]["parameters"])
+    key_data = jax.random.key_data(jax.random.key(2))
+    target = objectives.Target(jax.tree.map(jnp.asarray, digits.real), key_data, pool_of_networks)
+    arguments = x.reshape(10, 2, -1), target, jax.random.key(3), jnp.asarray(0)
+    with_it, without = (
+        objectives.objective(replace(settings, class_weight=weight), digits.setting)(*arguments)
+        for weight in (0.3, 0.0)
+    )
+    networks = objectives._draw_networks(target, 0, settings, digits.setting)
+    classify = jax.vmap(network_by_name("convnet", 10, SHAPE, **SIZE).apply, in_axes=(0, None))
+
+    def cross_entropy(x):
+        total = 0.0
+        for label, images in enumerate(decode(x, 2)):
+            logits = classify(networks, digits.setting.normalized(images))
+            total -= jnp.mean(jax.nn.log_softmax(logits)[..., label])
+        return total
+
+    value, gradient = jax.value_and_grad(cross_entropy)(x)
+    np.testing.assert_allclose(with_it[0] - without[0], 0.3 * value, rtol=1e-4)
+    difference = (with_it[1] - without[1]).reshape(x.shape)
+    np.testing.assert_allclose(difference, 0.3 * gradient, atol=1e-4 * np.abs(gradient).max())
+
+
 @pytest.mark.slow
 def test_condensations_share_a_pool(stored, monkeypatch):
     """Trained before: not again."""
@@ -95,9 +124,13 @@ def test_without_a_pool_a_run_keeps_its_name():
         runs.config_hash(replace(plain, pool_epochs=epochs), exclude=exclude) for epochs in (1, 5)
     }
     assert len(names) == 1
-    assert replace(plain, networks="aged").without_effect() == ()
+    assert replace(plain, networks="aged").without_effect() == ("class_weight",)
+    assert replace(plain, networks="aged", class_weight=1.0).without_effect() == ()
 
 
-def test_pixels_have_no_networks():
+def test_pixels_have_no_networks_and_random_ones_know_no_classes():
     with pytest.raises(ValueError, match=r"networks aged are of --space features"):
         CondenseConfig(networks="aged", space="pixels")
+    for settings in ({"networks": "random"}, {"networks": "aged", "method": "mmdsw"}):
+        with pytest.raises(ValueError, match=r"class_weight is of networks that know the classes"):
+            CondenseConfig(**settings, class_weight=1.0)
