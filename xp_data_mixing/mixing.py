@@ -89,8 +89,8 @@ class Kernel:
     estimator: Estimator = "rff"
     """rff: random Fourier features, one pass over the rows. exact: the kernel itself, quadratic in
     the rows. whitened: Fourier features in the metric of their covariance within the sources.
-    posteriors: those of classifiers between the sources. auto: whichever of these two recovers
-    mixtures of the sources better (see `xp_data_mixing.calibration`)."""
+    posteriors: those of classifiers between the sources. auto: whichever of whitened, posteriors
+    and plain MMD recovers mixtures of the sources best (see `xp_data_mixing.calibration`)."""
     num_features: int = 1000
     """Frequencies of the features, each a cosine and a sine. They depend on the key and d only."""
     check_features: int = 256
@@ -208,6 +208,7 @@ class MixingResult(NamedTuple):
     choice               the features of an adaptive estimator, with the error of all that was
                          tried; None for others. Then all MMD^2 and means are of these features,
                          whose mean square within sources is 1, and kernel_mean is NaN
+    column_deviations [d] standard deviations of the columns, over some rows of every sample
     """
 
     weights: Float[np.ndarray, " N"]
@@ -230,6 +231,7 @@ class MixingResult(NamedTuple):
     bandwidth: float
     median_rule: bool
     choice: Choice | None
+    column_deviations: Float[np.ndarray, " d"]
     sizes: Int[np.ndarray, " N"]
     target_size: int
     names: tuple[str, ...]
@@ -368,12 +370,21 @@ def estimate(
         bandwidth=float(bandwidth),
         median_rule=kernel.bandwidth == "auto" and choice is None,
         choice=choice,
+        column_deviations=_column_deviations(groups),
         sizes=num_rows[:-1],
         target_size=int(num_rows[-1]),
         names=tuple(group.name for group in groups[:num_sources]),
         warnings=(),
     )
     return result._replace(warnings=find_warnings(result))
+
+
+def _column_deviations(groups: Sequence[Rows], count: int = 256) -> Float[np.ndarray, " d"]:
+    """Over `count` rows of every sample, evenly spread, or all where there are no more."""
+    some = [
+        group.take(np.arange(0, n, -(-n // count))) for group in groups if (n := group.shape[0])
+    ]
+    return np.std(np.concatenate(some), axis=0, dtype=np.float64)
 
 
 class _Samples(NamedTuple):

@@ -8,6 +8,8 @@ WIDE, NARROW = 0.85, 0.02
 """Mean kernel values past which the bandwidth is far off; the median distance gives about .6."""
 NO_SPREAD = 1 - 1e-5
 """Mean kernel values from which rows are equal: up to rounding in float32."""
+UNEQUAL = 4.0
+"""Standard deviation of one column, in those of the median one."""
 FEW_ROWS = 30
 WORST_CONDITION = 1e8
 WEAK = 4.0
@@ -20,11 +22,7 @@ ROUNDING = 1e-6
 
 def find_warnings(result: Any) -> tuple[str, ...]:
     """Warnings about a `xp_data_mixing.mixing.MixingResult`, most severe first."""
-    return tuple(
-        warning
-        for check in (_kernel, _spread, _conditioning, _biased, _vertex, _held_out, _misfit, _rows)
-        for warning in check(result)
-    )
+    return tuple(warning for check in CHECKS for warning in check(result))
 
 
 def _kernel(result):
@@ -52,6 +50,22 @@ def _kernel(result):
         yield (
             f"{saturated}hardly any two rows are neighbors; sigma {result.bandwidth:.4g} is "
             f"narrow for these data, {_instead(result, 'larger')}"
+        )
+
+
+def _columns(result):
+    deviations = result.column_deviations
+    varying = deviations[deviations > 0]
+    if len(varying) < 2:
+        return
+    top, others = int(np.argmax(deviations)), float(np.median(np.sort(varying)[:-1]))
+    share = deviations[top] ** 2 / np.sum(np.square(deviations))
+    if share > 0.5 and deviations[top] > UNEQUAL * others:
+        yield (
+            f"columns of unequal scale: column {top}, counted from 0, has {share:.0%} of the "
+            f"variance and {deviations[top] / others:.0f} times the standard deviation of the "
+            "median column, so distances hardly see the others; if units are all that makes it "
+            "so, divide every column by its standard deviation over all files together"
         )
 
 
@@ -157,3 +171,8 @@ def _rows(result):
         few.append(f"the target ({result.target_size})")
     if few:
         yield f"fewer than {FEW_ROWS} rows: {', '.join(few)}"
+
+
+CHECKS = (
+    _kernel, _columns, _spread, _conditioning, _biased, _vertex, _held_out, _misfit, _rows,
+)  # fmt: skip

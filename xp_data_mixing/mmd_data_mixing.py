@@ -110,7 +110,7 @@ class MMDDataMixer:
     estimator: Estimator = "rff"
     """rff: MMD by random features. exact: by the kernel, quadratic in the rows. whitened: MMD in
     the metric of the features' covariance within files. posteriors: of classifiers between files.
-    auto: whichever of the last two recovers mixtures of the training files better."""
+    auto: whichever of whitened, posteriors and MMD recovers mixtures of the training files best."""
     auto_dimension: int = 1000
     """D of whitened, posteriors and auto."""
     sample_rows: int = 10_000

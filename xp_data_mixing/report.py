@@ -189,6 +189,7 @@ def figure(document: dict[str, Any]) -> Any:
         left.axvline(1 / len(document["mixing_ratios"]), lw=0.8, ls=":", color="0.5", label="equal")
         left.set_yticks(places, [name for name, _ in rows])
         left.set_xlim(left=-0.02)
+        left.set_xlabel("weight")
         confidence = document["summary"]["confidence"]
         left.set_title("weights" if confidence is None else f"weights, intervals at {confidence:g}")
         left.legend(fontsize=7)
@@ -201,6 +202,7 @@ def figure(document: dict[str, Any]) -> Any:
         middle.set_yticks(places, [])
         middle.set_ylim(left.get_ylim())
         middle.set_title("objective's rise without the source")
+        middle.set_xlabel("MMD²")
         middle.ticklabel_format(axis="x", scilimits=(-2, 2))
 
         bars = np.arange(len(MIXTURES))[::-1]
@@ -213,6 +215,7 @@ def figure(document: dict[str, Any]) -> Any:
         right.set_yticks(bars, MIXTURES.values())
         right.set_ylim(3.6 - max(4.2, 0.4 * len(rows)), 3.6)
         right.set_title("squared distance to the target")
+        right.set_xlabel("MMD²")
         right.ticklabel_format(axis="x", scilimits=(-2, 2))
     return figure
 

@@ -12,7 +12,7 @@ EXPERIMENT = "xp_drmmd"
 IMAGES = ("digits", "mnist", "fashion_mnist")
 DatasetName = Literal[
     "ThreeRing", "FourGaussian", "Gaussian1D", "Gaussian1DExact", "Gaussian1d", "Gaussian2d",
-    "Student", "digits", "mnist", "fashion_mnist",
+    "Student", "digits", "mnist", "fashion_mnist", "files",
 ]  # fmt: skip
 FlowName = Literal["drmmd", "mmd", "kale", "sliced_mmd", "ula", "svgd"]
 KernelName = Literal["Gaussian", "Laplace", "IMQ", "Energy"]
@@ -26,7 +26,13 @@ class FlowConfig:
 
     dataset: DatasetName = "ThreeRing"
     """Gaussian1d, Gaussian2d and Student are those of the published code. Its Gaussian1d is N(0, 1)
-    within [-1, 1] from N(0, .01^2); the Gaussian1D here is N(0, 1) from N(0, 1/2)."""
+    within [-1, 1] from N(0, .01^2); the Gaussian1D here is N(0, 1) from N(0, 1/2). files: the rows
+    of `target`."""
+    target: str | None = None
+    """A file of rows (`lib.rows.files`), all of which are the target."""
+    source: str | None = None
+    """One whose rows are the particles at the start, beside `target`. None: `source_particle_num`
+    of a normal distribution with the target's mean and mean variance."""
     flow: FlowName = "drmmd"
     """sliced_mmd is the flow mmd of the kernel Energy, which `kernel` need not say, by
     `num_directions` new directions per step: n log n instead of n^2."""
@@ -81,6 +87,10 @@ class FlowConfig:
     """Principal components of images."""
 
     def __post_init__(self):
+        if (self.dataset == "files") != (self.target is not None):
+            raise ValueError("--target PATH is of the data set files, and of no other")
+        if self.source is not None and self.target is None:
+            raise ValueError(f"--source {self.source} needs --target PATH, where it flows to")
         check_positive(
             self, "lmbda", "step_size", "largest_step_size", "regularity", "target_scale"
         )
@@ -113,6 +123,7 @@ class FlowConfig:
     def without_effect(self) -> tuple[str, ...]:
         """The later settings that change nothing here: a run made before them keeps its name."""
         return (
+            *(name for name in ("target", "source") if getattr(self, name) is None),
             *(() if self.kernel == "Laplace" else ("distance",)),
             *(() if self.diffusion_noise_scale != 1 else ("diffusion_noise_scale",)),
             *(() if self.dataset == "Gaussian2d" else ("target_scale",)),

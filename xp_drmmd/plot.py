@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,31 @@ def ends(rows: list[dict], root: Path) -> Figure:
         axis.set_title("\n".join(textwrap.wrap(row["label"], 20)), fontsize=7)
         axis.set_xlim(low[0], high[0])
         axis.set_ylim(low[1], high[1])
+    return figure
+
+
+def flow(stored: Mapping[str, np.ndarray], title: str) -> Figure:
+    """One flow: the first two coordinates at the start, after a tenth of the steps and at the end,
+    over the target in gray, and the distances. On the line only these."""
+    particles, target, steps = stored["particles"], stored["target"], stored["steps"]
+    shown = () if target.shape[1] == 1 else (0, int(np.searchsorted(steps, steps[-1] / 10)), -1)
+    panels = len(shown) + 1
+    figure, axes = plt.subplots(1, panels, figsize=(3 * panels, 3), layout="constrained")
+    *scatters, last = np.atleast_1d(axes)
+    everything = np.concatenate([target, *(particles[record] for record in shown)])
+    low, high = everything.min(axis=0), everything.max(axis=0)
+    for axis, record in zip(scatters, shown):
+        points = particles[record][None, :, :2]
+        plotting.scatter_classes(axis, points, target=target[:, :2])
+        axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        axis.set_title(f"step {steps[record]:,}", fontsize=8)
+    for name in NAMES:
+        if name in stored:
+            last.semilogy(steps, np.maximum(stored[name], 1e-17), label=NAMES[name])
+    last.set_xlabel("step")
+    last.legend(fontsize=7)
+    shape = f"{particles.shape[1]:,} particles in {target.shape[1]} dimensions"
+    figure.suptitle(f"{title}: {shape}, target in gray", fontsize=9)
     return figure
 
 

@@ -1,6 +1,7 @@
 """What flows where: target points, the start of the particles, the target's density if known."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 from lib import datasets
 from lib.datasets import synthetic
 from lib.numerics import key_of_seed
+from lib.rows.files import open_rows
 from xp_drmmd.analytic import START_VARIANCE
 from xp_drmmd.config import IMAGES, FlowConfig
 
@@ -86,7 +88,37 @@ def problem(config: FlowConfig, seed: int, data_root: Path | None = None) -> Pro
         return Problem(normal(1.0, (2.5, 2.5)), _student(key_target, m))
     if config.dataset in IMAGES:
         return _images(config, normal, key_target, data_root)
+    if config.target is not None:
+        target = read_points(config.target)
+        if config.source is None:
+            return Problem(normal(np.sqrt(target.var(axis=0).mean()), target.mean(axis=0)), target)
+        start = read_points(config.source)
+        if start.shape[1] != target.shape[1]:
+            raise ValueError(
+                f"{config.source} has {start.shape[1]} columns and {config.target} "
+                f"{target.shape[1]}: particles and target need equally many"
+            )
+        return Problem(start, target)
     raise ValueError(f"no data set {config.dataset!r}")
+
+
+def read_points(path: str) -> Float[Array, "n d"]:
+    """All rows of a file, in float64 where that is on. Raises ValueError on NaN and infinity."""
+    points = np.asarray(open_rows(path)[:], np.float64)
+    bad = ~np.isfinite(points).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"{path}: {bad.sum()} rows hold NaN or infinity, the first is row {np.argmax(bad)}; "
+            "leave them out"
+        )
+    return jnp.asarray(points)
+
+
+def known_by_content(config: FlowConfig) -> FlowConfig:
+    """The settings by which results are known: what files hold in place of their paths."""
+    names = {"target": config.target, "source": config.source}
+    held = {k: open_rows(path).fingerprint()[:16] for k, path in names.items() if path is not None}
+    return replace(config, **held)
 
 
 def _student(key, num: int) -> Array:

@@ -3,6 +3,8 @@
     python xp_drmmd/run.py --dataset ThreeRing --flow drmmd --kernel Gaussian --lmbda 0.001 \\
         --step_size 0.1 --bandwidth 0.15 --num_steps 20000 --source_particle_num 300 --opt sgd \\
         --seed 42
+    python xp_drmmd/run.py --source a.npy --target b.npy --flow sliced_mmd --gamma 1 --decay \\
+        --num_steps 1000
 
 The published code's other flags are taken too, as aliases, or refused with a line that says why;
 its data set MixGaussian is FourGaussian here, its Laplace kernel `--distance l1`. As in the
@@ -25,12 +27,13 @@ from lib import runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.kernels import median_bandwidth
 from lib.numerics import key_of_seed, named_key
+from lib.report import plotting
 from lib.runs import NOT_HASHED
 from lib.runs.commands import run_command
 from lib.runs.processes import DeviceOptions
 from xp_drmmd import flows, metrics
 from xp_drmmd.config import EXPERIMENT, DatasetName, FilterName, FlowConfig, FlowName
-from xp_drmmd.problems import problem
+from xp_drmmd.problems import known_by_content, problem
 
 
 def run_flow(
@@ -46,7 +49,8 @@ def run_flow(
     [records], the bandwidth, and of images center, components and image_shape."""
     name = f"{config.dataset}-{config.flow}"
     exclude = (*NOT_HASHED, *config.without_effect())
-    run = runs.open_run(results, EXPERIMENT, name, config, seed=seed, exclude=exclude)
+    known = known_by_content(config)
+    run = runs.open_run(results, EXPERIMENT, name, known, seed=seed, exclude=exclude)
     if run.finished:
         return run
     with jax.enable_x64(True):
@@ -77,7 +81,7 @@ def run_flow(
         measured = [
             metrics.evaluate(x, setup.target, bandwidth, setup.weights) for x in particles[:, 0]
         ]
-        if config.dataset == "Gaussian1d":  # the KL is that to the whole of N(0, 1)
+        if config.dataset in ("Gaussian1d", "files"):  # the KL is that to the whole of N(0, 1)
             measured = [{k: v for k, v in distances.items() if k != "kl"} for distances in measured]
     run.finish(
         particles=particles[:, 0],
@@ -99,7 +103,9 @@ class Arguments(DeviceOptions, FlowConfig):
     dataset: DatasetName | Literal["MixGaussian"] = "ThreeRing"  # type: ignore[assignment]
     """Gaussian1d, Gaussian2d, Student and MixGaussian, which is FourGaussian, are those of the
     published code. Its Gaussian1d is N(0, 1) within [-1, 1] from N(0, .01^2); the Gaussian1D here
-    is N(0, 1) from N(0, 1/2)."""
+    is N(0, 1) from N(0, 1/2). files: what --target alone says, too."""
+    bandwidth: float | None = None  # type: ignore[assignment]
+    """sigma, a length; 0: the median distance of the target. None: .15, of files the median."""
     flow: FlowName | Literal["drmmd_spectral"] = "drmmd"  # type: ignore[assignment]
     """drmmd_spectral: drmmd, which takes every `spectral_filter`."""
     spectral_filter: Annotated[FilterName, tyro.conf.arg(aliases=("--spectral",))] = "tikhonov"
@@ -125,7 +131,6 @@ class Arguments(DeviceOptions, FlowConfig):
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
 
     def __post_init__(self):
-        super().__post_init__()
         config_of(self)  # so that what does not fit together is said before anything is done
 
 
@@ -136,6 +141,10 @@ def config_of(arguments: Arguments) -> FlowConfig:
     }
     values["dataset"] = {"MixGaussian": "FourGaussian"}.get(arguments.dataset, arguments.dataset)
     values["flow"] = {"drmmd_spectral": "drmmd"}.get(arguments.flow, arguments.flow)
+    if arguments.target is not None and arguments.dataset == "ThreeRing":
+        values["dataset"] = "files"
+    if arguments.bandwidth is None:
+        values["bandwidth"] = 0.0 if values["dataset"] == "files" else FlowConfig.bandwidth
     if arguments.adaptive_lmbda:
         if arguments.adaptive == "paper":
             raise ValueError("adaptive_lmbda is --adaptive published, not --adaptive paper")
@@ -172,8 +181,26 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     for i in np.unique(np.linspace(0, len(stored["steps"]) - 1, 11).round().astype(int)):
         shown = ", ".join(f"{name} {stored[name][i]:.3e}" for name in ("mmd2", "w1", "w2"))
         print(f"  step {stored['steps'][i]:7d}: {shown}")
+    if config.dataset == "files":
+        print(stray_line(stored["particles"][-1], stored["target"]))
+    from xp_drmmd import plot
+
+    figure = plot.flow(stored, f"{config.dataset}, {config.flow}")
+    print(f"figure:  {plotting.save_figure(figure, run.folder / 'flow.png')}")
     print(f"numbers: {run.arrays}")
     return run.folder
+
+
+def stray_line(particles: np.ndarray, target: np.ndarray) -> str:
+    """How many particles end far outside of the target: the value can fall while they fly off."""
+    low, high = target.min(axis=0), target.max(axis=0)
+    margin = (high - low) / 2
+    outside = int(np.any((particles < low - margin) | (particles > high + margin), axis=1).sum())
+    advice = "; --flow sliced_mmd sees far, a larger --bandwidth farther" if outside else ""
+    return (
+        f"{outside} of {len(particles)} particles end outside the target's range, widened by "
+        f"half{advice}"
+    )
 
 
 if __name__ == "__main__":

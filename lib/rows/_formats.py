@@ -113,7 +113,15 @@ def _mapped(path, offset, size, shape, dtype, *, start=0, strides=None) -> Read:
 
 
 def _npy_arrays(path: Path) -> dict[str, StoredArray]:
-    array = np.lib.format.open_memmap(path, mode="r")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        if "Python objects" in str(error):
+            raise _Refused(
+                f"{path} holds Python objects, which are not read: save numbers, "
+                "np.save(path, np.asarray(rows, np.float32))"
+            ) from error
+        raise
     read = partial(
         _mapped, path, array.offset, array.nbytes, array.shape, array.dtype, strides=array.strides
     )

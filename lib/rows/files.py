@@ -87,7 +87,10 @@ def open_rows(path: str | Path, *, key: str | None = None) -> RowFile:
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path}: the suffix must be one of {', '.join(FORMATS)}")
+        raise ValueError(
+            f"{path}: the suffix must be one of {', '.join(FORMATS)}; a table of text becomes "
+            "one by np.save('rows.npy', np.loadtxt('rows.csv', delimiter=',', skiprows=1))"
+        )
     asked = key is not None
     key, array = _choose(path, find_arrays(path), key)
     label = f"{path}:{key}" if key else str(path)

@@ -264,7 +264,7 @@ BAD = {
     "code in a list.pt": (saved([Code(), ROWS]), r"more than tensors \((posix|nt)\.mkdir\)"),
     "old code.pt": (saved(Code(), _use_new_zipfile_serialization=False), "unpickling can run code"),
     "pickle.pt": (pickle.dumps(Code()), "is refused: unpickling can run code"),
-    "objects.npy": (npy_bytes(OBJECTS), "Python objects"),
+    "objects.npy": (npy_bytes(OBJECTS), "holds Python objects, .*: save numbers, np.save"),
     "objects.npz": (packed(np.savez, rows=OBJECTS), "not object"),
     "rows.csv": (b"1,2\n", r"the suffix must be one of \.pt, \.pth, \.npy, \.npz, \.safetensors"),
 }

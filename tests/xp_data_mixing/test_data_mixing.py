@@ -268,6 +268,20 @@ def test_nothing_to_warn_of():
     assert run_estimate(sources, target, num_features=100, bootstrap=20).warnings == ()
 
 
+def test_one_column_that_outweighs_the_others_is_named():
+    """Three units of different size, a constant, and the widest alone against a numpy deviation."""
+    sources, target = toy(sizes=(400,) * 3, m=300)
+    units = np.ones(sources[0].shape[1])
+    units[2], units[1] = 40.0, 0.1
+    scaled = [np.c_[x * units, np.zeros(len(x))] for x in (*sources, target)]
+    result = run_estimate(scaled[:-1], scaled[-1], num_features=100)
+    every_other = np.concatenate([x[::2] for x in scaled])
+    np.testing.assert_allclose(result.column_deviations, every_other.std(axis=0), rtol=1e-4)
+    (line,) = [w for w in result.warnings if w.startswith("columns of unequal scale: column 2,")]
+    assert "divide every column by its standard deviation" in line
+    assert not has(run_estimate(sources, target, num_features=100), "unequal scale")
+
+
 SPREADS = {"one row": (1, 0), "two equal rows": (2, 0), "equal rows": (40, 0), "rows": (40, 1)}
 """(number of rows, standard deviation)"""
 

@@ -398,7 +398,7 @@ def test_kernels_are_the_published_formulas():
 def test_a_run_stores_the_distance_of_its_kernel_and_keeps_its_name_without_one(tmp_path):
     """The folder of the published rings is named as when they were run."""
     assert FlowConfig(flow="ula", dataset="FourGaussian").without_effect() == (
-        "distance", "diffusion_noise_scale", "target_scale", "num_directions",
+        "target", "source", "distance", "diffusion_noise_scale", "target_scale", "num_directions",
     )  # fmt: skip
     exclude = (*runs.NOT_HASHED, *FlowConfig().without_effect())
     assert runs.config_hash(ABLATIONS["Tikhonov"], exclude=exclude) == "f8caa3c792"
