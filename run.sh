@@ -177,7 +177,10 @@ run_all() {
 
 case "${1:-all}" in
   -h | --help | help) help ;;
-  setup) setup requirements.txt ;;
+  setup)
+    setup requirements.txt
+    echo "run.sh: ready; in each shell: source .venv/bin/activate"
+    ;;
   test)
     shift
     setup requirements-dev.txt

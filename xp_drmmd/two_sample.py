@@ -239,6 +239,7 @@ def figure(comparison: dict, telling: dict, x: Sample, y: Sample) -> bytes:
         for values, name in ((of_x, "x"), (of_y, "y")):
             axes[0].hist(values, bins, density=True, alpha=0.5, label=f"{name}, {len(values):,}")
         axes[0].set_xlabel("witness: right, more of x; left, more of y")
+        axes[0].set_ylabel("density")
         axes[0].legend()
         if x.images is None:
             rows = telling["coordinates"][::-1]
@@ -249,7 +250,8 @@ def figure(comparison: dict, telling: dict, x: Sample, y: Sample) -> bytes:
             bins = np.histogram_bin_edges(both, 40)
             for sample, name in ((x, "x"), (y, "y")):
                 axes[2].hist(sample.rows[:, column], bins, density=True, alpha=0.5, label=name)
-            axes[2].set_xlabel(f"column {column}")
+            axes[2].set_xlabel(f"column {column}, counted from 0")
+            axes[2].set_ylabel("density")
         else:
             for ax, sample, values, title in (
                 (axes[1], x, -of_x, "most typical of x"),
@@ -278,7 +280,7 @@ def text(document: dict[str, Any]) -> str:
             f"{row['column']} ({row['share']:.0%})"
             for row in document["telling"]["coordinates"][:3]
         )
-        lines.append(f"columns that matter most: {columns}")
+        lines.append(f"columns that matter most, counted from 0: {columns}")
     return "\n".join(lines)
 
 
