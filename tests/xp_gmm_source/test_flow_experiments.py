@@ -143,7 +143,7 @@ def test_tables_show_mean_and_spread():
         (lambda: FlowConfig(num_steps=0), "num_steps"),
         (lambda: flow.read(replace(TINY, num_samples=400), None), "400, .* digits has 355 test"),
         (lambda: flow.read(replace(TINY, num_train=1443), None), "1443, digits has 1442 images"),
-        (lambda: experiments.chosen(experiments.Arguments(only=("svhn",))), "no group svhn; there"),
+        (lambda: experiments.chosen(experiments.Arguments(only=("svhn",))), "no group 'svhn'"),
         (lambda: experiments.chosen(experiments.Arguments(labels=("GMM-0",))), "no flow"),
     ],
 )
