@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from lib import runs
+from lib.datasets import Dataset
 from lib.flow_matching import draw_step, optimal_permutation
 from lib.kernels import squared_distances
 from xp_gmm_source import experiments, flow, tables
@@ -19,6 +21,7 @@ TINY = FlowConfig(
     num_samples=60, num_train=300, em_iterations=2, euler=(2, 4), heun=(4,),
 )  # fmt: skip
 MIXTURE = {"source": "gmm", "coupling": "mode", "n_components": 2, "covariance_type": "diag"}
+TEN_THOUSAND = Dataset("mnist", np.zeros((10_000, 1, 1, 1), np.uint8), np.zeros(10_000), ("0",))
 FLOWS = {
     "Gaussian": replace(TINY, coupling="independent", prune=True),
     "mixture": replace(TINY, **MIXTURE),
@@ -84,7 +87,8 @@ def test_a_flow_is_the_same_from_command_line(summary, capsys):
     row = json.loads(path.read_text())["rows"][2]
     assert folder == arguments.results / row["folders"][0]
     said = capsys.readouterr().out
-    assert "gmm, mode, sampled from own" in said
+    assert "gmm, mode: samples that start from the source it was trained from" in said
+    assert f"figure:  {folder / 'samples.png'}" in said
     assert "heun    4: frechet" in said
     assert "as many training images: frechet" in said
 
@@ -128,6 +132,45 @@ def test_tables_show_mean_and_spread():
     assert table.heads == ["source", "euler 5", "heun 20", "straightness", "cost"]
     assert table.rows[0] == ["one", "2 ± 1", "2 ± 0", "0.5 ± 0", "0.5 ± 0"]
     assert table.rows[1] == ["as many training images", "0.25", "", "", ""]
+
+
+def test_few_test_images_are_all_evaluated(tmp_path, monkeypatch, capsys):
+    """By default; a number that is given stays, and so do the settings of larger data sets."""
+    path = tmp_path / "imgs"
+    for split, num in (("train", 4), ("test", 3)):
+        (path / split / "all").mkdir(parents=True)
+        for i in range(num):
+            Image.new("L", (8, 8), 10 * i).save(path / split / "all" / f"{i}.png")
+
+    class Opened(Exception):
+        pass
+
+    def opened(config, **_):
+        raise Opened(config)
+
+    monkeypatch.setattr(flow, "run_flow", opened)
+    monkeypatch.setattr(experiments, "run_flow", opened)
+
+    def asked(main, arguments):
+        with pytest.raises(Opened) as info:
+            main(arguments)
+        return info.value.args[0]
+
+    def of_flow(dataset, **options):
+        return asked(flow.main, flow.Arguments(dataset=str(dataset), **options))
+
+    assert of_flow(path) == FlowConfig(str(path), num_samples=3)
+    assert of_flow("digits") == FlowConfig("digits", num_samples=355)
+    assert of_flow(path, num_samples=4) == FlowConfig(str(path), num_samples=4)
+    for preset, dataset, expected in (("quick", str(path), 3), ("gpu", "digits", 355)):
+        arguments = experiments.Arguments(preset=preset, dataset=dataset)
+        assert asked(experiments.main, arguments).num_samples == expected
+        assert capsys.readouterr().out.startswith(f"{dataset}, ")
+    assert asked(experiments.main, experiments.Arguments()).num_samples == 350
+    monkeypatch.setattr(flow, "load", lambda *_, **__: TEN_THOUSAND)
+    assert of_flow("mnist") == FlowConfig("mnist")
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        flow.Arguments(num_samples=0)
 
 
 @pytest.mark.parametrize(
