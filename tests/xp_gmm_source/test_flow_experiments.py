@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from lib import runs
 from lib.datasets import Dataset
 from lib.flow_matching import draw_step, optimal_permutation
 from lib.kernels import squared_distances
-from xp_gmm_source import experiments, flow, tables
+from xp_gmm_source import experiments, flow, plot, tables
 from xp_gmm_source.config import FlowConfig, comparison, presets
 
 TINY = FlowConfig(
@@ -69,6 +70,8 @@ def test_stored_flows_can_be_followed_again(summary):
     assert stored["samples"].dtype == np.uint8
     assert stored["paths"].shape == (2, flow.PATH_STEPS + 1, 60, 2)
     assert stored["losses"].shape == (3,)
+    page = (Path(experiments.__file__).parent / "README.md").read_text()
+    assert all(f"`{name}`" in page for name in stored if not name.startswith("floor_"))
     starts = stored["starts"].reshape(60, -1)
     np.testing.assert_allclose(starts @ stored["basis"], stored["paths"][0, 0], atol=1e-4)
     np.testing.assert_allclose(stored["basis"].T @ stored["basis"], np.eye(2), atol=1e-5)
@@ -132,6 +135,18 @@ def test_tables_show_mean_and_spread():
     assert table.heads == ["source", "euler 5", "heun 20", "straightness", "cost"]
     assert table.rows[0] == ["one", "2 ± 1", "2 ± 0", "0.5 ± 0", "0.5 ± 0"]
     assert table.rows[1] == ["as many training images", "0.25", "", "", ""]
+
+
+def test_few_samples_make_a_sheet_too(tmp_path):
+    """Of three, and without Euler's method."""
+    measures = (*tables.MEASURES, "mmd2_pixels", "class_entropy_gap")
+    arrays = dict.fromkeys(measures, np.ones((1, 1)))
+    arrays |= dict.fromkeys((*tables.PATHS, "straightness"), np.ones(1))
+    arrays |= {"methods": np.array(["heun"]), "evaluations": np.array([2])}
+    run = runs.open_run(tmp_path, "xp", "flow", {}, seed=0)
+    run.finish(**arrays, train_seconds=1.0, samples=np.full((1, 1, 3, 8, 8, 3), 100, np.uint8))
+    with Image.open(plot.flow_samples(run, "label")) as sheet:
+        assert (100, 100, 100) in {color for _, color in sheet.convert("RGB").getcolors(9999)}
 
 
 def test_few_test_images_are_all_evaluated(tmp_path, monkeypatch, capsys):

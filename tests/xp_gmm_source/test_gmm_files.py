@@ -66,6 +66,8 @@ def test_npz_keeps_every_bit(stored, name, tmp_path):
     whole, path = stored[name], tmp_path / "mixture.npz"
     gmm_files.save(path, whole)
     loaded = gmm_files.load(path)
+    page = (Path(gmm_fit.__file__).parent / "README.md").read_text()
+    assert all(f"`{key}`" in page for key in np.load(path))
     assert (loaded.image_shape, loaded.about) == (SHAPE, {"a": 1})
     assert type(loaded.mixture.covariance) is type(whole.mixture.covariance)
     for a, b in (
