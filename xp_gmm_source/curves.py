@@ -83,6 +83,7 @@ def place_of(point: Mapping[str, Any]) -> Place:
 
 def config_of(arguments: Arguments, label: str) -> FlowConfig:
     """The flow of `experiments.py`, at a constant rate."""
+    assert arguments.num_samples is not None  # `main` has counted them
     base = FlowConfig(
         dataset=arguments.dataset, width=arguments.width, decay=False, euler=arguments.euler,
         heun=arguments.heun, ralston3=arguments.ralston3, num_samples=arguments.num_samples,
