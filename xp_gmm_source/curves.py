@@ -59,7 +59,8 @@ class Arguments(DeviceOptions):
     """Numbers of function evaluations, as the next two: few are where a source matters."""
     heun: tuple[int, ...] = (2, 20)
     ralston3: tuple[int, ...] = (3,)
-    num_samples: int = FlowConfig.num_samples
+    num_samples: int | None = None
+    """Evaluated. None: 1,000, or all test images where these are fewer."""
     add_to: Path | None = None
     """A summary of this command whose points are kept."""
     results: Path = Path("results")
@@ -82,6 +83,7 @@ def place_of(point: Mapping[str, Any]) -> Place:
 
 def config_of(arguments: Arguments, label: str) -> FlowConfig:
     """The flow of `experiments.py`, at a constant rate."""
+    assert arguments.num_samples is not None  # `main` has counted them
     base = FlowConfig(
         dataset=arguments.dataset, width=arguments.width, decay=False, euler=arguments.euler,
         heun=arguments.heun, ralston3=arguments.ralston3, num_samples=arguments.num_samples,
@@ -176,6 +178,9 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Trains and evaluates what is missing; returns the summary, written after each point."""
     from xp_gmm_source import plot
 
+    if arguments.num_samples is None:
+        num = flow.at_most_tested(FlowConfig.num_samples, arguments.dataset, arguments.data_root)
+        arguments = replace(arguments, num_samples=num)
     for label in arguments.labels:
         config_of(arguments, label)  # an unknown one, before any training
     stem = file_stem(arguments.dataset, data_root=arguments.data_root)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 from jax.sharding import Mesh
 
@@ -28,6 +27,7 @@ from xp_gmm_source import metrics, tables
 from xp_gmm_source.config import EXPERIMENT, FlowConfig, Preset, presets
 from xp_gmm_source.flow import (
     Split,
+    at_most_tested,
     fitted_mixture,
     known_by_content,
     read,
@@ -46,7 +46,8 @@ class Arguments(DeviceOptions):
     labels: tuple[str, ...] = ()
     """Flows to run, by their labels; none: all."""
     dataset: str | None = None
-    """In place of the groups' own: a name, or the path of a folder or zip of images."""
+    """In place of the groups' own: a name, or the path of a folder or zip of images. Of fewer test
+    images than the preset evaluates all are taken."""
     num_steps: int | None = None
     """In place of the preset's number of training steps."""
     seeds: tuple[int, ...] = (0,)
@@ -142,19 +143,12 @@ def mixtures_alone(mixtures: Mixtures, results: Path) -> dict[str, dict[str, flo
 
 def figures(mixtures: Mixtures, summary: Path) -> list[Path]:
     """Those of `plot`; means and draws of every mixture that a flow started from."""
-    from lib.report import plotting
     from xp_gmm_source import plot
 
     saved = plot.figures(summary)
-    for name, (config, split, stored) in mixtures.items():
-        source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
-        draws = np.asarray(source.sample(jax.random.key(0), 80))
-        kind = f"K = {config.n_components}, {config.covariance_type}"
-        title = f"{split.train.name}, {kind}: means and their weights, above; draws, below"
-        with plotting.style():
-            figure = plot.mixture(stored, draws, title)
-            path = summary.with_name(f"{summary.stem}_mixture_{name}.png")
-            saved.append(plotting.save_figure(figure, path))
+    for name, (_, split, stored) in mixtures.items():
+        path = summary.with_name(f"{summary.stem}_mixture_{name}.png")
+        saved.append(plot.mixture_sheet(stored, split.train.name, path))
     return saved
 
 
@@ -162,7 +156,12 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> list[Path]:
     """Runs the groups; returns their summaries."""
     summaries = []
     for group, flows in chosen(arguments).items():
-        print(f"{group}, {len(flows)} flows x {len(arguments.seeds)} seeds", flush=True)
+        if arguments.dataset is not None:
+            (most,) = {config.num_samples for config in flows.values()}
+            num = at_most_tested(most, arguments.dataset, arguments.data_root)
+            flows = {label: replace(config, num_samples=num) for label, config in flows.items()}
+        used = arguments.dataset or group
+        print(f"{used}, {len(flows)} flows x {len(arguments.seeds)} seeds", flush=True)
         summaries.append(run_group(group, flows, arguments, mesh))
     return summaries
 

@@ -95,6 +95,11 @@ def read(config: FlowConfig, data_root: Path | None) -> Split:
     return Split(train, test)
 
 
+def at_most_tested(num: int, dataset: str, data_root: Path | None) -> int:
+    """`num`, or the number of test images of the data set where these are fewer."""
+    return min(num, len(load(dataset, split="test", data_root=data_root).images))
+
+
 def known_by_content(config: FlowConfig, data_root: Path | None) -> FlowConfig:
     """The settings by which results are known: `lib.datasets.identity` in place of a path."""
     known_by = identity(config.dataset, data_root=data_root)
@@ -427,14 +432,26 @@ def _two_components(points) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(DeviceOptions, FlowConfig):
+    num_samples: int | None = None  # type: ignore[assignment]
+    """Evaluated, against as many test images. None: 1,000, or all test images where these are
+    fewer."""
     seed: int = 0
     results: Path = Path("results")
     data_root: Path | None = None
     """A torchvision root. None: the environment's DATA_ROOT, else ./data."""
 
+    def __post_init__(self):
+        if self.num_samples is not None:
+            super().__post_init__()
+
 
 def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
-    """Trains and evaluates one model, prints what it is worth, returns its folder."""
+    """Trains and evaluates one model, prints what it is worth, draws it, returns its folder."""
+    from xp_gmm_source import plot
+
+    if arguments.num_samples is None:
+        num = at_most_tested(FlowConfig.num_samples, arguments.dataset, arguments.data_root)
+        arguments = dataclasses.replace(arguments, num_samples=num)
     config = settings_of(FlowConfig, arguments)
     run = run_flow(
         config,
@@ -445,13 +462,15 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     )
     stored = run.load_arrays()
     shown = ("frechet", "mmd2_pixels", "sliced_wasserstein", "class_distance")
-    for i, variant in enumerate(("own", "pruned")[: len(stored["frechet"])]):
-        print(f"{config.source}, {config.coupling}, sampled from {variant}")
+    starts = ("the source it was trained from", "that source, pruned")
+    for i, start in enumerate(starts[: len(stored["frechet"])]):
+        print(f"{config.source}, {config.coupling}: samples that start from {start}")
         for j, (method, num) in enumerate(zip(stored["methods"], stored["evaluations"])):
             values = ", ".join(f"{name} {stored[name][i, j]:.4g}" for name in shown)
             print(f"  {method} {num:4d}: {values}")
     print("as many training images: " + ", ".join(f"{n} {stored[f'floor_{n}']:.4g}" for n in shown))
     print(f"numbers: {run.arrays}")
+    print(f"figure:  {plot.flow_samples(run, f'{config.source}, {config.coupling}')}")
     return run.folder
 
 

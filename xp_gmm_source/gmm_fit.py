@@ -6,10 +6,10 @@
     python xp_gmm_source/gmm_fit.py --dataset mnist --n_pca 50 --n_components auto
 
 Writes NAME = {dataset}_gmm{K}_pca{D}_{covariance_type} to --output_dir: NAME.pkl and NAME_stats.pt,
-which PyTorch code reads as the published ones, and NAME.npz, the same without pickle, which is
-written last. {dataset} is a name, or the last part of a path and eight digits of a hash of the
-images: other images of the same name have files of their own. Pixels are in [-1, 1]. An
-interrupted fit resumes when the command is given again.
+which PyTorch code reads as the published ones, NAME.npz, the same without pickle, which is written
+last of these, and NAME.png, its means and draws. {dataset} is a name, or the last part of a path
+and eight digits of a hash of the images: other images of the same name have files of their own.
+Pixels are in [-1, 1]. An interrupted fit resumes when the command is given again.
 """
 
 import dataclasses
@@ -325,7 +325,9 @@ def _finished(path: Path, settings: dict[str, Any]) -> bool:
 
 
 def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
-    """Fits, writes the three files, says where they lie; returns the path of the npz."""
+    """Fits, writes the files, says where they lie; returns the path of the npz."""
+    from xp_gmm_source import plot
+
     where: dict[str, Any] = {"data_root": arguments.data_root}
     train = load(arguments.dataset, **where)
     if arguments.n_components == "auto":
@@ -366,6 +368,7 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> Path:
     _say(stored.about, d if fitted.projection is None else len(fitted.projection.components))
     print(f"PyTorch:  {path.with_suffix('.pkl')}, {stats}")
     print(f"JAX:      {path}")
+    print(f"figure:   {plot.mixture_sheet(stored, train.name, path.with_suffix('.png'))}")
     return path
 
 

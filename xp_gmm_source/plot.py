@@ -4,6 +4,7 @@ import json
 import textwrap
 from pathlib import Path
 
+import jax
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib import ticker
@@ -12,7 +13,8 @@ from matplotlib.figure import Figure
 from lib import runs
 from lib.report import plotting
 from xp_gmm_source import gmm_files
-from xp_gmm_source.tables import MEASURES
+from xp_gmm_source.sources import mixture_source
+from xp_gmm_source.tables import MEASURES, rows_of
 
 STYLES = ("-", "--", ":")
 SHOWN_IMAGES = 8
@@ -90,8 +92,10 @@ def training_curves(summary: Path) -> Path:
 
 
 def sample_grid(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure:
-    """Samples of the first seed: a line per source, a column per number of evaluations."""
-    numbers = [j for j, method in enumerate(rows[0]["methods"]) if method == "euler"]
+    """Samples of the first seed: a line per source, a column per number of evaluations (of Euler's
+    method where there are any)."""
+    methods = rows[0]["methods"]
+    numbers = [j for j, method in enumerate(methods) if method == "euler"] or range(len(methods))
     size = 1.0 + 1.9 * len(numbers), 1.0 * len(rows) + 0.4
     figure, axes = plt.subplots(
         len(rows), len(numbers), figsize=size, squeeze=False, layout="constrained"
@@ -99,7 +103,8 @@ def sample_grid(rows: list[dict], stored: list[dict[str, np.ndarray]]) -> Figure
     for line, row, arrays in zip(axes, rows, stored):
         for axis, j in zip(line, numbers):
             images = arrays["samples"][row["variant"], j, :SHOWN_IMAGES]
-            plotting.show_images(axis, images.reshape(2, -1, *images.shape[1:]) / 255)
+            images = images[: len(images) // 2 * 2]
+            plotting.show_images(axis, images.reshape(2, -1, *images.shape[1:]))
         line[0].text(
             -0.05,
             0.5,
@@ -170,6 +175,25 @@ def mixture(stored: gmm_files.ImageMixture, draws: np.ndarray, title: str) -> Fi
 def _sheet(points: np.ndarray, shape: tuple[int, int, int], lines: int) -> np.ndarray:
     """Points in [-1, 1] as images [lines, columns, H, W, channels] in [0, 1]."""
     return (np.asarray(points, float) / 2 + 0.5).reshape(lines, -1, *shape)
+
+
+def flow_samples(run: runs.Run, label: str) -> Path:
+    """Draws the samples of one flow into its folder."""
+    stored = run.load_arrays()
+    rows = rows_of(label, [stored])
+    with plotting.style():
+        figure = sample_grid(rows, [stored] * len(rows))
+        return plotting.save_figure(figure, run.folder / "samples.png")
+
+
+def mixture_sheet(stored: gmm_files.ImageMixture, name: str, path: Path) -> Path:
+    """Draws `mixture` of a data set's mixture, with 80 draws of it, to `path`."""
+    source = mixture_source(stored.mixture, mean=0.0, std=1.0, pca=stored.projection)
+    draws = np.asarray(source.sample(jax.random.key(0), 4 * MOST_COMPONENTS))
+    kind = f"K = {len(stored.mixture.weights)}, {gmm_files.kind_of(stored.mixture)}"
+    title = f"{name}, {kind}: means and their weights, above; draws, below"
+    with plotting.style():
+        return plotting.save_figure(mixture(stored, draws, title), path)
 
 
 def figures(summary: Path) -> list[Path]:

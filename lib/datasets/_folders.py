@@ -33,7 +33,10 @@ _FORMATS = (
 )  # fmt: skip
 _PHONES = (".heic", ".heif", ".hif", ".avif")  # pictures that Pillow may not be able to read
 _GRAY, _COLOR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's modes
-_EXPECTED = "expected train/CLASS/FILE and test/CLASS/FILE, or CLASS/FILE"
+_EXPECTED = (
+    "expected train/CLASS/FILE and test/CLASS/FILE, or CLASS/FILE; images without labels go into "
+    "one folder, as all/FILE"
+)
 _BLOCK = 1 << 20  # bytes
 
 
@@ -270,8 +273,8 @@ def _files_of(
     """The class names, and (entry, label) of the images of one split, by class and file name."""
     if split == "test" and not pictures.has_splits:
         raise ValueError(
-            f"{where} has no train/ and test/ folders: all of it is split='train', "
-            "and there is no split='test'"
+            f"{where} has no train/ and test/ folders: all of it is split='train', and there is no "
+            "split='test'; move the classes into train/, and some images of each into test/CLASS/"
         )
     files = [(place, entry) for place, entry in pictures.places if place[0] == split]
     for place, entry in files:

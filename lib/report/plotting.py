@@ -103,8 +103,11 @@ def plot_paths(axes: Axes, records: np.ndarray, *, longest: float = np.inf) -> N
 
 
 def tile_images(images: np.ndarray) -> np.ndarray:
-    """Images [rows, columns, H, W, channels] in [0, 1] as one [H', W', channels], with a white
-    pixel between them."""
+    """Images [rows, columns, H, W, channels] in [0, 1], or of integers 0 to 255, as one
+    [H', W', channels] in [0, 1], with a white pixel between them."""
+    images = np.asarray(images)
+    if np.issubdtype(images.dtype, np.integer):
+        images = images / 255
     rows, columns, height, width, channels = images.shape
     tiles = np.ones((rows, height + 1, columns, width + 1, channels))
     tiles[:, :-1, :, :-1] = np.clip(images, 0, 1).swapaxes(1, 2)
@@ -112,7 +115,8 @@ def tile_images(images: np.ndarray) -> np.ndarray:
 
 
 def show_images(axes: Axes, images: np.ndarray) -> None:
-    """A sheet of images [rows, columns, H, W, 1 or 3], values clipped to [0, 1]."""
+    """A sheet of images [rows, columns, H, W, 1 or 3], integers 0 to 255 or values clipped to
+    [0, 1]."""
     axes.imshow(tile_images(images).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_axis_off()
 

@@ -39,7 +39,6 @@ def chosen(wanted: Iterable[str], available: Mapping[str, Any], *, kind: str) ->
     """The names that are wanted, or all where none is. Raises ValueError on one that is not there,
     naming those that are."""
     if unknown := set(wanted) - set(available):
-        raise ValueError(
-            f"no {kind} {', '.join(sorted(unknown))}; there are {', '.join(available)}"
-        )
+        missing, there = (", ".join(map(repr, names)) for names in (sorted(unknown), available))
+        raise ValueError(f"no {kind} {missing}; there are {there}")
     return tuple(wanted) or tuple(available)

@@ -613,6 +613,9 @@ def test_no_class_at_all_and_no_zip(tmp_path, folder):
     write_images(root, {"0.png": gray(1)})
     with pytest.raises(ValueError, match=r"0\.png is out of place: expected train/CLASS"):
         datasets.load(root)
+    (root / "all").mkdir()  # as the error says
+    (root / "0.png").rename(root / "all" / "0.png")
+    assert datasets.load(root).class_names == ("all",)
     path = zipped(folder)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"pets\.zip is no zip, or a truncated one"):

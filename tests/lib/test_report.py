@@ -80,6 +80,14 @@ def test_long_paths_are_left_out():
     np.testing.assert_array_equal(axes.lines[1].get_xdata(), [0, 0.3, 0.6])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_images_of_integers_keep_their_levels(dtype):
+    """All 256, in four tiles of a sheet."""
+    sheet = plotting.tile_images(np.arange(256, dtype=dtype).reshape(2, 2, 8, 8, 1))
+    tiles = [sheet[i : i + 8, j : j + 8] for i in (0, 9) for j in (0, 9)]
+    np.testing.assert_array_equal(np.ravel(tiles), [level / 255 for level in range(256)])
+
+
 def test_an_animation_has_its_frames(tmp_path):
     figure, axes = plt.subplots(figsize=(1, 1))
     path = plotting.save_animation(figure, lambda i: axes.plot([0, i]), 3, tmp_path / "a.gif")

@@ -306,5 +306,5 @@ def test_names_that_are_chosen():
     there = {"b": 1, "a": 2}
     assert settings.chosen((), there, kind="group") == ("b", "a")
     assert settings.chosen(("a",), there, kind="group") == ("a",)
-    with pytest.raises(ValueError, match="no group x, y; there are b, a"):
+    with pytest.raises(ValueError, match="no group 'x', 'y'; there are 'b', 'a'"):
         settings.chosen(("y", "a", "x"), there, kind="group")

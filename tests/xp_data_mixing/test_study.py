@@ -324,7 +324,7 @@ def target_of_a_class(num):
         (lambda: target_of_a_class(100), "needs 100 images of class '0' of digits, 35 are left"),
         (lambda: whitening.spectrum([FEW, FEW[:1]]), r"two rows of each .* got \[9, 1\]"),
         (lambda: whitening.whitened_weights(SPECTRUM, np.zeros(2), 0.0), "damping must .* got 0"),
-        (lambda: experiments.main(experiments.Arguments(only=("re",))), "no group re; there are"),
+        (lambda: experiments.main(experiments.Arguments(only=("re",))), "no group 're'; there are"),
     ],
 )
 def test_bad_input_is_named(call, message):

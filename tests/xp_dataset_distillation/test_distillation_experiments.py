@@ -140,8 +140,8 @@ def test_what_arguments_choose():
         assert (method.dataset, method.images_per_class, method.held_out) == ("kmnist", 5, 3)
     assert methods["linear, factor 1"].num_steps == 7
     for names, message in (
-        ({"only": ("fashion",)}, "no group fashion; there are fashion_mnist"),
-        ({"labels": ("nonsense",)}, "no method nonsense"),
+        ({"only": ("fashion",)}, "no group 'fashion'; there are 'fashion_mnist'"),
+        ({"labels": ("nonsense",)}, "no method 'nonsense'"),
     ):
         with pytest.raises(ValueError, match=message):
             experiments.chosen(replace(arguments, **names))

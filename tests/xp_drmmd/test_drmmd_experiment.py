@@ -274,7 +274,7 @@ def run_nowhere(**options):
         (lambda: FlowConfig(num_directions=7), "num_directions 7 has no effect without --flow"),
         (lambda: run_nowhere(flow="sliced_mmd", approximation="rff"), "sliced_mmd has no form in"),
         (lambda: FlowConfig(records=0), "records must be .*, got 0"),
-        (lambda: experiments.main(experiments.Arguments(only=("rings2",))), "no group rings2"),
+        (lambda: experiments.main(experiments.Arguments(only=("rings2",))), "no group 'rings2'"),
     ],
 )
 def test_what_cannot_be_is_named(tmp_path, monkeypatch, call, words):

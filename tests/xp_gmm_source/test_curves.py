@@ -30,7 +30,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_unknown_labels_are_named_before_any_training(tmp_path):
-    with pytest.raises(ValueError, match=r"no flow GMM; there are Gaussian, "):
+    with pytest.raises(ValueError, match="no flow 'GMM'; there are 'Gaussian', 'Gaussian, OT', "):
         curves.main(Arguments("digits", labels=("GMM",), results=tmp_path))
 
 

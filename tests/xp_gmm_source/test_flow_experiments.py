@@ -2,16 +2,19 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from lib import runs
+from lib.datasets import Dataset
 from lib.flow_matching import draw_step, optimal_permutation
 from lib.kernels import squared_distances
-from xp_gmm_source import experiments, flow, tables
+from xp_gmm_source import experiments, flow, plot, tables
 from xp_gmm_source.config import FlowConfig, comparison, presets
 
 TINY = FlowConfig(
@@ -19,6 +22,7 @@ TINY = FlowConfig(
     num_samples=60, num_train=300, em_iterations=2, euler=(2, 4), heun=(4,),
 )  # fmt: skip
 MIXTURE = {"source": "gmm", "coupling": "mode", "n_components": 2, "covariance_type": "diag"}
+TEN_THOUSAND = Dataset("mnist", np.zeros((10_000, 1, 1, 1), np.uint8), np.zeros(10_000), ("0",))
 FLOWS = {
     "Gaussian": replace(TINY, coupling="independent", prune=True),
     "mixture": replace(TINY, **MIXTURE),
@@ -66,6 +70,8 @@ def test_stored_flows_can_be_followed_again(summary):
     assert stored["samples"].dtype == np.uint8
     assert stored["paths"].shape == (2, flow.PATH_STEPS + 1, 60, 2)
     assert stored["losses"].shape == (3,)
+    page = (Path(experiments.__file__).parent / "README.md").read_text()
+    assert all(f"`{name}`" in page for name in stored if not name.startswith("floor_"))
     starts = stored["starts"].reshape(60, -1)
     np.testing.assert_allclose(starts @ stored["basis"], stored["paths"][0, 0], atol=1e-4)
     np.testing.assert_allclose(stored["basis"].T @ stored["basis"], np.eye(2), atol=1e-5)
@@ -84,7 +90,8 @@ def test_a_flow_is_the_same_from_command_line(summary, capsys):
     row = json.loads(path.read_text())["rows"][2]
     assert folder == arguments.results / row["folders"][0]
     said = capsys.readouterr().out
-    assert "gmm, mode, sampled from own" in said
+    assert "gmm, mode: samples that start from the source it was trained from" in said
+    assert f"figure:  {folder / 'samples.png'}" in said
     assert "heun    4: frechet" in said
     assert "as many training images: frechet" in said
 
@@ -130,6 +137,57 @@ def test_tables_show_mean_and_spread():
     assert table.rows[1] == ["as many training images", "0.25", "", "", ""]
 
 
+def test_few_samples_make_a_sheet_too(tmp_path):
+    """Of three, and without Euler's method."""
+    measures = (*tables.MEASURES, "mmd2_pixels", "class_entropy_gap")
+    arrays = dict.fromkeys(measures, np.ones((1, 1)))
+    arrays |= dict.fromkeys((*tables.PATHS, "straightness"), np.ones(1))
+    arrays |= {"methods": np.array(["heun"]), "evaluations": np.array([2])}
+    run = runs.open_run(tmp_path, "xp", "flow", {}, seed=0)
+    run.finish(**arrays, train_seconds=1.0, samples=np.full((1, 1, 3, 8, 8, 3), 100, np.uint8))
+    with Image.open(plot.flow_samples(run, "label")) as sheet:
+        assert (100, 100, 100) in {color for _, color in sheet.convert("RGB").getcolors(9999)}
+
+
+def test_few_test_images_are_all_evaluated(tmp_path, monkeypatch, capsys):
+    """By default; a number that is given stays, and so do the settings of larger data sets."""
+    path = tmp_path / "imgs"
+    for split, num in (("train", 4), ("test", 3)):
+        (path / split / "all").mkdir(parents=True)
+        for i in range(num):
+            Image.new("L", (8, 8), 10 * i).save(path / split / "all" / f"{i}.png")
+
+    class Opened(Exception):
+        pass
+
+    def opened(config, **_):
+        raise Opened(config)
+
+    monkeypatch.setattr(flow, "run_flow", opened)
+    monkeypatch.setattr(experiments, "run_flow", opened)
+
+    def asked(main, arguments):
+        with pytest.raises(Opened) as info:
+            main(arguments)
+        return info.value.args[0]
+
+    def of_flow(dataset, **options):
+        return asked(flow.main, flow.Arguments(dataset=str(dataset), **options))
+
+    assert of_flow(path) == FlowConfig(str(path), num_samples=3)
+    assert of_flow("digits") == FlowConfig("digits", num_samples=355)
+    assert of_flow(path, num_samples=4) == FlowConfig(str(path), num_samples=4)
+    for preset, dataset, expected in (("quick", str(path), 3), ("gpu", "digits", 355)):
+        arguments = experiments.Arguments(preset=preset, dataset=dataset)
+        assert asked(experiments.main, arguments).num_samples == expected
+        assert capsys.readouterr().out.startswith(f"{dataset}, ")
+    assert asked(experiments.main, experiments.Arguments()).num_samples == 350
+    monkeypatch.setattr(flow, "load", lambda *_, **__: TEN_THOUSAND)
+    assert of_flow("mnist") == FlowConfig("mnist")
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        flow.Arguments(num_samples=0)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -143,7 +201,7 @@ def test_tables_show_mean_and_spread():
         (lambda: FlowConfig(num_steps=0), "num_steps"),
         (lambda: flow.read(replace(TINY, num_samples=400), None), "400, .* digits has 355 test"),
         (lambda: flow.read(replace(TINY, num_train=1443), None), "1443, digits has 1442 images"),
-        (lambda: experiments.chosen(experiments.Arguments(only=("svhn",))), "no group svhn; there"),
+        (lambda: experiments.chosen(experiments.Arguments(only=("svhn",))), "no group 'svhn'"),
         (lambda: experiments.chosen(experiments.Arguments(labels=("GMM-0",))), "no flow"),
     ],
 )

@@ -66,6 +66,8 @@ def test_npz_keeps_every_bit(stored, name, tmp_path):
     whole, path = stored[name], tmp_path / "mixture.npz"
     gmm_files.save(path, whole)
     loaded = gmm_files.load(path)
+    page = (Path(gmm_fit.__file__).parent / "README.md").read_text()
+    assert all(f"`{key}`" in page for key in np.load(path))
     assert (loaded.image_shape, loaded.about) == (SHAPE, {"a": 1})
     assert type(loaded.mixture.covariance) is type(whole.mixture.covariance)
     for a, b in (
@@ -323,19 +325,20 @@ def test_what_does_not_fit_is_named(stored, tmp_path):
             gmm_files.load_stats(tmp_path / "bad_stats.pt")
 
 
-def test_command_writes_three_files_and_finds_them_again(tmp_path, capsys):
+def test_command_writes_its_files_and_finds_them_again(tmp_path, capsys):
     arguments = gmm_fit.Arguments(
         dataset="digits", n_components=2, n_pca=8, max_iter=2, n_stat_samples=20_000,
         batch_size=1000, output_dir=tmp_path / "data", results=tmp_path / "results",
     )  # fmt: skip
     path = gmm_fit.main(arguments)
-    endings, stem = (".npz", ".pkl", "_stats.pt"), "digits_gmm2_pca8_full"
+    endings, stem = (".npz", ".pkl", "_stats.pt", ".png"), "digits_gmm2_pca8_full"
     assert {p.name for p in path.parent.iterdir()} == {stem + ending for ending in endings}
     (config,) = arguments.results.rglob("config.json")
     assert runs.Run(config.parent).finished
     said, stats_path = capsys.readouterr().out, path.with_name(f"{stem}_stats.pt")
     assert "not converged: raise --max_iter" in said
     assert "test images:" in said
+    assert f"figure:   {path.with_suffix('.png')}" in said
     mixture, stats = gmm_files.load(path), gmm_files.load_stats(stats_path)
     error = 5 * mixture.std / np.sqrt(20_000) + 1e-7
     for name in ("mean", "std"):
