@@ -4,11 +4,11 @@
     python xp_dataset_distillation/evaluate.py FOLDER --dataset path/to/images.zip --evaluators dm
 
 Accuracies are those on the test split after the last epoch. An evaluation in full takes hours
-without a GPU; an interrupted one resumes.
+without a GPU, of which `--epochs` takes a part; an interrupted one resumes.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -29,14 +29,16 @@ from xp_dataset_distillation.real_data import Setting, may_be_mirrored
 @dataclass(frozen=True)
 class Arguments(DeviceOptions):
     folder: tyro.conf.Positional[Path]
-    """An exported set: what condense.py calls `images:`."""
+    """An exported set: what condense.py calls `images:`, or the run's folder that it is in."""
     evaluators: tuple[str, ...] = ("idc",)
     """Of dm, idc and wow."""
     num_networks: int = 3
     """Classifiers trained on the set."""
+    epochs: int | None = None
+    """Of each training. None: the evaluator's own, 1,000."""
     dataset: str | None = None
-    """Whose test split is used: a name, or the path of a folder or zip of images. None: the data
-    set that the exported set names."""
+    """Whose test split is used: a name, or the path of a folder or zip of images. None: the named
+    data set that the exported set was made from; of images of your own no path is stored."""
     seed: int = 0
     results: Path = Path("results")
     data_root: Path | None = None
@@ -44,15 +46,29 @@ class Arguments(DeviceOptions):
 
     def __post_init__(self):
         check_sizes(self, "num_networks")
+        if self.epochs is not None:
+            check_sizes(self, "epochs")
+
+
+def test_data(arguments: Arguments, condensed: export.Condensed) -> str:
+    """The data set to evaluate on. Raises ValueError where only the user knows where it is."""
+    made_from = condensed.about.get("settings", {}).get("dataset", condensed.dataset)
+    if arguments.dataset is None and made_from.startswith(runs.CONTENT):
+        raise ValueError(
+            f"{arguments.folder} was made from images of your own, called {condensed.dataset}: "
+            "pass --dataset PATH, the folder or zip that it was made from"
+        )
+    return arguments.dataset or made_from
 
 
 def main(arguments: Arguments, mesh: Mesh | None = None) -> dict[str, np.ndarray]:
     """Prints the accuracies and returns them by evaluator, [num_networks] each."""
     names = chosen(arguments.evaluators, EVALUATORS, kind="evaluator")
-    condensed = export.load(arguments.folder)
+    inside = arguments.folder / "condensed"
+    condensed = export.load(inside if inside.is_dir() else arguments.folder)
     settings = condensed.about.get("settings", {})
     image_shape = condensed.images.shape[2:]
-    dataset = arguments.dataset or condensed.dataset
+    dataset = test_data(arguments, condensed)
     test = evaluation.test_split(
         dataset,
         condensed.dataset,
@@ -77,18 +93,22 @@ def main(arguments: Arguments, mesh: Mesh | None = None) -> dict[str, np.ndarray
     }
     accuracies = {}
     for name in names:
+        evaluator = EVALUATORS[name]
+        evaluator = replace(evaluator, num_epochs=arguments.epochs or evaluator.num_epochs)
         accuracies[name] = evaluation.stored_accuracies(
             lambda: (training, evaluation.EvaluationSet(test.images, test.labels), setting),
             f"evaluated-{name}",
             known_by,
-            EVALUATORS[name],
+            evaluator,
             num_networks=arguments.num_networks,
             seed=arguments.seed,
             results=arguments.results,
             mesh=mesh,
         )["accuracies"]
-        percent = 100 * np.mean(accuracies[name])
-        print(f"{name}: {percent:.1f}% of the test split, {arguments.num_networks} classifiers")
+        print(
+            f"{name}: {100 * np.mean(accuracies[name]):.1f}% of the test split, "
+            f"{arguments.num_networks} classifiers, {evaluator.num_epochs:,} epochs"
+        )
     return accuracies
 
 

@@ -62,8 +62,8 @@ def test_split(
         test = datasets.resize(test, (height, width))
     if test.class_names != class_names or test.image_shape != image_shape:
         raise ValueError(
-            f"the test split of {name} has images {test.image_shape} of classes "
-            f"{test.class_names}, its training split {image_shape} of {class_names}"
+            f"the test split of {test.name} has images {test.image_shape} of classes "
+            f"{test.class_names}, the training images of {name} {image_shape} of {class_names}"
         )
     return test
 
@@ -73,12 +73,13 @@ def optimizer(evaluator: Evaluator, num_steps: int) -> optax.GradientTransformat
     """One object for each setting: jit tells optimizers apart by identity."""
     if evaluator.optimizer == "adamw":
         return optimizers.adamw(evaluator.learning_rate)
-    milestones = tuple(int(share * num_steps) for share in evaluator.milestones)
+    # Of a few steps some fall on none, or together.
+    milestones = sorted({int(share * num_steps) for share in evaluator.milestones} - {0})
     return optimizers.sgd(
         evaluator.learning_rate,
         momentum=0.9,
         weight_decay=5e-4,
-        milestones=milestones,
+        milestones=tuple(milestones),
         factor=evaluator.decay,
     )
 

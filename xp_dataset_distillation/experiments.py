@@ -63,7 +63,8 @@ class Arguments(DeviceOptions):
     images_per_class: tuple[int, ...] = ()
     """In place of the groups' own."""
     dataset: str | None = None
-    """In place of the groups' own: a name, or the path of a folder or zip of images."""
+    """In place of the groups' own, and of its name where that is a group's: a name, or the path of
+    a folder or zip of images."""
     num_steps: Annotated[int | None, tyro.conf.arg(aliases=("--iterations",))] = None
     """In place of the preset's number of steps of condensation."""
     held_out: int = 0
@@ -84,8 +85,17 @@ def chosen(arguments: Arguments) -> dict[str, Comparison]:
         labels = settings.chosen(arguments.labels, group.methods, kind="method")
         methods = {label: changed(group.methods[label], arguments) for label in labels}
         numbers = arguments.images_per_class or group.images_per_class
-        selected[name] = replace(group, methods=methods, images_per_class=numbers)
+        group = replace(group, methods=methods, images_per_class=numbers)
+        selected[called(name, arguments)] = group
     return selected
+
+
+def called(group: str, arguments: Arguments) -> str:
+    """The group's name: called by a data set, that of the one in its place, else with that."""
+    if arguments.dataset is None:
+        return group
+    used = datasets.file_stem(arguments.dataset, data_root=arguments.data_root)
+    return used if group in datasets.NAMES else f"{group}_{used}"
 
 
 def changed(method: Method, arguments: Arguments) -> Method:
@@ -190,8 +200,6 @@ def run_group(name: str, group: Comparison, arguments: Arguments, mesh: Mesh | N
                 print(f"seed {seed}, {number} per class, {label}: {shown:.1f}%", flush=True)
     listed = [row | {"accuracies": list(row["accuracies"].values())} for row in rows.values()]
     file_name = f"{name}_{arguments.preset}" + ("_held_out" if arguments.held_out else "")
-    if arguments.dataset is not None:
-        file_name += f"_{datasets.file_stem(arguments.dataset, data_root=arguments.data_root)}"
     path = arguments.results / EXPERIMENT / f"{file_name}.json"
     summary = {"group": name, "seeds": arguments.seeds, "rows": listed}
     summary["evaluated_on"] = "held-out training images" if arguments.held_out else "the test split"

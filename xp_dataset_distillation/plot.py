@@ -37,10 +37,12 @@ def along(snapshots: np.ndarray, steps: np.ndarray, losses: np.ndarray) -> Figur
     height = snapshots.shape[3] + 1
     for i, step in enumerate(steps):
         axes[0].text(-2, (i + 0.5) * height, str(step), ha="right", va="center", fontsize=7)
-    axes[1].plot(losses, lw=0.4, color="0.7")
-    width = max(1, len(losses) // 50)
-    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-    axes[1].plot(np.arange(len(smooth)) + width / 2, smooth)
+    axes[1].plot(losses, lw=0.6, color="0.6", label="each step")
+    if (width := len(losses) // 50) > 1:
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        centers = np.arange(len(smooth)) + (width - 1) / 2
+        axes[1].plot(centers, smooth, label=f"mean of {width} steps")
+    axes[1].legend(fontsize=7)
     scale = "log" if 0 < 20 * losses.min() < losses.max() else "linear"
     axes[1].set(xlabel="step", ylabel="loss", yscale=scale)
     return figure

@@ -185,14 +185,16 @@ def _constants(dataset: Dataset) -> Normalization:
     return constants
 
 
-def check_images_per_class(real: RealData, num: int) -> None:
-    """Raises ValueError unless every class has `num` images, at least 1."""
+def check_images_per_class(real: RealData, num: int, option: str = "--images_per_class") -> None:
+    """Raises ValueError, which names the option, unless every class has `num` images, at least
+    1."""
     if num < 1:
         raise ValueError(f"at least 1 image of every class, not {num}")
     for name, count in zip(real.class_names, real.counts):
         if num > count:
             raise ValueError(
-                f"class {name!r} of {real.name} has {count} images, fewer than the {num} asked for"
+                f"class {name!r} of {real.name} has {count} images, fewer than the {num} asked for "
+                f"({option})"
             )
 
 
@@ -227,7 +229,7 @@ def _chosen(real: RealData, places: list[np.ndarray]) -> RealData:
 def subset(key: PRNGKeyArray, real: RealData, num_per_class: int) -> RealData:
     """`num_per_class` images of every class without replacement; with the same key a larger subset
     holds a smaller one. Raises ValueError naming a class that is smaller."""
-    check_images_per_class(real, num_per_class)
+    check_images_per_class(real, num_per_class, "--num_per_class")
     return _chosen(real, [places[:num_per_class] for places in _shuffled_places(key, real)])
 
 
@@ -236,7 +238,7 @@ def held_out(
 ) -> tuple[RealData, UInt8[np.ndarray | Array, "m height width channels"], Int32[np.ndarray, " m"]]:
     """(the rest, `num` held-out images of every class, their labels): to tune on training images
     only. Raises ValueError naming a class of which nothing would be left."""
-    check_images_per_class(real, num)
+    check_images_per_class(real, num, "--held_out")
     for name, count in zip(real.class_names, real.counts):
         if num >= count:
             raise ValueError(f"holding out {num} of the {count} images of {name!r} leaves none")

@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ class Arguments(DeviceOptions):
     num_per_class: int = 50
     size: int | None = None
     """Side of the images; None: the target's."""
-    n_epochs_wgd: int = 1000
+    n_epochs_wgd: Annotated[int, tyro.conf.arg(aliases=("--n-epochs",))] = 1000
     ntry: int = 3
     first_seed: int = 0
     objective: float = 0.05

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+from jaxtyping import Array, PRNGKeyArray
 
 from lib import datasets
 from xp_transfer_learning.config import (
@@ -43,12 +46,36 @@ def stored_shape(arrays: Mapping[str, Any]) -> tuple[int, int, int]:
     return height, width, channels
 
 
+def draw(key: PRNGKeyArray, dataset: datasets.Dataset, num: int, option: str) -> Array:
+    """`lib.datasets.draw`; an error names the option of the command that `num` is from."""
+    try:
+        return datasets.draw(key, dataset, num)
+    except ValueError as error:
+        raise ValueError(f"{error} ({option})") from error
+
+
 def shaped(dataset: datasets.Dataset, image_shape: tuple[int, int, int]) -> datasets.Dataset:
-    """The data set resized, and made gray or color, to have images of `image_shape`."""
+    """The data set resized, and made gray or color, to have images of `image_shape`; a line says
+    so."""
+    if dataset.image_shape == image_shape:
+        return dataset
+    before, after = map(_described, (dataset.image_shape, image_shape))
+    _say_once(f"{dataset.name}: images of {before} are made {after}")
     height, width, channels = image_shape
     if dataset.image_shape[:2] != (height, width):
         dataset = datasets.resize(dataset, (height, width))
     return datasets.to_gray(dataset) if channels == 1 else datasets.to_rgb(dataset)
+
+
+def _described(image_shape: tuple[int, int, int]) -> str:
+    height, width, channels = image_shape
+    return f"{height} x {width} in {'gray' if channels == 1 else 'color'}"
+
+
+@cache
+def _say_once(line: str) -> None:
+    """For data sets that every try reads anew."""
+    print(line, flush=True)
 
 
 def resized(dataset: datasets.Dataset, size: int | None) -> datasets.Dataset:

@@ -12,7 +12,7 @@ class, along the flow (Figure 3 of Bonet et al., 2025). Every try draws its sour
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from xp_transfer_learning.config import (
     Preset,
 )
 from xp_transfer_learning.data import (
+    draw,
     known_by_content,
     load,
     pair_name,
@@ -53,7 +54,7 @@ def _key(number: int):
 def target_data(config: AdaptationConfig, data_root: Path | None):
     """(x_tgt [D, n, d], image shape): drawn once for all seeds."""
     target = resized(load(config.target, "train", data_root), config.size)
-    x_tgt = datasets.draw(_key(0), target, config.num_per_class)
+    x_tgt = draw(_key(0), target, config.num_per_class, "--num_per_class")
     return x_tgt, target.image_shape
 
 
@@ -61,7 +62,8 @@ def data(seed: int, config: AdaptationConfig, data_root: Path | None):
     """(x0 [C, n, d], x_tgt [D, n, d], image shape): a source of its own for every seed."""
     x_tgt, image_shape = target_data(config, data_root)
     source = shaped(load(config.source, "train", data_root), image_shape)
-    return datasets.draw(_key(1 + seed), source, config.num_per_class), x_tgt, image_shape
+    x0 = draw(_key(1 + seed), source, config.num_per_class, "--num_per_class")
+    return x0, x_tgt, image_shape
 
 
 def frozen_classifier(config: AdaptationConfig, data_root: Path | None):
@@ -164,7 +166,7 @@ class Arguments(DeviceOptions):
     num_per_class: int | None = None
     size: int | None = None
     """Side of the images. None: the target's."""
-    n_epochs_wgd: int | None = None
+    n_epochs_wgd: Annotated[int | None, tyro.conf.arg(aliases=("--n-epochs",))] = None
     """Steps of the flow; `lr` its first step size, `decay` whether it decays linearly to 0."""
     lr: float | None = None
     decay: bool | None = None

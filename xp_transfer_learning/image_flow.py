@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from lib import datasets, mmd, runs
+from lib import mmd, runs
 from lib.gd import recorded_steps, wasserstein_gradient_descent
 from lib.report.tables import Table, write_summary
 from lib.runs.commands import run_command
@@ -33,23 +33,25 @@ from xp_transfer_learning.config import (
     ImageFlowConfig,
     Preset,
 )
-from xp_transfer_learning.data import known_by_content, load, pair_name, shaped, stem
+from xp_transfer_learning.data import draw, known_by_content, load, pair_name, shaped, stem
 from xp_transfer_learning.labels import nearest
 from xp_transfer_learning.methods import DIRECTIONS
 
 
 def data(key, config: ImageFlowConfig, data_root: Path | None):
-    """(x0, x_tgt, image shape): the source is resized, and made gray or color, like the target."""
+    """(x0, x_tgt, image shape, names of the source's classes, none of noise): the source is
+    resized, and made gray or color, like the target."""
     source = None
     if config.source != NOISE:
         source = load(config.source, config.split, data_root)
     target = load(config.target, config.split, data_root)
     key_source, key_target = jax.random.split(key)
-    x_tgt = datasets.draw(key_target, target, config.num_per_class)
+    x_tgt = draw(key_target, target, config.num_per_class, "--num_per_class")
     if source is None:
-        return jax.random.normal(key_source, x_tgt.shape), x_tgt, target.image_shape
-    x0 = datasets.draw(key_source, shaped(source, target.image_shape), config.num_per_class)
-    return x0, x_tgt, target.image_shape
+        return jax.random.normal(key_source, x_tgt.shape), x_tgt, target.image_shape, ()
+    source = shaped(source, target.image_shape)
+    x0 = draw(key_source, source, config.num_per_class, "--num_per_class")
+    return x0, x_tgt, target.image_shape, source.class_names
 
 
 def run_flow(
@@ -61,7 +63,7 @@ def run_flow(
     mesh: Mesh | None = None,
 ) -> runs.Run:
     """Runs one flow, or finds it done. Its folder holds losses [T], particles
-    [records, C, n, d], steps, x_tgt and image_shape."""
+    [records, C, n, d], steps, x_tgt, image_shape and the source's class_names."""
     name = pair_name(config.source, config.target)
     known = known_by_content(config, data_root)
     exclude = (*runs.NOT_HASHED, *config.without_effect())
@@ -70,7 +72,7 @@ def run_flow(
         print(f"{run.folder}: done before")
         return run
     key_data, key_flow = jax.random.split(jax.random.PRNGKey(seed))
-    x0, x_tgt, image_shape = data(key_data, config, data_root)
+    x0, x_tgt, image_shape, class_names = data(key_data, config, data_root)
     if config.flow == "sliced_mmd" and len(x0) != len(x_tgt):
         raise ValueError(
             "sliced_mmd takes every class to the target class of its number: "
@@ -108,6 +110,7 @@ def run_flow(
         steps=recorded_steps(config.num_steps, config.record_every),
         x_tgt=np.asarray(x_tgt),
         image_shape=np.asarray(image_shape),
+        class_names=np.asarray(class_names, str),
     )
     return run
 

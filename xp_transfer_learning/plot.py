@@ -1,6 +1,7 @@
 """Figures of this experiment, drawn from stored results only."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from lib import runs
 from lib.datasets import as_images
 from lib.report import plotting
 from lib.report.spreads import spread
-from xp_transfer_learning.data import stored_shape
+from xp_transfer_learning import data
 
 
 def load_rings(summary: Path) -> list[dict]:
@@ -106,30 +107,49 @@ def early_and_late(steps: np.ndarray, count: int = 10) -> np.ndarray:
     return np.unique(np.searchsorted(steps, wanted.round()).clip(0, len(steps) - 1))
 
 
-def sample_sheet(samples: np.ndarray, shape: tuple[int, int, int], title: str) -> Figure:
-    """Images [columns, C, d] as a sheet: a row per class."""
+def step_names(steps: np.ndarray) -> list[str]:
+    return [f"step\n{int(step):,}" for step in steps]
+
+
+def sample_sheet(
+    samples: np.ndarray,
+    shape: tuple[int, int, int],
+    title: str,
+    *,
+    columns: Sequence[str] = (),
+    rows: Sequence[str] = (),
+) -> Figure:
+    """Images [columns, C, d] as a sheet: a row per class; names over columns and beside rows."""
     sheet = np.swapaxes(np.asarray(as_images(samples, shape)), 0, 1)
-    figure, axis = plt.subplots(figsize=(0.62 * sheet.shape[1], 0.62 * sheet.shape[0] + 0.5))
+    width = 0.62 * sheet.shape[1] + 0.06 * max(map(len, rows), default=0)
+    figure, axis = plt.subplots(figsize=(max(3, width), 0.62 * sheet.shape[0] + 0.7))
     plotting.show_images(axis, sheet)
-    axis.set_title(title, fontsize=8)
+    for i, name in enumerate(columns):
+        axis.text((i + 0.5) * (shape[1] + 1) - 1, -1, name, ha="center", va="bottom", fontsize=6)
+    for i, name in enumerate(rows):
+        axis.text(-2, (i + 0.5) * (shape[0] + 1) - 1, name, ha="right", va="center", fontsize=6)
+    if rows:
+        axis.set_anchor("E")  # the names have the rest of the width
+    figure.suptitle(title, fontsize=8, wrap=True)
     return figure
 
 
 def image_flow(arrays: dict, title: str, stem: Path) -> list[Path]:
-    """Samples along one flow (a row per class, a column per step; last the target image nearest to
-    where the sample ended, for classes are matched by the flow), and its loss."""
+    """Samples along one flow (a row per source class, a column per step; last the target image
+    nearest to where the sample ended, for classes are matched by the flow), and its loss."""
     particles, steps = arrays["particles"], arrays["steps"]
-    shape = stored_shape(arrays)
+    shape = data.stored_shape(arrays)
     with plotting.style():
         chosen = early_and_late(steps)
         targets = arrays["x_tgt"].reshape(-1, arrays["x_tgt"].shape[-1])
         squared = ((particles[-1, :, None, 0] - targets[None]) ** 2).sum(axis=-1)
         nearest = targets[squared.argmin(axis=1)]
-        shown = ", ".join(f"{int(steps[i]):,}" for i in chosen)
         figure = sample_sheet(
             np.concatenate([particles[chosen, :, 0], nearest[None]]),
             shape,
-            f"{title}\nsteps {shown}; last column: the nearest target image",
+            title,
+            columns=[*step_names(steps[chosen]), "nearest\ntarget"],
+            rows=list(arrays.get("class_names", ())),  # not of older runs
         )
         samples = plotting.save_figure(figure, stem.with_suffix(".png"))
         figure, axis = plt.subplots(figsize=(4.5, 3))
@@ -277,10 +297,10 @@ def adaptation(summary: Path, arrays: dict) -> list[Path]:
     stem = summary.parent / "figures" / summary.stem
     with plotting.style():
         curve = plotting.save_figure(adaptation_curve(stored), stem.with_suffix(".png"))
-        shape = stored_shape(arrays)
+        shape = data.stored_shape(arrays)
         chosen = early_and_late(steps)
-        shown = ", ".join(f"{int(steps[i]):,}" for i in chosen)
-        title = f"{config['source']} → {config['target']}, one image per class\nsteps {shown}"
-        figure = sample_sheet(arrays["samples"][chosen], shape, title)
+        title = f"{data.stem(config['source'])} → {data.stem(config['target'])}"
+        samples, names = arrays["samples"][chosen], step_names(steps[chosen])
+        figure = sample_sheet(samples, shape, f"{title}, one image per class", columns=names)
         samples = plotting.save_figure(figure, stem.with_name(f"{stem.name}_samples.png"))
     return [curve, samples]

@@ -42,6 +42,7 @@ from xp_transfer_learning.config import (
     TransferConfig,
 )
 from xp_transfer_learning.data import (
+    draw,
     known_by_content,
     load,
     pair_name,
@@ -61,8 +62,8 @@ def data(seed: int, config: TransferConfig, data_root: Path | None):
     shape = (*source.image_shape[:2], min(source.image_shape[2], target.image_shape[2]))
     check_size(LeNet5(), shape)  # before the flow, not after it
     key_source, key_target = jax.random.split(key_of_seed(seed))
-    x0 = datasets.draw(key_source, shaped(source, shape), config.num_per_class)
-    return x0, datasets.draw(key_target, shaped(target, shape), config.k_shot), shape
+    x0 = draw(key_source, shaped(source, shape), config.num_per_class, "--num_per_class")
+    return x0, draw(key_target, shaped(target, shape), config.k_shot, "--k_shot"), shape
 
 
 def _setting(config: TransferConfig) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tyro
 from condensing import SMALL
+from PIL import Image
 
 from lib import augment
 from lib.networks import classification, network_by_name, optimizers
@@ -21,6 +22,7 @@ from xp_dataset_distillation import (
     evaluate,
     evaluation,
     experiments,
+    plot,
     presets,
     tables,
 )
@@ -41,6 +43,17 @@ SHORT = Evaluation(
     Evaluator(num_epochs=2, network="mlp", augmentation=""), num_networks=2, whole_epochs=1
 )
 SETTING = Setting(10, (8, 8, 1), (0.3,), (0.4,), flips=False)
+
+
+def own_images(root):
+    """Gray images 8 x 8 of two classes, in both splits."""
+    rng = np.random.default_rng(0)
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
 
 
 def test_accuracies_are_those_of_classifiers_trained_by_hand():
@@ -95,8 +108,9 @@ def test_held_out_images_are_training_images_that_nothing_else_sees():
     np.testing.assert_array_equal(test.images, held_out[0])
     assert len(experiments.evaluation_set(TINY, whole, None, None).images) == 355
     names, options = whole.class_names, {"resized": False, "data_root": None}
-    with pytest.raises(ValueError, match=r"test split of digits .*, its training split \(5, 5, 1"):
-        evaluation.test_split("digits", "digits", names, (5, 5, 1), **options)
+    words = r"test split of digits has images \(8, .*, the training images of toy \(5, 5, 1"
+    with pytest.raises(ValueError, match=words):
+        evaluation.test_split("digits", "toy", names, (5, 5, 1), **options)
 
 
 def test_a_group_runs_and_its_summary_tells_all(tmp_path, monkeypatch, capsys):
@@ -147,6 +161,16 @@ def test_what_arguments_choose():
             experiments.chosen(replace(arguments, **names))
 
 
+def test_a_group_is_called_by_the_data_set_in_use(tmp_path):
+    names = {"only": ("fashion_mnist", "order"), "preset": "paper"}
+    assert list(experiments.chosen(experiments.Arguments(**names))) == ["fashion_mnist", "order"]
+    chosen = experiments.chosen(experiments.Arguments(**names, dataset="kmnist"))
+    assert list(chosen) == ["kmnist", "order_kmnist"]
+    night = str(own_images(tmp_path / "night"))
+    (name,) = experiments.chosen(experiments.Arguments(dataset=night))
+    assert re.fullmatch("night-[0-9a-f]{8}", name)
+
+
 @pytest.mark.parametrize("preset", ["quick", "paper", "gpu"])
 def test_presets_compare_like_with_like(preset):
     for group in presets.presets(preset).values():
@@ -169,6 +193,19 @@ def test_methods_and_evaluators_are_the_published_ones():
     assert replace(base, step_size=3.0).resolved_step_size((8, 8, 1)) == 3
     assert (dm(base).kernel, dm(base).factor, dm(base).sequential) == ("linear", 1, False)
     assert (mmdsw(base).momentum, mmdsw(base).step_size) == (0.9, 1.0)
+
+
+def test_the_mean_of_a_straight_loss_lies_on_it():
+    """Where every mean is that of the steps around it."""
+    losses = 3.0 - 0.01 * np.arange(300)
+    snapshots = np.zeros((2, 3, 1, 8, 8, 1), np.uint8)
+    axis = plot.along(snapshots, np.array([0, 300]), losses).axes[1]
+    shown = {line.get_label(): line.get_xydata().T for line in axis.lines}
+    assert set(shown) == {"each step", "mean of 6 steps"}
+    assert axis.get_legend() is not None
+    steps, means = shown["mean of 6 steps"]
+    np.testing.assert_allclose(means, 3.0 - 0.01 * steps)
+    assert len(plot.along(snapshots, np.array([0, 9]), losses[:9]).axes[1].lines) == 1
 
 
 def test_tables_by_hand():
@@ -232,7 +269,7 @@ def test_the_check_of_moments(tmp_path):
     assert np.mean(end["order 1"]) < 0.8 * np.mean(start["order 1"])
 
 
-@pytest.mark.parametrize(("size", "dataset"), [(None, None), (6, "digits")])
+@pytest.mark.parametrize(("size", "dataset"), [(None, None), (6, None)])
 def test_an_exported_set_is_evaluated_as_its_method_is(
     size, dataset, tmp_path, monkeypatch, capsys
 ):
@@ -244,11 +281,30 @@ def test_an_exported_set_is_evaluated_as_its_method_is(
     arguments = evaluate.Arguments(folder, dataset=dataset, **options)
     accuracies = evaluate.main(arguments)["short"]
     np.testing.assert_array_equal(accuracies, stored["accuracies"])
-    assert f"short: {100 * accuracies.mean():.1f}% of the test split" in capsys.readouterr().out
+    assert (
+        f"short: {100 * accuracies.mean():.1f}% of the test split, 2 classifiers, 2 epochs"
+        in capsys.readouterr().out
+    )
     monkeypatch.setattr(evaluation, "accuracies", None)  # it is stored
-    np.testing.assert_array_equal(evaluate.main(arguments)["short"], accuracies)
+    run = replace(arguments, folder=folder.parent, epochs=2)
+    np.testing.assert_array_equal(evaluate.main(run)["short"], accuracies)
+    with pytest.raises(TypeError):  # another training
+        evaluate.main(replace(arguments, epochs=3))
     with pytest.raises(ValueError, match="no evaluator nonsense; there are short"):
         evaluate.main(replace(arguments, evaluators=("nonsense",)))
+
+
+def test_a_set_of_own_images_is_evaluated_on_those_that_are_named(tmp_path):
+    """Also where they are called as a named data set is."""
+    run = condense.condense(
+        replace(TINY, dataset=str(own_images(tmp_path / "digits"))), seed=0, results=tmp_path
+    )
+    arguments = evaluate.Arguments(run.folder, epochs=1, num_networks=1, results=tmp_path)
+    with pytest.raises(ValueError, match="images of your own, called digits: pass --dataset PATH"):
+        evaluate.main(arguments)
+    given = replace(arguments, dataset=str(tmp_path / "digits"))
+    assert evaluate.main(given)["idc"].shape == (1,)
+    assert str(tmp_path) not in (run.folder / "condensed/metadata.json").read_text()
 
 
 def test_published_options_are_further_names():

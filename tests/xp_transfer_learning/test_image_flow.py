@@ -10,8 +10,11 @@ from scipy.spatial.distance import cdist
 from scripts import run_script
 from sklearn.datasets import load_digits
 
+from lib import datasets
 from lib.report import plotting
 from lib.runs.console import one_line_errors
+from xp_transfer_learning import plot
+from xp_transfer_learning.data import shaped
 from xp_transfer_learning.image_flow import Arguments, chosen, main
 
 SHORT = ["--num_per_class", "10", "--n_epochs", "30", "--record_every", "10"]
@@ -101,7 +104,7 @@ def test_settings_of_older_runs_keep_their_names():
         ("--num_per_class 10 --flow sliced_mmd --n_sample_batch 3", "n_sample_batch is of the wow"),
         ("--src_dataset TWO --num_per_class 5 --flow sliced_mmd", "2 classes, digits 10"),
         ("--src_dataset no_such_set", "no_such_set"),
-        ("--num_per_class 999", "999"),
+        ("--num_per_class 999", "fewer than the 999 asked for (--num_per_class)"),
         ("--num_per_class 10 --lr -1", "-1"),
         ("--num_per_class 10 --n_epochs 0", "n_ep"),
     ],
@@ -133,6 +136,38 @@ def test_tiles_keep_every_pixel_and_clip():
             np.testing.assert_array_equal(tile, np.clip(images[i, j], 0, 1))
     assert np.all(sheet[4] == 1)
     assert np.all(sheet[:, 5] == 1)
+
+
+def test_a_sheet_names_rows_and_columns_and_nothing_is_cut_off():
+    """The least sheet under a long title: all texts lie within the figure."""
+    title = "photographs_of_the_night → scikit_learns_digits, 50 per class, and a line more"
+    names = {
+        "columns": ["step\n0", "nearest\ntarget"],
+        "rows": ["circle", "a very long class name"],
+    }
+    with plotting.style():
+        figure = plot.sample_sheet(np.zeros((2, 2, 64)), (8, 8, 1), title, **names)
+        figure.draw_without_rendering()
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.texts] == [*names["columns"], *names["rows"]]
+    boxes = [text.get_window_extent() for text in (*axis.texts, figure._suptitle)]
+    for box in boxes:
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert box.y1 <= figure.bbox.y1
+    assert not any(box.overlaps(boxes[-1]) for box in boxes[:-1])
+
+
+def test_what_is_not_of_the_targets_shape_is_made_so_and_a_line_says_it(capsys):
+    images = np.zeros((4, 6, 5, 3), np.uint8)
+    source = datasets.Dataset("of two sizes", images, np.zeros(4, np.int32), ("a",))
+    for _ in range(2):
+        assert shaped(source, (8, 8, 1)).images.shape == (4, 8, 8, 1)
+    line = "of two sizes: images of 6 x 5 in color are made 8 x 8 in gray\n"
+    assert capsys.readouterr().out == line  # once
+    assert shaped(source, source.image_shape) is source
+    assert not capsys.readouterr().out
 
 
 def test_what_bounds_memory_can_be_given():

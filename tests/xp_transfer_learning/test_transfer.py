@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import tyro
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scripts import run_script
@@ -146,6 +147,20 @@ def test_accuracies_along_the_flow_end_with_that_of_its_end(tmp_path):
     assert along["steps"][-1] == end["steps"][0] == 40
     np.testing.assert_array_equal(along["accuracies"][-1], end["accuracies"][0])
     assert np.all((end["accuracies"] >= 0) & (end["accuracies"] <= 1))
+
+
+def test_too_few_images_name_the_option():
+    with pytest.raises(ValueError, match=r"fewer than the 999 asked for \(--k_shot\)"):
+        transfer.data(0, config(k=999), None)
+    with pytest.raises(ValueError, match=r"fewer than the 999 asked for \(--num_per_class\)"):
+        domain_adaptation.data(0, AdaptationConfig(ROTATED, "digits", 999), None)
+
+
+@pytest.mark.parametrize("command", [domain_adaptation, ablation])
+def test_steps_of_a_flow_go_by_both_names(command):
+    """Where there are no epochs of a network beside them."""
+    for name in ("--n_epochs", "--n_epochs_wgd"):
+        assert tyro.cli(command.Arguments, args=[name, "7"]).n_epochs_wgd == 7
 
 
 @pytest.mark.slow
