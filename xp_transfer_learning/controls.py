@@ -13,8 +13,9 @@ of a network trained on the source (`--matching features`), between images (`ima
 number (`number`). The flow takes it there by the MMD of the energy kernel. Where both have source
 images, the target's are repeated until they are half of the training set.
 
-`auto` chooses among `CANDIDATES` by cross-validation over the k images; of one image per class
-nothing can be left out: it then uses the source if classes correspond (`match_p_value`).
+`auto` chooses among `CANDIDATES` by cross-validation over the k images: the best, if it is above
+the k images, augmented, by more than a standard error. Of one image per class nothing can be left
+out: it then uses the source if classes correspond (`match_p_value`).
 Differences are paired by draw.
 """
 
@@ -234,9 +235,10 @@ def by_features(arm: Arm, draw: Draw, test: Held, source_network: Any, seed: int
 def choose(
     draw: Draw, rematch: Callable[[np.ndarray], np.ndarray], train: Trainer, p_value: float
 ) -> str:
-    """The best of `CANDIDATES` on the k images: each fold leaves one image per class out of
-    matching and of one training; the first of equals. With one image per class: `SOURCE` if its
-    classes correspond, else `BASELINE`."""
+    """The best of `CANDIDATES` on the k images, the first of equals: each fold leaves one image per
+    class out of matching and of one training. `BASELINE` unless the gain over it, a mean over
+    folds, is more than its standard error. With one image per class: `SOURCE` if its classes
+    correspond, else `BASELINE`."""
     num_classes, k, _ = draw.x_tgt.shape
     if k == 1:
         return SOURCE if p_value <= CORRESPOND else BASELINE
@@ -250,7 +252,9 @@ def choose(
         fitted = draw._replace(x_tgt=kept, matched=rematch(kept))
         for i, name in enumerate(CANDIDATES):
             means[fold, i] = measure(ARMS[name], fitted, test, train, {}, None).mean()
-    return CANDIDATES[int(means.mean(axis=0).argmax())]
+    best = int(means.mean(axis=0).argmax())
+    gains = means[:, best] - means[:, CANDIDATES.index(BASELINE)]
+    return CANDIDATES[best] if gains.mean() > standard_error(gains) else BASELINE
 
 
 # ---- Runs
@@ -373,7 +377,8 @@ class Task:
 
     def run(self, name: str) -> dict[str, Any]:
         """accuracies [trainings] of one arm, matched [C], p_value, and which arm it was."""
-        run = self.place.open(self.config, "arm", self.seed, arm=name)
+        rule = {"rule": "one standard error"} if ARMS[name].kind == "auto" else {}
+        run = self.place.open(self.config, "arm", self.seed, arm=name, **rule)
         if not run.finished:
             x0, x_tgt, image_shape = self.images()
             matched, p_value = self.match(x0, x_tgt, image_shape)

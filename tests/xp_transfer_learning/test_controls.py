@@ -115,6 +115,18 @@ def test_auto_takes_what_is_best_on_images_left_out(trained):
     np.testing.assert_array_equal(trained[2][1][-20:], np.repeat([0, 1], 10))
 
 
+@pytest.mark.parametrize(
+    ("of_source", "name"), [((0.4, 0.9, 0.5), BASELINE), ((0.6, 0.7, 0.65), SOURCE)]
+)
+def test_auto_asks_for_a_gain_above_its_standard_error(monkeypatch, of_source, name):
+    """Gains of -.1, .4, 0 are .1 ± .15 on average, of .1, .2, .15 they are .15 ± .03."""
+    folds = iter(of_source)
+    monkeypatch.setattr(
+        controls, "measure", lambda arm, *_: np.array([next(folds) if arm == ARMS[SOURCE] else 0.5])
+    )
+    assert controls.choose(draw(), lambda x: np.array([0, 1]), TRAINER, 1.0) == name
+
+
 @pytest.mark.parametrize(("p_value", "name"), [(0.5, SOURCE), (0.51, BASELINE)])
 def test_auto_of_one_image_per_class_asks_whether_classes_correspond(trained, p_value, name):
     assert controls.choose(draw(1), lambda x: x, TRAINER, p_value) == name
