@@ -125,7 +125,8 @@ def curve(
             )
         stored = run.load_arrays()
         point = {"label": label, "seed": seed, "width": arguments.width, "step": mark}
-        point |= {name: stored[name][0] for name in (*MEASURES, *PATHS)}
+        names = (*MEASURES, *PATHS, "sample_seconds")  # seconds: not of older points
+        point |= {name: stored[name][0] for name in names if name in stored}
         samplers = [
             f"{method} {num}" for method, num in zip(stored["methods"], stored["evaluations"])
         ]

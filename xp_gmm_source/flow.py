@@ -355,7 +355,8 @@ def evaluate_flow(
 
     Of S samplers (methods and evaluations [S]) and V sources (`own`, then `pruned` if asked): every
     measure of `metrics.evaluate` [V, S], and of as many training images (floor_*); samples uint8
-    [V, S, 64, H, W, channels] and the starts of the first source; their straightness [V];
+    [V, S, 64, H, W, channels] and the starts of the first source; sample_seconds [V, S] for 1,000
+    of them, without compilation; their straightness [V];
     paths [V, steps + 1, 64, 2] on the test images' first two principal components; of pruning
     the number of axes and the share of draws accepted; accuracy of the feature network; targets
     [500, 2], test images on those components.
@@ -364,19 +365,27 @@ def evaluate_flow(
     samplers = config.samplers()
     order = np.random.default_rng(1).permutation(len(train.images))[: config.num_samples]
     floor = metrics.evaluate(to_unit(train.images[order]), reference_images)
-    measured: dict[str, list] = {name: [] for name in (*floor, "samples", "paths", *MEASURES)}
-    basis, starts = _two_components(reference_images.points), None
+    names = (*floor, "samples", "sample_seconds", "paths", *MEASURES)
+    measured: dict[str, list] = {name: [] for name in names}
+    basis, starts, compiled = _two_components(reference_images.points), None, set()
     for i, source in enumerate(sources.values()):
         x0 = _draw(jax.random.fold_in(key, i), source, config.num_samples)
         starts = x0[:SHOWN] if starts is None else starts
-        rows, images = [], []
+        rows, images, seconds = [], [], []
         for method, num in samplers:
-            x1 = _integrate(parameters, x0, model=model, shape=shape, num=num, method=method)
+            integrate = partial(_integrate, model=model, shape=shape, num=num, method=method)
+            if method not in compiled:  # once for all numbers of evaluations
+                jax.block_until_ready(integrate(parameters, x0))
+                compiled.add(method)
+            began = time.perf_counter()
+            x1 = jax.block_until_ready(integrate(parameters, x0))
+            seconds.append(1000 / config.num_samples * (time.perf_counter() - began))
             rows.append(metrics.evaluate(x1, reference_images))
             images.append(_pixels(x1[:SHOWN], shape))
         for name in floor:
             measured[name].append([row[name] for row in rows])
         measured["samples"].append(np.stack(images))
+        measured["sample_seconds"].append(seconds)
         path = _euler_path(parameters, x0[:PATHS], model=model, shape=shape)
         for name, value in sampling.straightness(path)._asdict().items():
             measured[MEASURE_OF[name]].append(value)
