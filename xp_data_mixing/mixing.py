@@ -38,6 +38,7 @@ from jaxtyping import Array, Float, Int, Key
 from scipy.linalg import eigh, null_space
 
 from lib.numerics import named_key
+from lib.report.spreads import spread
 from lib.rff import gaussian_frequencies
 from lib.rows import Rows, as_rows, check_bandwidths, check_same_width, pooled
 from lib.rows.files import RowFile
@@ -384,7 +385,7 @@ def _column_deviations(groups: Sequence[Rows], count: int = 256) -> Float[np.nda
     some = [
         group.take(np.arange(0, n, -(-n // count))) for group in groups if (n := group.shape[0])
     ]
-    return np.std(np.concatenate(some), axis=0, dtype=np.float64)
+    return spread(np.concatenate(some), axis=0)
 
 
 class _Samples(NamedTuple):

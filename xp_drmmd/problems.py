@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,9 @@ def read_points(path: str) -> Float[Array, "n d"]:
 def known_by_content(config: FlowConfig) -> FlowConfig:
     """The settings by which results are known: what files hold in place of their paths."""
     names = {"target": config.target, "source": config.source}
-    held = {k: open_rows(path).fingerprint()[:16] for k, path in names.items() if path is not None}
+    held: dict[str, Any] = {
+        name: open_rows(path).fingerprint()[:16] for name, path in names.items() if path is not None
+    }
     return replace(config, **held)
 
 

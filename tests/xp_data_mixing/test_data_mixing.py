@@ -276,7 +276,7 @@ def test_one_column_that_outweighs_the_others_is_named():
     scaled = [np.c_[x * units, np.zeros(len(x))] for x in (*sources, target)]
     result = run_estimate(scaled[:-1], scaled[-1], num_features=100)
     every_other = np.concatenate([x[::2] for x in scaled])
-    np.testing.assert_allclose(result.column_deviations, every_other.std(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(result.column_deviations, every_other.std(axis=0, ddof=1), rtol=1e-4)
     (line,) = [w for w in result.warnings if w.startswith("columns of unequal scale: column 2,")]
     assert "divide every column by its standard deviation" in line
     assert not has(run_estimate(sources, target, num_features=100), "unequal scale")

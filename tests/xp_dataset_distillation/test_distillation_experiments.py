@@ -290,7 +290,7 @@ def test_an_exported_set_is_evaluated_as_its_method_is(
     np.testing.assert_array_equal(evaluate.main(run)["short"], accuracies)
     with pytest.raises(TypeError):  # another training
         evaluate.main(replace(arguments, epochs=3))
-    with pytest.raises(ValueError, match="no evaluator nonsense; there are short"):
+    with pytest.raises(ValueError, match="no evaluator 'nonsense'; there are 'short'"):
         evaluate.main(replace(arguments, evaluators=("nonsense",)))
 
 
