@@ -179,6 +179,7 @@ def check_committed(names, folder):
             check_stored(name, shown)
 
 
+@pytest.mark.slow
 def test_notebooks_show_what_is_committed(tmp_path):
     check_committed(QUICK, tmp_path)
 
