@@ -103,7 +103,7 @@ class Arguments(DeviceOptions, FlowConfig):
     dataset: DatasetName | Literal["MixGaussian"] = "ThreeRing"  # type: ignore[assignment]
     """Gaussian1d, Gaussian2d, Student and MixGaussian, which is FourGaussian, are those of the
     published code. Its Gaussian1d is N(0, 1) within [-1, 1] from N(0, .01^2); the Gaussian1D here
-    is N(0, 1) from N(0, 1/2). files: what --target alone says, too."""
+    is N(0, 1) from N(0, 1/2). files: the rows of --target, which implies it."""
     bandwidth: float | None = None  # type: ignore[assignment]
     """sigma, a length; 0: the median distance of the target. None: .15, of files the median."""
     flow: FlowName | Literal["drmmd_spectral"] = "drmmd"  # type: ignore[assignment]

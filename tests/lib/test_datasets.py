@@ -396,7 +396,7 @@ def test_other_pixel_formats(tmp_path):
             datasets.load(root.parent)
 
 
-# A file of the folder, its content (None for a folder), and what is said.
+# A file of the folder, its content (None for a folder), and words of the error.
 DAMAGE = {
     "no png": ("train/cat/0.png", b"no png", r"cannot read the image train/cat/0\.png"),
     "truncated": ("train/dog/1.png", png_bytes()[:50], r"cannot read the image train/dog/1\.png"),

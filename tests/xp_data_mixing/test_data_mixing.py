@@ -269,7 +269,7 @@ def test_nothing_to_warn_of():
 
 
 def test_one_column_that_outweighs_the_others_is_named():
-    """Three units of different size, a constant, and the widest alone against a numpy deviation."""
+    """Units of three sizes and a constant; deviations against numpy."""
     sources, target = toy(sizes=(400,) * 3, m=300)
     units = np.ones(sources[0].shape[1])
     units[2], units[1] = 40.0, 0.1
