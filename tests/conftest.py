@@ -24,6 +24,14 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache/jax" / os.environ.get("PYTEST
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
+OPTIMIZED = {
+    *("test_kernels.py", "test_drmmd.py", "test_two_sample.py", "test_programs.py"),
+    *("test_mmd_samples.py", "test_mmd_measures.py", "test_sliced_wasserstein.py"),
+    *("test_sliced_energy.py", "test_rff.py", "test_fourier_means.py", "test_kernel_means.py"),
+    *("test_simplex_qp.py", "test_gd.py", "test_killed_runs.py"),
+}
+"""Tests of the core and of bits; the rest compile without most optimizations, if not slow."""
+
 # A job started in the background may ignore SIGINT, which the tests of interruption send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,8 +50,15 @@ def _leave_survivors_to_no_collection():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _drop_programs():
-    """Those of one file hardly serve another, and a worker would hold gigabytes of them."""
+def _drop_programs(request):
+    """Those of one file hardly serve another, and a worker would hold gigabytes of them.
+
+    Most time goes to compiling: a quarter of it is spared without most optimizations, where no
+    digits or bytes are counted. Slow tests run what users run.
+    """
+    quick = "not slow" in request.config.option.markexpr
+    plain = quick and request.path.name not in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", plain)
     yield
     gc.unfreeze()
     jax.clear_caches()

@@ -114,6 +114,8 @@ def sliced():
             return jax.jit(function)(x, y, jax.random.key(2))
 
         FOUND[f"WoW gradient, {count} directions"] = difference(*on_both(gradient))
+    if not ALL:
+        return
     w = jax.random.uniform(jax.random.key(8), (5, 16))
     for count, weights in cases((5, None), (101, w)):
 
@@ -250,9 +252,10 @@ def memory():
     x, make = normal(0, 10, 200, 16), partial(mmd.target_value_and_grad, mmd.sliced_riesz())
     many = partial(make, num_directions=2048)
     FOUND["memory: WoW gradient"] = temporaries(many, x, x + 1, jax.random.key(0))
-    if ALL:
-        otdd = partial(partial, otdd_value_and_grad)
-        FOUND["memory: otdd"] = temporaries(otdd, normal(3, 8, 64, 9), normal(4, 8, 50, 9))
+    if not ALL:
+        return
+    otdd = partial(partial, otdd_value_and_grad)
+    FOUND["memory: otdd"] = temporaries(otdd, normal(3, 8, 64, 9), normal(4, 8, 50, 9))
     settings = FlowConfig(flow="drmmd", source_particle_num=1600, bandwidth=0.3)
     prepared, start = flows.prepare(settings, normal(1, 400, 2)), normal(2, 1, 1600, 2)
     rest = prepared, jax.random.key(0), flows.first_memory(prepared)
@@ -272,6 +275,7 @@ if __name__ == "__main__":
     for part in (streams, *((condensation, classifiers, matching) if ALL else ())):
         part()
     with jax.enable_x64(True):
-        for part in (rows, rectangles, sliced, labelled, resumed, drmmd, memory):
+        few = (rows, rectangles, sliced, memory)
+        for part in (*few, *((labelled, resumed, drmmd) if ALL else ())):
             part()
     print(json.dumps(FOUND))

@@ -144,6 +144,7 @@ def test_chunks_and_interruptions_change_no_bit(monkeypatch, run):
     assert sizes == [1] * 13
 
 
+@pytest.mark.slow
 def test_seeds_in_turn_are_those_at_once(monkeypatch, run):
     images, labels = two_sets()
     one = {"images": images[0], "labels": labels[0]}

@@ -391,6 +391,7 @@ def test_bad_labels_are_refused(changes, message):
         training(**changes)
 
 
+@pytest.mark.slow
 def test_a_unet_with_classes_adds_a_vector_per_class():
     """With vectors of 0 it is the network without; else each label has its own velocity."""
     shapes = {"width": 4, "multipliers": (1,)}

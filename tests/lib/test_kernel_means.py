@@ -158,6 +158,7 @@ class Counting:
         return self.x[rows]
 
 
+@pytest.mark.slow
 def test_each_set_gives_the_same_number_of_rows():
     sets = [Counting(x) for x in samples(5, (1000, 5, 23))]
     data = [Rows(x, dtype=np.float64) for x in sets]

@@ -198,6 +198,7 @@ def test_equal_measures_in_another_order_do_not_push_each_other():
     assert np.abs(gradient).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_minibatches_narrow_the_target_and_less_so_the_larger_they_are():
     """The bias that the docstring warns of: at the target the mean gradient is not 0."""
     y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40, 2)), jnp.float32)
@@ -215,6 +216,7 @@ def test_minibatches_narrow_the_target_and_less_so_the_larger_they_are():
 
 
 @x64
+@pytest.mark.slow
 def test_settings_reach_the_gradient_and_a_bandwidth_may_be_traced():
     x, y, directions = (jnp.asarray(array) for array in measures())
     (a, b), drawn = UNEQUAL, []

@@ -58,6 +58,7 @@ def found(tmp_path_factory):
     return two, [dict(np.load(file)) for file in files], printed
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(found):
     _, (one, first, second), _ = found
     assert {"losses", "particles", "log_likelihoods", "means", "parameters0"} <= one.keys()
@@ -68,12 +69,14 @@ def test_two_processes_find_what_one_finds(found):
     np.testing.assert_array_equal(first["gathered"], [np.arange(3.0) + i / 3 for i in range(5)])
 
 
+@pytest.mark.slow
 def test_a_stop_asked_of_one_process_stops_both_and_resumes_to_the_same_bits(found):
     _, (_, first, _), printed = found
     assert "stopped on request after step 5" in printed[1]
     np.testing.assert_array_equal(first["resumed"], first["particles"])
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_writes_and_prints(found):
     folder, _, printed = found
     assert "done" in printed[1]

@@ -52,6 +52,7 @@ def test_on_the_line_it_is_the_sum_over_pairs(n, m, weighted):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_many_directions_give_the_energy_mmd_and_its_gradient():
     """Within four standard errors of the mean over batches of directions, in three dimensions."""
     rng = np.random.default_rng(0)
@@ -92,6 +93,7 @@ def test_a_weight_counts_as_that_many_points():
     np.testing.assert_allclose(in_blocks[1], gradient, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_flow_of_classes_comes_to_its_own_class():
     y = jax.random.normal(KEY, (2, 30, 2)) + jnp.array([-5.0, 5.0])[:, None, None]
     x = jax.random.normal(jax.random.key(1), (2, 40, 2))
@@ -125,6 +127,7 @@ def test_errors():
 # ---- Directions of a fixed basis
 
 
+@pytest.mark.slow
 def test_each_block_of_basis_directions_is_an_orthonormal_basis():
     directions = basis_directions(KEY, 25, 10)
     for block in (directions[:10], directions[10:20]):
@@ -135,6 +138,7 @@ def test_each_block_of_basis_directions_is_an_orthonormal_basis():
     assert np.abs(directions - basis_directions(jax.random.key(1), 25, 10)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_basis_directions_have_the_moments_of_the_sphere():
     """Of each coordinate: 0 and 1 / d; the fourth is near 3 / (d (d + 2)), as documented."""
     d = 64
@@ -144,6 +148,7 @@ def test_basis_directions_have_the_moments_of_the_sphere():
     np.testing.assert_allclose((drawn**4).mean() * d * (d + 2) / 3, 0.92, atol=0.03)
 
 
+@pytest.mark.slow
 def test_a_basis_sees_the_difference_of_means_exactly():
     """SW_2^2 of two points is |x - y|^2 / d."""
     from lib.sliced_wasserstein import sliced_wasserstein_power

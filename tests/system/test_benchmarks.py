@@ -25,6 +25,7 @@ def clouds(*shape):
     return jax.random.normal(key_x, shape), 1 + 2 * jax.random.normal(key_y, shape)
 
 
+@pytest.mark.slow
 def test_published_distance_is_ours_at_its_levels_and_near_the_exact_one():
     @jax.jit
     def distances(x, y, keys):
@@ -46,13 +47,8 @@ def test_published_distance_is_ours_at_its_levels_and_near_the_exact_one():
     assert error < 0.05 * exact
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "riesz",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gaussian", "laplace", "imq")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["riesz", "gaussian", "laplace", "imq"])
 def test_published_step_is_ours_at_its_levels(name):
     parameter = {"riesz": 1.0, "gaussian": 0.1, "laplace": 0.5, "imq": 1.0}[name]
 

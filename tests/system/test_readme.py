@@ -31,7 +31,13 @@ def test_there_are_six_recipes():
     assert [title[0] for title in RECIPES] == list("123456")
 
 
-@pytest.mark.parametrize("title", RECIPES)
+SLOW = ("1", "2", "5")  # compile most
+RECIPE_CASES = [
+    pytest.param(title, marks=[pytest.mark.slow] if title[0] in SLOW else []) for title in RECIPES
+]
+
+
+@pytest.mark.parametrize("title", RECIPE_CASES)
 def test_recipes_print_what_they_say(title):
     assert run_blocks(RECIPES[title], title)
 

@@ -54,6 +54,7 @@ def test_largest_is_the_last_that_fits():
     assert both == pytest.approx((budget / 8 / 5) ** 0.5, rel=0.01)  # five matrices of float64
 
 
+@pytest.mark.slow
 def test_quick_run(tmp_path):
     out = tmp_path / "deep" / "scaling.json"
     scaling.main(scaling.Options(quick=True, rounds=2, out=out))

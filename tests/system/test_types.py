@@ -19,6 +19,7 @@ def output_of(*command) -> str:
     return done.stdout if done.returncode else ""
 
 
+@pytest.mark.slow
 def test_types_of_lib_and_experiments():
     assert output_of("mypy") == ""
 

@@ -148,7 +148,7 @@ def fitted(kind, groups, **choice):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["whitened", "posteriors"])
+@pytest.mark.parametrize("kind", [pytest.param("whitened", marks=pytest.mark.slow), "posteriors"])
 def test_moments_of_fitted_features_by_hand(kind):
     """Means, noise and the mean square within sources; posteriors of each row by its own fold."""
     groups = [*sources(0), target(1, (0.5, 0.3, 0.2), 100)]
@@ -193,7 +193,7 @@ def test_moments_of_fitted_features_by_hand(kind):
     assert squares == pytest.approx(1, abs=1 / 60)
 
 
-@pytest.mark.parametrize("estimator", ["whitened", "auto"])
+@pytest.mark.parametrize("estimator", ["whitened", pytest.param("auto", marks=pytest.mark.slow)])
 def test_weights_are_near_the_truth_and_in_their_intervals(estimator):
     truth = np.array([0.6, 0.0, 0.4])
     kernel = Kernel(estimator=estimator, num_features=100)
@@ -218,6 +218,7 @@ def test_weights_are_near_the_truth_and_in_their_intervals(estimator):
     np.testing.assert_array_equal(again.weights, result.weights)
 
 
+@pytest.mark.slow
 def test_choosing_takes_what_recovers_best():
     rng = np.random.default_rng(0)
     projections = [s * rng.normal(size=(300, 50)).astype("f4") for s in (0.7, 1.0, 1.4)]
@@ -228,6 +229,7 @@ def test_choosing_takes_what_recovers_best():
     assert (only.kind, len(only.errors)) == ("whitened", len(calibration.METRICS))
 
 
+@pytest.mark.slow
 def test_one_source_needs_no_posteriors():
     (rows, *_), estimator = sources(0), "posteriors"
     result = estimate(KEY, [rows], rows[:40] + 0.0, kernel=Kernel(estimator=estimator))

@@ -296,6 +296,7 @@ def test_class_counts_sum_to_the_total_and_are_nearest(shares, total):
     assert np.all(counts[mixture == 0] == 0)
 
 
+@pytest.mark.slow
 def test_digits_from_the_command(tmp_path, monkeypatch, capsys):
     """Files of the right shapes, and a target whose mixture they tell: total variation from the
     truth far below that of the uniform guess, by least squares on the mean rows."""

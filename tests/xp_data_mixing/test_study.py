@@ -208,6 +208,7 @@ def test_linear_mean_matching_is_nonnegative_least_squares(recovered):
         assert slope @ weights - slope.min() < 1e-6
 
 
+@pytest.mark.slow
 def test_ablation_ends_in_the_table_cells():
     """Its last size with the exact kernel is the U-statistic of the whole sources."""
     config = AblationConfig(TINY, num_targets=2, sizes=(6, 12), num_features=(50,))
@@ -226,7 +227,7 @@ def test_ablation_ends_in_the_table_cells():
         )
 
 
-@pytest.mark.parametrize("estimator", ["auto", "mmd"])
+@pytest.mark.parametrize("estimator", [pytest.param("auto", marks=pytest.mark.slow), "mmd"])
 def test_coverage_draws_anew_from_one_mixture(estimator):
     samples = replace(TINY, labels="drawn")
     config = CoverageConfig(samples, estimator, resamples=3, replicates=10, num_features=20)

@@ -108,6 +108,7 @@ def test_more_images_than_a_class_has_are_refused_by_its_name_and_size(kind, mon
         baselines.images_of(replace(config, images_per_class=6), TOY, seed=0)
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_trained_network_before_its_last_layer():
     config = BaselineConfig("digits", feature_epochs=1, feature_width=2, feature_depth=1)
     real = real_data.subset(KEY, real_data.load("digits"), 3)

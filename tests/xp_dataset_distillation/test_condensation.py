@@ -52,7 +52,10 @@ def assert_close(pair, expected, tolerance, *, of_largest, atol=0.0):
     [
         replace(SMALL, num_networks=2, factor=2, start="mixed"),
         pytest.param(replace(SMALL, num_networks=2, networks_at_once=True), marks=pytest.mark.slow),
-        replace(SMALL, kernel="linear", augmentation="color_crop_cutout"),
+        pytest.param(
+            replace(SMALL, kernel="linear", augmentation="color_crop_cutout"),
+            marks=pytest.mark.slow,
+        ),
         replace(SMALL, space="pixels", kernel="energy"),
     ],
 )
@@ -112,6 +115,7 @@ def test_at_most_so_many_decoded_images_are_used(digits):
     assert len({tuple(row) for row in moved}) > 1  # each class its own
 
 
+@pytest.mark.slow
 def test_mmdsw_compares_all_classes_at_once(digits):
     settings = replace(config.mmdsw(SMALL), augmentation="", num_directions=9, space="pixels")
     x, target, key, _ = arguments_of(settings, digits)

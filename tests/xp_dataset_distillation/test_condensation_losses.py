@@ -72,6 +72,7 @@ def test_random_features_are_unbiased_for_the_gaussian_loss(scale):
     assert error < 0.05 * expected
 
 
+@pytest.mark.slow
 def test_identical_points_everywhere_give_no_nan():
     loss = losses.class_loss("gaussian")
     value, gradient = jax.value_and_grad(loss, argnums=1)(KEY, jnp.ones((3, 4)), jnp.ones((5, 4)))

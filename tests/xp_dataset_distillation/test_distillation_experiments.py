@@ -56,6 +56,7 @@ def own_images(root):
     return root
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_classifiers_trained_by_hand():
     rng = np.random.default_rng(0)
     images = rng.uniform(size=(20, 8, 8, 1)).astype(np.float32)
@@ -113,6 +114,7 @@ def test_held_out_images_are_training_images_that_nothing_else_sees():
         evaluation.test_split("digits", "toy", names, (5, 5, 1), **options)
 
 
+@pytest.mark.slow
 def test_a_group_runs_and_its_summary_tells_all(tmp_path, monkeypatch, capsys):
     whole = BaselineConfig("digits", kind="whole")
     methods = {"ECHO": TINY, "Random": BaselineConfig("digits"), "whole set": whole}
@@ -234,6 +236,7 @@ def test_tables_by_hand():
     ]
 
 
+@pytest.mark.slow
 def test_the_linear_kernel_sees_only_means(tmp_path, capsys):
     arguments = checks.Mmd(num=150, dimension=4, repeats=20, results=tmp_path / "new")
     table = json.loads(checks.main(arguments).read_text())["table"]
@@ -269,16 +272,13 @@ def test_the_check_of_moments(tmp_path):
     assert np.mean(end["order 1"]) < 0.8 * np.mean(start["order 1"])
 
 
-@pytest.mark.parametrize(("size", "dataset"), [(None, None), (6, None)])
-def test_an_exported_set_is_evaluated_as_its_method_is(
-    size, dataset, tmp_path, monkeypatch, capsys
-):
+def test_an_exported_set_is_evaluated_as_its_method_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "EVALUATORS", {"short": SHORT.evaluator})
-    method, options = replace(TINY, size=size, factor=2, start="mixed"), {"show_progress": False}
+    method, options = replace(TINY, size=6, factor=2, start="mixed"), {"show_progress": False}
     stored = experiments.evaluate(method, SHORT, seed=0, results=tmp_path / "a", **options)
     (folder,) = tmp_path.glob("a/xp_dataset_distillation/digits-*/seed0/condensed")
     options = {"evaluators": ("short",), "num_networks": 2, "results": tmp_path}
-    arguments = evaluate.Arguments(folder, dataset=dataset, **options)
+    arguments = evaluate.Arguments(folder, **options)
     accuracies = evaluate.main(arguments)["short"]
     np.testing.assert_array_equal(accuracies, stored["accuracies"])
     assert (
@@ -294,6 +294,7 @@ def test_an_exported_set_is_evaluated_as_its_method_is(
         evaluate.main(replace(arguments, evaluators=("nonsense",)))
 
 
+@pytest.mark.slow
 def test_a_set_of_own_images_is_evaluated_on_those_that_are_named(tmp_path):
     """Also where they are called as a named data set is."""
     run = condense.condense(

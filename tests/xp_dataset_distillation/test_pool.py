@@ -74,7 +74,8 @@ def test_networks_stay_for_their_steps(stored):
     assert not np.array_equal(same, other)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("trained", marks=pytest.mark.slow), "interpolated"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["trained", "interpolated"])
 def test_class_weight_adds_the_cross_entropy_of_the_condensed_images(stored, kind):
     """Images are decoded, normalized and classified here by the whole network, class by class."""
     digits = condense.problem(SMALL, None)

@@ -296,6 +296,7 @@ def test_a_stored_flow_holds_numbers_and_is_not_run_twice(tmp_path, monkeypatch)
     run_flow(SMALL, seed=0, results=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_published_flags(tmp_path):
     """As printed in the paper's repository, fewer steps."""
     flags = "--dataset ThreeRing --flow drmmd --kernel Gaussian --lmbda 0.001 --step_size 0.1 "

@@ -44,6 +44,7 @@ def test_without_a_source_particles_start_as_a_normal_of_the_targets_moments(fil
     np.testing.assert_allclose(start.var(axis=0), b.var(axis=0).mean(), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_a_result_is_known_by_what_the_files_hold(files):
     folder, _, b = files
     first = flowed(folder, target=str(folder / "b.npy"))

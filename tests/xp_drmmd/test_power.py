@@ -71,6 +71,7 @@ def test_draws_are_the_same_for_all_and_are_not_repeated(tmp_path):
     assert seen[5:] == seen[:5]
 
 
+@pytest.mark.slow
 def test_quick_group(tmp_path, monkeypatch):
     monkeypatch.setattr(power, "QUICK", {"variance10": (2, 10)})
     (path,) = main(Arguments(only=("tests",), results=tmp_path))

@@ -26,6 +26,7 @@ def options(folder, y, **others):
     return Arguments(x=folder / "x.npy", y=folder / y, num_permutations=99, **others)
 
 
+@pytest.mark.slow
 def test_nothing_is_rejected_where_nothing_differs(files, capsys):
     document = main(options(files, "same.npz:rows"))
     assert document["p_value"] > 0.05
@@ -48,6 +49,7 @@ def test_a_difference_is_located_on_a_page_and_in_the_exit_status(files):
     assert f"row {of_y[0]}" in page
 
 
+@pytest.mark.slow
 def test_larger_samples_are_drawn_from(files):
     document = main(options(files, "same.npz:rows", max_rows=50))
     assert document["samples"]["x"] == {"path": str(files / "x.npy"), "rows": 150, "used": 50}

@@ -227,7 +227,13 @@ def test_steps_to_an_objective_and_an_accuracy():
 
 @pytest.mark.parametrize(
     ("option", "lr"),
-    [("ours", 5.0), ("orthogonal directions", 5.0), ("Adam", 0.05), ("L-BFGS", 0.5)],
+    [
+        ("ours", 5.0),
+        *(
+            pytest.param(*option, marks=pytest.mark.slow)
+            for option in (("orthogonal directions", 5.0), ("Adam", 0.05), ("L-BFGS", 0.5))
+        ),
+    ],
 )
 def test_every_kind_of_optimizer_goes_down(option, lr):
     settings = dataclasses.replace(ABLATION[option], num_steps=30, num_directions=100, step_size=lr)
