@@ -1,11 +1,12 @@
 """Runs notebooks and keeps what they show in them: python docs/notebooks.py [NAME ...]
 
-Figures are stored with fewer colors and at most `WIDTH` pixels wide, so that a notebook stays
-small. Results that lie in a results folder are not shown, only committed ones.
+Figures are stored with fewer colors and at most `PIXELS` in all, so that a notebook stays small.
+Results that lie in a results folder are not shown, only committed ones.
 """
 
 import base64
 import io
+import math
 import os
 import sys
 import tempfile
@@ -16,14 +17,15 @@ from nbclient import NotebookClient
 from PIL import Image
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-WIDTH, COLORS = 640, 32
+PIXELS, COLORS = 400_000, 32
 
 
 def smaller(png: str) -> str:
     """A figure in base64, as it is stored."""
     with Image.open(io.BytesIO(base64.b64decode(png))) as image:
         image = image.convert("RGB")
-    image.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
+    scale = min(1, math.sqrt(PIXELS / (image.width * image.height)))
+    image = image.resize([round(scale * side) for side in image.size], Image.Resampling.LANCZOS)
     image.quantize(COLORS).save(stream := io.BytesIO(), "PNG", optimize=True)
     return base64.b64encode(stream.getvalue()).decode()
 
