@@ -28,6 +28,7 @@ exclude_patterns = ["_build", "requirements.txt"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"  # has tables
 copybutton_exclude = ".linenos, .gp, .go"
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}

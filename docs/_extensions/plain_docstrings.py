@@ -119,14 +119,30 @@ def origins(module: ModuleType) -> dict[str, ModuleType]:
     return result
 
 
-def module_text(module: ModuleType) -> list[str]:
-    """A module's docstring, and of a package those of its private modules that it offers."""
+def module_text(module: ModuleType, own: bool = True) -> list[str]:
+    """A module's docstring, if `own`, and of a package those of its private modules that it
+    offers."""
     private = {origin.__name__: origin for origin in origins(module).values()}
-    parts = [module, *(part for name, part in private.items() if "._" in name)]
+    parts = [module] * own + [part for name, part in private.items() if "._" in name]
     return "\n\n".join(inspect.getdoc(part) or "" for part in parts).splitlines()
 
 
 # Docstrings
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau"
+LETTERS = dict(zip(f"{WORDS} phi chi psi omega".split(), "αβγδεζηθκλμνξπρστφχψω"))
+GREEK = f"({'|'.join(LETTERS)})"
+
+
+def formulas(text: str) -> str:
+    """Greek letters, indices and powers of escaped text as such: x_i, lambda^2, (H K)_ij."""
+    text = re.sub(rf"(?<![A-Za-z]){GREEK}(?![A-Za-z])", lambda m: LETTERS[m[0]], text)
+    text = re.sub(r"\bsum(?=\\_)", "Σ", text)
+    base = r"((?<![A-Za-z0-9_])(?:[a-zα-ωΣ]|[A-Z]{1,3})|\))"
+    index = r"([A-Za-zα-ω]{1,2}|\d+)(?![A-Za-z0-9_]|\\_)"
+    text = re.sub(rf"{base}\\_{index}", r"\1\\ :sub:`\2`\\ ", text)
+    power = r"(-?\d+|[A-Za-z](?![A-Za-z0-9])|\([^()`]+\))"
+    return re.sub(rf"\^{power}", r"\\ :sup:`\1`\\ ", text)
 
 
 def inline(text: str, targets: Mapping[str, str]) -> str:
@@ -134,7 +150,7 @@ def inline(text: str, targets: Mapping[str, str]) -> str:
     parts = re.split(r"(?<!`)`([^`]+)`(?!`)", text)
     for i, part in enumerate(parts):
         if i % 2 == 0:
-            parts[i] = re.sub(r"([\\*_|`<>])", r"\\\1", part)
+            parts[i] = formulas(re.sub(r"([\\*_|`<>])", r"\\\1", part))
             continue
         code = " ".join(part.split()).replace("\\", "\\\\")
         target = targets.get(code)
@@ -322,7 +338,7 @@ def setup(app):
 
     def process_docstring(app, what, name, obj, options, lines):
         if what == "module":
-            lines[:] = module_text(obj)
+            lines[:] = module_text(obj, own=f"api/{name.removeprefix('lib.')}" != app.env.docname)
         module = next((m for m in sorted(names, key=len)[::-1] if m and name.startswith(m)), "")
         lines[:] = to_rst(list(lines), {**names[""], **names.get(module, {})})
 
@@ -334,6 +350,18 @@ def setup(app):
         is_default = what == "class" and inspect.isclass(obj)
         return True if is_field or is_default else None
 
+    def lead_with_text(app, page, source):
+        """What a module is for, then the examples of its page, then its names."""
+        module = sys.modules.get(page.replace("api/", "lib."))
+        if module and (parts := re.split(r"(?m)^(?=```\{eval-rst\})", source[0], maxsplit=1))[1:]:
+            title, _, examples = parts[0].partition("\n")
+            text = to_rst(
+                (inspect.getdoc(module) or "").splitlines(), names[""] | names[module.__name__]
+            )
+            text = "\n".join(("```{eval-rst}", *text, "```"))
+            source[0] = f"{title}\n\n{text}\n\n## Examples\n{examples}\n## Reference\n\n{parts[1]}"
+
+    app.connect("source-read", lead_with_text)
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-signature", process_signature)
     app.connect("autodoc-skip-member", skip_member)

@@ -161,7 +161,7 @@ def test_numbers_of_the_results_are_those_of_the_experiments():
         assert any(abs(float(number) - value) <= 0.501 * unit for value in known), number
 
 
-def test_formulas_of_docstrings_stay_as_they_are():
+def test_docstrings_become_pages():
     lines = """|x_i - y_j|^2 of `x`, and a * b; raises_ nothing.
 
     h(z) = |z|
@@ -174,7 +174,7 @@ Args:
     on two lines.
 """.splitlines()
     assert PLAIN_DOCSTRINGS.to_rst(lines, {"Kernel": "lib.kernels.Kernel"}) == [
-        r"\|x\_i - y\_j\|^2 of ``x``, and a \* b; raises\_ nothing.",
+        r"\|x\ :sub:`i`\  - y\ :sub:`j`\ \|\ :sup:`2`\  of ``x``, and a \* b; raises\_ nothing.",
         "",
         ".. code-block:: text",
         "",
@@ -188,6 +188,24 @@ Args:
         "   - **x** – points [n, d], on two lines.",
         "",
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("sum_ij (H K)_ij / n^2", "Σ<ij> (H K)<ij> / n^2^"),
+        ("SW_p^p(mu, nu), e^(-1/2)", "SW<p>^p^(μ, ν), e^(-1/2)^"),
+        ("<f, v_1>^2 <= lambda", r"\<f, v<1>\>^2^ \<= λ"),
+        (
+            "block_size, a_b_c, raises_, log_p, lambdas",
+            r"block\_size, a\_b\_c, raises\_, log\_p, lambdas",
+        ),
+    ],
+)
+def test_formulas_have_indices_powers_and_greek_letters(written, shown):
+    shown = re.sub(r"<(\w+)>", r"\\ :sub:`\1`\\ ", shown)
+    shown = re.sub(r"\^(\S+?)\^", r"\\ :sup:`\1`\\ ", shown)
+    assert PLAIN_DOCSTRINGS.inline(written, {}) == shown
 
 
 def test_signatures_are_those_of_the_source():
