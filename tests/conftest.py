@@ -50,20 +50,22 @@ def _leave_survivors_to_no_collection():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _drop_programs(request):
-    """Those of one file hardly serve another, and a worker would hold gigabytes of them.
-
-    Most time goes to compiling: a quarter of it is spared without most optimizations, where no
-    digits or bytes are counted. Slow tests run what users run.
-    """
-    quick = "not slow" in request.config.option.markexpr
-    plain = quick and request.path.name not in OPTIMIZED
-    jax.config.update("jax_disable_most_optimizations", plain)
+def _drop_programs():
+    """Those of one file hardly serve another, and a worker would hold gigabytes of them."""
     yield
     gc.unfreeze()
     jax.clear_caches()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_plainly(request):
+    """Most time goes to compiling: a quarter of it is spared without most optimizations, where no
+    digits or bytes are counted. Slow tests run what users run."""
+    quick = "not slow" in request.config.option.markexpr
+    plain = quick and request.path.name not in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", plain)
 
 
 @pytest.fixture

@@ -119,11 +119,11 @@ def origins(module: ModuleType) -> dict[str, ModuleType]:
     return result
 
 
-def module_text(module: ModuleType, own: bool = True) -> list[str]:
+def module_text(module: ModuleType, own: bool) -> list[str]:
     """A module's docstring, if `own`, and of a package those of its private modules that it
     offers."""
     private = {origin.__name__: origin for origin in origins(module).values()}
-    parts = [module] * own + [part for name, part in private.items() if "._" in name]
+    parts = ([module] if own else []) + [part for name, part in private.items() if "._" in name]
     return "\n\n".join(inspect.getdoc(part) or "" for part in parts).splitlines()
 
 
@@ -336,11 +336,15 @@ def setup(app):
         make_plain(module)
     names = full_names()
 
+    def targets(name):
+        """What the docstring of a module or of something in it may name."""
+        module = next((m for m in sorted(names, key=len)[::-1] if m and name.startswith(m)), "")
+        return names[""] | names.get(module, {})
+
     def process_docstring(app, what, name, obj, options, lines):
         if what == "module":
             lines[:] = module_text(obj, own=f"api/{name.removeprefix('lib.')}" != app.env.docname)
-        module = next((m for m in sorted(names, key=len)[::-1] if m and name.startswith(m)), "")
-        lines[:] = to_rst(list(lines), {**names[""], **names.get(module, {})})
+        lines[:] = to_rst(list(lines), targets(name))
 
     def process_signature(app, what, name, obj, options, arguments, returned):
         return signature(obj) if what in ("function", "method", "class", "exception") else None
@@ -355,9 +359,7 @@ def setup(app):
         module = sys.modules.get(page.replace("api/", "lib."))
         if module and (parts := re.split(r"(?m)^(?=```\{eval-rst\})", source[0], maxsplit=1))[1:]:
             title, _, examples = parts[0].partition("\n")
-            text = to_rst(
-                (inspect.getdoc(module) or "").splitlines(), names[""] | names[module.__name__]
-            )
+            text = to_rst((inspect.getdoc(module) or "").splitlines(), targets(module.__name__))
             text = "\n".join(("```{eval-rst}", *text, "```"))
             source[0] = f"{title}\n\n{text}\n\n## Examples\n{examples}\n## Reference\n\n{parts[1]}"
 

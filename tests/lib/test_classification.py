@@ -127,9 +127,9 @@ def test_sets_and_seeds_at_once_are_each_alone():
     images, labels = two_sets()
     for i, j in np.ndindex(2, 2):
         options = {"num_epochs": 4, "batch_size": 3, "transform": mixed, "optimizer": FLAT}
-        alone = train(KEYS[j], Linear(), images[i], labels[i], **options)
+        single = train(KEYS[j], Linear(), images[i], labels[i], **options)
         ours = jax.tree.map(lambda leaf, at=(i, j): leaf[at], (parameters, losses))
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, alone)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, single)
     assert np.ptp(losses, axis=(0, 1)).min() > 0.01
 
 

@@ -73,7 +73,11 @@ def p_values_of_all_kernels(key, x, y):
 
 @pytest.mark.parametrize(
     ("dtype", "n", "m", "d"),
-    [(np.float32, 7, 3, 1), (np.float64, 30, 40, 12)],
+    [
+        (np.float32, 7, 3, 1),
+        pytest.param(np.float32, 20, 20, 3, marks=pytest.mark.slow),
+        (np.float64, 30, 40, 12),
+    ],
 )
 def test_equal_statistics_are_ties_and_count_against_rejection(dtype, n, m, d):
     """Of samples with one value, and with one point that has another, every labelling is as far."""
@@ -256,9 +260,11 @@ def test_points_move_in_bins_and_those_left_over_stay(monkeypatch, x64):
     np.testing.assert_allclose(result.p_value, np.mean(np.array(values) >= values[0] - 1e-9))
 
 
-def test_features_at_all_points_are_exact(x64):
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_features_at_all_points_are_exact(every, x64):
+    """With all ten kernels, or one of each kind."""
     x, y = jnp.asarray(normal(0, 20, 2)), 1 + jnp.asarray(normal(1, 15, 2))
-    kernels = default_kernels(jax.random.key(2), jnp.concatenate([x, y]))[::5]  # one of each kind
+    kernels = default_kernels(jax.random.key(2), jnp.concatenate([x, y]))[::every]
     exact, features = (
         jax.jit(partial(two_sample_test, kernels=kernels, num_permutations=50, rank=rank))(
             jax.random.key(0), x, y

@@ -272,9 +272,10 @@ def test_the_check_of_moments(tmp_path):
     assert np.mean(end["order 1"]) < 0.8 * np.mean(start["order 1"])
 
 
-def test_an_exported_set_is_evaluated_as_its_method_is(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("size", [pytest.param(None, marks=pytest.mark.slow), 6])
+def test_an_exported_set_is_evaluated_as_its_method_is(size, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "EVALUATORS", {"short": SHORT.evaluator})
-    method, options = replace(TINY, size=6, factor=2, start="mixed"), {"show_progress": False}
+    method, options = replace(TINY, size=size, factor=2, start="mixed"), {"show_progress": False}
     stored = experiments.evaluate(method, SHORT, seed=0, results=tmp_path / "a", **options)
     (folder,) = tmp_path.glob("a/xp_dataset_distillation/digits-*/seed0/condensed")
     options = {"evaluators": ("short",), "num_networks": 2, "results": tmp_path}
