@@ -127,7 +127,6 @@ def test_errors():
 # ---- Directions of a fixed basis
 
 
-@pytest.mark.slow
 def test_each_block_of_basis_directions_is_an_orthonormal_basis():
     directions = basis_directions(KEY, 25, 10)
     for block in (directions[:10], directions[10:20]):
