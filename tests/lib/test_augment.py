@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from cases import slow
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
@@ -256,7 +257,7 @@ def test_half_of_the_batches_and_boxes_of_half_the_area_around_every_pixel():
         assert scipy.stats.chisquare([counts[span] for span in spans]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("alpha", [0.3, pytest.param(3.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("alpha", [0.3, slow(3.0)])
 def test_areas_follow_the_beta_law(alpha):
     """Of those that are seen: the box is not empty, and the permutation of two moves both."""
     size, num = 32, 4000

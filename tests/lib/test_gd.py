@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import slow
 from chunks import assert_same_bits, interrupt, record_chunks
 
 from lib import gd, gd_images
@@ -130,7 +131,7 @@ def test_a_function_is_traced_once_and_a_second_flow_compiles_nothing():
 @pytest.mark.parametrize(
     ("n_epochs", "record_every"), [(13, 1), (12, 4), (13, 4), (13, 40), (13, 13)]
 )
-@pytest.mark.parametrize("max_steps", [1024, 5, pytest.param(3, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("max_steps", [1024, 5, slow(3), 1])
 def test_records_are_slices_of_the_whole_run(monkeypatch, whole, n_epochs, record_every, max_steps):
     monkeypatch.setattr(gd, "MAX_STEPS_PER_CHUNK", max_steps)
     records = flow(n_epochs=n_epochs, record_every=record_every)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from chunks import interrupt, metrics
 from gaussian_mixtures import dense, restricted, weighted_moments
 from sklearn.cluster import KMeans
@@ -47,9 +48,7 @@ SKLEARN = ("full", "tied", "diag", "spherical")
 
 def quick(*names):
     """All structures; the others than these are slow."""
-    return [
-        name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in STRUCTURES
-    ]
+    return [name if name in names else slow(name) for name in STRUCTURES]
 
 
 quiet_fit = partial(fit, show_progress=False)
@@ -108,7 +107,7 @@ def sklearn_fit(x, start, **options):
     [
         *((name, 5) for name in SKLEARN),
         ("full", 67),
-        pytest.param("tied", 67, marks=pytest.mark.slow),
+        slow("tied", 67),
     ],
 )
 def test_every_iteration_is_scikit_learns(structure, d):
@@ -418,7 +417,7 @@ def test_samples_have_the_moments_of_their_components(structure):
         assert np.all(np.abs(np.cov(members.T) - covariance) < 5 * error)
 
 
-@pytest.mark.parametrize("structure", ["full", pytest.param("low rank", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("structure", ["full", slow("low rank")])
 def test_draws_of_one_component_are_grouped(structure):
     """Rows come back in their places: components of hardly any width, each at its own mean."""
     mixture = example(structure)

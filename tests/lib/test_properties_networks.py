@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -233,7 +234,7 @@ def test_blocks_that_do_not_fit_raise():
         depth_to_space(jnp.zeros((1, 2, 2, 6)), 2)
 
 
-@pytest.mark.parametrize("channels", [pytest.param(12, marks=pytest.mark.slow), 16])
+@pytest.mark.parametrize("channels", [slow(12), 16])
 def test_norm_is_the_group_norm_of_flax(channels):
     x = 3 * normal(0, 3, 5, 4, channels) + 1
     parameters = {"params": {"scale": normal(1, channels), "bias": normal(2, channels)}}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 
 from lib import mmd
 from lib.kernels import riesz
@@ -32,7 +33,8 @@ def by_pairs(x, y, w, v):
     [
         (7, 5),
         (6, 6),
-        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 9), (40, 1))),
+        slow(1, 9),
+        slow(40, 1),
     ],
 )
 def test_on_the_line_it_is_the_sum_over_pairs(n, m, weighted):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import binom
 from strategies import normal
@@ -75,7 +76,7 @@ def p_values_of_all_kernels(key, x, y):
     ("dtype", "n", "m", "d"),
     [
         (np.float32, 7, 3, 1),
-        pytest.param(np.float32, 20, 20, 3, marks=pytest.mark.slow),
+        slow(np.float32, 20, 20, 3),
         (np.float64, 30, 40, 12),
     ],
 )
@@ -260,7 +261,7 @@ def test_points_move_in_bins_and_those_left_over_stay(monkeypatch, x64):
     np.testing.assert_allclose(result.p_value, np.mean(np.array(values) >= values[0] - 1e-9))
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("every", [slow(1), 5])
 def test_features_at_all_points_are_exact(every, x64):
     """With all ten kernels, or one of each kind."""
     x, y = jnp.asarray(normal(0, 20, 2)), 1 + jnp.asarray(normal(1, 15, 2))
@@ -275,7 +276,7 @@ def test_features_at_all_points_are_exact(every, x64):
     np.testing.assert_allclose(features.p_values, exact.p_values)
 
 
-@pytest.mark.parametrize("rank", [None, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [None, slow(5)])
 def test_level_of_the_default(rank, monkeypatch):
     """Of 1,000 tests of counts, with many ties; in features labels move in bins of two."""
     monkeypatch.setattr(_permutations, "MAX_BINS", 12)

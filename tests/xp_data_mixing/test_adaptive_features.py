@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from kernel_oracles import gram_of_means
 from mixture_oracles import cvxpy_weights
 from scipy.special import softmax
@@ -148,7 +149,7 @@ def fitted(kind, groups, **choice):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [pytest.param("whitened", marks=pytest.mark.slow), "posteriors"])
+@pytest.mark.parametrize("kind", [slow("whitened"), "posteriors"])
 def test_moments_of_fitted_features_by_hand(kind):
     """Means, noise and the mean square within sources; posteriors of each row by its own fold."""
     groups = [*sources(0), target(1, (0.5, 0.3, 0.2), 100)]
@@ -193,7 +194,7 @@ def test_moments_of_fitted_features_by_hand(kind):
     assert squares == pytest.approx(1, abs=1 / 60)
 
 
-@pytest.mark.parametrize("estimator", ["whitened", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("estimator", ["whitened", slow("auto")])
 def test_weights_are_near_the_truth_and_in_their_intervals(estimator):
     truth = np.array([0.6, 0.0, 0.4])
     kernel = Kernel(estimator=estimator, num_features=100)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import slow
 from kernel_oracles import gram_of_means, kernel
 from mixture_oracles import cvxpy_weights
 
@@ -227,7 +228,7 @@ def test_ablation_ends_in_the_table_cells():
         )
 
 
-@pytest.mark.parametrize("estimator", [pytest.param("auto", marks=pytest.mark.slow), "mmd"])
+@pytest.mark.parametrize("estimator", [slow("auto"), "mmd"])
 def test_coverage_draws_anew_from_one_mixture(estimator):
     samples = replace(TINY, labels="drawn")
     config = CoverageConfig(samples, estimator, resamples=3, replicates=10, num_features=20)

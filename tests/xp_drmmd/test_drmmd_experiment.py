@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from cases import slow
 from kernel_oracles import kernel, mmd_squared
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
@@ -416,7 +417,7 @@ def test_a_run_stores_the_distance_of_its_kernel_and_keeps_its_name_without_one(
     [
         ("Gaussian1d", 0, 0.01),
         ("Gaussian2d", 1, 1),
-        pytest.param("Student", 2.5, 1, marks=pytest.mark.slow),
+        slow("Student", 2.5, 1),
     ],
 )
 def test_published_data_sets_are_what_they_are_called(name, center, spread):

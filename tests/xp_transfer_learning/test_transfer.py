@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tyro
+from cases import slow
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scripts import run_script
@@ -230,7 +231,7 @@ def test_steps_to_an_objective_and_an_accuracy():
     [
         ("ours", 5.0),
         *(
-            pytest.param(*option, marks=pytest.mark.slow)
+            slow(*option)
             for option in (("orthogonal directions", 5.0), ("Adam", 0.05), ("L-BFGS", 0.5))
         ),
     ],
