@@ -172,7 +172,8 @@ def test_each_set_gives_the_same_number_of_rows():
     assert set(sets[0].taken) != set(first)
 
 
-def test_the_subsample_is_uniform():
+def test_the_subsample_is_uniform(monkeypatch):
+    monkeypatch.setattr(kernel_means, "median_bandwidth", lambda *_, **__: 1.0)
     ten, counts = Counting(samples(2, (10,))[0]), np.zeros(10)
     for key in jax.random.split(jax.random.key(0), 100):
         streamed_median_bandwidth(key, [Rows(ten)], num_points=4)

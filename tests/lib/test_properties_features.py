@@ -33,10 +33,10 @@ NUM = 5
 def test_plain_numbers_do_not_promote(dtype, number):
     x, frequencies = jnp.ones((3, 2), dtype), jnp.ones((5, 2), np.float32)
     for phases in (None, jnp.ones(5, np.float32)):
-        for features in (random_fourier_features, mean_embedding):
-            assert features(x, frequencies, number, phases=phases).dtype == dtype
-            half = features(x.astype(jnp.bfloat16), frequencies, number, phases=phases)
-            assert half.dtype == np.float32
+        for function in (random_fourier_features, mean_embedding):
+            features = partial(function, frequencies=frequencies, bandwidth=number, phases=phases)
+            assert jax.eval_shape(features, x).dtype == dtype
+            assert jax.eval_shape(features, x.astype(jnp.bfloat16)).dtype == np.float32
 
 
 @partial(jax.jit, static_argnames="block_size")
