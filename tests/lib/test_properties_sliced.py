@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import ot
 import pytest
+from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, EXPONENTS, SEEDS, assert_finite, assert_within, clouds
@@ -150,7 +151,7 @@ def test_pairwise_costs(seed, dtype, exponent, p, identical):
     assert_within(projected, x @ y[0, :2].T, 6 * eps * size, dtype)
 
 
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 def test_sums_of_accelerators_and_in_parts(monkeypatch, p):
     """Fused sums, and a few rows of classes at a time, against NumPy."""
     rng = np.random.default_rng(0)
