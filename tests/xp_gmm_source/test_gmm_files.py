@@ -77,7 +77,7 @@ def test_npz_keeps_every_bit(stored, name, tmp_path):
     ):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(dense(loaded.mixture), dense(whole.mixture), rtol=1e-12)
-    points = np.random.default_rng(0).normal(size=(7, loaded.mixture.means.shape[1]))
+    points = np.random.default_rng(0).normal(size=(9, loaded.mixture.means.shape[1]))
     densities = [density(image_mixture.mixture, points) for image_mixture in (loaded, whole)]
     np.testing.assert_allclose(*densities, rtol=1e-9)
 

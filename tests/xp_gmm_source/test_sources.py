@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from gaussian_mixtures import moments
 from scipy import fft, stats
 from sklearn.decomposition import PCA
@@ -73,7 +74,15 @@ def every_source():
 
 @pytest.mark.parametrize(
     "name",
-    ["gaussian", "norm aligned", "mixture", "projected", "mode coupled", "frequency", "pruned"],
+    [
+        slow("gaussian"),
+        "norm aligned",
+        "mixture",
+        slow("projected"),
+        "mode coupled",
+        "frequency",
+        "pruned",
+    ],
 )
 def test_sources_are_pytrees_that_jit_takes_as_arguments(name):
     source = every_source()[name]
@@ -179,11 +188,11 @@ def dct_statistics(data, block):
 @pytest.mark.parametrize(
     ("shape", "block", "share"),
     [
-        ((8, 8, 1), 8, 0.6),
+        slow((8, 8, 1), 8, 0.6),
         ((6, 5, 1), None, 0.5),
         ((12, 10, 3), 8, 0.6),
-        ((7, 7, 1), 4, 0.3),
-        ((5, 6, 1), 8, 0.3),
+        slow((7, 7, 1), 4, 0.3),
+        slow((5, 6, 1), 8, 0.3),
     ],
 )
 def test_frequency_statistics_are_scipys_and_draws_are_standardized(shape, block, share):
