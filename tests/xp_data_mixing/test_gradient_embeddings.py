@@ -49,6 +49,10 @@ def projection(key, leaves, dimension):
     return np.concatenate(parts).astype(float) / np.sqrt(dimension)
 
 
+def projected(key, loss, parameters, batch, **options):
+    return jax.jit(partial(project_gradients, key, loss, **options))(parameters, batch)
+
+
 def one_at_a_time(key, loss, parameters, batch, dimension):
     """(gradients [B, p], rows [B, D]) in float64."""
     gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(parameters, batch)
@@ -101,7 +105,7 @@ def test_one_gradient_at_a_time_and_a_whole_projection(
     parameters, batch = jax.tree.map(jnp.asarray, (parameters, batch))
     key, options = jax.random.key(3), {"block_size": block_size, "normalize": normalize}
     gradients, expected = one_at_a_time(key, loss, parameters, batch, dimension)
-    rows = project_gradients(key, loss, parameters, batch, dimension=dimension, **options)
+    rows = projected(key, loss, parameters, batch, dimension=dimension, **options)
     if normalize:
         norms = np.linalg.norm(expected, axis=1, keepdims=True)
         gradients, expected = gradients / norms, expected / norms
@@ -173,7 +177,7 @@ def test_adam_direction_is_the_step_that_adam_would_take(x64):
         taken = ravel_pytree(transform(gradient(parameters, example)))[0]
         np.testing.assert_allclose(taken, direction, rtol=1e-9)
     key, options = jax.random.key(1), {"normalize": False, "transform": transform}
-    rows = project_gradients(key, loss, parameters, batch, dimension=24, **options)
+    rows = projected(key, loss, parameters, batch, dimension=24, **options)
     expected = directions @ projection(key, jax.tree.leaves(parameters), 24)
     assert_rows(rows, directions, expected)
 
@@ -181,7 +185,7 @@ def test_adam_direction_is_the_step_that_adam_would_take(x64):
 def test_a_transform_may_pick_layers_or_make_them_one():
     loss, parameters, batch = plain_model()
     key, tree = jax.random.key(0), jax.tree.map(lambda x: jnp.asarray(x, "f"), (parameters, batch))
-    project = partial(project_gradients, key, loss, *tree, dimension=12, normalize=False)
+    project = partial(projected, key, loss, *tree, dimension=12, normalize=False)
     gradients, _ = one_at_a_time(key, loss, *tree, 1)
     some = project(transform=lambda gradient: gradient["c"])
     picked = gradients[:, 4:]  # a and b come before
