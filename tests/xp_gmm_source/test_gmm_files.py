@@ -58,7 +58,7 @@ of_all_kinds = pytest.mark.parametrize("name", [*KINDS, "low_rank", "pca"])
 
 def density(mixture, points):
     with jax.enable_x64(True):
-        return np.asarray(gmm.log_prob(mixture, jax.numpy.asarray(points)))
+        return np.asarray(jax.jit(gmm.log_prob)(mixture, points))
 
 
 @of_all_kinds
