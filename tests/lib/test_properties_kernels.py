@@ -267,9 +267,15 @@ def bandwidths(key, x, y):
     return kernels.median_bandwidth(key, x, y), some, kernels.bandwidth_grid(key, x, y)
 
 
+@pytest.mark.parametrize(
+    "drawn",
+    [clouds_each_once(BLOCK_SIZES), slow(clouds(shapes=list(BLOCK_SIZES)))],
+    ids=["each once", "all"],
+)
 @few
-@given(clouds(shapes=list(BLOCK_SIZES)))
-def test_median_bandwidth(case):
+@given(st.data())
+def test_median_bandwidth(drawn, data):
+    case = data.draw(drawn)
     x, y, *_ = case.in_float64()
     key = jax.random.key(case.seed)
     median, some, grid = bandwidths(key, case.x, case.y)
