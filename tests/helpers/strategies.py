@@ -5,6 +5,7 @@ dtype, scale, seed, repeated points, weights. The numbers drawn are exact in the
 oracle in float64 sees the very same input.
 """
 
+import itertools
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -105,6 +106,14 @@ def clouds(draw, *, shapes=SHAPES, dtypes=DTYPES, points=POINTS, weights=WEIGHTS
         *(w.astype(dtype) for w in (x_weights, y_weights)),
         float(dtype(bandwidth)),
         seed,
+    )
+
+
+def clouds_each_once(shapes=SHAPES):
+    """`clouds` of every shape in one dtype, float64 and float32 in turn: a program for each."""
+    dtypes = itertools.cycle((np.float64, np.float32))
+    return st.one_of(
+        *(clouds(shapes=[shape], dtypes=st.just(dtype)) for shape, dtype in zip(shapes, dtypes))
     )
 
 

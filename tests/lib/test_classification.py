@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import slow
 from chunks import assert_same_bits, interrupt, record_chunks
 from scipy.special import log_softmax
 
@@ -79,12 +80,12 @@ def plain_loop(key, images, labels, optimizer, num_epochs, batch_size, transform
 @pytest.mark.parametrize(
     ("n", "batch_size", "optimizer", "transform"),
     [
-        (6, 3, SGD, None),
+        slow(6, 3, SGD, None),
         (7, 3, SGD, None),
-        (7, 3, ADAM, None),
+        slow(7, 3, ADAM, None),
         (5, 64, ADAM, None),
-        (4, 1, SGD, None),
-        (1, 8, SGD, None),
+        slow(4, 1, SGD, None),
+        slow(1, 8, SGD, None),
         (7, 4, SGD, mixed),
     ],
     ids=["whole", "short", "adam", "one", "single", "point", "mixed"],

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from jax.sharding import Mesh, PartitionSpec
 from scripts import REPOSITORY, run_script
 
@@ -18,7 +19,7 @@ SINGLE = 2e-5  # the same in float32, through a network
 MORE = {"energy gradient", "flow of", "labelled", "resumed", "xp_drmmd", "condensation"}
 
 
-@pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["some", slow("all")])
 def found(request):
     """What `on_eight_devices.py` prints: relative differences from one device, shares of memory."""
     script = Path(__file__).with_name("on_eight_devices.py")

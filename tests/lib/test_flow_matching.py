@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import slow
 from chunks import assert_same_bits, interrupt, record_chunks
 from scipy.integrate import quad
 
@@ -160,7 +161,7 @@ def test_batches():
     np.testing.assert_array_equal(mirrored[~same], batch[~same][:, :, ::-1])
 
 
-@pytest.mark.parametrize("coupling", ["independent", "optimal"])
+@pytest.mark.parametrize("coupling", [slow("independent"), "optimal"])
 def test_fit_is_a_loop_of_steps_and_the_running_mean_a_numpy_loop(coupling):
     result, source = training(coupling=coupling), Normal(jnp.zeros(6))
     init_key, key = jax.random.split(KEY)
@@ -170,9 +171,11 @@ def test_fit_is_a_loop_of_steps_and_the_running_mean_a_numpy_loop(coupling):
     step_once = jax.jit(
         lambda state, permutation: train_step(key, state, source, images(), permutation, **options)
     )
+    draw = jax.jit(partial(draw_step, batch_size=4))
+    distances = jax.jit(squared_distances)
     for step in range(13):
-        x0, x1, *_ = draw_step(key, step, source, images(), 4)
-        pairs = optimal_permutation(squared_distances(x1, x0)) if coupling == "optimal" else None
+        x0, x1, *_ = draw(key, step, source, images())
+        pairs = optimal_permutation(distances(x1, x0)) if coupling == "optimal" else None
         state, value = step_once(state, pairs)
         np.testing.assert_allclose(value, result.losses[step], rtol=1e-5)
         decay = min(0.5, (1 + step) / (10 + step))
@@ -322,7 +325,7 @@ class Unaware(Affine):
         return Affine.__call__(self, images, times)
 
 
-@pytest.mark.parametrize("coupling", ["independent", "optimal"])
+@pytest.mark.parametrize("coupling", [slow("independent"), "optimal"])
 def test_labels_that_are_not_used_change_nothing(coupling):
     assert_same_bits(
         training(network=Unaware(), labels=LABELS, coupling=coupling), training(coupling=coupling)
@@ -345,7 +348,7 @@ def test_semidiscrete_training_resumes_and_refuses_what_does_not_fit(monkeypatch
             training(**options | changes)
 
 
-@pytest.mark.parametrize("coupling", ["independent", "conditional"])
+@pytest.mark.parametrize("coupling", [slow("independent"), "conditional"])
 def test_a_velocity_of_the_label_only_is_the_mean_of_its_class(coupling):
     """E[x1 - x0 | label] is the class's mean less the source's, whatever the pairs within it."""
     source = Normal(jnp.arange(6.0))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DECADES, SEEDS, few, normal, sample
@@ -93,7 +94,7 @@ def test_offset_saves_the_digits_of_rows_far_from_the_origin():
 jitted_row_blocks = jax.jit(row_blocks, static_argnums=(2, 3))
 
 
-@pytest.mark.parametrize("num_blocks", [7, 1000])
+@pytest.mark.parametrize("num_blocks", [7, slow(1000)])
 def test_blocks_do_not_depend_on_chunks(num_blocks):
     key = jax.random.key(3)
     whole = np.asarray(jitted_row_blocks(key, 0, 100, num_blocks))

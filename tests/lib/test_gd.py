@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import slow
 from chunks import assert_same_bits, interrupt, record_chunks
 
 from lib import gd, gd_images
@@ -78,10 +79,11 @@ def test_defaults_are_the_published_ones():
 def test_any_optax_optimizer(optimizer):
     x, y = start()
     result, state = flow(optimizer=optimizer, lr=7.0), optimizer.init(x)
+    evaluate, update = jax.jit(noisy), jax.jit(optimizer.update)
     for step, (loss, following) in enumerate(zip(result.losses, result.particles[1:])):
-        value, gradient = noisy(x, y, jax.random.fold_in(KEY, step))
+        value, gradient = evaluate(x, y, jax.random.fold_in(KEY, step))
         np.testing.assert_allclose(loss, value, rtol=1e-5)
-        updates, state = optimizer.update(gradient, state, x)
+        updates, state = update(gradient, state, x)
         x = optax.apply_updates(x, updates)
         np.testing.assert_allclose(following, x, rtol=1e-5, atol=1e-6)
 
@@ -130,7 +132,7 @@ def test_a_function_is_traced_once_and_a_second_flow_compiles_nothing():
 @pytest.mark.parametrize(
     ("n_epochs", "record_every"), [(13, 1), (12, 4), (13, 4), (13, 40), (13, 13)]
 )
-@pytest.mark.parametrize("max_steps", [1024, 5, pytest.param(3, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("max_steps", [1024, 5, slow(3), slow(1)])
 def test_records_are_slices_of_the_whole_run(monkeypatch, whole, n_epochs, record_every, max_steps):
     monkeypatch.setattr(gd, "MAX_STEPS_PER_CHUNK", max_steps)
     records = flow(n_epochs=n_epochs, record_every=record_every)

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import sklearn.mixture
+from cases import slow
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import make_pipeline
@@ -25,7 +26,7 @@ def test_scikit_learns_checks_pass(estimator, check):
 
 @pytest.mark.parametrize(
     "kind",
-    ["diag", *(pytest.param(k, marks=pytest.mark.slow) for k in ("full", "tied", "spherical"))],
+    ["diag", *(slow(k) for k in ("full", "tied", "spherical"))],
 )
 def test_a_fit_is_scikit_learns(kind):
     """Of well separated clusters, from which k-means leaves one place to go."""

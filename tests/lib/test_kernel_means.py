@@ -103,7 +103,8 @@ def test_a_target_in_several_parts():
         np.testing.assert_allclose(in_parts, expected, rtol=1e-12)
 
 
-def test_files(tmp_path):
+def test_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_means, "median_bandwidth", lambda key, rows, **_: rows.sum())
     arrays, results = samples(9, dtype=np.float32), []
     for i, rows in enumerate(arrays):
         torch.save(torch.from_numpy(rows), tmp_path / f"{i}.pt")
@@ -172,7 +173,8 @@ def test_each_set_gives_the_same_number_of_rows():
     assert set(sets[0].taken) != set(first)
 
 
-def test_the_subsample_is_uniform():
+def test_the_subsample_is_uniform(monkeypatch):
+    monkeypatch.setattr(kernel_means, "median_bandwidth", lambda *_, **__: 1.0)
     ten, counts = Counting(samples(2, (10,))[0]), np.zeros(10)
     for key in jax.random.split(jax.random.key(0), 100):
         streamed_median_bandwidth(key, [Rows(ten)], num_points=4)

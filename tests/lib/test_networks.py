@@ -9,6 +9,7 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import slow
 from strategies import normal
 
 from lib.networks import MLP, VGG11, AlexNet, ConvNet, LeNet5, ResNet18, network_by_name, torch_like
@@ -169,7 +170,7 @@ def test_number_of_parameters_by_name(name):
 
 @x64
 @pytest.mark.parametrize(
-    ("first_kernel", "shape"), [(1, (3, 28, 28, 1)), (5, (2, 17, 22, 3)), (3, (1, 16, 19, 2))]
+    ("first_kernel", "shape"), [(1, (3, 28, 28, 1)), (5, (2, 17, 22, 3)), slow(3, (1, 16, 19, 2))]
 )
 def test_lenet_and_its_gradients(first_kernel, shape):
     network = LeNet5(first_kernel=first_kernel)
@@ -189,7 +190,7 @@ def test_mlp_and_its_gradients(hidden):
     [
         (3, (2, 28, 28, 1), None),
         (2, (3, 11, 14, 3), None),
-        (1, (2, 5, 4, 3), None),
+        slow(1, (2, 5, 4, 3), None),
         (2, (2, 9, 8, 1), "patches"),
     ],
 )
@@ -216,7 +217,7 @@ def test_deep_networks_and_their_gradients(network, function, shape, convolution
 @x64
 @pytest.mark.parametrize(
     "network",
-    [MLP(3, hidden=(5,)), LeNet5(3), ConvNet(3, depth=1, width=2)],
+    [MLP(3, hidden=(5,)), slow(LeNet5(3)), ConvNet(3, depth=1, width=2)],
     ids=["mlp", "lenet", "convnet"],
 )
 def test_features_are_what_the_last_layer_takes(network):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from gaussian_mixtures import dense, restricted, weighted_moments
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,7 +109,7 @@ def test_steps(case, exponent, seed):
 
 
 far_step = jax.jit(partial(em.em_step, regularization=0.0))
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("full", "low_rank")]
+SLOW = [slow(name) for name in ("full", "low_rank")]
 
 
 def numpy_step(mixture, x):

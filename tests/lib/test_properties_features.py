@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from hypothesis import given, settings
-from strategies import assert_finite, assert_within, clouds
+from hypothesis import strategies as st
+from strategies import assert_finite, assert_within, clouds, clouds_each_once
 
 from lib.drmmd.nystrom import landmark_basis, nystrom_features
 from lib.kernels import gaussian
@@ -33,10 +35,10 @@ NUM = 5
 def test_plain_numbers_do_not_promote(dtype, number):
     x, frequencies = jnp.ones((3, 2), dtype), jnp.ones((5, 2), np.float32)
     for phases in (None, jnp.ones(5, np.float32)):
-        for features in (random_fourier_features, mean_embedding):
-            assert features(x, frequencies, number, phases=phases).dtype == dtype
-            half = features(x.astype(jnp.bfloat16), frequencies, number, phases=phases)
-            assert half.dtype == np.float32
+        for function in (random_fourier_features, mean_embedding):
+            features = partial(function, frequencies=frequencies, bandwidth=number, phases=phases)
+            assert jax.eval_shape(features, x).dtype == dtype
+            assert jax.eval_shape(features, x.astype(jnp.bfloat16)).dtype == np.float32
 
 
 @partial(jax.jit, static_argnames="block_size")
@@ -106,9 +108,16 @@ def nystrom(x, y, bandwidth):
     return [(basis, nystrom_features(kernel, basis, points, block_size=3)) for basis in bases]
 
 
+LANDMARKS = (1, 4, 2), (6, 5, 1)
+
+
+@pytest.mark.parametrize(
+    "drawn", [clouds_each_once(LANDMARKS), slow(clouds(shapes=LANDMARKS))], ids=["each once", "all"]
+)
 @many
-@given(clouds(shapes=[(6, 5, 1), (1, 4, 2)]))
-def test_nystrom_features(case):
+@given(st.data())
+def test_nystrom_features(drawn, data):
+    case = data.draw(drawn)
     x, y, *_ = case.in_float64()
     bases = nystrom(*case.on_device()[:2], case.bandwidth)
     assert_finite(bases, case.x.dtype)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from gaussian_mixtures import dense, in_float64, restricted
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +33,7 @@ CASES = (
 )
 WIDE = CASES[0], CASES[3], CASES[5]
 EVALUATED = *((case, np.float32) for case in CASES), *((case, np.float64) for case in WIDE)
+EACH_ONCE = (*((case, np.float64 if case in WIDE else np.float32) for case in CASES),)
 EXPANDED = ("tied", "spherical")
 
 
@@ -124,12 +126,13 @@ def evaluate(mixture, points, block_size):
     )
 
 
+@pytest.mark.parametrize("evaluated", [EACH_ONCE, slow(EVALUATED)], ids=["each once", "all"])
 @few(20)
-@given(st.sampled_from(EVALUATED), DECADES, SEEDS)
-def test_densities_and_their_gradients(case_and_dtype, exponent, seed):
+@given(st.data(), DECADES, SEEDS)
+def test_densities_and_their_gradients(evaluated, data, exponent, seed):
     """Squares are off by 3 d + 2 roundings of their terms, logarithms and sums by fewer. An
     expanded square that is clipped at 0 is right to rounding, its gradient to the root of that."""
-    case, dtype = case_and_dtype
+    case, dtype = data.draw(st.sampled_from(evaluated))
     (structure, n, num, d), rng = case, np.random.default_rng(seed)
     mixture = random_mixture(rng, structure, num, d, 10.0**exponent, dtype)
     points = random_points(rng, mixture, n)

@@ -12,9 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, EXPONENTS, SEEDS, assert_finite, assert_within, clouds
+from strategies import (
+    DTYPES,
+    EXPONENTS,
+    SEEDS,
+    assert_finite,
+    assert_within,
+    clouds,
+    clouds_each_once,
+)
 
 from lib import kernels, numerics
 from lib.mmd import mmd_squared, mmd_squared_unbiased
@@ -98,9 +107,11 @@ def gram_of_all(x, y, cotangent, bandwidth):
     return kernels.squared_distances(x, y), by_kernel
 
 
+@pytest.mark.parametrize("drawn", [clouds_each_once(), slow(clouds())], ids=["each once", "all"])
 @many
-@given(clouds())
-def test_kernels_and_their_gradients(case):
+@given(st.data())
+def test_kernels_and_their_gradients(drawn, data):
+    case = data.draw(drawn)
     x, y, *_ = case.in_float64()
     c = np.random.default_rng(case.seed).normal(size=(len(x), len(y))).astype(case.x.dtype)
     distances, by_kernel = gram_of_all(case.x, case.y, jnp.asarray(c), case.bandwidth)
@@ -165,9 +176,15 @@ def sums(x, y, w, v, bandwidth, block_size):
     }
 
 
+@pytest.mark.parametrize(
+    "drawn",
+    [clouds_each_once(BLOCK_SIZES), slow(clouds(shapes=list(BLOCK_SIZES)))],
+    ids=["each once", "all"],
+)
 @many
-@given(clouds(shapes=list(BLOCK_SIZES)))
-def test_sums_over_gram_matrices(case):
+@given(st.data())
+def test_sums_over_gram_matrices(drawn, data):
+    case = data.draw(drawn)
     x, y, w, v = case.in_float64()
     dtype, eps = case.x.dtype, case.eps
     block_size = BLOCK_SIZES[len(x), *y.shape]
@@ -250,9 +267,15 @@ def bandwidths(key, x, y):
     return kernels.median_bandwidth(key, x, y), some, kernels.bandwidth_grid(key, x, y)
 
 
+@pytest.mark.parametrize(
+    "drawn",
+    [clouds_each_once(BLOCK_SIZES), slow(clouds(shapes=list(BLOCK_SIZES)))],
+    ids=["each once", "all"],
+)
 @few
-@given(clouds(shapes=list(BLOCK_SIZES)))
-def test_median_bandwidth(case):
+@given(st.data())
+def test_median_bandwidth(drawn, data):
+    case = data.draw(drawn)
     x, y, *_ = case.in_float64()
     key = jax.random.key(case.seed)
     median, some, grid = bandwidths(key, case.x, case.y)

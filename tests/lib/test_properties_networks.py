@@ -1,7 +1,6 @@
 """Properties of networks and their training, at any scale of the images and in both dtypes."""
 
 from functools import partial
-from itertools import product
 
 import flax.linen as nn
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cases import slow
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -151,14 +151,20 @@ def test_networks_of_float32(case, exponent, constant, seed):
     np.testing.assert_allclose(outputs[1:] / scale, outputs[:2] / scale, rtol=0, atol=1e-5)
 
 
-def test_networks_compute_in_the_dtype_of_images():
+@pytest.mark.parametrize("dtype", [slow(np.float32), np.float64])
+def test_networks_compute_in_the_dtype_of_images(dtype):
     """Parameters stay float32, as flax's own are."""
     with jax.enable_x64(True):
-        for (network, shape), dtype in product(NETWORKS, (np.float32, np.float64)):
+        for network, shape in NETWORKS:
             arguments = inputs(network, np.zeros((2, *shape), dtype))
             parameters = jax.eval_shape(network.init, KEY, *arguments)
             assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {np.dtype(np.float32)}
             assert jax.eval_shape(network.apply, parameters, *arguments).dtype == dtype
+
+
+@pytest.mark.slow
+def test_networks_by_name_compute_in_float32():
+    with jax.enable_x64(True):
         for name in ("convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18"):
             network = networks.network_by_name(name, 7, (28, 28, 1), width=8)
             images = jax.ShapeDtypeStruct((2, 28, 28, 1), np.float32)
@@ -233,7 +239,7 @@ def test_blocks_that_do_not_fit_raise():
         depth_to_space(jnp.zeros((1, 2, 2, 6)), 2)
 
 
-@pytest.mark.parametrize("channels", [pytest.param(12, marks=pytest.mark.slow), 16])
+@pytest.mark.parametrize("channels", [slow(12), 16])
 def test_norm_is_the_group_norm_of_flax(channels):
     x = 3 * normal(0, 3, 5, 4, channels) + 1
     parameters = {"params": {"scale": normal(1, channels), "bias": normal(2, channels)}}

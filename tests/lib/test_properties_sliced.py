@@ -15,9 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import ot
 import pytest
+from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, EXPONENTS, SEEDS, assert_finite, assert_within, clouds
+from strategies import (
+    DTYPES,
+    EXPONENTS,
+    SEEDS,
+    assert_finite,
+    assert_within,
+    clouds,
+    clouds_each_once,
+)
 
 from lib.sliced_wasserstein import (
     _distances,
@@ -70,9 +79,16 @@ def powers(x, y, w, v, directions, key, p, block_size):
     return results
 
 
+SHAPES = (1, 4, 1), (5, 5, 3)
+
+
+@pytest.mark.parametrize(
+    "drawn", [clouds_each_once(SHAPES), slow(clouds(shapes=SHAPES))], ids=["each once", "all"]
+)
 @many
-@given(clouds(shapes=[(1, 4, 1), (5, 5, 3)]), st.sampled_from([1, 2]))
-def test_sliced_wasserstein(case, p):
+@given(st.data(), st.sampled_from([1, 2]))
+def test_sliced_wasserstein(drawn, data, p):
+    case = data.draw(drawn)
     p = 2 if len(case.x) == 1 else p  # a program less for each dtype
     x, y, w, v = case.in_float64()
     (n, d), m, eps, dtype = x.shape, len(y), case.eps, case.x.dtype
@@ -150,7 +166,7 @@ def test_pairwise_costs(seed, dtype, exponent, p, identical):
     assert_within(projected, x @ y[0, :2].T, 6 * eps * size, dtype)
 
 
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 def test_sums_of_accelerators_and_in_parts(monkeypatch, p):
     """Fused sums, and a few rows of classes at a time, against NumPy."""
     rng = np.random.default_rng(0)

@@ -1,10 +1,13 @@
 """Sliced-Wasserstein distances against POT, scipy and plain loops in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import ot
 import pytest
+from cases import slow
 
 from lib.sliced_wasserstein import _sorting as sorting
 from lib.sliced_wasserstein import (
@@ -122,7 +125,7 @@ def test_small_costs_keep_their_digits():
 # Distances
 
 
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 def test_points_of_weight_zero_count_for_nothing(p):
     """However far away, and wherever they sort."""
     x, y, directions = clouds(6, 6)
@@ -138,7 +141,7 @@ def test_points_of_weight_zero_count_for_nothing(p):
     assert np.all(np.asarray(gradient)[:2] == 0)
 
 
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 def test_identical_clouds(p):
     x, _, directions = (jnp.float32(v) for v in clouds(6, 6))
     a = jnp.float32(mass(6))
@@ -152,7 +155,10 @@ def test_identical_clouds(p):
 # Beside 6 points: as many, a divisor, coprime, a common divisor, a single point.
 @x64
 @pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize(("n", "weighted"), [*((n, False) for n in (6, 3, 5, 4, 1)), (5, True)])
+@pytest.mark.parametrize(
+    ("n", "weighted"),
+    [(6, False), slow(3, False), slow(5, False), (4, False), slow(1, False), (5, True)],
+)
 def test_values_and_gradients_against_finite_differences(p, n, weighted):
     x, y, directions = clouds(n, 6)
     a, b = (mass(n), mass(6, 1)) if weighted else (None, None)
@@ -176,7 +182,7 @@ def test_gradient_of_the_root():
 
 
 @x64
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [slow(1), 2])
 def test_percentile_form_against_numpy(p):
     x, y, directions = clouds(5, 6)
     levels, grid = np.random.default_rng(7).uniform(size=(8, 20)), np.linspace(0, 1, 100)
@@ -223,9 +229,6 @@ def test_errors(function):
 # Sorting, against NumPy
 
 
-LENGTHS = (1, 2, 3, 7, 8, 17, 100, 4097)
-
-
 def hard_columns(n, dtype=np.float32):
     """[2, n, 4]: random, ties, ascending, descending, -0.0 with 0.0, infinite, constant, spread."""
     rng = np.random.default_rng(n)
@@ -253,8 +256,15 @@ def check_sorted(x, values, permutation):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("n", LENGTHS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [
+        *itertools.product((1, 3, 8, 100), (np.float32, np.float64)),
+        (4097, np.float32),
+        *itertools.starmap(slow, itertools.product((2, 7, 17), (np.float32, np.float64))),
+        slow(4097, np.float64),
+    ],
+)
 def test_network_sorts_every_kind_of_column(n, dtype):
     x = hard_columns(n, dtype)
     if dtype == np.float64:  # below float32's resolution
@@ -295,7 +305,7 @@ def test_rows_are_put_back_where_they_were_taken_from():
     np.testing.assert_array_equal(take_rows(jnp.asarray(x), jnp.asarray(twice)), expected)
 
 
-@pytest.mark.parametrize("most", [1, 60, 100, 10**6])
+@pytest.mark.parametrize("most", [slow(1), 60, slow(100), 10**6])
 def test_wide_matrices_are_cut_into_columns(monkeypatch, most):
     monkeypatch.setattr(sorting, "MOST_VALUES_A_PASS", most)
     x = np.concatenate([hard_columns(33), hard_columns(33)[::-1, :, :3]], axis=2)
@@ -337,7 +347,7 @@ def test_vmap_over_any_axis():
     np.testing.assert_array_equal(out[1], np.take_along_axis(tangent, order, axis=0))
 
 
-@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4), (2, 1, 5, 4)])
+@pytest.mark.parametrize("shape", [slow((5, 4)), (2, 5, 4), slow((2, 1, 5, 4))])
 def test_derivatives_carry_tangents_with_the_values(shape):
     rng = np.random.default_rng(3)
     x, tangent, cotangent = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import binom
 from strategies import normal
@@ -75,8 +76,8 @@ def p_values_of_all_kernels(key, x, y):
     ("dtype", "n", "m", "d"),
     [
         (np.float32, 7, 3, 1),
-        pytest.param(np.float32, 20, 20, 3, marks=pytest.mark.slow),
-        (np.float64, 30, 40, 12),
+        slow(np.float32, 20, 20, 3),
+        slow(np.float64, 30, 40, 12),
     ],
 )
 def test_equal_statistics_are_ties_and_count_against_rejection(dtype, n, m, d):
@@ -121,25 +122,27 @@ def test_p_values_keep_the_order_of_the_shares_that_they_round(dtype):
     """As Python numbers too: 5 / 100 <= .05, whatever the dtype holds of it."""
     with jax.enable_x64(dtype == np.float64):
         for size in (40, 100):
-            p = _permutation_p_values(jnp.arange(size, dtype=dtype), 0.0)
+            p = np.asarray(jax.jit(_permutation_p_values)(np.arange(size, dtype=dtype), 0.0))
             shares = np.arange(size, 0, -1) / size
             assert p.dtype == dtype
             assert all(float(value) <= share for value, share in zip(p, shares))
             np.testing.assert_allclose(p, shares, rtol=2e-7)
 
 
+@jax.jit
+def p_values_with_a_factor(x, y, factor):
+    kernels = [gaussian(1.0), lambda x, y: factor * riesz()(x, y)]
+    return two_sample_test(jax.random.key(0), x, y, kernels)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_has_no_p_value(bad):
     x, y = normal(0, 8, 2).astype("f"), normal(1, 6, 2).astype("f")
-    x[3, 1] = bad
-
-    def test(x, y, kernel):
-        kernels = [gaussian(1.0), kernel]
-        return jax.jit(lambda x: two_sample_test(jax.random.key(0), x, y, kernels))(x)
-
-    result = test(x, jnp.asarray(y), riesz())
+    spoilt = x.copy()
+    spoilt[3, 1] = bad
+    result = p_values_with_a_factor(spoilt, y, 1.0)
     assert np.isnan([*result.p_values.ravel(), result.p_value]).all()
-    result = test(y, jnp.asarray(y), lambda x, y: bad * riesz()(x, y))
+    result = p_values_with_a_factor(x, y, bad)
     np.testing.assert_array_equal(np.isnan(result.p_values).all(axis=1), [False, True])
     assert np.isnan(result.p_value)
 
@@ -212,25 +215,28 @@ def of_linear_kernel(x, y, lmbda, gain):
     return np.sum(scale * (vectors.T @ difference) ** 2)
 
 
-@pytest.mark.parametrize("spectral_filter", FILTERS)
 @pytest.mark.parametrize("rank", [None, 30])
-def test_drmmd_of_a_linear_kernel_is_in_closed_form(spectral_filter, rank, x64):
-    x, y = jnp.asarray(normal(0, 17, 3)), 0.4 + 2 * jnp.asarray(normal(1, 13, 3))
+def test_drmmd_of_a_linear_kernel_is_in_closed_form(rank, x64):
+    x, y = normal(0, 17, 3), 0.4 + 2 * normal(1, 13, 3)
     lmbdas, drawn = (math.inf, 0.5, 0.01), np.asarray(permutations(jax.random.key(1), 40, 30))
-    options = {"spectral_filter": spectral_filter, "rank": rank, "relabellings": jnp.asarray(drawn)}
-    result = two_sample_test(jax.random.key(0), x, y, [linear()], lmbdas=lmbdas, **options)
-    pooled, values = np.concatenate([x, y]), []
-    for row in [np.arange(30), *drawn]:
-        first = row < 17
-        values.append(
-            [of_linear_kernel(pooled[first], pooled[~first], lmbda, FILTERS[spectral_filter])
-             for lmbda in lmbdas]
-        )  # fmt: skip
-    values = np.transpose(values)
-    p = (values[:, None] >= values[:, :, None] - 1e-9).mean(axis=2)
-    np.testing.assert_allclose(result.statistics[0], values[:, 0], rtol=1e-8)
-    np.testing.assert_allclose(result.p_values[0], p[:, 0])
-    np.testing.assert_allclose(result.p_value, aggregated(p))
+    options = {"kernels": [linear()], "lmbdas": lmbdas, "rank": rank}
+    test = partial(two_sample_test, jax.random.key(0), **options)
+
+    @jax.jit
+    def by_filters(x, y, drawn):
+        return [test(x, y, spectral_filter=each, relabellings=drawn) for each in FILTERS]
+
+    pooled = np.concatenate([x, y])
+    for result, gain in zip(by_filters(x, y, drawn), FILTERS.values(), strict=True):
+        values = []
+        for row in [np.arange(30), *drawn]:
+            parts = pooled[row < 17], pooled[row >= 17]
+            values.append([of_linear_kernel(*parts, lmbda, gain) for lmbda in lmbdas])
+        values = np.transpose(values)
+        p = (values[:, None] >= values[:, :, None] - 1e-9).mean(axis=2)
+        np.testing.assert_allclose(result.statistics[0], values[:, 0], rtol=1e-8)
+        np.testing.assert_allclose(result.p_values[0], p[:, 0])
+        np.testing.assert_allclose(result.p_value, aggregated(p))
 
 
 @pytest.mark.slow
@@ -260,22 +266,23 @@ def test_points_move_in_bins_and_those_left_over_stay(monkeypatch, x64):
     np.testing.assert_allclose(result.p_value, np.mean(np.array(values) >= values[0] - 1e-9))
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("every", [slow(1), 5])
 def test_features_at_all_points_are_exact(every, x64):
     """With all ten kernels, or one of each kind."""
     x, y = jnp.asarray(normal(0, 20, 2)), 1 + jnp.asarray(normal(1, 15, 2))
-    kernels = default_kernels(jax.random.key(2), jnp.concatenate([x, y]))[::every]
-    exact, features = (
-        jax.jit(partial(two_sample_test, kernels=kernels, num_permutations=50, rank=rank))(
-            jax.random.key(0), x, y
-        )
-        for rank in (None, 35)
-    )
+
+    @partial(jax.jit, static_argnums=0)
+    def test(rank):
+        kernels = default_kernels(jax.random.key(2), jnp.concatenate([x, y]))[::every]
+        return two_sample_test(jax.random.key(0), x, y, kernels, num_permutations=50, rank=rank)
+
+    exact, features = test(None), test(35)
     np.testing.assert_allclose(features.statistics, exact.statistics, rtol=1e-6)
     np.testing.assert_allclose(features.p_values, exact.p_values)
 
 
-@pytest.mark.parametrize("rank", [None, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 5])
 def test_level_of_the_default(rank, monkeypatch):
     """Of 1,000 tests of counts, with many ties; in features labels move in bins of two."""
     monkeypatch.setattr(_permutations, "MAX_BINS", 12)
@@ -299,13 +306,10 @@ def test_memory_in_features():
 # k samples, independence
 
 
-def test_k_samples_against_a_loop_and_two_of_them_against_the_test_of_two(x64):
-    samples = [
-        jnp.asarray(normal(0, 9, 2)),
-        0.5 + jnp.asarray(normal(1, 7, 2)),
-        2 * jnp.asarray(normal(2, 6, 2)),
-    ]
-    test = partial(k_sample_test, jax.random.key(0), num_permutations=99)
+def test_k_samples_against_a_loop(x64):
+    samples = [normal(0, 9, 2), 0.5 + normal(1, 7, 2), 2 * normal(2, 6, 2)]
+    options = {"kernels": [gaussian(1.0)], "lmbdas": (0.1,), "num_permutations": 99}
+    test = jax.jit(partial(k_sample_test, jax.random.key(0), **options))
     pooled = np.concatenate(samples)
     gram = np.exp(-(squareform(pdist(pooled)) ** 2) / 2)
     middle = np.eye(22) - 1 / 22
@@ -315,29 +319,34 @@ def test_k_samples_against_a_loop_and_two_of_them_against_the_test_of_two(x64):
         own = np.isin(np.arange(22), np.arange(first, first := first + len(sample)))
         s = own / len(sample) - 1 / 22
         value += len(sample) / 22 * 1.1 * s @ middle @ gram @ middle @ inverse @ s
-    result = test(samples, [gaussian(1.0)], lmbdas=(0.1,))
-    np.testing.assert_allclose(result.statistics[0, 0], value, rtol=1e-9)
-    far = [samples[0] + 2, samples[1] - 2, samples[2]]
-    assert jax.jit(lambda far: test(far).p_value)(far) <= 0.02
-
-    x, y = samples[:2]
-    kernels = [gaussian(1.0), laplace(0.5, distance="l1")]
-    two = two_sample_test(jax.random.key(0), x, y, kernels, num_permutations=99)
-    of_two = test([x, y], kernels)
-    np.testing.assert_allclose(of_two.statistics, two.statistics * 9 * 7 / 16**2, rtol=1e-8)
-    np.testing.assert_allclose(of_two.p_value, two.p_value)
+    np.testing.assert_allclose(test(samples).statistics[0, 0], value, rtol=1e-9)
+    assert test([samples[0] + 2, samples[1] - 2, samples[2]]).p_value <= 0.02
+    x, y = map(jnp.asarray, samples[:2])
     with pytest.raises(ValueError, match="two or more, got 1"):
         k_sample_test(jax.random.key(0), [x])
     with pytest.raises(ValueError, match="one dimension"):
         k_sample_test(jax.random.key(0), [x, y[:, :1]])
 
 
+@pytest.mark.slow
+def test_k_samples_by_default_and_two_of_them_against_the_test_of_two(x64):
+    x, y, z = normal(0, 9, 2), 0.5 + normal(1, 7, 2), 2 * normal(2, 6, 2)
+    test = partial(k_sample_test, jax.random.key(0), num_permutations=99)
+    assert jax.jit(lambda *far: test(far).p_value)(x + 2, y - 2, z) <= 0.02
+    kernels = [gaussian(1.0), laplace(0.5, distance="l1")]
+    options = {"kernels": kernels, "num_permutations": 99}
+    two = jax.jit(partial(two_sample_test, jax.random.key(0), **options))(x, y)
+    of_two = jax.jit(partial(test, kernels=kernels))([x, y])
+    np.testing.assert_allclose(of_two.statistics, two.statistics * 9 * 7 / 16**2, rtol=1e-8)
+    np.testing.assert_allclose(of_two.p_value, two.p_value)
+
+
 def test_independence_against_a_loop(x64):
-    x = jnp.asarray(normal(0, 20, 2))
-    y = np.abs(x[:, :1]) + 0.3 * jnp.asarray(normal(1, 20, 1))
-    result = independence_test(
-        jax.random.key(0), x, y, [gaussian(1.0)], [laplace(1.0), riesz()], num_permutations=199
-    )
+    x = normal(0, 20, 2)
+    y = np.abs(x[:, :1]) + 0.3 * normal(1, 20, 1)
+    kernels = [gaussian(1.0)], [laplace(1.0), riesz()]
+    test = jax.jit(lambda *a: independence_test(*a, *kernels, num_permutations=199))
+    result = test(jax.random.key(0), x, y)
     middle = np.eye(20) - 1 / 20
     k = middle @ np.exp(-(squareform(pdist(x)) ** 2) / 2) @ middle
     distances = squareform(pdist(y))
@@ -350,7 +359,7 @@ def test_independence_against_a_loop(x64):
         assert abs(result.p_values[0, i] - share) < 4 * np.sqrt((share + 0.01) / 200)
     assert result.p_value <= 0.05
     with pytest.raises(ValueError, match=r"got shapes \(20, 2\) and \(5, 1\)"):
-        independence_test(jax.random.key(0), x, y[:5])
+        independence_test(jax.random.key(0), jnp.asarray(x), jnp.asarray(y[:5]))
 
 
 @pytest.mark.slow
@@ -372,18 +381,28 @@ def test_level_of_independence():
 
 @pytest.mark.parametrize(("lmbda", "rank"), [(math.inf, None), (0.01, None), (0.01, 30)])
 def test_witness_of_the_linear_kernel_and_its_mean_difference(lmbda, rank, x64):
-    x, y = jnp.asarray(normal(0, 17, 3)), 0.4 + jnp.asarray(normal(1, 13, 3))
+    x, y = normal(0, 17, 3), 0.4 + normal(1, 13, 3)
     key, gain = jax.random.key(0), FILTERS[tikhonov]
-    for kernel in (linear(), gaussian(1.0)):
-        h = witness(key, kernel, x, y, lmbda=lmbda, rank=rank)
-        test = two_sample_test(key, x, y, [kernel], lmbdas=(lmbda,), num_permutations=1)
-        np.testing.assert_allclose(h(x).mean() - h(y).mean(), test.statistics[0, 0], rtol=1e-6)
-    h = witness(key, linear(), x, y, lmbda=lmbda, rank=rank)
+
+    @jax.jit
+    def evaluated(x, y):
+        """By kernels: the witness at both samples, and the statistic of the test."""
+        results = []
+        for kernel in (linear(), gaussian(1.0)):
+            h = witness(key, kernel, x, y, lmbda=lmbda, rank=rank)
+            test = two_sample_test(key, x, y, [kernel], lmbdas=(lmbda,), num_permutations=1)
+            results.append((h(x), h(y), test.statistics[0, 0]))
+        return results
+
+    results = evaluated(x, y)
+    for at_x, at_y, statistic in results:
+        np.testing.assert_allclose(at_x.mean() - at_y.mean(), statistic, rtol=1e-6)
     covariance = np.cov(np.concatenate([x, y]).T, bias=True)
     values, vectors = np.linalg.eigh(covariance)
     scale = 1 if math.isinf(lmbda) else (1 + lmbda) * gain(values, lmbda)
     slope = vectors @ (scale * (vectors.T @ (x.mean(axis=0) - y.mean(axis=0))))
-    np.testing.assert_allclose(h(x) - h(y[:1]), (x - y[:1]) @ slope, rtol=1e-7, atol=1e-9)
+    at_x, at_y, _ = results[0]
+    np.testing.assert_allclose(at_x - at_y[:1], (x - y[:1]) @ slope, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import slow
 
 try:
     from jax._src.random import prng  # jax 0.12
@@ -175,7 +176,7 @@ SLOW = (
     run_adaptation, run_transfer, run_drmmd, run_coverage, run_calibrated_coverage, run_rings,
     run_baseline,
 )  # fmt: skip
-RUNS = [run_students, *(pytest.param(run, marks=pytest.mark.slow) for run in SLOW)]
+RUNS = [run_students, *(slow(run) for run in SLOW)]
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from cases import slow
 from scripts import benchmark
 
 scaling = benchmark("scaling")
@@ -32,11 +33,9 @@ def test_theory_counts_logarithms():
         ("drmmd", {"N": 3000, "M": 1000, "d": 2}),
         ("drmmd_target", {"M": 2000, "d": 3}),
         ("embeddings", {"n": 10**6, "d": 3000, "D": 700}),
-        pytest.param("wow", {"C": 20, "n": 300, "d": 500, "L": 200}, marks=pytest.mark.slow),
-        pytest.param(
-            "condensation", {"C": 6, "n": 100, "width": 48, "ipc": 7}, marks=pytest.mark.slow
-        ),
-        pytest.param("em", {"n": 10**6, "d": 400, "K": 6}, marks=pytest.mark.slow),
+        slow("wow", {"C": 20, "n": 300, "d": 500, "L": 200}),
+        slow("condensation", {"C": 6, "n": 100, "width": 48, "ipc": 7}),
+        slow("em", {"n": 10**6, "d": 400, "K": 6}),
     ],
 )
 def test_formula_of_memory_is_that_of_compiled_programs(name, sizes):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from kernel_oracles import gram_of_means
 from mixture_oracles import cvxpy_weights
 from scipy.special import softmax
@@ -148,7 +149,7 @@ def fitted(kind, groups, **choice):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [pytest.param("whitened", marks=pytest.mark.slow), "posteriors"])
+@pytest.mark.parametrize("kind", [slow("whitened"), "posteriors"])
 def test_moments_of_fitted_features_by_hand(kind):
     """Means, noise and the mean square within sources; posteriors of each row by its own fold."""
     groups = [*sources(0), target(1, (0.5, 0.3, 0.2), 100)]
@@ -158,24 +159,20 @@ def test_moments_of_fitted_features_by_hand(kind):
         corrections=made.corrections, num_blocks=7,
     )  # fmt: skip
     offset = origin([as_rows(groups[-1], "x")])
-    by_hand = []
-    for g, rows in enumerate(groups):
-        z = random_fourier_features(jnp.asarray(rows - offset, jnp.float32), frequencies, 2.0)
-        of_rows = np.asarray(made.readout(z), float)
-        if kind == "posteriors" and g < 3:
+    centered = np.concatenate(groups) - offset
+    z = random_fourier_features(jnp.asarray(centered, jnp.float32), frequencies, 2.0)
+    ends = np.cumsum([len(rows) for rows in groups])[:-1]
+    by_hand = np.split(np.asarray(made.readout(z), float), ends)
+    if kind == "posteriors":
+        logits = made.readout.classifiers.logits(z) + jnp.log(made.readout.prior)[None, None]
+        by_each = jax.vmap(made.readout.metric)(jax.nn.softmax(logits))
+        for g, of_both in enumerate(np.split(np.asarray(by_each), ends, axis=1)[:3]):
             indices, differences = made.corrections[g]
-            np.testing.assert_array_equal(indices, np.arange(len(rows)))
-            of_rows = of_rows + differences
-            by_each = [
-                np.asarray(
-                    made.readout.metric(jax.nn.softmax(logits + jnp.log(made.readout.prior)[None]))
-                )
-                for logits in made.readout.classifiers.logits(z)
-            ]
+            np.testing.assert_array_equal(indices, np.arange(len(groups[g])))
+            by_hand[g] = by_hand[g] + differences
             # Each row has the posteriors of exactly one of the classifiers.
-            gaps = np.abs(np.stack(by_each) - of_rows).max(axis=2)
+            gaps = np.abs(of_both - by_hand[g]).max(axis=2)
             assert (np.sort(gaps, axis=0)[0] < 1e-4).all()
-        by_hand.append(of_rows)
     blocks = np.asarray(row_blocks(KEY, 0, 60, 7))
     sums = np.stack([by_hand[1][blocks == b, :-1].sum(0) for b in range(7)])
     np.testing.assert_allclose(moments.sums[1], sums, atol=1e-4)
@@ -193,7 +190,7 @@ def test_moments_of_fitted_features_by_hand(kind):
     assert squares == pytest.approx(1, abs=1 / 60)
 
 
-@pytest.mark.parametrize("estimator", ["whitened", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("estimator", ["whitened", slow("auto")])
 def test_weights_are_near_the_truth_and_in_their_intervals(estimator):
     truth = np.array([0.6, 0.0, 0.4])
     kernel = Kernel(estimator=estimator, num_features=100)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from cases import slow
 from kernel_oracles import gram_of_means
 from mixture_oracles import cvxpy_weights
 from scipy.spatial.distance import pdist
@@ -223,9 +224,7 @@ def intervals_of(num_draws, draw, **options):
     return np.stack([result.weights for result in results]), intervals[..., 0], intervals[..., 1]
 
 
-@pytest.mark.parametrize(
-    "mixture", [(0.6, 0.4, 0.0), pytest.param((0.5, 0.3, 0.2), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mixture", [(0.6, 0.4, 0.0), slow((0.5, 0.3, 0.2))])
 def test_intervals_cover_the_truth(mixture):
     """At a level of .9, over 40 draws of sources and target; not by being wide."""
     weights, low, high = intervals_of(

@@ -87,18 +87,18 @@ SMALL = Transformer(16, 2, 2)
 
 def test_no_byte_sees_those_after_it():
     tokens = jax.random.randint(KEY, (9,), 0, 256)
-    parameters = SMALL.init(KEY, tokens)
-    first, second = (SMALL.apply(parameters, x) for x in (tokens, tokens.at[5].set(7)))
+    parameters, apply = jax.jit(SMALL.init)(KEY, tokens), jax.jit(SMALL.apply)
+    first, second = (apply(parameters, x) for x in (tokens, tokens.at[5].set(7)))
     np.testing.assert_allclose(first[:5], second[:5], atol=1e-6)
     assert np.abs(first[5:] - second[5:]).max(axis=1).min() > 1e-4
 
 
 def test_losses_are_of_the_next_byte():
     rows = np.random.default_rng(0).integers(0, 256, (3, 10)).astype(np.uint8)
-    parameters = SMALL.init(KEY, jnp.zeros(9, int))
+    parameters, apply = jax.jit(SMALL.init)(KEY, jnp.zeros(9, int)), jax.jit(SMALL.apply)
     losses = language.window_losses(SMALL, parameters, rows)
     for row, of_row in zip(rows, losses):
-        logits = np.asarray(SMALL.apply(parameters, jnp.asarray(row[:-1], int)), float)
+        logits = np.asarray(apply(parameters, row[:-1].astype(int)), float)
         expected = -log_softmax(logits, axis=1)[np.arange(9), row[1:]]
         np.testing.assert_allclose(of_row, expected, rtol=1e-4)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import slow
 from kernel_oracles import gram_of_means, kernel
 from mixture_oracles import cvxpy_weights
 
@@ -227,7 +228,7 @@ def test_ablation_ends_in_the_table_cells():
         )
 
 
-@pytest.mark.parametrize("estimator", [pytest.param("auto", marks=pytest.mark.slow), "mmd"])
+@pytest.mark.parametrize("estimator", [slow("auto"), "mmd"])
 def test_coverage_draws_anew_from_one_mixture(estimator):
     samples = replace(TINY, labels="drawn")
     config = CoverageConfig(samples, estimator, resamples=3, replicates=10, num_features=20)
@@ -266,11 +267,11 @@ def test_draws_have_the_shares_and_repeat_whole_sources():
 def test_evaluating_is_that_of_a_sample_with_the_shares():
     """Classes weighted are classes repeated."""
     network, images = MLP(num_classes=3, hidden=(4,)), jax.random.uniform(KEY, (7, 2, 2, 1))
-    parameters = network.init(jax.random.key(1), images)
+    parameters = jax.jit(network.init)(jax.random.key(1), images)
     labels, repeated = jnp.array([0, 0, 1, 1, 1, 1, 2]), jnp.array([0, 0, 1, 1, 2, 3, 4, 5])
     evaluate = partial(downstream.evaluate, network, parameters)
     loss, accuracy = evaluate(images, labels, np.array([4, 4, 0]) / 8)
-    logits = network.apply(parameters, images)[repeated]
+    logits = jax.jit(network.apply)(parameters, images)[repeated]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[repeated])
     assert loss == pytest.approx(float(losses.mean()), rel=1e-6)
     assert accuracy == pytest.approx(float((logits.argmax(1) == labels[repeated]).mean()))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from chunks import stop_after
 from condensing import SMALL
 from PIL import Image
@@ -51,11 +52,8 @@ def assert_close(pair, expected, tolerance, *, of_largest, atol=0.0):
     "settings",
     [
         replace(SMALL, num_networks=2, factor=2, start="mixed"),
-        pytest.param(replace(SMALL, num_networks=2, networks_at_once=True), marks=pytest.mark.slow),
-        pytest.param(
-            replace(SMALL, kernel="linear", augmentation="color_crop_cutout"),
-            marks=pytest.mark.slow,
-        ),
+        slow(replace(SMALL, num_networks=2, networks_at_once=True)),
+        slow(replace(SMALL, kernel="linear", augmentation="color_crop_cutout")),
         replace(SMALL, space="pixels", kernel="energy"),
     ],
 )

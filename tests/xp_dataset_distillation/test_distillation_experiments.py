@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from cases import slow
 from condensing import SMALL
 from PIL import Image
 
@@ -272,7 +273,7 @@ def test_the_check_of_moments(tmp_path):
     assert np.mean(end["order 1"]) < 0.8 * np.mean(start["order 1"])
 
 
-@pytest.mark.parametrize("size", [pytest.param(None, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize("size", [slow(None), 6])
 def test_an_exported_set_is_evaluated_as_its_method_is(size, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "EVALUATORS", {"short": SHORT.evaluator})
     method, options = replace(TINY, size=size, factor=2, start="mixed"), {"show_progress": False}

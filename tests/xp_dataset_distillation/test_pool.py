@@ -1,6 +1,7 @@
 """Pools of trained networks: what they hold, and which network a step draws."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,13 @@ def stored(tmp_path_factory):
     return folder, pool.train_pool(pool.pool_of(POOLED), results=folder, show_progress=False)
 
 
+@partial(jax.jit, static_argnums=0)
 def drawn(settings, parameters, step=0):
     """The networks of a step as vectors [networks, P]."""
     target = objectives.Target(None, jax.random.key_data(jax.random.key(2)), parameters)
     setting = condense.problem(SMALL, None).setting
     trees = objectives._draw_networks(target, step, settings, setting)
-    return np.asarray(jax.vmap(lambda tree: jax.flatten_util.ravel_pytree(tree)[0])(trees))
+    return jax.vmap(lambda tree: jax.flatten_util.ravel_pytree(tree)[0])(trees)
 
 
 def test_a_pool_holds_every_network_from_start_to_end(stored):
@@ -58,7 +60,7 @@ def test_trained_networks_are_ends_and_aged_ones_any(stored):
 def test_interpolated_networks_lie_between_a_start_and_its_end(stored):
     parameters = jnp.asarray(stored[1]["parameters"])
     start, end = np.asarray(parameters[:, 0]), np.asarray(parameters[:, -1])
-    for vector in drawn(replace(POOLED, networks="interpolated"), parameters):
+    for vector in np.asarray(drawn(replace(POOLED, networks="interpolated"), parameters)):
         way = end - start
         shares = np.einsum("np,np->n", vector[None] - start, way) / np.square(way).sum(axis=1)
         off = np.abs(start + shares[:, None] * way - vector[None]).max(axis=1)

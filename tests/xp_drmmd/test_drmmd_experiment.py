@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from cases import slow
 from kernel_oracles import kernel, mmd_squared
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
@@ -97,7 +98,8 @@ FOUR_MEANS = 2 * np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])
 )
 def test_scores_are_those_of_the_densities(name, density):
     posed = problem(replace(SMALL, dataset=name), 0)
-    score, z = jax.grad(posed.log_density)(posed.target[0]), np.asarray(posed.target[0])
+    z = np.asarray(posed.target[0])
+    score = jax.jit(jax.grad(posed.log_density))(z)
     for i, step in enumerate(1e-5 * np.eye(len(z))):
         difference = np.log(density(z + step)) - np.log(density(z - step))
         assert score[i] == pytest.approx(difference / 2e-5, rel=1e-6)
@@ -134,11 +136,16 @@ def moved(config, seed=0):
     return posed, -np.asarray(velocity[0]), np.asarray(values[0]), key
 
 
+def scores(posed):
+    """Of the density, where the particles start."""
+    return np.asarray(jax.jit(jax.vmap(jax.grad(posed.log_density)))(posed.start))
+
+
 @x64
 def test_langevin_is_a_step_along_the_score_and_noise():
     config = replace(SMALL, dataset="FourGaussian", flow="ula", step_size=0.02)
     posed, step, _, key = moved(config)
-    score = np.asarray(jax.vmap(jax.grad(posed.log_density))(posed.start))
+    score = scores(posed)
     noise = np.asarray(jax.random.normal(jax.random.split(key, 1)[0], posed.start.shape, float))
     np.testing.assert_allclose(step, 0.02 * score + np.sqrt(0.04) * noise, rtol=1e-10, atol=1e-12)
 
@@ -148,7 +155,7 @@ def test_stein_is_the_double_loop():
     config = replace(SMALL, dataset="FourGaussian", flow="svgd", step_size=0.5, bandwidth=1.3)
     posed, step, _, _ = moved(config)
     y = np.asarray(posed.start)
-    score = np.asarray(jax.vmap(jax.grad(posed.log_density))(posed.start))
+    score = scores(posed)
     forces = score[None] + (y[:, None] - y[None]) / 1.3**2
     expected = np.einsum("ij,ijd->id", kernel(y, y, 1.3), forces)
     np.testing.assert_allclose(step, 0.5 * expected / len(y), rtol=1e-9, atol=1e-12)
@@ -206,7 +213,8 @@ def test_adaptive_rules_step_by_step(config, power):
     prepared = flows.prepare(config, posed.target)
     memory = start = flows.first_memory(prepared)
     key = jax.random.PRNGKey(0)
-    fixed, rule = flows.objective(replace(config, adaptive="fixed")), flows.objective(config)
+    fixed = jax.jit(flows.objective(replace(config, adaptive="fixed")))
+    rule = jax.jit(flows.objective(config))
     y, lmbda, first = posed.start, 0.1, None
     for _ in range(3):
         at_last = prepared._replace(lmbda=jnp.asarray([lmbda]))
@@ -416,7 +424,7 @@ def test_a_run_stores_the_distance_of_its_kernel_and_keeps_its_name_without_one(
     [
         ("Gaussian1d", 0, 0.01),
         ("Gaussian2d", 1, 1),
-        pytest.param("Student", 2.5, 1, marks=pytest.mark.slow),
+        slow("Student", 2.5, 1),
     ],
 )
 def test_published_data_sets_are_what_they_are_called(name, center, spread):

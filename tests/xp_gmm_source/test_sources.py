@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow
 from gaussian_mixtures import moments
 from scipy import fft, stats
 from sklearn.decomposition import PCA
@@ -48,6 +49,11 @@ def projection(p=6, d=9):
     return sources.Projection(np.linalg.qr(rng.normal(size=(d, p)))[0].T, rng.normal(size=d))
 
 
+@partial(jax.jit, static_argnums=1)
+def drawn(source, num):
+    return source.sample(KEY, num)
+
+
 def assert_standard(draws):
     """Mean 0 and variance 1 in every coordinate, up to five standard errors of each."""
     draws = np.asarray(draws, np.float64)
@@ -73,7 +79,15 @@ def every_source():
 
 @pytest.mark.parametrize(
     "name",
-    ["gaussian", "norm aligned", "mixture", "projected", "mode coupled", "frequency", "pruned"],
+    [
+        slow("gaussian"),
+        "norm aligned",
+        "mixture",
+        slow("projected"),
+        "mode coupled",
+        "frequency",
+        "pruned",
+    ],
 )
 def test_sources_are_pytrees_that_jit_takes_as_arguments(name):
     source = every_source()[name]
@@ -102,9 +116,9 @@ def test_gaussian_draws_have_its_scale():
 def test_norm_aligned_draws_have_the_mean_norm_of_the_data():
     data = images(5000, seed=4)  # two chunks
     norms = np.linalg.norm(data.reshape(len(data), -1), axis=1)
-    drawn = np.linalg.norm(sources.norm_aligned(data).sample(KEY, 20_000), axis=1)
-    error = drawn.std() / np.sqrt(20_000)
-    assert drawn.mean() == pytest.approx(norms.mean(), abs=5 * error)
+    lengths = np.linalg.norm(drawn(sources.norm_aligned(data), 20_000), axis=1)
+    error = lengths.std() / np.sqrt(20_000)
+    assert lengths.mean() == pytest.approx(norms.mean(), abs=5 * error)
     assert error < 0.002 * norms.mean()
 
 
@@ -137,7 +151,7 @@ def test_statistics_of_channels_repeat_over_pixels():
     statistics = {"mean": np.arange(3.0), "std": np.arange(1.0, 4)}
     repeated = {name: np.tile(values, 4) for name, values in statistics.items()}
     few, many = (sources.mixture_source(mixture("full", 12), **s) for s in (statistics, repeated))
-    np.testing.assert_array_equal(few.sample(KEY, 5), many.sample(KEY, 5))
+    np.testing.assert_array_equal(drawn(few, 5), drawn(many, 5))
 
 
 @pytest.mark.parametrize("pca", [None, projection(2, 5)], ids=["pixels", "pca"])
@@ -151,7 +165,7 @@ def test_mode_coupled_draws_follow_the_responsibilities(pca):
     source = sources.mode_coupled_source(m, pca=pca)
     x1 = point if pca is None else pca.center + point @ pca.components
     x1 = jnp.tile(jnp.asarray(x1, jnp.float32)[None], (6000, 1))
-    x0 = np.asarray(source.couple(KEY, x1), np.float64)
+    x0 = np.asarray(jax.jit(lambda source, x1: source.couple(KEY, x1))(source, x1), np.float64)
     draws = x0 * np.asarray(source.source.std) + np.asarray(source.source.mean)
     draws = draws if pca is None else (draws - pca.center) @ pca.components.T
     # The draws are of sum_k p(k | x1) N(mu_k, .16 I): its mean and covariance identify p(k | x1).
@@ -179,11 +193,11 @@ def dct_statistics(data, block):
 @pytest.mark.parametrize(
     ("shape", "block", "share"),
     [
-        ((8, 8, 1), 8, 0.6),
+        slow((8, 8, 1), 8, 0.6),
         ((6, 5, 1), None, 0.5),
         ((12, 10, 3), 8, 0.6),
-        ((7, 7, 1), 4, 0.3),
-        ((5, 6, 1), 8, 0.3),
+        slow((7, 7, 1), 4, 0.3),
+        slow((5, 6, 1), 8, 0.3),
     ],
 )
 def test_frequency_statistics_are_scipys_and_draws_are_standardized(shape, block, share):
@@ -192,13 +206,13 @@ def test_frequency_statistics_are_scipys_and_draws_are_standardized(shape, block
     for statistic, exact in zip(shaped.frequency_statistics(data, block=block), expected):
         np.testing.assert_allclose(statistic, exact, atol=1e-10)
     source = shaped.frequency_source(data, masked_share=share, block=block)
-    assert_standard(source.sample(KEY, 8000))
+    assert_standard(drawn(source, 8000))
     assert np.ptp(np.asarray(source.std)) > 1e-3 * np.asarray(source.std).max()
 
 
 def test_masked_coefficients_are_zero_before_standardization():
     source = shaped.frequency_source(images(30, 16, 8, 3), masked_share=0.4)
-    draws = np.asarray(source.sample(KEY, 50)).reshape(50, 16, 8, 3) * np.asarray(source.std)
+    draws = np.asarray(drawn(source, 50)).reshape(50, 16, 8, 3) * np.asarray(source.std)
     bands = np.moveaxis(draws @ shaped.YCRCB.T, 3, 1).reshape(50, 3, 2, 8, 8)
     coefficients = fft.dctn(bands, axes=(3, 4), norm="ortho")  # [n, channel, block, p, q]
     deviations = coefficients.std(axis=(0, 2))
@@ -224,7 +238,7 @@ def test_least_energy_is_masked_and_nothing_masked_is_white_noise():
     assert energy[~kept].max() <= energy[kept].min()
     white = shaped.frequency_source(data, masked_share=0.0)
     np.testing.assert_allclose(white.std, 1, rtol=1e-5)
-    draws = np.asarray(white.sample(KEY, 5000))
+    draws = np.asarray(drawn(white, 5000))
     off_diagonal = np.corrcoef(draws.T) - np.eye(64)
     assert np.abs(off_diagonal).max() < 6 / np.sqrt(5000)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import ot
 import pytest
+from cases import slow
 from strategies import normal
 
 from xp_transfer_learning.otdd import Plans, marginal_errors, otdd_plans, otdd_value_and_grad
@@ -78,7 +79,7 @@ def assert_near(values, expected, error):
 
 @pytest.mark.parametrize(
     ("seed", "options"),
-    [*((seed, {}) for seed in range(4)), (0, {"classes": (2, 2), "points": (4, 1)})],
+    [*((seed, {}) for seed in range(4)), slow(0, {"classes": (2, 2), "points": (4, 1)})],
 )
 def test_value_and_costs_are_those_of_pot(seed, options):
     x, y = clouds(seed, **options)
@@ -99,7 +100,7 @@ def test_plans_are_those_of_pot():
     np.testing.assert_allclose(plans.classes, classes, atol=THRESHOLD)
 
 
-@pytest.mark.parametrize("options", [{}, sharp], ids=["default", "sharp"])
+@pytest.mark.parametrize("options", [{}, slow(sharp)], ids=["default", "sharp"])
 def test_marginals_of_plans(x64, options):
     """Sinkhorn ends on the particles' side, whose weights are exact."""
     x, y = map(jnp.asarray, clouds(0))
@@ -146,7 +147,7 @@ def test_gradient_is_that_with_its_plans_fixed(x64):
         np.testing.assert_allclose(gradient, fixed_gradient(x, y, *plans), rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2), slow(3)])
 def test_with_a_large_epsilon_all_is_as_by_sinkhorn_of_pot(seed):
     """Plans are smooth in the cost here, and near ties no matter."""
 
