@@ -29,7 +29,7 @@ from lib.runs.settings import settings_of
 from xp_dataset_distillation import export
 from xp_dataset_distillation.config import EXPERIMENT, CondenseConfig, dm, mmdsw
 from xp_dataset_distillation.factor import check_factor, encode
-from xp_dataset_distillation.objectives import Target, objective, optimizer, step_of
+from xp_dataset_distillation.objectives import Target, first_carry, objective, optimizer, step_of
 from xp_dataset_distillation.pool import pool_of, train_pool
 from xp_dataset_distillation.real_data import (
     RealData,
@@ -115,15 +115,16 @@ def condense(
     x0 = start(keys.start, config, real)
     batch = min(config.real_batch, min(real.counts))
     save_every = -(-config.num_steps // config.num_snapshots)
+    config = dataclasses.replace(config, real_batch=batch)
     began = time.perf_counter()
     losses, particles = wasserstein_gradient_descent(
         jnp.asarray(x0).reshape(*x0.shape[:2], -1),
         Target(real, jax.random.key_data(keys.networks), pool),
-        objective(dataclasses.replace(config, real_batch=batch), setting, mesh),
+        objective(config, setting, mesh),
         keys.steps,
         n_epochs=config.num_steps,
         optimizer=optimizer(*step_of(config, setting)),
-        carry=jnp.zeros((), jnp.int32),
+        carry=first_carry(config, setting),
         record_every=save_every,
         run=run,
         show_progress=show_progress,

@@ -80,6 +80,9 @@ class CondenseConfig:
     after the other."""
     real_batch: int = 256
     """Real images per class and step."""
+    steps_per_batch: int = 1
+    """Steps that share the real images, their augmentation and their features, which are computed
+    once: a divisor of steps_per_network."""
     most_decoded: int = 200
     """Decoded condensed images per class and step, at most: more are subsampled at random."""
     step_size: Annotated[float | None, tyro.conf.arg(aliases=("--lr",))] = None
@@ -121,11 +124,18 @@ class CondenseConfig:
     def __post_init__(self):
         check_sizes(
             self, "images_per_class", "factor", "num_steps", "steps_per_network",
-            "num_networks", "real_batch", "most_decoded", "width", "depth", "num_directions",
-            "num_features", "num_snapshots", "pool_networks", "pool_epochs",
+            "num_networks", "real_batch", "steps_per_batch", "most_decoded", "width", "depth",
+            "num_directions", "num_features", "num_snapshots", "pool_networks", "pool_epochs",
         )  # fmt: skip
         if self.networks != "random" and self.space == "pixels":
             raise ValueError(f"networks {self.networks} are of --space features")
+        if self.steps_per_network % self.steps_per_batch:
+            raise ValueError(
+                f"steps_per_batch {self.steps_per_batch} does not divide steps_per_network "
+                f"{self.steps_per_network}: features are those of one network"
+            )
+        if self.steps_per_batch > 1 and (self.space == "pixels" or self.method == "mmdsw"):
+            raise ValueError("steps_per_batch is of --space features, and not of mmdsw")
         check_positive(self, "bandwidth_scale")
         check_not_negative(self, "held_out", "class_weight")
         if self.class_weight and (self.networks == "random" or self.method == "mmdsw"):
@@ -149,9 +159,10 @@ class CondenseConfig:
 
     def without_effect(self) -> tuple[str, ...]:
         """Later settings that change nothing here: a run made before them keeps its name."""
+        names = () if self.steps_per_batch > 1 else ("steps_per_batch",)
         if self.networks == "random":
-            return ("networks", "pool_networks", "pool_epochs", "class_weight")
-        return () if self.class_weight else ("class_weight",)
+            return (*names, "networks", "pool_networks", "pool_epochs", "class_weight")
+        return names if self.class_weight else (*names, "class_weight")
 
     def resolved_step_size(self, image_shape: tuple[int, int, int]) -> float:
         """`step_size`, or its rule for these images."""

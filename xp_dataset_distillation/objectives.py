@@ -3,8 +3,9 @@
 Particles are the stored images as rows, [classes, images, H W channels], in [0, 1]. A step draws
 real images of every class, decodes the condensed ones (`factor`), augments both with the same
 parameters, normalizes them, and compares their features under random networks. All classes are one
-wide batch; `class_chunk` bounds how many are held at a time. The carry is the number of the step,
-from which the networks are drawn: they stay for `steps_per_network` steps.
+wide batch; `class_chunk` bounds how many are held at a time. The carry (`first_carry`) is the
+number of the step, from which the networks are drawn: they stay for `steps_per_network` steps.
+Where real images stay too (`steps_per_batch`), it holds their features.
 """
 
 from collections.abc import Callable
@@ -46,14 +47,25 @@ class Batch(NamedTuple):
     """Condensed images [classes, n, H, W, c]."""
     chosen: Array | None
     """Indices [classes, k] of those that count; None: all."""
-    real: Array
-    """uint8 [classes, m, H, W, c]."""
+    real: Array | None
+    """uint8 [classes, m, H, W, c]; None where their features are known."""
+    features: Array | None
+    """[classes, networks, m, f], of the network at hand [classes, m, f]; None: not known yet."""
     changes: Any
     """Parameters of the augmentation."""
     keys: Array
     """Of the loss."""
     labels: Array
     """[classes]."""
+
+
+class Kept(NamedTuple):
+    """Of real images that stay for several steps."""
+
+    features: Array
+    """[classes, networks, m, f]."""
+    changes: Any
+    """Parameters of the augmentation."""
 
 
 Loss = Callable[[Array, Any, Batch], Array]
@@ -79,8 +91,9 @@ def network_of(
 def objective(
     config: CondenseConfig, setting: Setting, mesh: Mesh | None = None
 ) -> StatefulValueAndGrad:
-    """(x, target, key, step) -> (loss, gradient like x, step + 1): the sum of the class losses, or
-    `losses.dataset_loss`. One object for each setting, so that a second run compiles nothing.
+    """(x, target, key, carry) -> (loss, gradient like x, next carry): the sum of the class losses,
+    or `losses.dataset_loss`. The carry is `first_carry`'s. One object for each setting, so that a
+    second run compiles nothing.
 
     The devices of a mesh share classes and networks; with mmdsw, which compares all classes, the
     classes' features and then the directions.
@@ -88,19 +101,23 @@ def objective(
     network = network_of(config, setting) if config.space == "features" else None
     augmentation = augment.parse(config.augmentation, dialect=config.strategy, flips=setting.flips)
     num_classes, shape = setting.num_classes, setting.image_shape
-    joint = config.method == "mmdsw"
+    joint, keeps = config.method == "mmdsw", config.steps_per_batch > 1
     if joint:
         loss = _dataset_loss(config, setting, network, mesh)
         values_and_gradient = _mean_over_networks(loss, config)
     else:
         of_classes = _mean_over_networks(_class_losses(config, setting, network), config)
-        in_chunks = partial(_in_chunks, of_classes, config.class_chunk or num_classes)
+        most = config.class_chunk or num_classes
+        in_chunks = partial(_in_chunks, of_classes, most)
         values_and_gradient = _over_devices(in_chunks, mesh, config, num_classes)
+        in_chunks = partial(_in_chunks, _real_features(setting, network), most)
+        real_features = devices.over_devices(in_chunks, mesh, replicated=1)
 
     def draw_change(key):
         return augment.draw(key, augmentation, None)
 
-    def value_and_grad(x, target, key, step):
+    def value_and_grad(x, target, key, carry):
+        step, kept = carry if keeps else (carry, None)
         batch_key, change_key, loss_key, choice_key = jax.random.split(key, 4)
         parameters = None
         if network is not None:
@@ -113,11 +130,37 @@ def objective(
             changes = jax.vmap(draw_change)(jax.random.split(change_key, num_classes))
             keys = jax.random.split(loss_key, num_classes)
         chosen = _choose(choice_key, stored, config.most_decoded // config.factor**2)
-        batch = Batch(stored, chosen, real, changes, keys, jnp.arange(num_classes))
+        batch = Batch(stored, chosen, real, None, changes, keys, jnp.arange(num_classes))
+        if keeps:
+            kept = lax.cond(
+                step % config.steps_per_batch == 0,
+                lambda: Kept(real_features(parameters, batch), changes),
+                lambda: kept,
+            )
+            batch = batch._replace(real=None, features=kept.features, changes=kept.changes)
         values, gradient = values_and_gradient(parameters, batch)
-        return jnp.sum(values), gradient.reshape(x.shape), step + 1
+        following = (step + 1, kept) if keeps else step + 1
+        return jnp.sum(values), gradient.reshape(x.shape), following
 
     return value_and_grad
+
+
+def first_carry(config: CondenseConfig, setting: Setting):
+    """Of `objective`: step 0; with `steps_per_batch` also room for what is kept."""
+    step = jnp.zeros((), jnp.int32)
+    if config.steps_per_batch == 1:
+        return step
+    network, blank = network_of(config, setting), jnp.zeros((1, *setting.image_shape))
+    augmentation = augment.parse(config.augmentation, dialect=config.strategy, flips=setting.flips)
+
+    def kept(key):
+        keys = jax.random.split(key, setting.num_classes)
+        changes = jax.vmap(lambda key: augment.draw(key, augmentation, None))(keys)
+        features: Any = network.apply(network.init(key, blank), blank)
+        room = setting.num_classes, config.num_networks, config.real_batch, features.size
+        return Kept(jnp.zeros(room), changes)
+
+    return step, jax.tree.map(jnp.zeros_like, jax.jit(kept)(jax.random.key(0)))
 
 
 def _class_losses(config: CondenseConfig, setting: Setting, network: nn.Module | None) -> Loss:
@@ -125,15 +168,13 @@ def _class_losses(config: CondenseConfig, setting: Setting, network: nn.Module |
     class_loss = losses.class_loss(
         config.kernel, scale=config.bandwidth_scale, num_features=config.num_features
     )
+    features = partial(_augmented_features, network, setting)
 
     def loss(stored, parameters, batch):
-        def features(images):
-            images = jax.vmap(augment.apply)(batch.changes, images)
-            return _features(network, setting, parameters, images)
-
-        decoded = decode(stored, config.factor)
-        real = batch.real.astype(jnp.float32) / 255
-        x, y = features(decoded), lax.stop_gradient(features(real))
+        x = features(parameters, batch.changes, decode(stored, config.factor))
+        y = batch.features
+        if y is None:
+            y = lax.stop_gradient(features(parameters, batch.changes, _unit(batch.real)))
         values = jax.vmap(class_loss)(batch.keys, x, y)
         if config.class_weight:
             values += config.class_weight * _cross_entropy(parameters, x, batch.labels)
@@ -165,15 +206,38 @@ def _dataset_loss(
 
     def loss(stored, parameters, batch):
         decoded = decode(stored, config.factor)
-        real = batch.real.astype(jnp.float32) / 255
         x = of_classes(parameters, batch.changes, decoded)
-        y = lax.stop_gradient(of_classes(parameters, batch.changes, real))
+        y = lax.stop_gradient(of_classes(parameters, batch.changes, _unit(batch.real)))
         value = losses.dataset_loss(
             batch.keys, x, y, num_directions=config.num_directions, mesh=mesh
         )
         return value[None]
 
     return loss
+
+
+def _real_features(setting: Setting, network: nn.Module | None) -> Callable:
+    """(parameters of networks, batch) -> features of its real images under each, [classes,
+    networks, m, f]."""
+
+    def features(parameters, batch):
+        def under_network(parameters):
+            real = _unit(batch.real)
+            return _augmented_features(network, setting, parameters, batch.changes, real)
+
+        return jnp.moveaxis(lax.map(under_network, parameters), 0, 1)
+
+    return features
+
+
+def _unit(images: Array) -> Array:
+    """uint8 as floats in [0, 1]."""
+    return images.astype(jnp.float32) / 255
+
+
+def _augmented_features(network, setting: Setting, parameters, changes, images: Array) -> Array:
+    """`_features` of images of which each class is changed in a way of its own."""
+    return _features(network, setting, parameters, jax.vmap(augment.apply)(changes, images))
 
 
 def _features(network: nn.Module | None, setting: Setting, parameters: Any, images: Array) -> Array:
@@ -228,25 +292,27 @@ def _mean_over_networks(loss: Loss, config: CondenseConfig) -> Callable:
     """(parameters of networks, batch) -> (losses, gradients like the stored images)."""
 
     def values_and_gradient(parameters, batch):
-        def total(stored, parameters):
+        def total(stored, parameters, features):
             if batch.chosen is not None:
                 stored = jax.vmap(lambda images, c: images[c])(stored, batch.chosen)
-            values = loss(stored, parameters, batch)
+            values = loss(stored, parameters, batch._replace(features=features))
             return jnp.sum(values), values
 
-        def under_network(parameters):
+        def under_network(network):
             value_and_grad = jax.value_and_grad(total, has_aux=True)
-            (_, values), gradient = value_and_grad(batch.stored, parameters)
+            (_, values), gradient = value_and_grad(batch.stored, *network)
             return values, gradient
 
         if parameters is None:
-            return under_network(None)
+            return under_network((None, None))
+        features = None if batch.features is None else jnp.moveaxis(batch.features, 1, 0)
+        networks = parameters, features
         if len(jax.tree.leaves(parameters)[0]) == 1:
-            return under_network(jax.tree.map(lambda leaf: leaf[0], parameters))
+            return under_network(jax.tree.map(lambda leaf: leaf[0], networks))
         over = (
             jax.vmap(under_network) if config.networks_at_once else partial(lax.map, under_network)
         )
-        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), over(parameters))
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), over(networks))
 
     return values_and_gradient
 
@@ -255,7 +321,9 @@ def _over_devices(of_classes: Callable, mesh, config: CondenseConfig, num_classe
     """`of_classes(parameters of networks, batch)` with both divided over devices."""
     if mesh is None or mesh.size == 1:  # one device has no axes to average over
         return of_classes
-    networks = config.num_networks if config.space == "features" else 1
+    # Kept features are divided by classes alone.
+    divisible = config.space == "features" and config.steps_per_batch == 1
+    networks = config.num_networks if divisible else 1
     rectangle = devices.grid(mesh, num_classes, networks, ("classes", "networks"))
 
     def of_shard(parameters, batch):
@@ -267,15 +335,15 @@ def _over_devices(of_classes: Callable, mesh, config: CondenseConfig, num_classe
 
 
 def _in_chunks(of_classes: Callable, most: int, parameters: Any, batch: Batch):
-    """(values, gradients) over chunks of classes, the first axis, the largest divisor of their
-    number up to `most` at a time."""
+    """`of_classes` of chunks of classes, the first axis, the largest divisor of their number up to
+    `most` at a time."""
     classes = batch.stored.shape[0]
     size = max(size for size in range(1, classes + 1) if classes % size == 0 and size <= most)
     if size == classes:
         return of_classes(parameters, batch)
     chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), batch)
-    values, gradients = lax.map(partial(of_classes, parameters), chunks)
-    return values.reshape(-1), gradients.reshape(-1, *gradients.shape[2:])
+    results = lax.map(partial(of_classes, parameters), chunks)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
 
 
 # ---- The step

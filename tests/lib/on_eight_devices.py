@@ -177,6 +177,7 @@ def condensation():
         ("four networks", replace(base, num_networks=4, class_chunk=1)),
         ("one network", base),
         ("mmdsw", config.mmdsw(base)),
+        ("kept features", replace(base, num_networks=2, steps_per_batch=5, class_chunk=1)),
     )
     for name, settings in named:
         settings = replace(settings, real_batch=16)
@@ -184,11 +185,13 @@ def condensation():
         keys = jax.random.split(jax.random.key(0), 3)
         x = condense.start(keys[0], settings, posed.real)
         x = jnp.asarray(x).reshape(*x.shape[:2], -1)
-        arguments = x, objectives.Target(posed.real, jax.random.key_data(keys[1])), keys[2]
+        carry = objectives.first_carry(settings, posed.setting)
+        target = objectives.Target(posed.real, jax.random.key_data(keys[1]))
+        arguments = x, target, keys[2], carry
 
         def compiled(mesh, settings=settings, posed=posed, arguments=arguments):
             function = objectives.objective(settings, posed.setting, mesh)
-            placed = devices.device_put((*arguments, np.int32(0)), mesh)
+            placed = devices.device_put(arguments, mesh)
             program = jax.jit(function).lower(*placed).compile()
             return program(*placed)[:2], program.memory_analysis().temp_size_in_bytes
 

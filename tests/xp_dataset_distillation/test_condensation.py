@@ -129,6 +129,20 @@ def test_networks_stay_for_some_steps(digits):
     assert first == fifth != sixth
 
 
+def test_real_images_that_stay_are_those_of_the_first_of_their_steps(digits):
+    settings = replace(SMALL, num_networks=2, class_chunk=5)
+    fresh, kept = (
+        jax.jit(objectives.objective(replace(settings, steps_per_batch=n), digits.setting))
+        for n in (1, 5)
+    )
+    carry = objectives.first_carry(replace(settings, steps_per_batch=5), digits.setting)
+    x, target, _, _ = arguments_of(settings, digits)
+    for step in range(7):
+        *found, carry = kept(x, target, jax.random.key(step), carry)
+        expected = fresh(x, target, jax.random.key(step // 5 * 5), jnp.asarray(step))
+        assert_close(found, expected, 1e-5, of_largest=1e-5)
+
+
 @pytest.mark.parametrize("classes", [1, 3, 10])
 def test_the_joint_step_is_the_published_loop_over_classes(classes):
     """Independent quadratics, one per class; the momentum of a class coasts through the turns of
@@ -162,7 +176,7 @@ def test_images_stay_in_the_unit_interval():
 
 
 def test_a_run_condenses_and_an_interrupted_one_ends_in_the_same_bits(tmp_path, monkeypatch):
-    settings = replace(SMALL, num_steps=6)
+    settings = replace(SMALL, num_steps=6, steps_per_batch=5)
 
     def arrays(results, seed=0):
         run = condense.condense(settings, seed=seed, results=results, show_progress=False)
@@ -210,6 +224,8 @@ def test_starts(start, digits):
         ({"factor": 3, "most_decoded": 8}, "most_decoded 8"),
         ({"method": "mmdsw", "class_chunk": 2}, "class_chunk"),
         ({"held_out": -1}, "held_out"),
+        ({"steps_per_batch": 2}, "2 does not divide steps_per_network 5"),
+        ({"steps_per_batch": 5, "space": "pixels"}, "is of --space features"),
         # These do not fit the data.
         ({"images_per_class": 200}, "200"),
         ({"factor": 9}, "factor"),

@@ -127,8 +127,9 @@ def test_without_a_pool_a_run_keeps_its_name():
         runs.config_hash(replace(plain, pool_epochs=epochs), exclude=exclude) for epochs in (1, 5)
     }
     assert len(names) == 1
-    assert replace(plain, networks="aged").without_effect() == ("class_weight",)
-    assert replace(plain, networks="aged", class_weight=1.0).without_effect() == ()
+    aged = replace(plain, networks="aged")
+    assert aged.without_effect() == ("steps_per_batch", "class_weight")
+    assert replace(aged, class_weight=1.0, steps_per_batch=5).without_effect() == ()
 
 
 def test_pixels_have_no_networks_and_random_ones_know_no_classes():
