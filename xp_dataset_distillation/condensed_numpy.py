@@ -7,8 +7,8 @@
     torch.from_numpy(inputs.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels)  # for PyTorch
 
 condensed.npz has three members, none of them pickled: `images` [N, H, W, channels] float32 in
-[0, 1], as stored; `labels` [N] int32, sorted, each as often as the others; `metadata`, a string of
-JSON, which also says how stored images become training images (`decode`).
+[0, 1], as stored, or uint8 of 255ths; `labels` [N] int32, sorted, each as often as the others;
+`metadata`, a string of JSON, which also says how stored images become training images (`decode`).
 """
 
 import json
@@ -58,6 +58,8 @@ def read(path):
         reason = " ".join(str(error).split())[:200]
         message = f"{path} holds no condensed images, or is damaged: {reason}"
         raise ValueError(message) from error
+    if images.dtype == np.uint8:
+        images = images.astype(np.float32) / 255
     check(images, labels, metadata, name=str(path))
     return images, labels, metadata
 

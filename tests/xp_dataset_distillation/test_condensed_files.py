@@ -54,6 +54,14 @@ def test_what_is_saved_is_loaded_bit_for_bit_and_is_a_folder_of_images(tmp_path,
         assert folder.class_names == export.folder_names(names)
 
 
+def test_eight_bits_are_those_of_the_pictures(tmp_path):
+    export.save(tmp_path / "set", condensed(), eight_bits=True)
+    images = datasets.load(tmp_path / "set").images.reshape(3, 2, 7, 6, 3)
+    np.testing.assert_array_equal(export.load(tmp_path / "set").images, np.float32(images) / 255)
+    with np.load(tmp_path / "set" / "condensed.npz") as archive:
+        assert archive["images"].dtype == np.uint8
+
+
 def test_the_metadata_of_the_archive_are_those_of_the_file_and_say_it_all(tmp_path):
     export.save(tmp_path / "set", condensed())
     metadata = json.loads((tmp_path / "set" / "metadata.json").read_text())
