@@ -181,7 +181,8 @@ def evaluate(
 
 def run_group(name: str, group: Comparison, arguments: Arguments, mesh: Mesh | None = None) -> Path:
     """Condenses and evaluates; returns the summary: a row for each method, number of images and
-    evaluation, with accuracies [seeds, classifiers]."""
+    evaluation, with accuracies [seeds, classifiers] and, where images were condensed, the minutes
+    that each seed's took, without the pool's."""
     where: dict[str, Any] = {"results": arguments.results, "data_root": arguments.data_root}
     rows: dict[tuple, dict[str, Any]] = {}
     # Seeds outermost: what is there after an interruption compares all methods.
@@ -196,9 +197,17 @@ def run_group(name: str, group: Comparison, arguments: Arguments, mesh: Mesh | N
                     row.setdefault("accuracies", {})[seed] = stored["accuracies"]
                     row["num_images"] = stored["num_images"]
                     row["num_epochs"] = stored["num_epochs"]
+                    if isinstance(method, CondenseConfig):
+                        run = condense(method, seed=seed, mesh=mesh, **where)
+                        minutes = float(run.load_arrays()["seconds"]) / 60
+                        row.setdefault("minutes", {})[seed] = minutes
                 shown = 100 * np.mean(rows[key]["accuracies"][seed])
                 print(f"seed {seed}, {number} per class, {label}: {shown:.1f}%", flush=True)
-    listed = [row | {"accuracies": list(row["accuracies"].values())} for row in rows.values()]
+    by_seed = ("accuracies", "minutes")
+    listed = [
+        row | {name: list(row[name].values()) for name in by_seed if name in row}
+        for row in rows.values()
+    ]
     file_name = f"{name}_{arguments.preset}" + ("_held_out" if arguments.held_out else "")
     path = arguments.results / EXPERIMENT / f"{file_name}.json"
     summary = {"group": name, "seeds": arguments.seeds, "rows": listed}

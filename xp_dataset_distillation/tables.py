@@ -47,7 +47,8 @@ def relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """For each evaluator one table: a row per method, accuracies by images per class."""
+    """For each evaluator one table: a row per method, accuracies by images per class, and minutes
+    of condensation where they are known."""
     of = "classifiers"
     if len(summary["seeds"]) > 1:
         of = "sets (of the means over their classifiers)"
@@ -56,23 +57,30 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     for evaluator in dict.fromkeys(row["evaluator"] for row in compared):
         these = [row for row in compared if row["evaluator"] == evaluator]
         numbers = sorted({row["images_per_class"] for row in these if row["images_per_class"]})
+        timed = any("minutes" in row for row in these)
         lines = []
         for label in dict.fromkeys(row["label"] for row in these):
             by_number = {row["images_per_class"]: row for row in these if row["label"] == label}
             if None in by_number:
                 cells = [cell(by_number[None]["accuracies"])] + [""] * (len(numbers) - 1)
-                lines.append([label, *cells, "", "100%"])
+                lines.append([label, *cells, "", "100%", *[""] * timed])
                 continue
             cells = [cell(by_number[n]["accuracies"]) if n in by_number else "" for n in numbers]
-            over = _joined(by_number, numbers, "over_random", "{:+.1f}")
-            share = _joined(by_number, numbers, "share_of_whole", "{:.0f}%")
-            lines.append([label, *cells, over, share])
+            listed = [by_number[number] for number in numbers if number in by_number]
+            over = _joined(listed, "over_random", "{:+.1f}", scale=100)
+            share = _joined(listed, "share_of_whole", "{:.0f}%", scale=100)
+            minutes = [_joined(listed, "minutes", "{:.0f}")] * timed
+            lines.append([label, *cells, over, share, *minutes])
         heads = [evaluator, *(f"{number} per class" for number in numbers)]
-        heads += ["over Random", "of the whole set"]
+        heads += ["over Random", "of the whole set", *["minutes per set"] * timed]
         made.append(Table(heads, lines, f"{caption} over {of}."))
     return made
 
 
-def _joined(by_number, numbers, name, form) -> str:
-    values = [by_number[n][name] for n in numbers if n in by_number]
-    return " / ".join("" if value is None else form.format(100 * value) for value in values)
+def _joined(rows: list[dict[str, Any]], name: str, form: str, *, scale: float = 1.0) -> str:
+    """Of each row its value, or the mean of its values, times `scale`; "" where there is none."""
+    values = [row.get(name) for row in rows]
+    if all(value is None for value in values):
+        return ""
+    texts = ["" if v is None else form.format(scale * float(np.mean(v))) for v in values]
+    return " / ".join(texts)

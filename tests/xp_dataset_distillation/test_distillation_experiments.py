@@ -221,6 +221,7 @@ def test_tables_by_hand():
             ("ECHO", 10, [[0.7, 0.9], [0.7, 0.9]]),
         )
     ]
+    rows[3]["minutes"] = [20.2, 20.4]
     echo, random, whole, ten = tables.relative(rows)
     assert echo["over_random"] == pytest.approx(0.25)
     assert echo["share_of_whole"] == pytest.approx(0.65 / 0.8)
@@ -228,13 +229,17 @@ def test_tables_by_hand():
     # Over sets .6 and .7: 65 ± 7.1; of one set over classifiers.
     assert tables.cell([[0.5, 0.7]]) == "60.0 ± 14.1"
     assert tables.cell([[0.5]]) == "50.0"
-    (table,) = tables.tables({"rows": rows, "seeds": [0, 1], "evaluated_on": "the test split"})
-    assert table.heads == ["idc", "1 per class", "10 per class", "over Random", "of the whole set"]
+    summary = {"rows": rows, "seeds": [0, 1], "evaluated_on": "the test split"}
+    (table,) = tables.tables(summary)
+    heads = ["idc", "1 per class", "10 per class", "over Random", "of the whole set"]
+    assert table.heads == [*heads, "minutes per set"]
     assert table.rows == [
-        ["ECHO", "65.0 ± 7.1", "80.0 ± 0.0", "+25.0 / ", "81% / 100%"],
-        ["Random", "40.0 ± 0.0", "", "+0.0", "50%"],
-        ["whole set", "80.0 ± 0.0", "", "", "100%"],
+        ["ECHO", "65.0 ± 7.1", "80.0 ± 0.0", "+25.0 / ", "81% / 100%", " / 20"],
+        ["Random", "40.0 ± 0.0", "", "+0.0", "50%", ""],
+        ["whole set", "80.0 ± 0.0", "", "", "100%", ""],
     ]
+    del rows[3]["minutes"]
+    assert tables.tables(summary)[0].heads == heads
 
 
 @pytest.mark.slow
