@@ -21,7 +21,7 @@ Strategy = Literal["idc", "dsa"]
 """Of augmentation: as IDC and M3D or as DSA and DM apply it."""
 Networks = Literal["random", "trained", "aged", "interpolated"]
 NetworkName = Literal["convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18"]
-Preset = Literal["quick", "paper", "gpu"]
+Preset = Literal["quick", "paper", "hour", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,7 @@ def dm(base: CondenseConfig) -> CondenseConfig:
         factor=1,
         start="real",
         steps_per_network=1,
+        steps_per_batch=1,
         sequential=False,
         step_size=1.0,
         augmentation="color_crop_cutout_flip_scale_rotate",

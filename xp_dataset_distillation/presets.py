@@ -42,6 +42,17 @@ CPU_EVALUATION = Evaluation(
     replace(EVALUATORS["idc"], num_epochs=200, width=32), num_networks=2, whole_epochs=5
 )
 
+# At most an hour of one core for a set, its pool included; the evaluator at its published size.
+HOUR = replace(
+    CPU,
+    networks="interpolated",
+    pool_networks=6,
+    pool_epochs=1,
+    num_steps=4000,
+    steps_per_batch=5,
+)
+HOUR_EVALUATION = Evaluation(EVALUATORS["idc"], num_networks=2, whole_epochs=20)
+
 
 def methods(base: CondenseConfig) -> dict[str, Method]:
     """ECHO and what it is compared with, on one data set."""
@@ -51,6 +62,16 @@ def methods(base: CondenseConfig) -> dict[str, Method]:
         "DM": dm(base),
         "MMDSW": mmdsw(base),
         **baselines(base.dataset, "random", "herding", "kmeans", "whole", **size),
+    }
+
+
+def of_an_hour(base: CondenseConfig) -> dict[str, Method]:
+    """ECHO under trained and under random networks in as many steps, and what is simplest."""
+    return {
+        "ECHO, interpolated networks": base,
+        "ECHO, random networks": replace(base, networks="random"),
+        "DM": dm(replace(base, networks="random")),
+        **baselines(base.dataset, "random", "whole"),
     }
 
 
@@ -73,6 +94,12 @@ def presets(preset: Preset) -> dict[str, Comparison]:
     if preset == "paper":
         names = ("fashion_mnist", "mnist")
         return _groups(names, CPU, (1, 10), {"idc, 200 epochs": CPU_EVALUATION})
+    if preset == "hour":
+        evaluations = {"idc": HOUR_EVALUATION}
+        return {
+            name: Comparison(of_an_hour(replace(HOUR, dataset=name)), (1, 10), evaluations)
+            for name in ("fashion_mnist", "mnist", "cifar10")
+        }
     names = ("fashion_mnist", "mnist", "cifar10", "svhn")
     evaluations = {"idc": Evaluation(EVALUATORS["idc"], num_networks=4, whole_epochs=200)}
     return _groups(names, CondenseConfig(), (1, 10, 50), evaluations)

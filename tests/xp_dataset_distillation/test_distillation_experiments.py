@@ -174,7 +174,7 @@ def test_a_group_is_called_by_the_data_set_in_use(tmp_path):
     assert re.fullmatch("night-[0-9a-f]{8}", name)
 
 
-@pytest.mark.parametrize("preset", ["quick", "paper", "gpu"])
+@pytest.mark.parametrize("preset", ["quick", "paper", "hour", "gpu"])
 def test_presets_compare_like_with_like(preset):
     for group in presets.presets(preset).values():
         assert group.evaluations
