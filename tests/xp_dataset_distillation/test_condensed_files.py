@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.svm import SVC
 
 from lib import datasets, runs
 from xp_dataset_distillation import condensed_numpy, export, factor
 from xp_dataset_distillation.export import Condensed
 
+EXPERIMENT = Path(export.__file__).parent
 ABOUT = {"settings": {"steps": 3, "rates": [0.1, 1.0]}, "commit": "abc"}
 FASHION = ("T-shirt/top", "Trouser", "Bag")
 
@@ -203,3 +205,11 @@ def test_archives_with_other_members_are_refused(tmp_path, members, message):
     np.savez(tmp_path / "other.npz", **kept)
     with pytest.raises(ValueError, match=rf"other\.npz.*{message}"):
         condensed_numpy.load(tmp_path / "other.npz")
+
+
+def test_the_published_set_trains_what_its_readme_says(data_root):
+    images, labels, _ = condensed_numpy.load(EXPERIMENT / "published/fashion_mnist_1")
+    test = datasets.load("fashion_mnist", split="test", data_root=data_root)
+    model = SVC(C=10).fit(images.reshape(40, -1), labels)
+    score = model.score(test.images.reshape(len(test.images), -1) / 255, test.labels)
+    assert f"# {100 * score:.1f}% of the test split" in (EXPERIMENT / "README.md").read_text()
