@@ -1,6 +1,7 @@
 """Figures of this experiment, drawn from stored results only."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ def condensed(images: np.ndarray, class_names: tuple[str, ...], title: str = "")
     """Images [classes, n, H, W, c] in [0, 1], a class per line."""
     images = images[:, :MOST_SHOWN]
     classes, n = images.shape[:2]
-    figure, axis = plt.subplots(figsize=(0.62 * n + 1.4, 0.62 * classes + 0.3))
+    width = max(0.62 * n + 1.4, 3.0)
+    figure, axis = plt.subplots(figsize=(width, 0.62 * classes + 0.3))
     plotting.show_images(axis, images)
     height = images.shape[2] + 1
     for i, name in enumerate(class_names):
         axis.text(-2, (i + 0.5) * height, name, ha="right", va="center", fontsize=7)
-    axis.set_title(title, fontsize=9)
+    # Ten letters to the inch: few images make a sheet narrower than its title.
+    figure.suptitle(textwrap.fill(title, int(10 * width)), fontsize=9)
     return figure
 
 
