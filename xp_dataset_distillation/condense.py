@@ -113,9 +113,8 @@ def condense(
         pool = jnp.asarray(stored["parameters"])
     keys = keys_of(seed)
     x0 = start(keys.start, config, real)
-    batch = min(config.real_batch, min(real.counts))
     save_every = -(-config.num_steps // config.num_snapshots)
-    config = dataclasses.replace(config, real_batch=batch)
+    config = dataclasses.replace(config, real_batch=min(config.real_batch, *real.counts))
     began = time.perf_counter()
     losses, particles = wasserstein_gradient_descent(
         jnp.asarray(x0).reshape(*x0.shape[:2], -1),

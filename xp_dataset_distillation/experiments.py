@@ -189,6 +189,10 @@ def run_group(name: str, group: Comparison, arguments: Arguments, mesh: Mesh | N
     for seed in arguments.seeds:
         for number in group.images_per_class:
             for label, method in group.at(number).items():
+                minutes = None
+                if isinstance(method, CondenseConfig):
+                    run = condense(method, seed=seed, mesh=mesh, **where)
+                    minutes = float(run.load_arrays()["seconds"]) / 60
                 for evaluator, evaluation in group.evaluations.items():
                     stored = evaluate(method, evaluation, seed=seed, mesh=mesh, **where)
                     row = row_of(label, method, evaluator)
@@ -197,9 +201,7 @@ def run_group(name: str, group: Comparison, arguments: Arguments, mesh: Mesh | N
                     row.setdefault("accuracies", {})[seed] = stored["accuracies"]
                     row["num_images"] = stored["num_images"]
                     row["num_epochs"] = stored["num_epochs"]
-                    if isinstance(method, CondenseConfig):
-                        run = condense(method, seed=seed, mesh=mesh, **where)
-                        minutes = float(run.load_arrays()["seconds"]) / 60
+                    if minutes is not None:
                         row.setdefault("minutes", {})[seed] = minutes
                 shown = 100 * np.mean(rows[key]["accuracies"][seed])
                 print(f"seed {seed}, {number} per class, {label}: {shown:.1f}%", flush=True)

@@ -99,7 +99,7 @@ def objective(
     classes' features and then the directions.
     """
     network = network_of(config, setting) if config.space == "features" else None
-    augmentation = augment.parse(config.augmentation, dialect=config.strategy, flips=setting.flips)
+    augmentation = _augmentation(config, setting)
     num_classes, shape = setting.num_classes, setting.image_shape
     joint, keeps = config.method == "mmdsw", config.steps_per_batch > 1
     if joint:
@@ -113,9 +113,6 @@ def objective(
         in_chunks = partial(_in_chunks, _real_features(setting, network), most)
         real_features = devices.over_devices(in_chunks, mesh, replicated=1)
 
-    def draw_change(key):
-        return augment.draw(key, augmentation, None)
-
     def value_and_grad(x, target, key, carry):
         step, kept = carry if keeps else (carry, None)
         batch_key, change_key, loss_key, choice_key = jax.random.split(key, 4)
@@ -125,9 +122,9 @@ def objective(
         stored = x.reshape(num_classes, -1, *shape)
         real = draw_batch(batch_key, target.real, config.real_batch)
         if joint:
-            changes, keys = draw_change(change_key), loss_key
+            changes, keys = augment.draw(change_key, augmentation, None), loss_key
         else:
-            changes = jax.vmap(draw_change)(jax.random.split(change_key, num_classes))
+            changes = _draw_changes(change_key, augmentation, num_classes)
             keys = jax.random.split(loss_key, num_classes)
         chosen = _choose(choice_key, stored, config.most_decoded // config.factor**2)
         batch = Batch(stored, chosen, real, None, changes, keys, jnp.arange(num_classes))
@@ -151,16 +148,29 @@ def first_carry(config: CondenseConfig, setting: Setting):
     if config.steps_per_batch == 1:
         return step
     network, blank = network_of(config, setting), jnp.zeros((1, *setting.image_shape))
-    augmentation = augment.parse(config.augmentation, dialect=config.strategy, flips=setting.flips)
 
     def kept(key):
-        keys = jax.random.split(key, setting.num_classes)
-        changes = jax.vmap(lambda key: augment.draw(key, augmentation, None))(keys)
+        changes = _draw_changes(key, _augmentation(config, setting), setting.num_classes)
         features: Any = network.apply(network.init(key, blank), blank)
         room = setting.num_classes, config.num_networks, config.real_batch, features.size
         return Kept(jnp.zeros(room), changes)
 
-    return step, jax.tree.map(jnp.zeros_like, jax.jit(kept)(jax.random.key(0)))
+    return step, _zeros(jax.eval_shape(kept, jax.random.key(0)))
+
+
+def _augmentation(config: CondenseConfig, setting: Setting) -> augment.Augmentation:
+    return augment.parse(config.augmentation, dialect=config.strategy, flips=setting.flips)
+
+
+def _draw_changes(key, augmentation: augment.Augmentation, num_classes: int):
+    """Parameters of an augmentation of its own for each class."""
+    keys = jax.random.split(key, num_classes)
+    return jax.vmap(lambda key: augment.draw(key, augmentation, None))(keys)
+
+
+def _zeros(shapes: Any) -> Any:
+    """Arrays of zeros, of the shapes and dtypes that `jax.eval_shape` gives."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _class_losses(config: CondenseConfig, setting: Setting, network: nn.Module | None) -> Loss:
@@ -263,8 +273,7 @@ def _draw_networks(target: Target, step, config: CondenseConfig, setting: Settin
     pool = target.pool
     assert pool is not None
     whole = network_of(config, setting, setting.num_classes)
-    like = jax.eval_shape(whole.init, keys[0], blank)
-    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like))
+    _, unravel = ravel_pytree(_zeros(jax.eval_shape(whole.init, keys[0], blank)))
 
     def drawn(key):
         key, key_age = jax.random.split(key)
@@ -321,7 +330,7 @@ def _over_devices(of_classes: Callable, mesh, config: CondenseConfig, num_classe
     """`of_classes(parameters of networks, batch)` with both divided over devices."""
     if mesh is None or mesh.size == 1:  # one device has no axes to average over
         return of_classes
-    # Kept features are divided by classes alone.
+    # Kept features are divided by classes only.
     divisible = config.space == "features" and config.steps_per_batch == 1
     networks = config.num_networks if divisible else 1
     rectangle = devices.grid(mesh, num_classes, networks, ("classes", "networks"))

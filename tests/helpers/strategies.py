@@ -12,6 +12,8 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from cases import slow
 from hypothesis import settings
 
 # n, m, d: one point, one dimension, and distances in both of their ways (d <= 8 and above).
@@ -115,6 +117,12 @@ def clouds_each_once(shapes=SHAPES):
     return st.one_of(
         *(clouds(shapes=[shape], dtypes=st.just(dtype)) for shape, dtype in zip(shapes, dtypes))
     )
+
+
+def drawn_clouds(shapes=SHAPES):
+    """Parametrizes a test by `drawn`: `clouds_each_once`, and, slow, `clouds` of all kinds."""
+    cases = [clouds_each_once(shapes), slow(clouds(shapes=list(shapes)))]
+    return pytest.mark.parametrize("drawn", cases, ids=["each once", "all"])
 
 
 def assert_within(found, expected, bound, dtype=None):

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import assert_finite, assert_within, clouds, clouds_each_once
+from strategies import assert_finite, assert_within, clouds, drawn_clouds
 
 from lib.drmmd.nystrom import landmark_basis, nystrom_features
 from lib.kernels import gaussian
@@ -108,12 +107,7 @@ def nystrom(x, y, bandwidth):
     return [(basis, nystrom_features(kernel, basis, points, block_size=3)) for basis in bases]
 
 
-LANDMARKS = (1, 4, 2), (6, 5, 1)
-
-
-@pytest.mark.parametrize(
-    "drawn", [clouds_each_once(LANDMARKS), slow(clouds(shapes=LANDMARKS))], ids=["each once", "all"]
-)
+@drawn_clouds([(1, 4, 2), (6, 5, 1)])
 @many
 @given(st.data())
 def test_nystrom_features(drawn, data):

@@ -12,18 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import (
-    DTYPES,
-    EXPONENTS,
-    SEEDS,
-    assert_finite,
-    assert_within,
-    clouds,
-    clouds_each_once,
-)
+from strategies import DTYPES, EXPONENTS, SEEDS, assert_finite, assert_within, drawn_clouds
 
 from lib import kernels, numerics
 from lib.mmd import mmd_squared, mmd_squared_unbiased
@@ -107,7 +98,7 @@ def gram_of_all(x, y, cotangent, bandwidth):
     return kernels.squared_distances(x, y), by_kernel
 
 
-@pytest.mark.parametrize("drawn", [clouds_each_once(), slow(clouds())], ids=["each once", "all"])
+@drawn_clouds()
 @many
 @given(st.data())
 def test_kernels_and_their_gradients(drawn, data):
@@ -176,11 +167,7 @@ def sums(x, y, w, v, bandwidth, block_size):
     }
 
 
-@pytest.mark.parametrize(
-    "drawn",
-    [clouds_each_once(BLOCK_SIZES), slow(clouds(shapes=list(BLOCK_SIZES)))],
-    ids=["each once", "all"],
-)
+@drawn_clouds(BLOCK_SIZES)
 @many
 @given(st.data())
 def test_sums_over_gram_matrices(drawn, data):
@@ -267,11 +254,7 @@ def bandwidths(key, x, y):
     return kernels.median_bandwidth(key, x, y), some, kernels.bandwidth_grid(key, x, y)
 
 
-@pytest.mark.parametrize(
-    "drawn",
-    [clouds_each_once(BLOCK_SIZES), slow(clouds(shapes=list(BLOCK_SIZES)))],
-    ids=["each once", "all"],
-)
+@drawn_clouds(BLOCK_SIZES)
 @few
 @given(st.data())
 def test_median_bandwidth(drawn, data):

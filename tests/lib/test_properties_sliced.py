@@ -18,15 +18,7 @@ import pytest
 from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import (
-    DTYPES,
-    EXPONENTS,
-    SEEDS,
-    assert_finite,
-    assert_within,
-    clouds,
-    clouds_each_once,
-)
+from strategies import DTYPES, EXPONENTS, SEEDS, assert_finite, assert_within, drawn_clouds
 
 from lib.sliced_wasserstein import (
     _distances,
@@ -79,12 +71,7 @@ def powers(x, y, w, v, directions, key, p, block_size):
     return results
 
 
-SHAPES = (1, 4, 1), (5, 5, 3)
-
-
-@pytest.mark.parametrize(
-    "drawn", [clouds_each_once(SHAPES), slow(clouds(shapes=SHAPES))], ids=["each once", "all"]
-)
+@drawn_clouds([(1, 4, 1), (5, 5, 3)])
 @many
 @given(st.data(), st.sampled_from([1, 2]))
 def test_sliced_wasserstein(drawn, data, p):
